@@ -1,0 +1,169 @@
+"""Capture: an unchanged module becomes one functional joint graph, without running it.
+
+Dynamo traces the Python code (one full graph, or an error that names the user's line) and gives guards that
+say for which later calls the graph holds; AOTAutograd traces forward and backward into undecomposed ATen ops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo import convert_frame
+from torch._dynamo.eval_frame import set_enable_dynamic
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._guards import TracingContext
+
+from fxhybrid.errors import CaptureError
+from fxhybrid.graph import TAG, InputKind, InputRole, JointGraph, NodeTag, OutputKind, OutputRole, Phase
+
+FlatFunction = Callable[..., Sequence[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """A captured signature.
+
+    Attributes:
+        joint: the joint graph.
+        metadata: AOTAutograd's description of mutations and aliased outputs.
+        holds: whether this capture is valid for a call with these arguments (Dynamo's guards).
+        bind: turns a function over the graph's flat inputs into one with the module's own signature.
+        flat_names: for each graph input, the parameter's or buffer's name, or "" for a user input.
+    """
+
+    joint: JointGraph
+    metadata: Any
+    holds: Callable[..., bool]
+    bind: Callable[[FlatFunction], Callable[..., Any]]
+    flat_names: tuple[str, ...]
+
+
+def capture(module: nn.Module, args: tuple[Any, ...]) -> Capture:
+    """Traces ``module(*args)`` and its backward pass.
+
+    Raises:
+        CaptureError: the model cannot be traced into one graph, or does something that the joint graph
+            cannot carry; the message names the user's line where Dynamo knows it.
+    """
+    try:
+        with get_metrics_context(), dynamo_timed("fxhybrid_capture"), set_enable_dynamic(False):
+            traced = convert_frame.fullgraph_capture(module, args, {})
+            if traced.backend_input is None:
+                raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
+            joint, metadata, names = _joint_graph(module, traced.backend_input)
+            output = traced.graph_capture_output
+            function, _ = convert_frame.get_traced_fn(module)
+            manager = output.build_guards(function.__code__).guard_manager
+            env = output.get_runtime_env()
+    except TorchDynamoException as error:
+        raise CaptureError(_explain(error)) from error
+    backend_id = traced.backend_input.backend_id
+    parameters = list(_parameter_names(function))
+
+    def holds(*call: Any) -> bool:
+        return bool(manager.check(dict(zip(parameters, call, strict=True))))
+
+    def bind(flat: FlatFunction) -> Callable[..., Any]:
+        return env.forward_callable(backend_id, flat, extra_globals=function.__globals__)
+
+    return Capture(joint, metadata, holds, bind, names)
+
+
+def _parameter_names(function: Any) -> tuple[str, ...]:
+    code = function.__code__
+    return tuple(code.co_varnames[: code.co_argcount])
+
+
+def _joint_graph(module: nn.Module, backend_input: Any) -> tuple[JointGraph, Any, tuple[str, ...]]:
+    names = _tensor_names(module)
+    flat_names = tuple(names.get(id(t), ("", False))[0] for t in backend_input.example_inputs)
+    context = TracingContext(backend_input.fake_mode)
+    context.tensor_to_context = backend_input.tensor_to_context
+    config = torch._functorch.config.patch(backward_pass_autocast="off")
+    with torch._guards.tracing(context), config, contextlib.ExitStack() as stack:
+        described = aot_export_joint_with_descriptors(
+            stack, backend_input.graph_module, tuple(backend_input.example_inputs), decompositions={}
+        )
+    metadata = described._aot_state.fw_metadata
+    graph_module = described.graph_module
+    _check_supported(metadata, graph_module, len(backend_input.example_inputs))
+    _tag_phases(graph_module)
+    inputs = _input_roles(metadata, backend_input.example_inputs, names)
+    return JointGraph(graph_module, inputs, _output_roles(metadata, len(flat_names))), metadata, flat_names
+
+
+def _tensor_names(module: nn.Module) -> dict[int, tuple[str, bool]]:
+    """Name of each parameter (True) and buffer (False), by identity; a tied parameter has one name."""
+    names = {id(b): (name, False) for name, b in module.named_buffers()}
+    names.update({id(p): (name, True) for name, p in module.named_parameters()})
+    return names
+
+
+def _check_supported(metadata: Any, graph_module: fx.GraphModule, n_inputs: int) -> None:
+    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    n_tangents = len(metadata.traced_tangents)
+    if not n_tangents or not any(info.requires_grad for info in metadata.input_info):
+        raise CaptureError(
+            "nothing in this call needs a gradient: no parameter has requires_grad=True, or no output "
+            "depends on one; call the plain model instead, or unfreeze a parameter"
+        )
+    if len(placeholders) != n_inputs + n_tangents:
+        raise CaptureError(
+            "two inputs of the call share memory and one of them is changed in place; pass separate tensors"
+        )
+    for info in metadata.input_info:
+        if info.mutates_metadata or (info.mutates_data and info.requires_grad):
+            raise CaptureError(
+                "the call changes an input that needs a gradient (or an input's shape) in place; "
+                "work on a copy instead: x = x.clone()"
+            )
+
+
+def _input_roles(
+    metadata: Any, example_inputs: Sequence[Any], names: Mapping[int, tuple[str, bool]]
+) -> tuple[InputRole, ...]:
+    roles = []
+    for position, (tensor, info) in enumerate(zip(example_inputs, metadata.input_info, strict=True)):
+        name, is_parameter = names.get(id(tensor), (str(position), False))
+        kind = InputKind.USER_INPUT if id(tensor) not in names else InputKind.BUFFER
+        roles.append(InputRole(InputKind.PARAMETER if is_parameter else kind, name, info.mutates_data))
+    tangents = range(len(metadata.traced_tangents))
+    return (*roles, *(InputRole(InputKind.TANGENT, str(i)) for i in tangents))
+
+
+def _output_roles(metadata: Any, n_inputs: int) -> tuple[OutputRole, ...]:
+    mutated = [OutputRole(OutputKind.MUTATION, i) for i in metadata.mutated_inp_runtime_indices]
+    n_user = metadata.num_outputs + metadata.num_intermediate_bases
+    user = [OutputRole(OutputKind.USER_OUTPUT, i) for i in range(n_user)]
+    return (*mutated, *user, *(OutputRole(OutputKind.GRADIENT, i) for i in range(n_inputs)))
+
+
+def _tag_phases(graph_module: fx.GraphModule) -> None:
+    """Makes AOTAutograd's own record of forward and backward our one typed tag."""
+    backward_seen: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        is_backward = node.meta.get("partitioner_tag") == "is_backward"
+        is_backward = is_backward or any(n in backward_seen for n in node.all_input_nodes)
+        if is_backward and node.op != "output":
+            backward_seen.add(node)
+        node.meta[TAG] = NodeTag(Phase.BACKWARD if is_backward else Phase.FORWARD)
+
+
+def _explain(error: TorchDynamoException) -> str:
+    stack = getattr(error, "real_stack", None)
+    where = ""
+    if stack:
+        frame = stack[-1]
+        where = f'\n  at {frame.filename}:{frame.lineno}, in {frame.name}: "{(frame.line or "").strip()}"'
+    reason = (error.msg if hasattr(error, "msg") else str(error)).strip()
+    return (
+        f"the model cannot be traced into one graph{where}\n{reason}\n"
+        "Rewrite that line without Python control flow on tensor values, or compile a submodule that can be traced."
+    )

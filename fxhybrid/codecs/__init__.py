@@ -1,0 +1,29 @@
+"""Codecs: smaller forms of saved tensors, and the two graph operators that use them.
+
+=====================  ========  =================================================
+spec                   lossless  for
+=====================  ========  =================================================
+``bitpack``            yes       bool: 1 bit each
+``narrow:<dtype>``     yes       int64 and int32 whose range the caller has proven
+``pool:kh,...,H,W``    yes       indices of a 2-d max pool: 1 byte each
+``rowwise8:R`` (4, 2)  no        float32, bfloat16, float16: 8 (4, 2) bits each
+=====================  ========  =================================================
+
+Importing this package defines ``torch.ops.fxhybrid.compress`` and ``.decompress``.
+"""
+
+from fxhybrid.codecs import lossless, ops, pool, rowwise  # noqa: F401  registers codecs and operators
+from fxhybrid.codecs.base import Codec, get_codec, register, registered_names
+from fxhybrid.codecs.candidates import candidate_codecs
+from fxhybrid.codecs.meta import TensorMeta
+from fxhybrid.codecs.rowwise import ReferenceRowwise
+
+__all__ = [
+    "Codec",
+    "ReferenceRowwise",
+    "TensorMeta",
+    "candidate_codecs",
+    "get_codec",
+    "register",
+    "registered_names",
+]

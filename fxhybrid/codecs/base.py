@@ -1,0 +1,152 @@
+"""The codec contract and the registry that turns a spec back into a codec."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fxhybrid.codecs.meta import TensorMeta
+from fxhybrid.errors import CodecError
+
+
+class Codec(ABC):
+    """Turns a tensor into two smaller ones, and back.
+
+    A codec is immutable and fully told by its ``spec``. The sizes of what it makes follow from
+    the tensor's meta alone, never from its values. A new codec sets ``spec`` and ``lossless``,
+    fills in ``supports``, ``encoded_bytes``, ``_encode`` and ``_decode``, and is made known by
+    :func:`register`.
+
+    Attributes:
+        spec: full static text, such as ``"rowwise4:196"``; ``get_codec(spec)`` is this codec again.
+        lossless: whether decoding gives back every bit.
+    """
+
+    spec: str
+    lossless: bool
+
+    @abstractmethod
+    def supports(self, meta: TensorMeta) -> bool:
+        """Whether tensors of this meta can be encoded; never raises."""
+
+    @abstractmethod
+    def encoded_bytes(self, meta: TensorMeta) -> tuple[int, int]:
+        """Exact bytes of qdata and header for a supported meta."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes a tensor.
+
+        Args:
+            x: tensor whose meta the codec supports.
+
+        Returns:
+            qdata and header: one-dimensional uint8 tensors, each alone in a fresh storage.
+
+        Raises:
+            CodecError: the codec does not support this tensor.
+        """
+        meta = TensorMeta.of(x)
+        self.check_supports(meta)
+        return self._encode(x, meta)
+
+    def decode(self, qdata: Tensor, header: Tensor, meta: TensorMeta) -> Tensor:
+        """Decodes what :meth:`encode` made of a tensor with this meta.
+
+        Returns:
+            A tensor with exactly the meta's shape, strides and dtype, in a fresh storage.
+
+        Raises:
+            CodecError: the meta is not supported, or qdata and header are not of its size.
+        """
+        self.check_supports(meta)
+        expected, found = self.encoded_bytes(meta), (qdata.numel(), header.numel())
+        if found != expected:
+            raise CodecError(
+                f"{self.spec}: a tensor of shape {meta.shape} and {meta.dtype} is encoded in "
+                f"{expected} bytes (qdata, header), not {found}"
+            )
+        return self._decode(qdata, header, meta)
+
+    def check_supports(self, meta: TensorMeta) -> None:
+        """Raises CodecError unless the meta is supported."""
+        if not self.supports(meta):
+            raise CodecError(
+                f"{self.spec} cannot encode a tensor of shape {meta.shape}, strides {meta.stride} "
+                f"and {meta.dtype}"
+            )
+
+    @abstractmethod
+    def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _decode(self, qdata: Tensor, header: Tensor, meta: TensorMeta) -> Tensor: ...
+
+    def __repr__(self) -> str:
+        return f"<codec {self.spec}>"
+
+
+_FACTORIES: dict[str, Callable[[str], Codec]] = {}
+
+
+def register(name: str, factory: Callable[[str], Codec]) -> None:
+    """Makes a codec known under a name.
+
+    Args:
+        name: the spec's text before the colon.
+        factory: makes the codec from the text after the colon (empty without a colon); raises
+            ValueError or CodecError for bad parameters.
+
+    Raises:
+        CodecError: the name is taken or not usable in a spec.
+    """
+    if not name or ":" in name:
+        raise CodecError(f"codec name {name!r} must be non-empty and without a colon")
+    if name in _FACTORIES:
+        raise CodecError(f"a codec named {name!r} is registered already")
+    _FACTORIES[name] = factory
+
+
+def registered_names() -> tuple[str, ...]:
+    """Names of all registered codecs, sorted."""
+    return tuple(sorted(_FACTORIES))
+
+
+@lru_cache(maxsize=4096)
+def get_codec(spec: str) -> Codec:
+    """The codec that a spec such as ``"rowwise4:196"`` names.
+
+    Raises:
+        CodecError: unknown name or bad parameters.
+    """
+    name, _, parameters = spec.partition(":")
+    factory = _FACTORIES.get(name)
+    if factory is None:
+        raise CodecError(f"unknown codec {spec!r}; registered are {', '.join(registered_names())}")
+    try:
+        codec = factory(parameters)
+    except ValueError as error:
+        raise CodecError(f"bad parameters in codec {spec!r}: {error}") from error
+    if codec.spec != spec:
+        raise CodecError(f"codec {spec!r} must be written {codec.spec!r}")
+    return codec
+
+
+def parse_integers(parameters: str, names: str) -> tuple[int, ...]:
+    """Reads comma-separated integers, one for each of the comma-separated names.
+
+    Raises:
+        ValueError: not as many integers as names.
+    """
+    fields = parameters.split(",")
+    if len(fields) != len(names.split(",")):
+        raise ValueError(f"expected {names}, found {parameters!r}")
+    return tuple(int(field) for field in fields)
+
+
+def empty_header(like: Tensor) -> Tensor:
+    """A header of no bytes."""
+    return like.new_empty(0, dtype=torch.uint8)

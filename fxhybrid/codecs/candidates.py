@@ -1,0 +1,64 @@
+"""Which codecs are worth considering for a tensor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fxhybrid.codecs.base import Codec, get_codec
+from fxhybrid.codecs.meta import TensorMeta
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MIN_ROW = 64  # shorter rows pack several times slower and spend more on scales
+_MAX_ROW = 4096  # longer rows gain nothing
+_ROW_WITHOUT_DIVISOR = 256
+_LARGEST = (("uint8", 255), ("int16", 2**15 - 1), ("int32", 2**31 - 1))
+
+
+def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None) -> tuple[Codec, ...]:
+    """Codecs worth considering for a tensor, the most precise first.
+
+    Args:
+        meta: the tensor's meta.
+        max_value: proven by the caller: every element of an integer tensor is in [0, max_value].
+
+    Returns:
+        Codecs that support the meta and make it smaller; empty if there is none.
+    """
+    if meta.dtype == torch.bool:
+        specs = ["bitpack"]
+    elif meta.dtype in _FLOATS and meta.numel >= _MIN_ROW:
+        specs = [f"rowwise{bits}:{row_length(meta, bits)}" for bits in (8, 4, 2)]
+    elif max_value is not None:
+        specs = [f"narrow:{name}" for name, largest in _LARGEST if 0 <= max_value <= largest][:1]
+    else:
+        specs = []
+    codecs = (get_codec(spec) for spec in specs)
+    return tuple(c for c in codecs if c.supports(meta) and sum(c.encoded_bytes(meta)) < meta.nbytes)
+
+
+def row_length(meta: TensorMeta, bits: int) -> int:
+    """Elements per row for a dense float tensor.
+
+    A row is a natural channel: the plane of one sample and channel where the layout is N, C, ..., and
+    else the innermost dimension in storage. Planes too short, or not of whole bytes, are merged with
+    their neighbours; long ones are halved.
+    """
+    per_byte = 8 // bits
+    row = _natural_row(meta)
+    while row > _MAX_ROW and row % (2 * per_byte) == 0:
+        row //= 2
+    if row > _MAX_ROW:
+        return _ROW_WITHOUT_DIVISOR
+    first = -(-_MIN_ROW // row)
+    merged = [row * count for count in range(first, first + per_byte * 8) if row * count % per_byte == 0]
+    return next((length for length in merged if meta.numel % length == 0), merged[0])
+
+
+def _natural_row(meta: TensorMeta) -> int:
+    order = meta.storage_order
+    plane = math.prod(meta.shape[2:])
+    if len(order) > 3 and list(order) == sorted(order) and plane > 1:
+        return plane
+    return next((meta.shape[dim] for dim in reversed(order) if meta.shape[dim] > 1), 1)

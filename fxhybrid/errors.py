@@ -1,0 +1,82 @@
+"""Every error that fxhybrid raises on purpose.
+
+FxHybridError
+├── InvalidArgument   a parameter's value cannot be used (also a ValueError)
+├── CaptureError      the model cannot be traced into one graph
+├── ProfileError      an operator could not be measured
+├── ProblemError      a planning problem is malformed (also a ValueError)
+├── PlanError         a plan asks for something that its problem cannot do
+│   └── PlanMismatchError  a plan does not fit model, shapes or versions
+├── BudgetError       no known plan fits the budget
+└── CodecError        a tensor cannot be encoded or decoded
+"""
+
+from __future__ import annotations
+
+
+def format_bytes(n_bytes: float) -> str:
+    """A byte count as people read it: ``format_bytes(3 << 20) == "3.0 MiB"``."""
+    value = float(n_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+class FxHybridError(Exception):
+    """Base of all errors raised by fxhybrid."""
+
+
+class InvalidArgument(FxHybridError, ValueError):
+    """A parameter's value cannot be used; the message names value, limit and way out."""
+
+
+class CaptureError(FxHybridError):
+    """The model cannot be traced into one joint graph; names the user's line where known."""
+
+
+class ProfileError(FxHybridError):
+    """An operator of the graph could not be measured on this device."""
+
+
+class ProblemError(FxHybridError, ValueError):
+    """A planning problem is malformed: unknown references, cycles, negative or non-finite numbers."""
+
+
+class PlanError(FxHybridError):
+    """A plan asks for an action that its problem does not offer or that leaves a tensor unavailable."""
+
+
+class PlanMismatchError(PlanError):
+    """A plan was made for another graph, other shapes or another version."""
+
+
+class CodecError(FxHybridError):
+    """A tensor cannot be encoded or decoded by the codec asked for."""
+
+
+class BudgetError(FxHybridError):
+    """No known plan fits the budget.
+
+    Attributes:
+        budget_bytes: the budget asked for.
+        minimum_bytes: the smallest peak for which a plan exists.
+        minimum_lower_bound_bytes: no plan can go below this.
+        holder: the operator at the peak of the smallest plan.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget_bytes: int,
+        minimum_bytes: int,
+        minimum_lower_bound_bytes: int,
+        holder: str,
+    ) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.minimum_bytes = minimum_bytes
+        self.minimum_lower_bound_bytes = minimum_lower_bound_bytes
+        self.holder = holder

@@ -1,0 +1,302 @@
+"""What a training step really takes, as the device's allocator counts it.
+
+On CPU the allocator's events come from the torch profiler, which costs about a millisecond to start
+and stop and some 20 microseconds per event; on CUDA the allocator keeps its own statistics.
+
+The profiler reports a free only if it has seen the block's birth, and it may report one of a wrong
+size where the address was used in an earlier session. So blocks are followed by address here, frees of
+unknown blocks are left out, and a whole step is recorded before the one that is evaluated.
+
+Counted is what the calling thread allocates (autograd runs a CPU backward pass in it); blocks that a
+step's own threads allocate are not seen. The garbage collector is off while a step is recorded:
+tensors that only a reference cycle holds count as live.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _autograd as _profiler
+from torch._C._profiler import (
+    ProfilerActivity,
+    ProfilerConfig,
+    ProfilerState,
+    RecordScope,
+    _EventType,
+    _ExperimentalConfig,
+)
+from torch.utils._pytree import tree_leaves
+
+from fxhybrid.errors import InvalidArgument, ProfileError, format_bytes
+
+_MARK = "fxhybrid::mark"
+_Event = tuple[int, int]  # (address, bytes); negative bytes are a free
+
+
+@dataclass(frozen=True)
+class StepMeasurement:
+    """The peak of one training step and the seconds it takes.
+
+    Attributes:
+        base_bytes: parameters, buffers, gradients, optimizer state and tensors named by the caller, as
+            they are when the step starts; every storage once.
+        rise_bytes: largest (allocated - freed) bytes since the step's start.
+        peak_bytes: ``base_bytes + rise_bytes``.
+        seconds: median of the unprofiled runs; nan without any.
+        stray_bytes: what an earlier step allocated and still holds at the start although it is no part of
+            ``base_bytes`` (an output the caller kept, a cache). Not in ``peak_bytes``. CPU only, else 0.
+    """
+
+    base_bytes: int
+    rise_bytes: int
+    peak_bytes: int
+    seconds: float
+    stray_bytes: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"peak {format_bytes(self.peak_bytes)} (base {format_bytes(self.base_bytes)}"
+            f" + rise {format_bytes(self.rise_bytes)}), {self.seconds * 1e3:.1f} ms"
+        )
+
+
+@dataclass(frozen=True)
+class MemoryRise:
+    """What one call allocates.
+
+    Attributes:
+        peak_rise_bytes: largest (allocated - freed) bytes within the call.
+        retained_bytes: what of it is still allocated at its end, while the result is held.
+        result: what the call returned (None from :func:`memory_rises`).
+    """
+
+    peak_rise_bytes: int
+    retained_bytes: int
+    result: Any = None
+
+
+def measure_step(
+    step: Callable[[], object],
+    *,
+    modules: Iterable[nn.Module] | nn.Module = (),
+    tensors: object = (),
+    optimizer: torch.optim.Optimizer | None = None,
+    repeats: int = 3,
+) -> StepMeasurement:
+    """Measure the allocator-level peak and the seconds of a training step.
+
+    ``step`` runs ``repeats`` + 2 times: unprofiled for the seconds, then once recorded as a warm-up, then
+    once evaluated, which starts in the state that the warm-up left (``.grad`` included).
+
+    Args:
+        step: does forward and backward (and ``zero_grad`` where wanted); what it returns is dropped.
+        modules: their parameters, buffers and gradients belong to the base.
+        tensors: inputs, targets and so on, in any nesting; they belong to the base.
+        optimizer: its state tensors belong to the base.
+        repeats: unprofiled runs; 0 to skip the timing.
+    """
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
+        raise InvalidArgument(f"repeats must be an integer of 0 or more, got {repeats!r}")
+    modules = [modules] if isinstance(modules, nn.Module) else list(modules)
+    tensors = list(tensors) if isinstance(tensors, Iterator) else tensors
+    device = _device_of(_resident(modules, tensors, optimizer))
+    seconds = _median_seconds(step, repeats, device)
+    if device.type == "cuda":
+        step()
+        base_bytes = sum(_storages(_resident(modules, tensors, optimizer)).values())
+        rise_bytes, stray_bytes = _cuda_rise(step, device).peak_rise_bytes, 0
+    else:
+        with _recording() as recording, _collected():
+            step()
+            gc.collect()
+            base = _storages(_resident(modules, tensors, optimizer))
+            recording.mark()
+            step()
+            recording.mark()
+        base_bytes = sum(base.values())
+        live: dict[int, int] = {}
+        _walk(recording.segments[0], live)
+        stray_bytes = sum(n_bytes for address, n_bytes in live.items() if address not in base)
+        rise_bytes, _ = _walk(recording.segments[1], live)
+    return StepMeasurement(base_bytes, rise_bytes, base_bytes + rise_bytes, seconds, stray_bytes)
+
+
+def memory_rise(fn: Callable[[], object], *, device: torch.device | str = "cpu") -> MemoryRise:
+    """Run ``fn`` once and tell what it allocates on ``device``; blocks born before are left out on CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _cuda_rise(fn, device)
+    with _recording() as recording, _collected():
+        recording.mark()
+        result = fn()
+        recording.mark()
+    return MemoryRise(*_walk(recording.segments[1], {}), result)
+
+
+def memory_rises(
+    fns: Sequence[Callable[[], object]], *, device: torch.device | str = "cpu"
+) -> list[MemoryRise]:
+    """Like :func:`memory_rise` for many short calls in one recording; every result is dropped at once."""
+    device = torch.device(device)
+    rises = []
+    if device.type == "cuda":
+        for fn in fns:
+            rise = _cuda_rise(fn, device)
+            rises.append(MemoryRise(rise.peak_rise_bytes, rise.retained_bytes))
+        return rises
+    with _recording() as recording, _collected():
+        for fn in fns:
+            recording.mark()
+            result = fn()
+            recording.mark()
+            del result
+    # segments: before the first call, call 0, between, call 1, between ...
+    return [MemoryRise(*_walk(segment, {})) for segment in recording.segments[1::2]]
+
+
+@dataclass
+class _Recording:
+    """Allocator events in order of time, cut into segments at the marks."""
+
+    segments: list[list[_Event]] = field(default_factory=lambda: [[]])
+
+    def mark(self) -> None:
+        with torch.profiler.record_function(_MARK):
+            pass
+
+
+@contextmanager
+def _recording() -> Iterator[_Recording]:
+    """Record the CPU allocator's events; the segments are there after the block."""
+    if _profiler._profiler_enabled():
+        raise ProfileError("a torch profiler is already running; measure outside of it")
+    recording = _Recording()
+    # Only user scopes: no events of single ops, which would cost more than all else.
+    config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig(), "")
+    with _quiet_kineto():
+        _profiler._prepare_profiler(config, {ProfilerActivity.CPU})
+        _profiler._enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
+    try:
+        yield recording
+    finally:
+        result = _profiler._disable_profiler()
+    _fill(recording, result.experimental_event_tree())
+
+
+def _fill(recording: _Recording, tree: list[Any]) -> None:
+    flat, stack = [], list(reversed(tree))
+    while stack:
+        event = stack.pop()
+        stack.extend(reversed(event.children))
+        if event.tag == _EventType.Allocation:
+            if event.extra_fields.device.type == "cpu":
+                flat.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+        elif event.name == _MARK:
+            flat.append((event.start_time_ns, 0, 0))
+    flat.sort(key=lambda item: item[0])  # stable: events of one thread already stand in order
+    for _, address, n_bytes in flat:
+        if address == 0:
+            recording.segments.append([])
+        else:
+            recording.segments[-1].append((address, n_bytes))
+
+
+def _walk(events: Iterable[_Event], live: dict[int, int]) -> tuple[int, int]:
+    """Peak and final level over ``events``, from 0; ``live`` (address to bytes) is updated."""
+    level = peak = 0
+    for address, n_bytes in events:
+        level -= live.pop(address, 0)  # a free, or a birth where another thread freed unseen
+        if n_bytes > 0:
+            live[address] = n_bytes
+            level += n_bytes
+            peak = max(peak, level)
+    return peak, level
+
+
+@contextmanager
+def _quiet_kineto() -> Iterator[None]:
+    """Keep Kineto from writing a line to stderr at each start and stop; it reads this when first used."""
+    name = "KINETO_LOG_LEVEL"
+    given = name in os.environ
+    os.environ.setdefault(name, "6")  # above every message
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[name]
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    """Collect garbage, then leave it alone until the block ends."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _cuda_rise(fn: Callable[[], object], device: torch.device) -> MemoryRise:
+    with _collected():
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start_bytes = torch.cuda.memory_allocated(device)
+        result = fn()
+        torch.cuda.synchronize(device)
+        peak_bytes = torch.cuda.max_memory_allocated(device)
+        return MemoryRise(peak_bytes - start_bytes, torch.cuda.memory_allocated(device) - start_bytes, result)
+
+
+def _median_seconds(step: Callable[[], object], repeats: int, device: torch.device) -> float:
+    readings = []
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        readings.append(time.perf_counter() - start_s)
+    return statistics.median(readings) if readings else float("nan")
+
+
+def _resident(
+    modules: Sequence[nn.Module], tensors: object, optimizer: torch.optim.Optimizer | None
+) -> list[Tensor]:
+    """All tensors of the base, some maybe twice; sparse ones as their parts."""
+    found: list[Any] = tree_leaves(tensors)
+    for module in modules:
+        found += [*module.parameters(), *module.buffers()]
+        found += [parameter.grad for parameter in module.parameters()]
+    if optimizer is not None:
+        found += tree_leaves([dict(state) for state in optimizer.state.values()])
+    dense = []
+    for tensor in found:
+        if isinstance(tensor, Tensor):
+            sparse = tensor.layout == torch.sparse_coo
+            dense += [tensor._indices(), tensor._values()] if sparse else [tensor]
+    return dense
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address to bytes of every storage that holds anything."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+
+
+def _device_of(tensors: Iterable[Tensor]) -> torch.device:
+    devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
+    if len(devices) > 1 or any(device.type != "cuda" for device in devices):
+        names = ", ".join(sorted(str(device) for device in devices))
+        raise InvalidArgument(f"a step on {names} cannot be measured; use the CPU or one CUDA device")
+    return devices.pop() if devices else torch.device("cpu")

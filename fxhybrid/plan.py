@@ -1,0 +1,158 @@
+"""What to do with each tensor, and what that is predicted to cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from fxhybrid.errors import PlanMismatchError, format_bytes
+
+PLAN_FORMAT = 1
+
+
+class Simple(Enum):
+    """The two actions without a parameter; the third action is ``Compress``."""
+
+    SAVE = "save"
+    RECOMPUTE = "recompute"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+SAVE, RECOMPUTE = Simple.SAVE, Simple.RECOMPUTE
+
+
+@dataclass(frozen=True)
+class Compress:
+    """Keep the tensor encoded by ``codec``."""
+
+    codec: str
+
+    def __str__(self) -> str:
+        return f"compress({self.codec})"
+
+
+Action = Simple | Compress
+Actions = Mapping[int, Action]
+
+
+def parse_action(text: str) -> Action:
+    """The action that ``str`` wrote.
+
+    Raises:
+        ValueError: the text is no action.
+    """
+    if text.startswith("compress(") and text.endswith(")"):
+        return Compress(text[len("compress(") : -1])
+    return Simple(text)
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """Relative error of all parameter gradients: its value and whether it was measured or estimated."""
+
+    value: float
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.value:.2g} ({self.source})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions for one graph and one budget.
+
+    Attributes:
+        budget_bytes: the budget that it was made for.
+        peak_bytes: predicted peak of the step.
+        added_s: predicted seconds beyond a step that keeps everything.
+        lower_bound_s: no plan for this budget adds less.
+        step_s: predicted seconds of the step that keeps everything.
+        gradient_error: relative error of the parameter gradients.
+        status: OPTIMAL, FEASIBLE or UNKNOWN.
+        solver: which solver it came from.
+        solve_s: seconds spent on solving.
+        actions: tensor name -> action; tensors not named are saved.
+        graph_fingerprint: hash of the graph's structure, shapes and types.
+        versions: fxhybrid and torch versions that it was made with.
+        device: what the profile was taken on.
+    """
+
+    budget_bytes: int
+    peak_bytes: int
+    added_s: float
+    lower_bound_s: float
+    step_s: float
+    gradient_error: GradientError
+    status: str
+    solver: str
+    solve_s: float
+    actions: Mapping[str, Action]
+    graph_fingerprint: str
+    versions: Mapping[str, str]
+    device: str
+
+    @property
+    def gap(self) -> float:
+        """(added - bound) / max(added, 0.1 % of the step)."""
+        return (self.added_s - self.lower_bound_s) / max(self.added_s, 1e-3 * self.step_s, 1e-12)
+
+    def counts(self) -> dict[str, int]:
+        """How many tensors each kind of action was chosen for (codec parameters left out)."""
+        counts: dict[str, int] = {}
+        for action in self.actions.values():
+            kind = str(action).split(":")[0] + (")" if ":" in str(action) else "")
+            counts[kind] = counts.get(kind, 0) + 1
+        return dict(sorted(counts.items()))
+
+    def to_json(self) -> str:
+        """This plan as JSON text."""
+        raw = dataclasses.asdict(dataclasses.replace(self, actions={}))
+        raw["actions"] = {name: str(action) for name, action in self.actions.items()}
+        return json.dumps({"format": PLAN_FORMAT, **raw}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that ``to_json`` wrote.
+
+        Raises:
+            PlanMismatchError: the text is no plan, is cut off, or is of another format version.
+        """
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            if raw.pop("format") != PLAN_FORMAT:
+                raise ValueError(f"plan format is not {PLAN_FORMAT}")
+            raw["gradient_error"] = GradientError(**raw["gradient_error"])
+            raw["actions"] = {name: parse_action(action) for name, action in raw["actions"].items()}
+            return cls(**raw)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanMismatchError(
+                f"this is not a plan written by fxhybrid (or it is cut off): {error}; make one with fxhybrid.plan"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the JSON form to ``path``."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads what ``save`` wrote; raises ``PlanMismatchError`` as ``from_json`` does."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def __str__(self) -> str:
+        lines = [
+            ("budget", format_bytes(self.budget_bytes)),
+            ("predicted peak", format_bytes(self.peak_bytes)),
+            ("added time", f"{self.added_s * 1e3:.2f} ms on {self.step_s * 1e3:.1f} ms"),
+            ("status", f"{self.status} ({self.solver}, gap {self.gap:.1%}, {self.solve_s:.2f} s)"),
+            ("gradient error", str(self.gradient_error)),
+            *((kind, f"{count} tensors") for kind, count in self.counts().items()),
+        ]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -1,0 +1,252 @@
+"""Profile: seconds and allocator rise of every operator call of a graph, measured on this device.
+
+Each distinct call (operator, shapes, strides, dtypes, constants) runs alone a few times on made-up inputs; the
+smallest time counts, since noise only ever adds. Results are kept on disk per processor, thread count, torch
+version and flags.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import fx
+
+from fxhybrid.errors import ProfileError
+from fxhybrid.measure import memory_rise
+
+aten = torch.ops.aten
+REPEATS = 3
+FAST_S = 2e-4
+FAST_REPEATS = 12
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """Seconds of one run and the allocator's peak rise during it, outputs included."""
+
+    seconds: float
+    rise_bytes: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator call without its data: equal calls cost the same.
+
+    Attributes:
+        key: the call as text.
+        target: the operator.
+        args: arguments, with fake tensors standing for the real ones.
+        kwargs: keyword arguments.
+    """
+
+    key: str
+    target: Any = field(compare=False, hash=False)
+    args: tuple[Any, ...] = field(compare=False, hash=False)
+    kwargs: Mapping[str, Any] = field(compare=False, hash=False)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured costs by call key, and the device that they were measured on."""
+
+    device: str
+    costs: Mapping[str, OpCost]
+
+    def cost(self, call: Call) -> OpCost:
+        """The cost of ``call``.
+
+        Raises:
+            ProfileError: the call was not profiled.
+        """
+        if call.key not in self.costs:
+            raise ProfileError(f"no cost is known for {call.key}")
+        return self.costs[call.key]
+
+    def __str__(self) -> str:
+        return f"Profile: {len(self.costs)} calls on {self.device}"
+
+
+def call_of(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Call:
+    """The call with fake tensors (or fx nodes carrying them) as arguments."""
+
+    def value(argument: Any) -> Any:
+        return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+    plain_args = fx.node.map_aggregate(args, value)
+    plain_kwargs = fx.node.map_aggregate(dict(kwargs or {}), value)
+    return Call(f"{target}{_text(plain_args)}{_text(plain_kwargs)}", target, plain_args, plain_kwargs)  # type: ignore[arg-type]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype}[{','.join(map(str, value.shape))}|{','.join(map(str, value.stride()))}]{value.device.type}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_text, value))})"
+    if isinstance(value, Mapping):
+        return f"({', '.join(f'{k}={_text(v)}' for k, v in value.items())})" if value else ""
+    return repr(value)
+
+
+def device_key() -> str:
+    """What a measured time depends on besides the call: processor, threads, torch version, flags."""
+    flags = (
+        torch.get_float32_matmul_precision(),
+        torch.backends.mkldnn.enabled,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    return f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {flags}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None, progress: bool = True) -> Profile:
+    """Measures every distinct call that the cache does not know yet.
+
+    Args:
+        calls: the operator calls of a graph.
+        cache_dir: where to keep results; ``None`` is ``$XDG_CACHE_HOME/fxhybrid``.
+        progress: show a bar on a terminal while measuring.
+
+    Raises:
+        ProfileError: a call cannot be run on made-up inputs.
+    """
+    device = device_key()
+    path = _cache_path(device, cache_dir)
+    costs = _read_cache(path)
+    missing = {call.key: call for call in calls if call.key not in costs}
+    if missing:
+        bar = Progress(
+            TextColumn("profiling operators"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not progress or not Console(stderr=True).is_terminal,
+        )
+        with bar:
+            for call in bar.track(missing.values()):
+                costs[call.key] = measure_call(call)
+        _write_cache(path, costs)
+    return Profile(device, costs)
+
+
+def measure_call(call: Call) -> OpCost:
+    """Runs ``call`` on made-up inputs: smallest time of a few runs, and the allocator's rise.
+
+    Raises:
+        ProfileError: the call fails on made-up inputs.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            args, kwargs = _real_arguments(call)
+
+            def run() -> Any:
+                return call.target(*args, **kwargs)
+
+            run()
+            rise = memory_rise(run).peak_rise_bytes
+            return OpCost(_smallest_seconds(run), rise)
+    except RuntimeError as error:
+        raise ProfileError(f"cannot measure {call.key}: {error}") from error
+
+
+def _smallest_seconds(run: Any) -> float:
+    best = float("inf")
+    done, repeats = 0, REPEATS
+    while done < repeats:
+        start = time.perf_counter()
+        result = run()
+        best = min(best, time.perf_counter() - start)
+        del result
+        done += 1
+        if best < FAST_S:
+            repeats = FAST_REPEATS
+    return best
+
+
+def _real_arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    schema = call.target._schema.arguments if hasattr(call.target, "_schema") else ()
+    args = []
+    for position, argument in enumerate(call.args):
+        limit = index_limit(call, schema[position].name if position < len(schema) else "")
+        args.append(fx.node.map_aggregate(argument, lambda v, limit=limit: _real(v, limit)))
+    kwargs = {
+        name: fx.node.map_aggregate(v, lambda x, name=name: _real(x, index_limit(call, name)))
+        for name, v in call.kwargs.items()
+    }
+    return tuple(args), kwargs
+
+
+def index_limit(call: Call, argument: str) -> int:
+    """Integer inputs named ``argument`` are drawn from [0, limit): what the operator's indices may be."""
+    args = call.args
+    if call.target is aten.embedding.default and argument == "indices":
+        return int(args[0].shape[0])
+    if call.target is aten.embedding_dense_backward.default and argument == "indices":
+        return int(args[2])
+    if call.target in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default) and argument == "target":
+        return int(args[0].shape[1])
+    if call.target in (aten.nll_loss_backward.default, aten.nll_loss2d_backward.default) and argument == "target":
+        return int(args[1].shape[1])
+    return 1
+
+
+def _real(value: Any, limit: int) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    n_elements = value.untyped_storage().nbytes() // value.dtype.itemsize
+    if value.dtype.is_floating_point:
+        base = torch.rand(n_elements, dtype=torch.float32, device=value.device).add_(0.5).to(value.dtype)
+    elif value.dtype is torch.bool:
+        base = torch.rand(n_elements, device=value.device) > 0.5
+    elif value.dtype.is_complex:
+        base = torch.rand(n_elements, dtype=value.dtype, device=value.device)
+    else:
+        base = torch.randint(0, limit, (n_elements,), dtype=value.dtype, device=value.device)
+    return base.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _cache_path(device: str, cache_dir: Path | None) -> Path:
+    root = cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fxhybrid"
+    return root / f"profile-{hashlib.sha256(device.encode()).hexdigest()[:16]}.json"
+
+
+def _read_cache(path: Path) -> dict[str, OpCost]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return {key: OpCost(float(seconds), int(rise)) for key, (seconds, rise) in raw.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # absent or cut off: measuring again is always right
+
+
+def _write_cache(path: Path, costs: Mapping[str, OpCost]) -> None:
+    text = json.dumps({key: (cost.seconds, cost.rise_bytes) for key, cost in costs.items()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        pass  # a read-only home costs a new measurement next time, nothing else

@@ -1,0 +1,144 @@
+"""Run: the two graphs as one differentiable call that lets go of every tensor at its last use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch._aot_autograd.runtime_wrappers import TensorAlias, make_output_handler
+from torch._functorch._aot_autograd.schemas import OutputType
+from torch.autograd.function import once_differentiable
+
+from fxhybrid.graph import InputKind, JointGraph, OutputKind
+from fxhybrid.passes.split import SplitGraphs
+
+_DIFFERENTIABLE = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
+
+
+class StepFunction:
+    """A split step as a function over the graph's flat inputs.
+
+    Attributes:
+        graphs: the halves that run now; may be replaced between steps.
+    """
+
+    def __init__(self, graphs: SplitGraphs, joint: JointGraph, metadata: Any) -> None:
+        """Prepares a step from its halves, the joint graph and AOTAutograd's metadata of the capture."""
+        self.graphs = graphs
+        self.mutated: tuple[int, ...] = tuple(metadata.mutated_inp_runtime_indices)
+        self.gradient_tangents = gradient_tangents(joint)
+        self.tangent_values: tuple[Tensor, ...] = tuple(
+            n.meta["val"]
+            for n, role in zip(joint.placeholders, joint.inputs, strict=True)
+            if role.kind is InputKind.TANGENT
+        )
+        self.aliased = frozenset(metadata.aliased_out_indices)
+        self.fresh_views = frozenset(metadata.unsafe_view_out_indices)
+        infos = metadata.output_info
+        self.n_outputs = len(infos)
+        self.constant = tuple(i for i, info in enumerate(infos) if not info.requires_grad)
+        self.handlers = [make_output_handler(info, metadata, True) for info in infos]
+        bases = range(self.n_outputs, self.n_outputs + metadata.num_intermediate_bases)
+        self.tangent_outputs = (
+            *(i for i, info in enumerate(infos) if _has_tangent(info)),
+            *bases,
+        )
+
+    def __call__(self, *flat_inputs: Any) -> list[Any]:
+        """Runs the forward graph, writes mutations back and gives the user outputs."""
+        results = list(_Step.apply(self, *flat_inputs))
+        if not self.aliased:
+            return results[: self.n_outputs]
+        with torch.enable_grad():
+            inputs = list(flat_inputs)
+            return [handle(inputs, results, out) for handle, out in zip(self.handlers, results, strict=False)]
+
+
+def _has_tangent(info: Any) -> bool:
+    return (
+        info.output_type in _DIFFERENTIABLE
+        and issubclass(info.raw_type, Tensor)
+        and info.requires_grad_for_backward
+    )
+
+
+def gradient_tangents(joint: JointGraph) -> tuple[frozenset[int], ...]:
+    """For each primal, the tangents that its gradient depends on.
+
+    Eager leaves a gradient None where none of these arrives, a traced graph would give zeros.
+    """
+    reach: dict[Any, frozenset[int]] = {}
+    tangents = 0
+    for node, role in zip(joint.placeholders, joint.inputs, strict=True):
+        is_tangent = role.kind is InputKind.TANGENT
+        reach[node] = frozenset([tangents]) if is_tangent else frozenset()
+        tangents += is_tangent
+    for node in joint.module.graph.nodes:
+        if node.op != "placeholder":
+            reach[node] = frozenset().union(*(reach[n] for n in node.all_input_nodes))
+    results = zip(joint.output_nodes, joint.outputs, strict=True)
+    return tuple(
+        reach[node] if node is not None else frozenset()
+        for node, role in results
+        if role.kind is OutputKind.GRADIENT
+    )
+
+
+class _Step(torch.autograd.Function):
+    """One training step; flat inputs in, user outputs (aliases wrapped) out."""
+
+    @staticmethod
+    def forward(ctx: Any, step: StepFunction, *flat_inputs: Any) -> tuple[Any, ...]:
+        graphs = step.graphs
+        with torch._C._DisableAutocast():
+            results = list(graphs.forward.forward(list(flat_inputs)))
+        saved = results[graphs.n_forward_outputs :]
+        del results[graphs.n_forward_outputs :]
+        for position, value in zip(step.mutated, results, strict=False):
+            flat_inputs[position].copy_(value)
+        outputs = results[len(step.mutated) :]
+        del results
+        for i in step.fresh_views:
+            outputs[i] = torch.ops.aten._unsafe_view(outputs[i], outputs[i].shape)
+        for i in step.aliased:
+            outputs[i] = TensorAlias(outputs[i])
+        ctx.save_for_backward(*saved, *(flat_inputs[i] for i in graphs.resident_inputs))
+        ctx.step, ctx.graphs = step, graphs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(outputs[i] for i in step.constant if isinstance(outputs[i], Tensor)))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        step: StepFunction = ctx.step
+        arrived = [output_gradients[i] for i in step.tangent_outputs]
+        present = {i for i, tangent in enumerate(arrived) if tangent is not None}
+        if not present:
+            return (None, *(None for _ in step.gradient_tangents))
+        arguments = _take_saved(ctx)
+        arguments += [_tangent(t, like) for t, like in zip(arrived, step.tangent_values, strict=True)]
+        del arrived
+        with torch._C._DisableAutocast():
+            gradients = ctx.graphs.backward.forward(arguments)
+        needed = zip(gradients, step.gradient_tangents, strict=True)
+        return (None, *(g if sources & present else None for g, sources in needed))
+
+
+def _take_saved(ctx: Any) -> list[Tensor]:
+    """The saved tensors, no longer held by autograd unless the graph is retained."""
+    saved = list(ctx.saved_tensors)
+    ctx.maybe_clear_saved_tensors()
+    return saved
+
+
+def _tangent(tangent: Tensor | None, like: Tensor) -> Tensor:
+    """The tangent in the strides that the graph was traced with; zeros where none arrived."""
+    if tangent is None:
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device).as_strided(like.shape, like.stride())
+    if tangent.stride() == like.stride():
+        return tangent
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(tangent)
+
+

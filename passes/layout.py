@@ -1,0 +1,194 @@
+"""Layout: which nodes allocate, which only look at what others allocated.
+
+A view shares its base's storage, so memory is counted, and decided, per storage. The layout numbers every
+storage that the step makes and lists the ops that make and read them; views and ``getitem`` disappear into
+their readers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxhybrid.graph import InputKind, JointGraph, OutputKind, Phase, node_name, phase_of, storages
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One allocation of the step; ``root`` is the node whose value covers it, if any node reads it."""
+
+    name: str
+    size_bytes: int
+    root: fx.Node | None
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call that allocates or computes; inputs and outputs are storage indices."""
+
+    name: str
+    node: fx.Node
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    recomputable: bool
+    pinned: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Storages and ops of a joint graph.
+
+    Attributes:
+        storages: every allocation, in order of birth.
+        forward: forward ops in order.
+        backward: backward ops in order.
+        storages_of: indices of the storages behind a node's value (resident ones left out).
+        outputs: storages behind user outputs.
+        mutations: storages copied into buffers or inputs after the forward pass.
+        gradients: storages behind gradients.
+    """
+
+    storages: tuple[Storage, ...]
+    forward: tuple[OpCall, ...]
+    backward: tuple[OpCall, ...]
+    storages_of: Mapping[fx.Node, tuple[int, ...]]
+    outputs: tuple[int, ...]
+    mutations: tuple[int, ...]
+    gradients: tuple[int, ...]
+
+    @cached_property
+    def op_nodes(self) -> frozenset[fx.Node]:
+        """Nodes that are ops; all other calls are views and getitems."""
+        return frozenset(op.node for op in self.forward + self.backward)
+
+
+def layout_of(joint: JointGraph) -> Layout:
+    """The layout of ``joint``; reads shapes and aliases from ``meta["val"]`` only."""
+    return _Builder(joint).build()
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the node draws random numbers (attention ops only if their dropout is on)."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    for position, argument in enumerate(target._schema.arguments):
+        if argument.name == "dropout_p":
+            value = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+            return value != 0
+    if target is aten.native_dropout.default:
+        return bool(node.args[2]) if len(node.args) > 2 else True
+    return True
+
+
+def recompute_form(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """Another call with the same leading outputs that leaves running statistics alone, if there is one."""
+    if node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True:
+        x, weight, bias, _, _, training, momentum, eps = node.args
+        return aten._native_batch_norm_legit.no_stats, (x, weight, bias, training, momentum, eps)
+    return None
+
+
+class _Builder:
+    def __init__(self, joint: JointGraph) -> None:
+        self.joint = joint
+        self.storage_index: dict[int, int] = {}
+        self.found: list[Storage] = []
+        self.storages_of: dict[fx.Node, tuple[int, ...]] = {}
+        self.overwritten: set[int] = set()
+        self.name_counts: Counter[str] = Counter()
+        self.ops: dict[Phase, list[OpCall]] = {Phase.FORWARD: [], Phase.BACKWARD: []}
+
+    def build(self) -> Layout:
+        for node, role in zip(self.joint.placeholders, self.joint.inputs, strict=True):
+            if role.mutated:
+                self.overwritten.update(storages(node.meta["val"]))
+        for node in self.joint.module.graph.nodes:
+            if node.op == "call_function":
+                self._visit(node)
+        return Layout(
+            tuple(self.found),
+            tuple(self.ops[Phase.FORWARD]),
+            tuple(self.ops[Phase.BACKWARD]),
+            self.storages_of,
+            self._role_storages(OutputKind.USER_OUTPUT),
+            self._role_storages(OutputKind.MUTATION),
+            self._role_storages(OutputKind.GRADIENT),
+        )
+
+    def _visit(self, node: fx.Node) -> None:
+        behind = storages(node.meta.get("val"))
+        read = {s for n in node.all_input_nodes for s in storages(n.meta.get("val"))}
+        is_view = node.target is operator.getitem or (behind and set(behind) <= read and not is_random(node))
+        if not is_view:
+            self._add_op(node, [s for s in dict.fromkeys(behind) if s not in read])
+        self.storages_of[node] = self._known(behind)
+
+    def _add_op(self, node: fx.Node, made: list[int]) -> None:
+        base = node_name(node)
+        name = f"{base}.{self.name_counts[base]}"
+        self.name_counts[base] += 1
+        sizes = dict(zip(storages(node.meta.get("val")), _storage_bytes(node.meta.get("val")), strict=True))
+        outputs = []
+        for position, storage in enumerate(made):
+            self.storage_index[storage] = len(self.found)
+            outputs.append(len(self.found))
+            label = name if len(made) == 1 else f"{name}:{position}"
+            self.found.append(Storage(label, sizes[storage], _root(node, storage)))
+        inputs = self._known(s for n in node.all_input_nodes for s in storages(n.meta.get("val")))
+        random = is_random(node)
+        call = OpCall(name, node, inputs, tuple(outputs), not random and not self._reads_overwritten(node), random)
+        self.ops[phase_of(node)].append(call)
+
+    def _reads_overwritten(self, node: fx.Node) -> bool:
+        """Whether running the node again would read contents that the step has replaced by then."""
+        form = recompute_form(node)
+        arguments = form[1] if form else (node.args, node.kwargs)
+        nodes: list[fx.Node] = []
+        fx.node.map_arg(arguments, nodes.append)
+        return any(s in self.overwritten for n in nodes for s in storages(n.meta.get("val")))
+
+    def _known(self, behind: Iterable[int]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(self.storage_index[s] for s in behind if s in self.storage_index))
+
+    def _role_storages(self, kind: OutputKind) -> tuple[int, ...]:
+        behind = (
+            s
+            for node, role in zip(self.joint.output_nodes, self.joint.outputs, strict=True)
+            if role.kind is kind and node is not None
+            for s in storages(node.meta["val"])
+        )
+        return self._known(behind)
+
+
+def _root(node: fx.Node, storage: int) -> fx.Node | None:
+    """The node whose value is the whole storage: the op itself or the getitem of one of its outputs."""
+    if isinstance(node.meta.get("val"), torch.Tensor):
+        return node
+    for user in node.users:
+        if user.target is operator.getitem and storages(user.meta["val"]) == [storage]:
+            return user
+    return None
+
+
+def _storage_bytes(value: Any) -> list[int]:
+    if isinstance(value, torch.Tensor):
+        return [value.untyped_storage().nbytes()]
+    if isinstance(value, (list, tuple)):
+        return [n for item in value for n in _storage_bytes(item)]
+    return []
+
+
+def resident_nodes(joint: JointGraph) -> list[fx.Node]:
+    """Placeholders that are alive through the whole step: all but tangents."""
+    pairs = zip(joint.placeholders, joint.inputs, strict=True)
+    return [node for node, role in pairs if role.kind is not InputKind.TANGENT]

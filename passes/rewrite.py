@@ -1,0 +1,150 @@
+"""Rewrite: one new joint graph that carries out a schedule, instruction by instruction.
+
+Nodes named ``compress_*``, ``decompress_*`` and ``recompute_*`` are new; all others are copies. Views follow
+their base: each is written again right before a reader that needs it, in the half of the step where it is read.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+import fxhybrid.codecs  # noqa: F401  (registers the compress and decompress operators)
+from fxhybrid.graph import TAG, JointGraph, NodeTag, OutputKind, Phase
+from fxhybrid.passes.layout import Layout, OpCall, recompute_form
+from fxhybrid.schedule import Instruction, Kind, Schedule
+
+
+def rewrite(joint: JointGraph, layout: Layout, schedule: Schedule) -> JointGraph:
+    """The joint graph that carries out ``schedule``; its roles are those of ``joint``."""
+    return _Rewriter(joint, layout).run(schedule)
+
+
+class _Rewriter:
+    def __init__(self, joint: JointGraph, layout: Layout) -> None:
+        self.joint = joint
+        self.layout = layout
+        self.graph = fx.Graph()
+        self.phase = Phase.FORWARD
+        self.returned = frozenset((*layout.outputs, *layout.mutations, *layout.gradients))
+        self.resident: dict[fx.Node, fx.Node] = {}
+        self.views: dict[tuple[fx.Node, tuple[int, ...], Phase], fx.Node] = {}
+        self.whole: dict[int, fx.Node] = {}  # value -> new node that holds the whole storage
+        self.encoded: dict[int, tuple[fx.Node, fx.Node]] = {}  # value -> its qdata and header
+        self.at: dict[int, int] = {}  # storage -> value to read it from, here and now
+        self.original: dict[int, int] = {}  # storage -> value that its own op made
+        self.read_values: frozenset[int] = frozenset()
+        self.counts = {"compress": 0, "decompress": 0, "recompute": 0}
+
+    def run(self, schedule: Schedule) -> JointGraph:
+        for node in self.joint.module.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self.resident[node] = self._tag(self.graph.node_copy(node), node.meta["val"])
+        self.read_values = frozenset(v for i in schedule.instructions for v in i.reads)
+        for instruction in schedule.instructions[: schedule.n_forward]:
+            self._emit(instruction)
+        outputs = self._outputs(of_forward=True)
+        self.phase = Phase.BACKWARD
+        for instruction in schedule.instructions[schedule.n_forward :]:
+            self._emit(instruction)
+        outputs += self._outputs(of_forward=False)
+        self._tag(self.graph.output(tuple(outputs)), None)
+        return JointGraph(fx.GraphModule(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)
+
+    def _emit(self, instruction: Instruction) -> None:
+        if instruction.kind is Kind.ENCODE:
+            self._emit_encode(instruction)
+        elif instruction.kind is Kind.DECODE:
+            self._emit_decode(instruction)
+        else:
+            self._emit_op(instruction)
+
+    def _emit_op(self, instruction: Instruction) -> None:
+        rerun = instruction.kind is Kind.RERUN
+        ops = self.layout.forward if rerun or self.phase is Phase.FORWARD else self.layout.backward
+        op = ops[instruction.op]
+        self.at = dict(zip(op.inputs, instruction.reads, strict=True))
+        form = recompute_form(op.node) if rerun else None
+        target, args = form or (op.node.target, op.node.args)
+        new = self.graph.create_node(
+            "call_function",
+            target,
+            fx.node.map_arg(args, self._resolve),
+            {} if form else fx.node.map_arg(op.node.kwargs, self._resolve),
+            self._name("recompute") if rerun else op.node.name,
+        )
+        self._tag(new, op.node.meta.get("val"))
+        self._take_outputs(op, new, instruction)
+
+    def _take_outputs(self, op: OpCall, new: fx.Node, instruction: Instruction) -> None:
+        for storage, value in zip(op.outputs, instruction.writes, strict=True):
+            root = self.layout.storages[storage].root
+            wanted = value in self.read_values
+            if instruction.kind is Kind.RUN:
+                self.original[storage] = value
+                wanted = wanted or storage in self.returned
+            if root is op.node:
+                self.whole[value] = new
+            elif root is not None and wanted:
+                part = self.graph.call_function(operator.getitem, (new, root.args[1]))
+                self.whole[value] = self._tag(part, root.meta["val"])
+
+    def _emit_encode(self, instruction: Instruction) -> None:
+        source = self.whole[instruction.reads[0]]
+        compress = torch.ops.fxhybrid.compress.default
+        new = self.graph.create_node(
+            "call_function", compress, (source, instruction.codec), name=self._name("compress")
+        )
+        made = compress(source.meta["val"], instruction.codec)
+        self._tag(new, made)
+        qdata, header = (
+            self._tag(self.graph.call_function(operator.getitem, (new, i)), made[i]) for i in range(2)
+        )
+        self.encoded[instruction.writes[0]] = (qdata, header)
+
+    def _emit_decode(self, instruction: Instruction) -> None:
+        root = self.layout.storages[instruction.op].root
+        assert root is not None, "only tensors that are read can be decoded"
+        value: torch.Tensor = root.meta["val"]
+        shape = (list(value.shape), list(value.stride()), value.dtype)
+        new = self.graph.create_node(
+            "call_function",
+            torch.ops.fxhybrid.decompress.default,
+            (*self.encoded[instruction.reads[0]], instruction.codec, *shape),
+            name=self._name("decompress"),
+        )
+        self.whole[instruction.writes[0]] = self._tag(new, value)
+
+    def _resolve(self, node: fx.Node) -> fx.Node:
+        """The new node that stands for ``node`` in the instruction being written."""
+        if node in self.resident:
+            return self.resident[node]
+        behind = self.layout.storages_of[node]
+        is_output = node in self.layout.op_nodes or (
+            node.target is operator.getitem and node.args[0] in self.layout.op_nodes
+        )
+        if is_output:
+            return self.whole[self.at[behind[0]]]
+        key = (node, tuple(self.at[s] for s in behind), self.phase)
+        if key not in self.views:
+            self.views[key] = self._tag(self.graph.node_copy(node, self._resolve), node.meta["val"])
+        return self.views[key]
+
+    def _outputs(self, of_forward: bool) -> list[fx.Node | None]:
+        self.at = self.original
+        return [
+            None if node is None else self._resolve(node)
+            for node, role in zip(self.joint.output_nodes, self.joint.outputs, strict=True)
+            if (role.kind is not OutputKind.GRADIENT) is of_forward
+        ]
+
+    def _name(self, kind: str) -> str:
+        self.counts[kind] += 1
+        return f"{kind}_{self.counts[kind] - 1}"
+
+    def _tag(self, node: fx.Node, value: Any) -> fx.Node:
+        node.meta = {"val": value, TAG: NodeTag(self.phase)}
+        return node

@@ -1,0 +1,82 @@
+"""Split: a rewritten joint graph becomes a forward and a backward graph, called boxed.
+
+What crosses is exactly what the plan stores, plus resident inputs. Boxed calls hand over a list that the graph
+empties, so that a saved tensor dies at its last use and not when the call returns.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import fx
+from torch.fx.graph import _BoxedCodeGen
+
+from fxhybrid.graph import InputKind, JointGraph, OutputKind, Phase, phase_of
+
+
+@dataclass(frozen=True, eq=False)
+class SplitGraphs:
+    """The two halves of a step.
+
+    Attributes:
+        forward: takes all primals; returns mutations, user outputs, then the saved values.
+        backward: takes saved values, resident inputs, then tangents; returns the gradients.
+        n_forward_outputs: how many of forward's results are mutations and user outputs.
+        n_saved: how many saved values follow them.
+        resident_inputs: positions among the primals of those that backward reads.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    n_forward_outputs: int
+    n_saved: int
+    resident_inputs: tuple[int, ...]
+
+
+def split(joint: JointGraph) -> SplitGraphs:
+    """The halves of ``joint``; its nodes must be tagged with their phase."""
+    placeholders = joint.placeholders
+    roles = dict(zip(placeholders, joint.inputs, strict=True))
+    primals = [n for n in placeholders if roles[n].kind is not InputKind.TANGENT]
+    tangents = [n for n in placeholders if roles[n].kind is InputKind.TANGENT]
+    results = list(zip(joint.output_nodes, joint.outputs, strict=True))
+    returned = [n for n, role in results if role.kind is not OutputKind.GRADIENT]
+    gradients = [n for n, role in results if role.kind is OutputKind.GRADIENT]
+    crossing = _crossing(joint, gradients)
+    saved = [n for n in crossing if n.op == "call_function"]
+    resident = [n for n in crossing if n.op == "placeholder" and n not in tangents]
+    forward = _extract(joint, Phase.FORWARD, primals, [*returned, *saved])
+    backward = _extract(joint, Phase.BACKWARD, [*saved, *resident, *tangents], gradients)
+    positions = tuple(primals.index(n) for n in resident)
+    return SplitGraphs(forward, backward, len(returned), len(saved), positions)
+
+
+def _crossing(joint: JointGraph, gradients: list[fx.Node | None]) -> list[fx.Node]:
+    """Nodes made before the backward pass and read in it, in order of birth."""
+    read = dict.fromkeys(n for n in gradients if n is not None)
+    for node in joint.module.graph.nodes:
+        if node.op == "call_function" and phase_of(node) is Phase.BACKWARD:
+            read.update(dict.fromkeys(node.all_input_nodes))
+    return [
+        n for n in joint.module.graph.nodes if n in read and n.op != "get_attr" and phase_of(n) is Phase.FORWARD
+    ]
+
+
+def _extract(
+    joint: JointGraph, phase: Phase, inputs: list[fx.Node], results: list[fx.Node | None]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.set_codegen(_BoxedCodeGen())
+    new: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        new[node] = graph.placeholder(node.name)
+        new[node].meta = copy.copy(node.meta)
+    for node in joint.module.graph.nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and phase_of(node) is phase):
+            new[node] = graph.node_copy(node, lambda n: new[n])
+    graph.output([None if n is None else new[n] for n in results])
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    return fx.GraphModule(joint.module, graph)

@@ -1,0 +1,108 @@
+"""Problem: layout and profile become plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxhybrid.codecs import TensorMeta, get_codec
+from fxhybrid.graph import InputKind, JointGraph
+from fxhybrid.passes.layout import Layout, OpCall
+from fxhybrid.problem import CodecOption, Op, Problem, Tensor
+from fxhybrid.profile import Call, Profile, call_of
+
+CodecChoices = Mapping[int, tuple[str, ...]]
+
+
+def calls_of(layout: Layout, choices: CodecChoices) -> Iterable[Call]:
+    """Every call whose cost the problem needs: ops, and encode and decode of each offered codec."""
+    for op in layout.forward + layout.backward:
+        yield _op_call(op)
+    for storage, codecs in choices.items():
+        for codec in codecs:
+            yield from _codec_calls(_root_value(layout, storage), codec)
+
+
+def problem_of(
+    joint: JointGraph,
+    layout: Layout,
+    profile: Profile,
+    choices: CodecChoices,
+    errors: Mapping[tuple[int, str], float],
+    resident_bytes: int,
+) -> Problem:
+    """The planning problem of ``layout`` with ``profile``'s costs.
+
+    Args:
+        choices: codecs offered per storage.
+        errors: relative gradient error of each (storage, codec); 0 where not named.
+        resident_bytes: everything that is alive through the whole step.
+    """
+    tensors = tuple(
+        Tensor(s.name, s.size_bytes, _options(layout, profile, i, choices.get(i, ()), errors))
+        for i, s in enumerate(layout.storages)
+    )
+    tangents = (n for n, r in zip(joint.placeholders, joint.inputs, strict=True) if r.kind is InputKind.TANGENT)
+    return Problem(
+        tensors,
+        tuple(_op(op, profile) for op in layout.forward),
+        tuple(_op(op, profile) for op in layout.backward),
+        layout.outputs,
+        layout.mutations,
+        layout.gradients,
+        resident_bytes,
+        sum(n.meta["val"].untyped_storage().nbytes() for n in tangents),
+    )
+
+
+def _op(op: OpCall, profile: Profile) -> Op:
+    cost = profile.cost(_op_call(op))
+    return Op(op.name, op.inputs, op.outputs, cost.seconds, cost.rise_bytes, op.recomputable, op.pinned)
+
+
+def _op_call(op: OpCall) -> Call:
+    return call_of(op.node.target, op.node.args, op.node.kwargs)
+
+
+def _root_value(layout: Layout, storage: int) -> torch.Tensor:
+    root = layout.storages[storage].root
+    assert isinstance(root, fx.Node), "codecs are offered only for storages that are read"
+    value: torch.Tensor = root.meta["val"]
+    return value
+
+
+def _codec_calls(value: torch.Tensor, codec: str) -> tuple[Call, Call]:
+    encode = call_of(torch.ops.fxhybrid.compress.default, (value, codec))
+    qdata_bytes, header_bytes = get_codec(codec).encoded_bytes(TensorMeta.of(value))
+    parts = [torch.empty(n, dtype=torch.uint8, device="meta") for n in (qdata_bytes, header_bytes)]
+    shape: tuple[Any, ...] = (list(value.shape), list(value.stride()), value.dtype)
+    return encode, call_of(torch.ops.fxhybrid.decompress.default, (*parts, codec, *shape))
+
+
+def _options(
+    layout: Layout,
+    profile: Profile,
+    storage: int,
+    codecs: tuple[str, ...],
+    errors: Mapping[tuple[int, str], float],
+) -> tuple[CodecOption, ...]:
+    options = []
+    for text in codecs:
+        value, codec = _root_value(layout, storage), get_codec(text)
+        encode, decode = (profile.cost(call) for call in _codec_calls(value, text))
+        options.append(
+            CodecOption(
+                text,
+                sum(codec.encoded_bytes(TensorMeta.of(value))),
+                encode.seconds,
+                decode.seconds,
+                encode.rise_bytes,
+                decode.rise_bytes,
+                codec.lossless,
+                errors.get((storage, text), 0.0),
+            )
+        )
+    return tuple(options)

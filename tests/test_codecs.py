@@ -1,0 +1,304 @@
+"""One conformance suite over every registered codec, then what is special about each lossless one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import max_pool2d
+
+from fxhybrid.codecs import Codec, TensorMeta, candidate_codecs, get_codec, register, registered_names
+from fxhybrid.errors import CodecError
+
+
+def floats(dtype: torch.dtype) -> Callable[..., Tensor]:
+    return lambda *shape: torch.randn(shape).to(dtype)
+
+
+def bools(*shape: int) -> Tensor:
+    return torch.rand(shape) > 0.5
+
+
+def integers(dtype: torch.dtype, largest: int) -> Callable[..., Tensor]:
+    return lambda *shape: torch.randint(0, largest + 1, shape, dtype=dtype)
+
+
+def pool_indices(*shape: int) -> Tensor:
+    """Valid indices of a 3x3 pool, stride 2, padding 1, over 9 x 9 planes: shape must end in 5, 5."""
+    x = torch.randn(*shape[:-2], 9, 9)
+    return max_pool2d(x, 3, 2, 1, return_indices=True)[1]
+
+
+POOL = "pool:3,3,2,2,1,1,1,1,9,9"
+ROWWISE_SHAPES = [(4, 8, 16), (3, 5, 7, 7), (63,), (1,), (), (0,), (2, 0, 3), (3000, 701)]
+ANY_SHAPES = [(2, 3, 8, 8), (3, 5, 7), (1,), (9,), (8,), (), (0, 4)]
+POOL_SHAPES = [(2, 3, 5, 5), (4, 5, 5), (1, 1, 5, 5), (0, 3, 5, 5)]
+CASES: list[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]]] = [
+    ("bitpack", bools, ANY_SHAPES),
+    ("narrow:uint8", integers(torch.int64, 255), ANY_SHAPES),
+    ("narrow:int16", integers(torch.int32, 2**15 - 1), ANY_SHAPES),
+    ("narrow:int32", integers(torch.int64, 2**31 - 1), ANY_SHAPES),
+    (POOL, pool_indices, POOL_SHAPES),
+    ("rowwise8:64", floats(torch.float32), ROWWISE_SHAPES),
+    ("rowwise4:64", floats(torch.bfloat16), ROWWISE_SHAPES),
+    ("rowwise4:98", floats(torch.float32), ROWWISE_SHAPES),
+    ("rowwise2:64", floats(torch.float32), ROWWISE_SHAPES),
+    ("rowwise2:64", floats(torch.float16), ROWWISE_SHAPES),
+]
+INPUTS = [
+    pytest.param(spec, make, shape, id=f"{spec}-{make(*shape).dtype}-{'x'.join(map(str, shape))}")
+    for spec, make, shapes in CASES
+    for shape in shapes
+]
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """The same values in every kind of dense layout, and as a part of a larger storage."""
+    found = [x, torch.cat([x.flatten(), x.flatten()])[x.numel() :].view(x.shape)]
+    if x.dim() >= 2:
+        reverse = list(range(x.dim()))[::-1]
+        found.append(x.permute(reverse).contiguous().permute(reverse))
+    if x.dim() == 4:
+        found.append(x.contiguous(memory_format=torch.channels_last))
+    return found
+
+
+def round_trip(codec: Codec, x: Tensor) -> Tensor:
+    qdata, header = codec.encode(x)
+    return codec.decode(qdata, header, TensorMeta.of(x))
+
+
+def test_every_registered_codec_is_in_the_suite() -> None:
+    assert {spec.partition(":")[0] for spec, _, _ in CASES} == set(registered_names())
+
+
+@pytest.mark.parametrize(("spec", "make", "shape"), INPUTS)
+def test_conforms(spec: str, make: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    codec = get_codec(spec)
+    assert codec.spec == spec
+    for x in layouts(make(*shape)):
+        meta, before = TensorMeta.of(x), x.clone()
+        assert codec.supports(meta)
+        qdata, header = torch.ops.fxhybrid.compress(x, spec)
+        assert torch.equal(x, before)
+        for part, n_bytes in zip((qdata, header), codec.encoded_bytes(meta), strict=True):
+            assert part.dtype == torch.uint8
+            assert part.shape == (n_bytes,)
+            assert part.untyped_storage().nbytes() == n_bytes
+            assert n_bytes == 0 or part.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        arguments = (qdata, header, spec, meta.shape, meta.stride, meta.dtype)
+        decoded = torch.ops.fxhybrid.decompress(*arguments)
+        assert TensorMeta.of(decoded) == meta
+        assert decoded.untyped_storage().nbytes() == meta.nbytes
+        if codec.lossless:
+            assert torch.equal(decoded, x)
+        again = codec.encode(x)
+        assert torch.equal(again[0], qdata)
+        assert torch.equal(again[1], header)
+        assert torch.equal(codec.decode(qdata, header, meta), decoded)
+        check_fakes(x, arguments)
+
+
+def check_fakes(x: Tensor, arguments: tuple[object, ...]) -> None:
+    qdata, header, spec, *rest = arguments
+    with FakeTensorMode() as mode:
+        fakes = torch.ops.fxhybrid.compress(mode.from_tensor(x), spec)
+        fake_decoded = torch.ops.fxhybrid.decompress(*fakes, spec, *rest)
+    for fake, real in zip(fakes, (qdata, header), strict=True):
+        assert isinstance(real, Tensor)
+        assert TensorMeta.of(fake) == TensorMeta.of(real)
+        assert fake.untyped_storage().nbytes() == real.untyped_storage().nbytes()
+    assert TensorMeta.of(fake_decoded) == TensorMeta.of(x)
+    assert fake_decoded.untyped_storage().nbytes() == TensorMeta.of(x).nbytes
+
+
+@pytest.mark.parametrize(("spec", "make", "shapes"), CASES)
+def test_operators_pass_opcheck(
+    spec: str, make: Callable[..., Tensor], shapes: list[tuple[int, ...]]
+) -> None:
+    x = make(*shapes[0])
+    torch.library.opcheck(torch.ops.fxhybrid.compress.default, (x, spec))
+    encoded = get_codec(spec).encode(x)
+    rest = (spec, list(x.shape), list(x.stride()), x.dtype)
+    torch.library.opcheck(torch.ops.fxhybrid.decompress.default, (*encoded, *rest))
+
+
+@pytest.mark.parametrize(("spec", "make", "shapes"), CASES)
+def test_refuses_what_it_does_not_support(
+    spec: str, make: Callable[..., Tensor], shapes: list[tuple[int, ...]]
+) -> None:
+    codec = get_codec(spec)
+    gaps = torch.zeros(8, 5, 5, dtype=make(*shapes[0]).dtype)[::2]
+    overlapping = gaps[:1].expand(4, 5, 5)
+    for x in (gaps, overlapping, torch.zeros(64, 5, 5, dtype=torch.complex64)):
+        assert not codec.supports(TensorMeta.of(x))
+        with pytest.raises(CodecError, match="cannot encode"):
+            codec.encode(x)
+    good = make(*shapes[0])
+    qdata, header = codec.encode(good)
+    with pytest.raises(CodecError, match="is encoded in"):
+        codec.decode(qdata[1:], header, TensorMeta.of(good))
+
+
+def test_compress_of_a_tensor_that_requires_grad_records_nothing() -> None:
+    x = torch.randn(4, 64, requires_grad=True)
+    qdata, header = torch.ops.fxhybrid.compress(x, "rowwise8:64")
+    decoded = get_codec("rowwise8:64").decode(qdata, header, TensorMeta.of(x))
+    assert decoded.grad_fn is None
+    assert qdata.grad_fn is None
+
+
+BAD_SPECS = [
+    "",
+    "zip",
+    "zip:3",
+    "bitpack:1",
+    "narrow",
+    "narrow:int64",
+    "rowwise4",
+    "rowwise4:x",
+    "rowwise4:0",
+    "rowwise4:-64",
+    "rowwise4:49",
+    "rowwise2:98",
+    "rowwise8: 64",
+    "rowwise8:64,2",
+    "pool:3,3",
+    "pool:17,17,1,1,0,0,1,1,99,99",
+    "pool:3,3,0,2,1,1,1,1,9,9",
+    "pool:3,3,2,2,-1,1,1,1,9,9",
+]
+
+
+@pytest.mark.parametrize("spec", BAD_SPECS)
+def test_bad_spec_is_an_error(spec: str) -> None:
+    with pytest.raises(CodecError):
+        get_codec(spec)
+
+
+def test_unknown_name_lists_the_registered_ones() -> None:
+    with pytest.raises(CodecError, match="bitpack, narrow, pool, rowwise2, rowwise4, rowwise8"):
+        get_codec("zip")
+
+
+def test_a_name_is_registered_once() -> None:
+    for name in ("bitpack", "", "a:b"):
+        with pytest.raises(CodecError):
+            register(name, lambda parameters: get_codec("bitpack"))
+
+
+def test_dense_means_no_gaps_and_no_overlaps() -> None:
+    def dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+        return TensorMeta(shape, stride, torch.float32).is_dense
+
+    assert dense((), ())
+    assert dense((2, 3), (3, 1))
+    assert dense((2, 3), (1, 2))
+    assert dense((2, 1, 3), (3, 77, 1))
+    assert dense((2, 0), (5, 5))
+    assert not dense((2, 3), (4, 1))
+    assert not dense((2, 3), (0, 1))
+    assert not dense((2, 3), (1, 1))
+    assert not dense((2, 3), (1,))
+
+
+@st.composite
+def dense_shapes(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    shape = draw(st.lists(st.integers(0, 9), max_size=4))
+    return shape, draw(st.permutations(range(len(shape))))
+
+
+def permuted(x: Tensor, order: list[int]) -> Tensor:
+    """x with its dimensions laid out in this order in storage."""
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.dim())])
+
+
+@settings(max_examples=60, deadline=None)
+@given(dense_shapes(), st.integers(0, 2**31), st.sampled_from([case for case in CASES if case[0] != POOL]))
+def test_any_dense_layout_round_trips(
+    layout: tuple[list[int], list[int]], seed: int, case: tuple[str, Callable[..., Tensor], object]
+) -> None:
+    torch.manual_seed(seed)
+    spec, make, _ = case
+    x = permuted(make(*layout[0]), layout[1])
+    decoded = round_trip(get_codec(spec), x)
+    assert TensorMeta.of(decoded) == TensorMeta.of(x)
+    if get_codec(spec).lossless:
+        assert torch.equal(decoded, x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_pool_indices_round_trip(data: st.DataObject) -> None:
+    small = st.integers(1, 4)
+    kernel, stride, dilation = (data.draw(st.tuples(small, small)) for _ in range(3))
+    padding = tuple(data.draw(st.integers(0, size // 2)) for size in kernel)
+    plane = [data.draw(st.integers((k - 1) * d + 1, 20)) for k, d in zip(kernel, dilation, strict=True)]
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    x = torch.randint(0, 3, (2, 3, *plane)).float()  # many ties
+    if data.draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    ceil_mode = data.draw(st.booleans())
+    _, indices = max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
+    values = (*kernel, *stride, *padding, *dilation, *plane)
+    codec = get_codec("pool:" + ",".join(map(str, values)))
+    for layout in layouts(indices):
+        assert torch.equal(round_trip(codec, layout), indices)
+
+
+def test_pool_takes_nan_and_minus_infinity() -> None:
+    x = torch.full((1, 2, 9, 9), -torch.inf)
+    x[0, 1, 4, 4] = torch.nan
+    _, indices = max_pool2d(x, 3, 2, 1, return_indices=True)
+    assert torch.equal(round_trip(get_codec(POOL), indices), indices)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "largest"),
+    [("uint8", torch.int32, 255), ("int16", torch.int64, 2**15 - 1), ("int32", torch.int64, 2**31 - 1)],
+)
+def test_narrow_holds_the_whole_range(name: str, dtype: torch.dtype, largest: int) -> None:
+    x = torch.tensor([0, 1, largest], dtype=dtype)
+    assert torch.equal(round_trip(get_codec(f"narrow:{name}"), x), x)
+
+
+def candidates(x: Tensor, max_value: int | None = None) -> list[str]:
+    return [codec.spec for codec in candidate_codecs(TensorMeta.of(x), max_value=max_value)]
+
+
+def test_candidates() -> None:
+    assert candidates(torch.zeros(9, dtype=torch.bool)) == ["bitpack"]
+    assert candidates(torch.zeros(9, dtype=torch.int64)) == []
+    assert candidates(torch.zeros(9, dtype=torch.int64), 255) == ["narrow:uint8"]
+    assert candidates(torch.zeros(9, dtype=torch.int32), 256) == ["narrow:int16"]
+    assert candidates(torch.zeros(9, dtype=torch.int64), 2**15) == ["narrow:int32"]
+    assert candidates(torch.zeros(9, dtype=torch.int32), 2**15) == []
+    assert candidates(torch.zeros(9, dtype=torch.int64), 2**31) == []
+    assert candidates(torch.zeros(9, dtype=torch.int64), -1) == []
+    assert candidates(torch.zeros(0)) == candidates(torch.zeros(63)) == []
+    assert candidates(torch.zeros(9, 64, dtype=torch.float64)) == []
+    assert candidates(torch.zeros(64, 9)[:, :8]) == []
+    assert candidates(torch.zeros(0, dtype=torch.bool)) == []
+
+
+@pytest.mark.parametrize(
+    ("x", "rows"),
+    [
+        (torch.zeros(2, 8, 28, 28), (784, 784, 784)),  # a row per sample and channel
+        (torch.zeros(2, 8, 7, 7), (98, 98, 196)),  # 49 is too short and not of whole bytes
+        (torch.zeros(2, 4, 112, 112), (3136, 3136, 3136)),  # 12544 is halved twice
+        (torch.zeros(4, 128, 1, 1), (128, 128, 128)),
+        (torch.zeros(3, 5, 768), (768, 768, 768)),
+        (torch.zeros(6, 768).t(), (768, 768, 768)),
+        (torch.zeros(2, 96, 8, 8).contiguous(memory_format=torch.channels_last), (96, 96, 96)),
+        (torch.zeros(100_003), (256, 256, 256)),  # prime: the rest goes into the header
+    ],
+)
+def test_row_length(x: Tensor, rows: tuple[int, int, int]) -> None:
+    assert candidates(x) == [f"rowwise{bits}:{row}" for bits, row in zip((8, 4, 2), rows, strict=True)]
