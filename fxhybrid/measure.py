@@ -115,18 +115,18 @@ def measure_step(
         base_bytes = sum(_storages(_resident(modules, tensors, optimizer)).values())
         rise_bytes, stray_bytes = _cuda_rise(step, device).peak_rise_bytes, 0
     else:
-        with _recording() as recording, _collected():
+        with recording() as recorded, _collected():
             step()
             gc.collect()
             base = _storages(_resident(modules, tensors, optimizer))
-            recording.mark()
+            recorded.mark()
             step()
-            recording.mark()
+            recorded.mark()
         base_bytes = sum(base.values())
         live: dict[int, int] = {}
-        _walk(recording.segments[0], live)
+        _walk(recorded.segments[0], live)
         stray_bytes = sum(n_bytes for address, n_bytes in live.items() if address not in base)
-        rise_bytes, _ = _walk(recording.segments[1], live)
+        rise_bytes, _ = _walk(recorded.segments[1], live)
     return StepMeasurement(base_bytes, rise_bytes, base_bytes + rise_bytes, seconds, stray_bytes)
 
 
@@ -135,11 +135,11 @@ def memory_rise(fn: Callable[[], object], *, device: torch.device | str = "cpu")
     device = torch.device(device)
     if device.type == "cuda":
         return _cuda_rise(fn, device)
-    with _recording() as recording, _collected():
-        recording.mark()
+    with recording() as recorded, _collected():
+        recorded.mark()
         result = fn()
-        recording.mark()
-    return MemoryRise(*_walk(recording.segments[1], {}), result)
+        recorded.mark()
+    return MemoryRise(*_walk(recorded.segments[1], {}), result)
 
 
 def memory_rises(
@@ -153,21 +153,25 @@ def memory_rises(
             rise = _cuda_rise(fn, device)
             rises.append(MemoryRise(rise.peak_rise_bytes, rise.retained_bytes))
         return rises
-    with _recording() as recording, _collected():
+    with recording() as recorded, _collected():
         for fn in fns:
-            recording.mark()
+            recorded.mark()
             result = fn()
-            recording.mark()
+            recorded.mark()
             del result
     # segments: before the first call, call 0, between, call 1, between ...
-    return [MemoryRise(*_walk(segment, {})) for segment in recording.segments[1::2]]
+    return [MemoryRise(*_walk(segment, {})) for segment in recorded.segments[1::2]]
 
 
 @dataclass
-class _Recording:
+class Recording:
     """Allocator events in order of time, cut into segments at the marks."""
 
     segments: list[list[_Event]] = field(default_factory=lambda: [[]])
+
+    def peak_rise_bytes(self, segment: int) -> int:
+        """Largest (allocated - freed) bytes of blocks born in one segment."""
+        return _walk(self.segments[segment], {})[0]
 
     def mark(self) -> None:
         with torch.profiler.record_function(_MARK):
@@ -175,24 +179,24 @@ class _Recording:
 
 
 @contextmanager
-def _recording() -> Iterator[_Recording]:
+def recording() -> Iterator[Recording]:
     """Record the CPU allocator's events; the segments are there after the block."""
     if _profiler._profiler_enabled():
         raise ProfileError("a torch profiler is already running; measure outside of it")
-    recording = _Recording()
+    recorded = Recording()
     # Only user scopes: no events of single ops, which would cost more than all else.
     config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig(), "")
     with _quiet_kineto():
         _profiler._prepare_profiler(config, {ProfilerActivity.CPU})
         _profiler._enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
     try:
-        yield recording
+        yield recorded
     finally:
         result = _profiler._disable_profiler()
-    _fill(recording, result.experimental_event_tree())
+    _fill(recorded, result.experimental_event_tree())
 
 
-def _fill(recording: _Recording, tree: list[Any]) -> None:
+def _fill(recorded: Recording, tree: list[Any]) -> None:
     flat, stack = [], list(reversed(tree))
     while stack:
         event = stack.pop()
@@ -205,9 +209,9 @@ def _fill(recording: _Recording, tree: list[Any]) -> None:
     flat.sort(key=lambda item: item[0])  # stable: events of one thread already stand in order
     for _, address, n_bytes in flat:
         if address == 0:
-            recording.segments.append([])
+            recorded.segments.append([])
         else:
-            recording.segments[-1].append((address, n_bytes))
+            recorded.segments[-1].append((address, n_bytes))
 
 
 def _walk(events: Iterable[_Event], live: dict[int, int]) -> tuple[int, int]:

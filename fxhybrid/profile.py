@@ -23,12 +23,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import fx
 
 from fxhybrid.errors import ProfileError
-from fxhybrid.measure import memory_rise
+from fxhybrid.measure import Recording, recording
 
 aten = torch.ops.aten
 REPEATS = 3
 FAST_S = 2e-4
 FAST_REPEATS = 12
+PATTERN = 4099  # prime, so that rows differ
 
 
 @dataclass(frozen=True)
@@ -145,39 +146,38 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None, progr
             disable=not progress or not Console(stderr=True).is_terminal,
         )
         with bar:
-            for call in bar.track(missing.values()):
-                costs[call.key] = measure_call(call)
+            costs.update(_measure(bar.track(list(missing.values()))))
         _write_cache(path, costs)
     return Profile(device, costs)
 
 
-def measure_call(call: Call) -> OpCost:
-    """Runs ``call`` on made-up inputs: smallest time of a few runs, and the allocator's rise.
-
-    Raises:
-        ProfileError: the call fails on made-up inputs.
-    """
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            args, kwargs = _real_arguments(call)
-
-            def run() -> Any:
-                return call.target(*args, **kwargs)
-
-            run()
-            rise = memory_rise(run).peak_rise_bytes
-            return OpCost(_smallest_seconds(run), rise)
-    except RuntimeError as error:
-        raise ProfileError(f"cannot measure {call.key}: {error}") from error
+def _measure(calls: Iterable[Call]) -> dict[str, OpCost]:
+    """Runs each call alone on made-up inputs: smallest time of a few runs, and the allocator's rise."""
+    seconds: dict[str, float] = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), recording() as recorded:
+        torch.manual_seed(0)
+        for call in calls:
+            try:
+                seconds[call.key] = _time_call(call, recorded)
+            except RuntimeError as error:
+                raise ProfileError(f"cannot measure {call.key}: {error}") from error
+    # segments: before the first mark, call 0, between, call 1, between ...
+    rises = (recorded.peak_rise_bytes(2 * i + 1) for i in range(len(seconds)))
+    return {key: OpCost(s, rise) for (key, s), rise in zip(seconds.items(), rises, strict=True)}
 
 
-def _smallest_seconds(run: Any) -> float:
-    best = float("inf")
-    done, repeats = 0, REPEATS
+def _time_call(call: Call, recorded: Recording) -> float:
+    args, kwargs = _real_arguments(call)
+    result = call.target(*args, **kwargs)  # warm-up: kernels and weight layouts are chosen at the first run
+    del result
+    recorded.mark()
+    result = call.target(*args, **kwargs)
+    recorded.mark()
+    del result
+    best, done, repeats = float("inf"), 0, REPEATS
     while done < repeats:
         start = time.perf_counter()
-        result = run()
+        result = call.target(*args, **kwargs)
         best = min(best, time.perf_counter() - start)
         del result
         done += 1
@@ -218,7 +218,7 @@ def _real(value: Any, limit: int) -> Any:
         return value
     n_elements = value.untyped_storage().nbytes() // value.dtype.itemsize
     if value.dtype.is_floating_point:
-        base = torch.rand(n_elements, dtype=torch.float32, device=value.device).add_(0.5).to(value.dtype)
+        base = _pattern(value.device).to(value.dtype).repeat(n_elements // PATTERN + 1)[:n_elements]
     elif value.dtype is torch.bool:
         base = torch.rand(n_elements, device=value.device) > 0.5
     elif value.dtype.is_complex:
@@ -226,6 +226,11 @@ def _real(value: Any, limit: int) -> Any:
     else:
         base = torch.randint(0, limit, (n_elements,), dtype=value.dtype, device=value.device)
     return base.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _pattern(device: torch.device) -> torch.Tensor:
+    """Values in [0.5, 1.5): fit for logarithms, divisions and square roots."""
+    return torch.rand(PATTERN, device=device).add_(0.5)
 
 
 def _cache_path(device: str, cache_dir: Path | None) -> Path:

@@ -35,7 +35,7 @@ def pool_indices(*shape: int) -> Tensor:
 
 
 POOL = "pool:3,3,2,2,1,1,1,1,9,9"
-ROWWISE_SHAPES = [(4, 8, 16), (3, 5, 7, 7), (63,), (1,), (), (0,), (2, 0, 3), (3000, 701)]
+ROWWISE_SHAPES = [(4, 8, 16), (3, 5, 7, 7), (64,), (98,), (63,), (1,), (), (0,), (2, 0, 3), (3000, 701)]
 ANY_SHAPES = [(2, 3, 8, 8), (3, 5, 7), (1,), (9,), (8,), (), (0, 4)]
 POOL_SHAPES = [(2, 3, 5, 5), (4, 5, 5), (1, 1, 5, 5), (0, 3, 5, 5)]
 CASES: list[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]]] = [

@@ -12,7 +12,7 @@ from fxhybrid.codecs.base import Codec, empty_header, parse_integers, register
 from fxhybrid.codecs.meta import TensorMeta
 
 _PARAMETERS = "kh,kw,sh,sw,ph,pw,dh,dw,H,W"
-_CHUNK_ELEMENTS = 1 << 17
+_CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,10 @@ from fxhybrid.codecs.rowwise_kernels import (
 from fxhybrid.errors import CodecError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 19  # 2 MiB of float32
+# Rows looked at together: few enough that no operator on their parameters goes parallel, because waking
+# a second thread for a few kilobytes costs more than the work, and very much more on a busy machine.
+_LOOK_ROWS = 1 << 12
 _FIXED_HEADER_BYTES = 8  # unit and shift, float32 each
 # Largest |x| that is packed as it is. At 4 and 2 bits, float16 holds 6e-5 to 65504 in full precision;
 # at 8 bits the kernel adds 1e-8 to ranges, and 2^100 keeps code * scale far from overflow.
@@ -110,9 +113,10 @@ class Rowwise(Codec):
         transform = self._find_transform(body)
         if transform.is_poison:
             return packed.zero_(), transform
-        if not transform.is_identity:
-            packed, _ = self._pack(body, transform)
-        return packed, transform
+        if transform.is_identity:
+            return packed, transform
+        del packed  # or it would live beside the second one
+        return self._pack(body, transform)[0], transform
 
     def _pack(self, body: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
         """Packed rows, and a sum over the input that is NaN or Inf if any element is."""
@@ -128,19 +132,26 @@ class Rowwise(Codec):
                 # unit is a power of two within [2^-126, 2^126], so its inverse is exact
                 rows = (rows - transform.shift).mul_(1 / transform.unit)
             target.copy_(kernels.pack(rows))
+            del rows  # or it would live beside the next one
         return packed, checksum
 
     def _is_good(self, packed: Tensor, checksum: Tensor) -> bool:
         """Whether what was packed as it is was finite and in the good range; may err to False only."""
-        scale, bias = row_parameters(packed, self.bits)
-        # scale 1 also stands for "range lost"; such rows count as flat, and the exact look decides
-        width = torch.where(scale == 1, 0.0, scale.abs()) * ((1 << self.bits) - 1)
-        total, widest, low, high = torch.stack([checksum, width.amax(), *torch.aminmax(bias)]).tolist()
+        extents = torch.stack([self._extent(part) for part in torch.split(packed, _LOOK_ROWS)])
+        summary = [checksum, extents[:, 0].amax(), extents[:, 1].amin(), extents[:, 2].amax()]
+        total, widest, low, high = torch.stack(summary).tolist()
         largest = max(abs(low), abs(high), widest)
         smallest_good, largest_good = _GOOD_RANGE[self.bits]
         if not math.isfinite(total) or not smallest_good <= largest <= largest_good:
             return False
         return self.bits == 8 or largest <= _OFFSET_LIMIT * (high - low + widest)
+
+    def _extent(self, packed: Tensor) -> Tensor:
+        """Widest range, lowest and highest bias of packed rows, float32 [3]."""
+        scale, bias = row_parameters(packed, self.bits)
+        # scale 1 also stands for "range lost"; such rows count as flat, and the exact look decides
+        width = torch.where(scale == 1, 0.0, scale.abs()) * ((1 << self.bits) - 1)
+        return torch.stack([width.amax(), *torch.aminmax(bias)])
 
     def _find_transform(self, body: Tensor) -> Transform:
         """The exact, slower look: reads every element's value."""
@@ -184,7 +195,7 @@ class Rowwise(Codec):
         return rows.mul_(transform.unit).add_(transform.shift).clamp_(-limit, limit)
 
     def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Matching groups of rows, about a million elements each; nothing for no rows."""
+        """Matching groups of rows, about _CHUNK_ELEMENTS each; nothing for no rows."""
         if tensors[0].shape[0]:
             length = max(1, _CHUNK_ELEMENTS // self.row)
             yield from zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)

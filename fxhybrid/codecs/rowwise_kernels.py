@@ -50,7 +50,9 @@ def row_bytes(row: int, bits: int) -> int:
 def row_parameters(packed: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scales and biases of encoded rows, each float32 [rows]."""
     dtype = torch.float32 if bits == 8 else torch.float16
-    pairs = packed[:, -parameter_bytes(bits) :].contiguous().view(dtype).float()
+    # not contiguous(): it keeps a single row where it is, at an offset that the view may refuse
+    copied = packed[:, -parameter_bytes(bits) :].clone(memory_format=torch.contiguous_format)
+    pairs = copied.view(dtype).float()
     return pairs[:, 0], pairs[:, 1]
 
 

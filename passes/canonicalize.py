@@ -1,0 +1,173 @@
+"""Canonicalize: lossless rewrites that shrink what the backward pass needs.
+
+Which tensors may be lossy is decided by their readers, so a saved tensor's uses are split first: readers that
+need only a predicate get a mask (later one bit an element), readers that need only a shape get a shape, and
+readers that ignore an argument lose it. Every rewrite gives the very same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+import fxhybrid.mask_ops  # noqa: F401  (registers keep_mask and apply_mask)
+from fxhybrid.graph import TAG, InputKind, JointGraph, NodeTag, Phase, phase_of, storages
+from fxhybrid.passes.layout import is_random
+
+aten = torch.ops.aten
+Pass = Callable[[JointGraph], None]
+
+
+def canonicalize(joint: JointGraph) -> JointGraph:
+    """A new joint graph after all lossless rewrites; ``joint`` stays as it is."""
+    graph = fx.Graph()
+    twins: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(joint.module.graph, twins))
+    for node, twin in twins.items():
+        twin.meta = {"val": node.meta.get("val"), TAG: node.meta[TAG]}
+    graph.output_node().meta = {TAG: NodeTag(Phase.BACKWARD)}
+    result = JointGraph(fx.GraphModule(joint.module, graph), joint.inputs, joint.outputs)
+    for rewrite in PASSES:
+        rewrite(result)
+    _erase_unused(result)
+    graph.lint()
+    result.module.recompile()
+    return result
+
+
+def drop_unused_statistics(joint: JointGraph) -> None:
+    """A batch norm in training mode ignores the running statistics in its backward pass."""
+    for node in joint.module.graph.find_nodes(op="call_function", target=aten.native_batch_norm_backward.default):
+        if node.args[7] is True:
+            node.args = (*node.args[:3], None, None, *node.args[5:])
+
+
+def masks_for_predicates(joint: JointGraph) -> None:
+    """ReLU and clamped units: the backward pass needs to know where, not how much."""
+    free = _tangent_free(joint)
+    for node in list(joint.module.graph.nodes):
+        if node.target is aten.threshold_backward.default:
+            gradient, x, lower = node.args
+            upper = None
+        elif node.target is aten.hardtanh_backward.default:
+            gradient, x, lower, upper = node.args
+        else:
+            continue
+        if x not in free:
+            continue
+        with joint.module.graph.inserting_before(node):
+            mask = _call(joint, torch.ops.fxhybrid.keep_mask.default, (x, float(lower), upper), Phase.BACKWARD)
+            new = _call(joint, torch.ops.fxhybrid.apply_mask.default, (gradient, mask), Phase.BACKWARD)
+        if new.meta["val"].stride() != node.meta["val"].stride():
+            joint.module.graph.erase_node(new)
+            joint.module.graph.erase_node(mask)
+            continue
+        node.replace_all_uses_with(new)
+        joint.module.graph.erase_node(node)
+
+
+_SHAPE_ONLY = {
+    aten.max_pool2d_with_indices_backward.default: 1,
+    aten.avg_pool2d_backward.default: 1,
+    aten._adaptive_avg_pool2d_backward.default: 1,
+}
+
+
+def shapes_for_pools(joint: JointGraph) -> None:
+    """Pooling gradients read only the shape of the pool's input: four bytes, expanded, serve as well."""
+    for node in list(joint.module.graph.nodes):
+        position = _SHAPE_ONLY.get(node.target)
+        if position is None:
+            continue
+        value = node.args[position].meta["val"]
+        if not value.is_contiguous():  # the kernels take the memory format from this argument
+            continue
+        with joint.module.graph.inserting_before(node):
+            arguments = ([1] * value.dim(),)
+            options = {"dtype": value.dtype, "device": value.device}
+            one = _call(joint, aten.empty.memory_format, arguments, Phase.BACKWARD, options)
+            shape = _call(joint, aten.expand.default, (one, list(value.shape)), Phase.BACKWARD)
+        node.args = (*node.args[:position], shape, *node.args[position + 1 :])
+
+
+def snapshot_overwritten(joint: JointGraph) -> None:
+    """What the step overwrites is copied first if the backward pass reads it."""
+    pairs = zip(joint.placeholders, joint.inputs, strict=True)
+    for placeholder in [node for node, role in pairs if role.mutated]:
+        readers = [n for n in placeholder.users if n.op != "output" and phase_of(n) is Phase.BACKWARD]
+        if not readers:
+            continue
+        last = joint.placeholders[-1]
+        with joint.module.graph.inserting_after(last):
+            clone = _call(joint, aten.clone.default, (placeholder,), Phase.FORWARD)
+        for reader in readers:
+            reader.replace_input_with(placeholder, clone)
+
+
+def hoist_predicates(joint: JointGraph) -> None:
+    """Bool tensors that backward computes from forward tensors alone may as well be made in the forward pass.
+
+    Each is moved to right behind its last input, so that a plan can keep the mask and drop what it came from.
+    """
+    order = {node: i for i, node in enumerate(joint.module.graph.nodes)}
+    free = _tangent_free(joint)
+    for node in list(joint.module.graph.nodes):
+        value = node.meta.get("val")
+        if phase_of(node) is Phase.FORWARD or node not in free or not isinstance(value, torch.Tensor):
+            continue
+        if value.dtype is torch.bool:
+            _hoist(joint, node, order)
+
+
+def _hoist(joint: JointGraph, node: fx.Node, order: dict[fx.Node, int]) -> None:
+    for source in node.all_input_nodes:
+        if phase_of(source) is Phase.BACKWARD:
+            _hoist(joint, source, order)
+    sources = [n for n in node.all_input_nodes if n.op != "placeholder"]
+    anchor = max(sources, key=lambda n: order[n], default=joint.placeholders[-1])
+    anchor.append(node)
+    order[node] = order.get(anchor, 0)
+    node.meta[TAG] = NodeTag(Phase.FORWARD)
+
+
+def _tangent_free(joint: JointGraph) -> set[fx.Node]:
+    free: set[fx.Node] = set()
+    tangents = {
+        node for node, role in zip(joint.placeholders, joint.inputs, strict=True) if role.kind is InputKind.TANGENT
+    }
+    for node in joint.module.graph.nodes:
+        if node not in tangents and all(n in free for n in node.all_input_nodes):
+            free.add(node)
+    return free
+
+
+def _call(
+    joint: JointGraph, target: Any, args: tuple[Any, ...], phase: Phase, kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    """A new call at the graph's insertion point, its fake value worked out from its arguments'."""
+    node = joint.module.graph.call_function(target, args, kwargs or {})
+    values = fx.node.map_arg(args, lambda n: n.meta["val"])
+    fakes = [v for v in values if isinstance(v, torch.Tensor)]
+    mode = (fakes[0] if fakes else joint.placeholders[0].meta["val"]).fake_mode
+    with mode, torch.no_grad():
+        node.meta = {"val": target(*values, **(kwargs or {})), TAG: NodeTag(phase)}
+    return node
+
+
+def _erase_unused(joint: JointGraph) -> None:
+    for node in reversed(list(joint.module.graph.nodes)):
+        unused = node.op == "call_function" and not node.users and not is_random(node)
+        if unused and storages(node.meta.get("val")):
+            joint.module.graph.erase_node(node)
+
+
+PASSES: tuple[Pass, ...] = (
+    drop_unused_statistics,
+    masks_for_predicates,
+    shapes_for_pools,
+    snapshot_overwritten,
+    hoist_predicates,
+)

@@ -1,0 +1,105 @@
+"""Choices: which codecs a storage may be offered, decided by what reads it in the backward pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from fxhybrid.codecs import TensorMeta, candidate_codecs, get_codec
+from fxhybrid.graph import Phase, phase_of
+from fxhybrid.passes.layout import Layout
+from fxhybrid.passes.to_problem import CodecChoices
+
+aten = torch.ops.aten
+
+# Arguments of backward operators that feel small errors only in proportion. Everything else, predicates and
+# indices above all, is read exactly.
+TOLERANT: dict[object, frozenset[int]] = {
+    aten.convolution_backward.default: frozenset([1]),
+    aten.native_batch_norm_backward.default: frozenset([1]),
+    aten.native_layer_norm_backward.default: frozenset([1]),
+    aten.native_group_norm_backward.default: frozenset([1]),
+    aten._fused_rms_norm_backward.default: frozenset([1]),
+    aten.gelu_backward.default: frozenset([1]),
+    aten.silu_backward.default: frozenset([1]),
+    aten.elu_backward.default: frozenset([6]),
+    aten.tanh_backward.default: frozenset([1]),
+    aten.sigmoid_backward.default: frozenset([1]),
+    aten._softmax_backward_data.default: frozenset([1]),
+    aten._log_softmax_backward_data.default: frozenset([1]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: frozenset([1, 2, 3, 4]),
+    aten.mm.default: frozenset([0, 1]),
+    aten.bmm.default: frozenset([0, 1]),
+    aten.addmm.default: frozenset([1, 2]),
+    aten.baddbmm.default: frozenset([1, 2]),
+    aten.mul.Tensor: frozenset([0, 1]),
+}
+SMALLEST_BYTES = 4096
+
+
+def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoices:
+    """Codecs offered per storage; storages of a few KiB are not worth a call."""
+    choices = {}
+    forward = {s for op in layout.forward for s in op.outputs}
+    readers = _backward_readers(layout)
+    for index, storage in enumerate(layout.storages):
+        root = storage.root
+        if index not in forward or root is None or storage.size_bytes < SMALLEST_BYTES:
+            continue
+        meta = TensorMeta.of(root.meta["val"])
+        if meta.nbytes != storage.size_bytes:
+            continue
+        offered = [*_pool_offsets(root), *(c.spec for c in candidate_codecs(meta))]
+        tolerant = all(_tolerates(reader, argument) for reader, argument in readers.get(index, []))
+        tolerant = tolerant and bool(readers.get(index))
+        kept = [s for s in offered if (lossless if get_codec(s).lossless else lossy and tolerant)]
+        kept = [s for s in kept if sum(get_codec(s).encoded_bytes(meta)) < storage.size_bytes]
+        if kept:
+            choices[index] = tuple(kept)
+    return choices
+
+
+def _backward_readers(layout: Layout) -> dict[int, list[tuple[fx.Node, int]]]:
+    """For each storage, the backward ops that read it (through views) and at which argument."""
+    readers: dict[int, list[tuple[fx.Node, int]]] = {}
+    for op in layout.backward:
+        for position, argument in enumerate((*op.node.args, *op.node.kwargs.values())):
+            nodes: list[fx.Node] = []
+            fx.node.map_arg(argument, nodes.append)
+            for node in nodes:
+                for storage in layout.storages_of.get(node, ()):
+                    readers.setdefault(storage, []).append((op.node, position))
+    return readers
+
+
+def _tolerates(reader: fx.Node, argument: int) -> bool:
+    return phase_of(reader) is Phase.BACKWARD and argument in TOLERANT.get(reader.target, ())
+
+
+def _pool_offsets(root: fx.Node) -> Iterator[str]:
+    """The window-offset codec for the indices of a max pool."""
+    if root.target is not operator.getitem or root.args[1] != 1:
+        return
+    pool = root.args[0]
+    assert isinstance(pool, fx.Node)
+    if pool.target is not aten.max_pool2d_with_indices.default:
+        return
+    x, kernel = pool.args[0], _pair(pool.args[1])
+    assert isinstance(x, fx.Node)
+    given = [*pool.args[2:], *[None] * 3][:3]
+    stride = _pair(given[0]) if given[0] else kernel
+    padding, dilation = _pair(given[1] or 0), _pair(given[2] or 1)
+    height, width = x.meta["val"].shape[-2:]
+    numbers = (*kernel, *stride, *padding, *dilation, height, width)
+    if kernel[0] * kernel[1] <= 256:
+        yield f"pool:{','.join(str(int(n)) for n in numbers)}"
+
+
+def _pair(value: object) -> tuple[int, int]:
+    if isinstance(value, (list, tuple)):
+        return (int(value[0]), int(value[-1]))
+    assert isinstance(value, int)
+    return (value, value)

@@ -1,0 +1,78 @@
+"""What no plan can go below, whatever it keeps, encodes, recomputes or decodes, and however often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxhybrid.problem import Op, Problem
+
+
+def peak_lower_bound(problem: Problem) -> tuple[int, str]:
+    """A proven lower bound of the peak of every plan, and the instruction that holds it.
+
+    While an op runs, its inputs exist and its outputs or its workspace come on top. In the backward pass
+    there are besides: the held outputs, the tangents, the gradients made so far, and the backward tensors
+    that wait for a reader (no plan moves or encodes those). Forward tensors count only while an op that must
+    run reads them.
+
+    Returns:
+        Bytes, and the instruction in the words of ``describe_peak``.
+    """
+    best, holder = problem.resident_bytes, "resident tensors"
+    for height, words in (*_forward_heights(problem), *_backward_heights(problem)):
+        if height > best:
+            best, holder = height, words
+    return best, holder
+
+
+def _sum(problem: Problem, tensors: set[int]) -> int:
+    return sum(problem.tensors[t].size_bytes for t in tensors)
+
+
+def _top(problem: Problem, op: Op) -> int:
+    return max(op.rise_bytes, sum(problem.tensors[t].size_bytes for t in op.outputs))
+
+
+def _must_run(problem: Problem) -> list[bool]:
+    """Forward ops that every plan runs in the forward pass."""
+    wanted = {*problem.outputs, *problem.mutations, *problem.gradients}
+    must = [False] * len(problem.forward)
+    for i in range(len(problem.forward) - 1, -1, -1):
+        op = problem.forward[i]
+        if op.pinned or not wanted.isdisjoint(op.outputs):
+            must[i] = True
+            wanted.update(op.inputs)
+    return must
+
+
+def _forward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
+    """What must be alive while each forward op runs: tensors still to be read raw by an op that must run.
+
+    Outputs and mutations stay. Anything else between two reads could be encoded or, in richer plans than
+    today's, made again; so only the op's own inputs count.
+    """
+    staying = {*problem.outputs, *problem.mutations}
+    alive: set[int] = set()
+    for op, must in zip(problem.forward, _must_run(problem), strict=True):
+        if not must:
+            continue
+        height = problem.resident_bytes + _sum(problem, alive | set(op.inputs)) + _top(problem, op)
+        yield height, f"forward {op.name}"
+        alive |= staying.intersection(op.outputs)
+
+
+def _backward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
+    gradients = set(problem.gradients)
+    last: dict[int, int] = {}
+    for p, op in enumerate(problem.backward):
+        for t in (*op.inputs, *op.outputs):
+            last[t] = p
+    floor = problem.resident_bytes + problem.tangent_bytes
+    alive = {t for t in problem.outputs if t in problem.producer}
+    for p, op in enumerate(problem.backward):
+        forward_inputs = {t for t in op.inputs if t in problem.producer}
+        height = floor + _sum(problem, alive | forward_inputs) + _top(problem, op)
+        yield height, f"backward {op.name}"
+        alive |= set(op.outputs)
+        dying = {t for t in (*op.inputs, *op.outputs) if last[t] == p and t not in problem.producer}
+        alive -= dying - gradients

@@ -1,0 +1,199 @@
+"""What the integer program knows about a problem before the first variable: who may be decided, and when.
+
+Positions are those of backward ops. ``first`` and ``last`` are a tensor's direct backward reads; ``earliest`` and
+``latest`` bound the position at which an op may run again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fxhybrid.problem import CodecOption, Op, Problem
+
+NEVER = 1 << 60
+PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Plain facts about one problem.
+
+    Attributes:
+        decided: candidates with variables, in order.
+        options: codec options of each decided tensor that are worth offering.
+        rerunnable: ops that may run again in backward.
+        readers: for each tensor, the rerunnable ops that read it.
+        unsure: tensors that an op may read again whose outputs were pruned.
+        first: first direct backward read.
+        last: last direct backward read.
+        earliest: first position at which each rerunnable op may run again.
+        latest: last position at which each rerunnable op may run again.
+        needed: ops that every plan runs in forward.
+        optional_readers: for each tensor, forward readers that some plans leave out.
+        last_forward: last forward read by a needed op, or the op that makes it.
+        held: tensors that stay to the end of forward whatever is chosen.
+        credit_s: seconds of ops that no plan ever runs.
+    """
+
+    decided: tuple[int, ...]
+    options: dict[int, tuple[CodecOption, ...]]
+    rerunnable: frozenset[int]
+    readers: dict[int, tuple[int, ...]]
+    unsure: frozenset[int]
+    first: dict[int, int]
+    last: dict[int, int]
+    earliest: dict[int, int]
+    latest: dict[int, int]
+    needed: frozenset[int]
+    optional_readers: dict[int, tuple[int, ...]]
+    last_forward: dict[int, int]
+    held: frozenset[int]
+    credit_s: float
+
+    @property
+    def pruned(self) -> bool:
+        """Whether some tensor was left out that a plan could decide on."""
+        return bool(self.unsure)
+
+
+def facts_of(problem: Problem, budget_bytes: int, max_error: float) -> Facts:
+    """The facts of ``problem`` that matter for this budget and error limit."""
+    first, last = _direct_reads(problem)
+    needed = _needed(problem, first)
+    pruned = _pruned(problem, needed, budget_bytes)
+    decided = tuple(t for t in problem.candidates if t not in pruned)
+    rerunnable = frozenset(
+        problem.producer[t] for t in decided if problem.forward[problem.producer[t]].recomputable
+    )
+    readers: dict[int, list[int]] = {t: [] for t in problem.producer}
+    optional: dict[int, list[int]] = {t: [] for t in problem.producer}
+    last_forward = dict(problem.producer)
+    unsure: set[int] = set()
+    for i, op in enumerate(problem.forward):
+        for t in dict.fromkeys(op.inputs):
+            if i in rerunnable:
+                readers[t].append(i)
+            if op.recomputable and not pruned.isdisjoint(op.outputs):
+                unsure.add(t)
+            if i in needed:
+                last_forward[t] = i
+            else:
+                optional[t].append(i)
+    earliest = _earliest(problem)
+    latest = _latest(problem, rerunnable, readers, set(decided))
+    reachable = {t for t in decided if t in first or any(q in latest for q in readers[t])}
+    rerunnable = frozenset(q for q in rerunnable if q in latest)
+    return Facts(
+        tuple(t for t in decided if t in reachable),
+        {t: _options(problem, t, t in first, max_error) for t in decided},
+        rerunnable,
+        {t: tuple(q for q in qs if q in rerunnable) for t, qs in readers.items()},
+        frozenset(unsure),
+        first,
+        last,
+        earliest,
+        latest,
+        needed,
+        {t: tuple(qs) for t, qs in optional.items()},
+        last_forward,
+        frozenset({*problem.outputs, *problem.mutations}),
+        _credit_s(problem, needed),
+    )
+
+
+def top_bytes(problem: Problem, op: Op) -> int:
+    """How far memory rises above what was alive while ``op`` runs."""
+    return max(op.rise_bytes, sum(problem.tensors[t].size_bytes for t in op.outputs))
+
+
+def _direct_reads(problem: Problem) -> tuple[dict[int, int], dict[int, int]]:
+    last: dict[int, int] = {}
+    for p, op in enumerate(problem.backward):
+        last.update((t, p) for t in op.inputs if t in problem.producer)
+    return problem.backward_reads, last
+
+
+def _needed(problem: Problem, first: dict[int, int]) -> frozenset[int]:
+    wanted = {*problem.outputs, *problem.mutations, *problem.gradients}
+    needed: set[int] = set()
+    for i in range(len(problem.forward) - 1, -1, -1):
+        op = problem.forward[i]
+        must_store = not op.recomputable and not first.keys().isdisjoint(op.outputs)
+        if op.pinned or must_store or not wanted.isdisjoint(op.outputs):
+            needed.add(i)
+            wanted.update(op.inputs)
+    return frozenset(needed)
+
+
+def _pruned(problem: Problem, needed: frozenset[int], budget_bytes: int) -> frozenset[int]:
+    """The smallest tensors, as long as all of them together are nothing next to the budget."""
+    room = budget_bytes * PRUNED_SHARE
+    pruned: list[int] = []
+    for t in sorted(problem.candidates, key=lambda t: (problem.tensors[t].size_bytes, t)):
+        room -= problem.tensors[t].size_bytes
+        if room < 0:
+            break
+        if problem.producer[t] in needed:
+            pruned.append(t)
+    return frozenset(pruned)
+
+
+def _earliest(problem: Problem) -> dict[int, int]:
+    """Over all candidates, pruned ones too: a recomputation of these may wake an op early."""
+    earliest: dict[int, int] = {}
+    wanted = dict(problem.backward_reads)
+    candidates = set(problem.candidates)
+    for i in range(len(problem.forward) - 1, -1, -1):
+        op = problem.forward[i]
+        early = min((wanted[t] for t in op.outputs if t in candidates and t in wanted), default=NEVER)
+        if op.recomputable and early < NEVER:
+            earliest[i] = early
+            for t in op.inputs:
+                wanted[t] = min(wanted.get(t, NEVER), early)
+    return earliest
+
+
+def _latest(
+    problem: Problem, rerunnable: frozenset[int], readers: dict[int, list[int]], decided: set[int]
+) -> dict[int, int]:
+    first = problem.backward_reads
+    latest: dict[int, int] = {}
+    for i in sorted(rerunnable, reverse=True):
+        for t in decided.intersection(problem.forward[i].outputs):
+            late = first.get(t, max((latest[q] for q in readers[t] if q in latest), default=-1))
+            if late >= 0:
+                latest[i] = max(latest.get(i, -1), late)
+    return latest
+
+
+def _options(problem: Problem, t: int, direct: bool, max_error: float) -> tuple[CodecOption, ...]:
+    """Options that fit the error limit and that neither SAVE nor another option beats in every number."""
+    offered = [
+        o
+        for o in problem.tensors[t].codecs
+        if o.error <= max_error and o.encoded_bytes < problem.tensors[t].size_bytes and (o.lossless or direct)
+    ]
+    kept: list[CodecOption] = []
+    for o in sorted(offered, key=_costs):
+        if not any(all(a <= b for a, b in zip(_costs(k), _costs(o), strict=True)) for k in kept):
+            kept.append(o)
+    return tuple(kept)
+
+
+def _costs(o: CodecOption) -> tuple[float, ...]:
+    times = (o.encode_s, o.decode_s)
+    return (o.encoded_bytes, *times, o.encode_rise_bytes, o.decode_rise_bytes, not o.lossless, o.error)
+
+
+def _credit_s(problem: Problem, needed: frozenset[int]) -> float:
+    """Seconds of ops that neither the forward pass nor any backward read depends on."""
+    wanted = set(problem.backward_reads)
+    idle: list[float] = []
+    for i in range(len(problem.forward) - 1, -1, -1):
+        op = problem.forward[i]
+        if i in needed or not wanted.isdisjoint(op.outputs):
+            wanted.update(op.inputs)
+        else:
+            idle.append(op.seconds)
+    return math.fsum(idle)
