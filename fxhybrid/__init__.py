@@ -1,3 +1,42 @@
-"""fxhybrid: train an unchanged PyTorch model inside a memory budget."""
+"""fxhybrid: train an unchanged PyTorch model inside a memory budget.
 
-__version__ = "0.1.0"
+    import fxhybrid
+    model = fxhybrid.compile(model, budget="512MiB", loss_fn=loss_fn)
+    model(x, loss_args=(y,)).backward()
+"""
+
+from fxhybrid.api import compile, plan
+from fxhybrid.errors import (
+    BudgetError,
+    CaptureError,
+    CodecError,
+    FxHybridError,
+    InvalidArgument,
+    PlanError,
+    PlanMismatchError,
+    ProblemError,
+    ProfileError,
+)
+from fxhybrid.measure import StepMeasurement, measure_step
+from fxhybrid.module import HybridModule
+from fxhybrid.plan import Plan
+from fxhybrid.version import __version__
+
+__all__ = [
+    "BudgetError",
+    "CaptureError",
+    "CodecError",
+    "FxHybridError",
+    "HybridModule",
+    "InvalidArgument",
+    "Plan",
+    "PlanError",
+    "PlanMismatchError",
+    "ProblemError",
+    "ProfileError",
+    "StepMeasurement",
+    "__version__",
+    "compile",
+    "measure_step",
+    "plan",
+]

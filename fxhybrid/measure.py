@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -147,12 +147,8 @@ def memory_rises(
 ) -> list[MemoryRise]:
     """Like :func:`memory_rise` for many short calls in one recording; every result is dropped at once."""
     device = torch.device(device)
-    rises = []
     if device.type == "cuda":
-        for fn in fns:
-            rise = _cuda_rise(fn, device)
-            rises.append(MemoryRise(rise.peak_rise_bytes, rise.retained_bytes))
-        return rises
+        return [replace(_cuda_rise(fn, device), result=None) for fn in fns]
     with recording() as recorded, _collected():
         for fn in fns:
             recorded.mark()

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import fx
 
+from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.errors import ProfileError
 from fxhybrid.measure import Recording, recording
 
@@ -187,6 +188,11 @@ def _time_call(call: Call, recorded: Recording) -> float:
 
 
 def _real_arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if call.target is torch.ops.fxhybrid.compress.default:
+        value, codec = call.args
+        example = get_codec(codec).example(TensorMeta.of(value), value.device)
+        if example is not None:
+            return (example, codec), {}
     schema = call.target._schema.arguments if hasattr(call.target, "_schema") else ()
     args = []
     for position, argument in enumerate(call.args):

@@ -65,6 +65,7 @@ def masks_for_predicates(joint: JointGraph) -> None:
             joint.module.graph.erase_node(new)
             joint.module.graph.erase_node(mask)
             continue
+        new.meta["val"] = node.meta["val"]  # views further down share this value's storage
         node.replace_all_uses_with(new)
         joint.module.graph.erase_node(node)
 

@@ -99,7 +99,7 @@ def _options(
                 sum(codec.encoded_bytes(TensorMeta.of(value))),
                 encode.seconds,
                 decode.seconds,
-                encode.rise_bytes,
+                encode.rise_bytes + codec.spare_bytes(TensorMeta.of(value)),
                 decode.rise_bytes,
                 codec.lossless,
                 errors.get((storage, text), 0.0),

@@ -108,12 +108,12 @@ class Footprints:
         self.back_rise = np.array([op.rise_bytes for op in problem.backward], np.int64)
         self.roots = sorted(problem.backward_reads, key=lambda t: problem.backward_reads[t])
 
-    def actions(self, state: State) -> dict[int, Action]:
-        """The state as actions, defaults left out."""
+    def actions(self, state: State, needed: bytearray) -> dict[int, Action]:
+        """The state as actions; defaults and what backward does not want are left out."""
         named: dict[int, Action] = {}
         for t in self.problem.candidates:
             code = state[t]
-            if code != self.default[t]:
+            if needed[t] and code != self.default[t]:
                 named[t] = (
                     (SAVE, RECOMPUTE)[code]
                     if code < FIRST_CODEC

@@ -24,7 +24,7 @@ class Facts:
         options: codec options of each decided tensor that are worth offering.
         rerunnable: ops that may run again in backward.
         readers: for each tensor, the rerunnable ops that read it.
-        unsure: tensors that an op may read again whose outputs were pruned.
+        unsure: what an op with a pruned output reads and makes: it may run earlier than the variables say.
         first: first direct backward read.
         last: last direct backward read.
         earliest: first position at which each rerunnable op may run again.
@@ -34,6 +34,7 @@ class Facts:
         last_forward: last forward read by a needed op, or the op that makes it.
         held: tensors that stay to the end of forward whatever is chosen.
         credit_s: seconds of ops that no plan ever runs.
+        cutoff_s: seconds of reruns beyond which no plan is of interest.
     """
 
     decided: tuple[int, ...]
@@ -50,6 +51,7 @@ class Facts:
     last_forward: dict[int, int]
     held: frozenset[int]
     credit_s: float
+    cutoff_s: float
 
     @property
     def pruned(self) -> bool:
@@ -57,15 +59,20 @@ class Facts:
         return bool(self.unsure)
 
 
-def facts_of(problem: Problem, budget_bytes: int, max_error: float) -> Facts:
-    """The facts of ``problem`` that matter for this budget and error limit."""
+def facts_of(problem: Problem, budget_bytes: int, max_error: float, cutoff_s: float = math.inf) -> Facts:
+    """The facts of ``problem`` that matter for this budget and error limit.
+
+    Args:
+        cutoff_s: added seconds of a known plan: what only dearer plans do is left out.
+    """
     first, last = _direct_reads(problem)
     needed = _needed(problem, first)
     pruned = _pruned(problem, needed, budget_bytes)
     decided = tuple(t for t in problem.candidates if t not in pruned)
-    rerunnable = frozenset(
-        problem.producer[t] for t in decided if problem.forward[problem.producer[t]].recomputable
-    )
+    cutoff_s += _credit_s(problem, needed)
+    chains = chain_seconds(problem, needed, len(problem.backward))
+    makers = {problem.producer[t] for t in decided}
+    rerunnable = frozenset(o for o in makers if chains.get(o, math.inf) <= cutoff_s * (1 + 1e-9))
     readers: dict[int, list[int]] = {t: [] for t in problem.producer}
     optional: dict[int, list[int]] = {t: [] for t in problem.producer}
     last_forward = dict(problem.producer)
@@ -75,7 +82,7 @@ def facts_of(problem: Problem, budget_bytes: int, max_error: float) -> Facts:
             if i in rerunnable:
                 readers[t].append(i)
             if op.recomputable and not pruned.isdisjoint(op.outputs):
-                unsure.add(t)
+                unsure.update((t, *op.outputs))
             if i in needed:
                 last_forward[t] = i
             else:
@@ -99,12 +106,27 @@ def facts_of(problem: Problem, budget_bytes: int, max_error: float) -> Facts:
         last_forward,
         frozenset({*problem.outputs, *problem.mutations}),
         _credit_s(problem, needed),
+        cutoff_s,
     )
 
 
 def top_bytes(problem: Problem, op: Op) -> int:
     """How far memory rises above what was alive while ``op`` runs."""
     return max(op.rise_bytes, sum(problem.tensors[t].size_bytes for t in op.outputs))
+
+
+def chain_seconds(problem: Problem, needed: frozenset[int], position: int) -> dict[int, float]:
+    """For each op that may run again by a backward position, the seconds of the cheapest chain that asks for it."""
+    wanted = {t: 0.0 for t, first in problem.backward_reads.items() if first <= position}
+    seconds: dict[int, float] = {}
+    for o in range(len(problem.forward) - 1, -1, -1):
+        op = problem.forward[o]
+        asked = min((wanted[t] for t in op.outputs if t in wanted), default=math.inf)
+        if op.recomputable and asked < math.inf:
+            seconds[o] = asked + (op.seconds if o in needed else 0.0)
+            for t in op.inputs:
+                wanted[t] = min(wanted.get(t, math.inf), seconds[o])
+    return seconds
 
 
 def _direct_reads(problem: Problem) -> tuple[dict[int, int], dict[int, int]]:

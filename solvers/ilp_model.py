@@ -36,6 +36,7 @@ could wake an op earlier than its own readers would, the "no earlier than wanted
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -44,7 +45,7 @@ import pulp
 
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.problem import Problem
-from fxhybrid.solvers.ilp_facts import Facts
+from fxhybrid.solvers.ilp_facts import Facts, chain_seconds
 
 Literal = Any  # a pulp variable, or a plain 0 or 1 where it is known
 Term = tuple[float, Literal]
@@ -201,9 +202,11 @@ class IlpModel:
     def _activate(self, p: int) -> None:
         """Makes m_op for all ops whose rerun may fall on either side of p."""
         facts = self.facts
-        ops = [o for o in sorted(self.rerun) if facts.earliest[o] <= p < facts.latest[o]]
-        for o in ops:
-            self._moved[o, p] = self.column("m")
+        chains = chain_seconds(self.problem, facts.needed, p)
+        open_ops = [o for o in sorted(self.rerun) if facts.earliest[o] <= p < facts.latest[o]]
+        ops = [o for o in open_ops if chains.get(o, math.inf) <= facts.cutoff_s * (1 + 1e-9)]
+        self._moved.update(((o, p), 0) for o in open_ops)
+        self._moved.update(((o, p), self.column("m")) for o in ops)
         for o in ops:
             moved = self._moved[o, p]
             self.at_most([(1, moved), (-1, self.rerun[o])], 0)
@@ -244,15 +247,17 @@ class IlpModel:
         return chosen
 
     def start(self, actions: Mapping[int, Action]) -> dict[str, float]:
-        """Values of the binary variables, by name, that carry out ``actions``."""
+        """Values of the binary variables, by name, that carry out ``actions``, which name what backward reaches."""
         values: dict[str, float] = {}
         for t in self.facts.decided:
-            default = RECOMPUTE if self.problem.producer[t] in self.problem.deferrable else SAVE
-            action = actions.get(t, default)
+            action = actions.get(t)
             for option, c in zip(self.facts.options[t], self.compress[t], strict=True):
                 values[c.name] = float(isinstance(action, Compress) and action.codec == option.codec)
             if not isinstance(self.recompute[t], int):
-                values[self.recompute[t].name] = float(action is RECOMPUTE)
+                again = float(action is RECOMPUTE)
+                rerun = self.rerun[self.problem.producer[t]].name
+                values[self.recompute[t].name] = again
+                values[rerun] = max(again, values.get(rerun, 0.0))
         return values
 
 

@@ -74,6 +74,10 @@ class PoolIndices(Codec):
     def encoded_bytes(self, meta: TensorMeta) -> tuple[int, int]:
         return meta.numel, 0
 
+    def example(self, meta: TensorMeta, device: torch.device) -> Tensor | None:
+        first_places = torch.zeros(meta.numel, dtype=torch.uint8, device=device)
+        return self._decode(first_places, empty_header(first_places), meta)
+
     def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
         steps = self.window.steps(x.device)
         place_of = torch.zeros(self._last_step + 1, dtype=torch.uint8, device=x.device)

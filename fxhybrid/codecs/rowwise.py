@@ -27,7 +27,7 @@ from fxhybrid.codecs.rowwise_kernels import (
 from fxhybrid.errors import CodecError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK_ELEMENTS = 1 << 19  # 2 MiB of float32
+_CHUNK_ELEMENTS = 1 << 16  # 256 KiB of float32
 # Rows looked at together: few enough that no operator on their parameters goes parallel, because waking
 # a second thread for a few kilobytes costs more than the work, and very much more on a busy machine.
 _LOOK_ROWS = 1 << 12
@@ -86,6 +86,9 @@ class Rowwise(Codec):
     def encoded_bytes(self, meta: TensorMeta) -> tuple[int, int]:
         rows, tail = divmod(meta.numel, self.row)
         return rows * row_bytes(self.row, self.bits), _FIXED_HEADER_BYTES + tail * meta.dtype.itemsize
+
+    def spare_bytes(self, meta: TensorMeta) -> int:
+        return 0 if meta.dtype != torch.float32 else 3 * 4 * min(meta.numel, _CHUNK_ELEMENTS + self.row)
 
     def kernels(self, device: torch.device) -> RowKernels:
         """The library's kernels where they exist, else plain ATen."""

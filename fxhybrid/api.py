@@ -1,0 +1,107 @@
+"""The entry points: ``compile`` and ``plan``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxhybrid.budget import Budget
+from fxhybrid.compiler import Signature
+from fxhybrid.errors import InvalidArgument
+from fxhybrid.module import HybridModule, wrap
+from fxhybrid.options import make_options
+from fxhybrid.plan import Plan
+from fxhybrid.solvers.base import Solver
+from fxhybrid.step import Loss, StepCall
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+
+def compile(
+    model: nn.Module,
+    *,
+    budget: Budget,
+    example_inputs: Inputs | None = None,
+    loss_fn: Loss | None = None,
+    loss_args: tuple[Any, ...] = (),
+    return_outputs: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    reserve_bytes: int = 0,
+    solver: str | Solver = "auto",
+    compression: str = "auto",
+    max_grad_error: float = 0.1,
+    backend: str = "eager",
+    plan: Plan | None = None,
+) -> HybridModule:
+    """The model, with a training step that peaks at or under ``budget`` at the least added time.
+
+    Args:
+        model: any ``nn.Module`` that can be traced into one graph; it is shared, not copied.
+        budget: live tensor bytes over the whole step (parameters, gradients, inputs, optimizer state,
+            activations, workspaces): an int, text such as ``"512MiB"``, or a float in (0, 1] as a share of
+            the simulated peak of the step that keeps everything.
+        example_inputs: tuple or dict to plan with now; ``None`` plans at the first call.
+        loss_fn: ``loss_fn(output, *loss_args)`` gives a scalar; traced with the model, so that logits and
+            their gradients are planned too. The call then takes ``loss_args=`` and returns the loss.
+        loss_args: example arguments of ``loss_fn``.
+        return_outputs: return ``(loss, outputs)``.
+        optimizer: its state counts against the budget.
+        reserve_bytes: kept free for whatever else the process holds.
+        solver: ``"auto"``, ``"mps"``, ``"ilp"`` or an object with a ``solve`` method.
+        compression: ``"auto"``, ``"lossless"`` or ``"off"``; the last two give bit-exact gradients.
+        max_grad_error: limit of the relative error of all parameter gradients together.
+        backend: ``"eager"`` runs the rewritten graphs as they are.
+        plan: a plan made before, here or elsewhere, to carry out.
+
+    Raises:
+        InvalidArgument: a parameter cannot be used.
+        CaptureError: the model cannot be traced into one graph.
+        BudgetError: no known plan fits the budget.
+        PlanMismatchError: ``plan`` belongs to another graph or version.
+    """
+    options = make_options(
+        budget=budget,
+        loss_fn=loss_fn,
+        return_outputs=return_outputs,
+        optimizer=optimizer,
+        reserve_bytes=reserve_bytes,
+        solver=solver,
+        compression=compression,
+        max_grad_error=max_grad_error,
+        backend=backend,
+    )
+    if plan is not None and not isinstance(plan, Plan):
+        raise InvalidArgument(f"plan is a {type(plan).__name__}; load one with fxhybrid.Plan.load(path)")
+    hybrid = wrap(model, options, plan)
+    if example_inputs is not None:
+        _plan_now(hybrid, example_inputs, loss_args)
+    return hybrid
+
+
+def plan(
+    model: nn.Module, example_inputs: Inputs, *, budget: Budget, loss_args: tuple[Any, ...] = (), **options: Any
+) -> Plan:
+    """The plan that ``compile`` would carry out with the same arguments, without wrapping the model.
+
+    Raises:
+        As ``compile`` does.
+    """
+    hybrid = wrap(model, make_options(budget=budget, **options), None)
+    return _plan_now(hybrid, example_inputs, loss_args).plan
+
+
+def _plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any, ...]) -> Signature:
+    if isinstance(example_inputs, dict):
+        call = StepCall((), example_inputs, tuple(loss_args))
+    elif isinstance(example_inputs, (tuple, list)):
+        call = StepCall(tuple(example_inputs), {}, tuple(loss_args))
+    else:
+        kind = type(example_inputs).__name__
+        raise InvalidArgument(f"example_inputs is a {kind}; pass a tuple of positional or a dict of keyword arguments")
+    session = hybrid._fxhybrid_session
+    if not session.model.training:
+        raise InvalidArgument("the model is in evaluation mode, which is not planned; call model.train() first")
+    with torch.enable_grad():
+        return session.signature(call)

@@ -1,0 +1,410 @@
+"""The one place that joins the stages: capture -> canonicalize -> profile -> problem -> solve -> plan -> rewrite
+-> split -> run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxhybrid.version import __version__
+from fxhybrid.budget import gradient_bytes, optimizer_bytes, storage_bytes
+from fxhybrid.capture import Capture, capture
+from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
+from fxhybrid.gradient_error import (
+    DEFAULT_GROUP_ERROR,
+    ErrorTable,
+    Group,
+    error_table,
+    four_bit_codec,
+    lossy_groups,
+)
+from fxhybrid.graph import JointGraph
+from fxhybrid.options import Options
+from fxhybrid.passes.canonicalize import canonicalize
+from fxhybrid.passes.choices import codec_choices
+from fxhybrid.passes.fingerprint import fingerprint
+from fxhybrid.passes.layout import Layout, layout_of
+from fxhybrid.passes.rewrite import rewrite
+from fxhybrid.passes.split import SplitGraphs, split
+from fxhybrid.passes.to_problem import CodecChoices, calls_of, problem_of
+from fxhybrid.plan import SAVE, Action, Actions, Compress, GradientError, Plan
+from fxhybrid.problem import Problem
+from fxhybrid.profile import Profile, profile_calls
+from fxhybrid.runtime import StepFunction
+from fxhybrid.schedule import lower
+from fxhybrid.solvers.base import SolveResult, Status, plan_error
+from fxhybrid.solvers.bounds import peak_lower_bound
+from fxhybrid.solvers.ilp import IlpSolver
+from fxhybrid.solvers.mps import Ladder, Rung, build_ladder
+from fxhybrid.step import Step, StepCall
+from fxhybrid.timeline import describe_peak, simulate, simulate_actions
+from fxhybrid.verify import Verifier
+
+MEASURED_ZERO = 1e-6  # a lossy codec never counts as exact, even if one batch does not show it
+ILP_SECONDS = 15.0
+ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
+CALIBRATION_ROUNDS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A captured signature up to the planning problem."""
+
+    capture: Capture
+    joint: JointGraph
+    layout: Layout
+    profile: Profile
+    choices: CodecChoices
+    problem: Problem
+    fingerprint: str
+
+    def with_errors(self, errors: ErrorTable) -> Prepared:
+        """The same with other gradient errors."""
+        problem = problem_of(
+            self.joint, self.layout, self.profile, self.choices, errors, self.problem.resident_bytes
+        )
+        return dataclasses.replace(self, problem=problem)
+
+
+def prepare(step: Step, call: StepCall, options: Options) -> Prepared:
+    """Captures a step and measures its operators; runs neither the model nor its backward pass."""
+    captured = capture(step, tuple(call))
+    joint = canonicalize(captured.joint)
+    layout = layout_of(joint)
+    lossy = options.compression == "auto" and options.max_grad_error > 0
+    choices = codec_choices(layout, lossy=lossy, lossless=options.compression != "off")
+    profile = profile_calls(calls_of(layout, choices))
+    errors = error_table(lossy_groups(layout, choices), choices, lambda _: DEFAULT_GROUP_ERROR)
+    resident = _resident_bytes(step, call, options)
+    problem = problem_of(joint, layout, profile, choices, errors, resident)
+    return Prepared(captured, joint, layout, profile, choices, problem, fingerprint(joint))
+
+
+def _resident_bytes(step: Step, call: StepCall, options: Options) -> int:
+    tensors: list[Tensor] = [*step.parameters(), *step.buffers(), *call.tensors]
+    return storage_bytes(tensors) + optimizer_bytes(options.optimizer) + options.reserve_bytes
+
+
+def build_graphs(prepared: Prepared, actions: Actions) -> tuple[JointGraph, SplitGraphs]:
+    """The rewritten joint graph of ``actions`` and its halves."""
+    joint = rewrite(prepared.joint, prepared.layout, lower(prepared.problem, actions))
+    return joint, split(joint)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan with what is needed to carry it out."""
+
+    plan: Plan
+    actions: Actions
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """A plan at work: its rewritten graph, the function over flat inputs, and the one over the step's own."""
+
+    chosen: Chosen
+    joint: JointGraph
+    function: StepFunction
+    call: Callable[..., Any]
+
+
+class Signature:
+    """One captured signature: its problem, all plans known for it, and the graphs that run now."""
+
+    def __init__(
+        self, step: Step, call: StepCall, options: Options, budget_bytes: int | None, carried: Plan | None
+    ) -> None:
+        """Captures and plans.
+
+        Args:
+            step: model and loss.
+            call: example arguments; not kept.
+            options: what the user asked for.
+            budget_bytes: the budget if it is resolved already.
+            carried: a plan to carry out if it fits here.
+
+        Raises:
+            PlanMismatchError: ``carried`` was made for another graph or version.
+            CaptureError: the step cannot be traced, or the trace computes something else.
+            BudgetError: no known plan fits.
+        """
+        self.options = options
+        self.gradient_bytes = gradient_bytes(step.model)
+        self.prepared = prepare(step, call, options)
+        self.save_all_bytes = simulate_actions(self.prepared.problem, {}).peak_bytes
+        share = options.budget
+        self.budget_bytes = budget_bytes or (share if isinstance(share, int) else int(share * self.save_all_bytes))
+        self.verifier: Verifier | None = self._verifier(step, call)
+        self.check = self.verifier.check
+        self.ladder = self._calibrated_ladder()
+        self.extra: list[tuple[Rung, SolveResult]] = []
+        self.measured: dict[int, float] = {}
+        self.states: dict[bool, Active] = {}
+        if carried is None or not self._carry(carried):
+            self._solve(self.budget_bytes)
+        self.active(accumulating=False)
+        self.verifier = None  # it holds the example arguments
+
+    # -- planning -----------------------------------------------------------------------------------------
+
+    def _calibrated_ladder(self) -> Ladder:
+        """Ladder whose smallest plan is within the gradient error, by measurement where that is possible."""
+        limit = self.options.max_grad_error
+        if not self._can_measure():
+            return build_ladder(self.prepared.problem, max_error=limit)
+        errors = self._calibrated_errors()
+        for _ in range(CALIBRATION_ROUNDS):
+            self.prepared = self.prepared.with_errors(errors)
+            ladder = build_ladder(self.prepared.problem, max_error=limit)
+            smallest = ladder.rungs[-1]
+            if smallest.error == 0:
+                return ladder
+            found = self._measured_error(smallest.actions)
+            if found <= limit:
+                return ladder
+            errors = {key: value * 1.1 * found / smallest.error for key, value in errors.items()}
+        return build_ladder(self.prepared.problem, max_error=limit, allow=lambda option: option.lossless)
+
+    def _calibrated_errors(self) -> ErrorTable:
+        """Errors per tensor and codec, from one measured step for each group of lossy candidates."""
+        prepared = self.prepared
+        groups = lossy_groups(prepared.layout, prepared.choices)
+
+        def at_4_bits(group: Group) -> float:
+            actions: dict[int, Action] = _kept_masks(prepared.problem)
+            for storage in groups[group]:
+                codec = four_bit_codec(prepared.choices[storage])
+                if codec is not None:
+                    actions[storage] = Compress(codec)
+            return max(self._measured_error(actions), MEASURED_ZERO)
+
+        return error_table(groups, prepared.choices, at_4_bits)
+
+    def _can_measure(self) -> bool:
+        return self.verifier is not None and self.verifier.reference is not None
+
+    def _measured_error(self, actions: Actions) -> float:
+        assert self.verifier is not None
+        return self.verifier.gradient_error(build_graphs(self.prepared, actions)[1])
+
+    def _solve(self, budget_bytes: int) -> None:
+        """Adds the solver's own plan for this budget to the ladder's."""
+        rung = self.ladder.rung_for(budget_bytes)
+        solver, problem, limit = self.options.solver, self.prepared.problem, self.options.max_grad_error
+        if isinstance(solver, str):
+            pays = rung is None or rung.added_s > ILP_PAYS * problem.step_s
+            if solver == "mps" or (solver == "auto" and not pays):
+                return
+            warm = rung.actions if rung else None
+            result = IlpSolver(time_limit_s=ILP_SECONDS).solve(problem, budget_bytes, max_error=limit, warm=warm)
+        else:
+            result = solver.solve(problem, budget_bytes, max_error=limit)
+        if result.status in (Status.OPTIMAL, Status.FEASIBLE):
+            line = simulate_actions(problem, result.actions)
+            rung = Rung(result.actions, line.peak_bytes, line.added_s, plan_error(problem, result.actions))
+            self.extra.append((rung, result))
+
+    def choose(self, budget_bytes: int, *, accumulating: bool) -> Chosen:
+        """The cheapest known plan within the budget, in the given gradient state.
+
+        Raises:
+            BudgetError: none fits.
+        """
+        beside = self.gradient_bytes if accumulating else 0
+        limit = budget_bytes - beside
+        rung, result = self._cheapest(limit)
+        if rung is None:
+            raise self._budget_error(budget_bytes, beside, accumulating)
+        plan = self._plan(rung, result, budget_bytes, beside)
+        return Chosen(plan, rung.actions)
+
+    def _cheapest(self, limit: int) -> tuple[Rung | None, SolveResult | None]:
+        known: list[tuple[Rung, SolveResult | None]] = [(r, None) for r in self.ladder.rungs]
+        known += self.extra
+        fitting = [(r, s) for r, s in known if r.peak_bytes <= limit]
+        return min(fitting, key=lambda pair: (pair[0].added_s, pair[0].peak_bytes), default=(None, None))
+
+    def _plan(self, rung: Rung, result: SolveResult | None, budget_bytes: int, beside: int) -> Plan:
+        problem = self.prepared.problem
+        bound = result.lower_bound_s if result else 0.0
+        if result is None and self.extra:
+            bounds = [s.lower_bound_s for r, s in self.extra if r.peak_bytes + beside <= budget_bytes]
+            bound = min([*bounds, rung.added_s]) if bounds else 0.0
+        status = Status.OPTIMAL if rung.added_s <= bound else Status.FEASIBLE
+        status = result.status if result else status
+        return Plan(
+            budget_bytes=budget_bytes,
+            peak_bytes=rung.peak_bytes + beside,
+            added_s=rung.added_s,
+            lower_bound_s=bound,
+            step_s=problem.step_s,
+            gradient_error=self._error_of(rung),
+            status=status.value,
+            solver=result.solver if result else "mps",
+            solve_s=result.solve_s if result else 0.0,
+            actions=_named(problem, rung.actions),
+            graph_fingerprint=self.prepared.fingerprint,
+            versions=versions(),
+            device=self.prepared.profile.device,
+        )
+
+    def _error_of(self, rung: Rung) -> GradientError:
+        if rung.error == 0:
+            return GradientError(0.0, "exact")
+        key = id(rung.actions)
+        if key in self.measured:
+            return GradientError(self.measured[key], "measured")
+        return GradientError(rung.error, "estimated")
+
+    def _budget_error(self, budget_bytes: int, beside: int, accumulating: bool) -> BudgetError:
+        problem, smallest = self.prepared.problem, self.ladder.rungs[-1]
+        rungs = [smallest, *(rung for rung, _ in self.extra)]
+        smallest = min(rungs, key=lambda rung: rung.peak_bytes)
+        schedule = lower(problem, smallest.actions)
+        holder = describe_peak(problem, schedule, simulate(problem, schedule))
+        bound, _ = peak_lower_bound(problem)
+        state = " while gradients of an earlier backward pass exist" if accumulating else ""
+        minimum = smallest.peak_bytes + beside
+        return BudgetError(
+            f"the budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) cannot be met{state}: the smallest "
+            f"known plan peaks at {minimum} bytes ({format_bytes(minimum)}), held by {holder}; no plan can go below "
+            f"{format_bytes(bound + beside)}. Raise the budget, shrink the batch, or allow more: "
+            f'compression="auto", a larger max_grad_error',
+            budget_bytes=budget_bytes,
+            minimum_bytes=minimum,
+            minimum_lower_bound_bytes=bound + beside,
+            holder=holder,
+        )
+
+    def _carry(self, plan: Plan) -> bool:
+        """Takes over a plan made elsewhere; says whether it fits the (smaller) budget on this device."""
+        actions = actions_of(plan, self.prepared)
+        self.budget_bytes = min(self.budget_bytes, plan.budget_bytes)
+        line = simulate_actions(self.prepared.problem, actions)
+        if line.peak_bytes > self.budget_bytes:
+            return False
+        error = plan_error(self.prepared.problem, actions)
+        self.ladder = Ladder((Rung(actions, line.peak_bytes, line.added_s, error),))
+        return True
+
+    # -- running ------------------------------------------------------------------------------------------
+
+    def active(self, accumulating: bool) -> Active:
+        """What runs in this gradient state; planned when first needed.
+
+        Raises:
+            BudgetError: no known plan fits in this state.
+        """
+        if accumulating not in self.states:
+            chosen = self._choose_measured(accumulating)
+            joint, graphs = build_graphs(self.prepared, chosen.actions)
+            captured = self.prepared.capture
+            function = StepFunction(graphs, self.prepared.joint, captured.metadata)
+            self.states[accumulating] = Active(chosen, joint, function, captured.bind(function))
+        return self.states[accumulating]
+
+    def _choose_measured(self, accumulating: bool) -> Chosen:
+        """The cheapest plan; while the example batch is at hand, one whose measured error is within the limit."""
+        while True:
+            chosen = self.choose(self.budget_bytes, accumulating=accumulating)
+            if not self._can_measure() or chosen.plan.gradient_error.source != "estimated":
+                return chosen
+            found = self._measured_error(chosen.actions)
+            self.measured[id(chosen.actions)] = found
+            if found <= self.options.max_grad_error:
+                return self.choose(self.budget_bytes, accumulating=accumulating)
+            kept = tuple(r for r in self.ladder.rungs if r.actions is not chosen.actions)
+            self.ladder = Ladder(kept)
+            self.extra = [(r, s) for r, s in self.extra if r.actions is not chosen.actions]
+
+    def set_budget(self, budget_bytes: int) -> Callable[[], None]:
+        """Plans for another budget; the result makes it so.
+
+        Raises:
+            BudgetError: no known plan fits; nothing has changed then.
+        """
+        if self.options.solver == "ilp" or not isinstance(self.options.solver, str):
+            self._solve(budget_bytes)
+        self.choose(budget_bytes, accumulating=False)
+
+        def commit() -> None:
+            self.budget_bytes = budget_bytes
+            self.states.clear()
+
+        return commit
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The smallest peak, with fresh gradients, for which a plan is known."""
+        return min(r.peak_bytes for r in (*self.ladder.rungs, *(rung for rung, _ in self.extra)))
+
+    def accumulating_note(self) -> str:
+        """Whether the budget holds while gradients of an earlier backward pass exist, in words."""
+        needed = self.minimum_bytes + self.gradient_bytes
+        if needed <= self.budget_bytes:
+            return "fits too while older gradients exist"
+        return f"does not fit while older gradients exist: that takes {format_bytes(needed)}"
+
+    @property
+    def plan(self) -> Plan:
+        """The plan for fresh gradients."""
+        return self.active(accumulating=False).chosen.plan
+
+    def measure_error(self, step: Step, call: StepCall) -> float:
+        """Relative gradient error of the active plan on another batch."""
+        verifier = self._verifier(step, call)
+        if verifier.reference is None:
+            raise InvalidArgument(verifier.check.note)
+        return verifier.gradient_error(self.active(accumulating=False).function.graphs)
+
+    def _verifier(self, step: Step, call: StepCall) -> Verifier:
+        return Verifier(
+            self.prepared.capture,
+            self.prepared.joint,
+            step,
+            call,
+            save_all=lambda: build_graphs(self.prepared, {})[1],
+            save_all_bytes=self.save_all_bytes,
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions that a plan depends on."""
+    return {"fxhybrid": __version__, "torch": torch.__version__.split("+")[0]}
+
+
+def _named(problem: Problem, actions: Actions) -> dict[str, Action]:
+    return {problem.tensors[t].name: actions[t] for t in sorted(actions) if t in set(problem.candidates)}
+
+
+def _kept_masks(problem: Problem) -> dict[int, Action]:
+    """Saves what would be derived from other tensors in the backward pass, so that these may be lossy."""
+    return {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
+
+
+def actions_of(plan: Plan, prepared: Prepared) -> dict[int, Action]:
+    """The actions of a plan from elsewhere on this graph.
+
+    Raises:
+        PlanMismatchError: another graph, other shapes or other versions.
+    """
+    if plan.graph_fingerprint != prepared.fingerprint:
+        raise PlanMismatchError(
+            f"the plan was made for graph {plan.graph_fingerprint}, this model with these inputs is "
+            f"{prepared.fingerprint}: other layers, shapes, types or options; plan again with fxhybrid.plan"
+        )
+    here = versions()
+    if dict(plan.versions) != here:
+        raise PlanMismatchError(f"the plan was made with {dict(plan.versions)}, here are {here}; plan again")
+    index = prepared.problem.index
+    unknown = [name for name in plan.actions if name not in index]
+    if unknown:
+        raise PlanMismatchError(f"the plan names tensors that this graph does not have: {unknown[:3]}")
+    return {index[name]: action for name, action in plan.actions.items()}

@@ -1,0 +1,62 @@
+"""Gradient error of lossy choices: an estimate per tensor and codec, calibrated by measurement where it fits.
+
+Lossy candidates are grouped by what reads them in the backward pass. For each group, one step with the whole
+group at 4 bits shows how much the parameter gradients move; the group's tensors share that error evenly (errors
+add up as squares), and other widths follow from their step size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from fxhybrid.codecs import get_codec
+from fxhybrid.graph import node_name
+from fxhybrid.passes.layout import Layout
+from fxhybrid.passes.to_problem import CodecChoices
+
+# Relative gradient error of a whole group at 4 bits, for when nothing can be measured: the worst of the
+# suite's models per reader (docs/guides/gradient-error.md says how they were taken).
+DEFAULT_GROUP_ERROR = 0.09
+STEPS = {8: 255, 4: 15, 2: 3}
+ErrorTable = dict[tuple[int, str], float]
+Group = frozenset[str]
+
+
+def codec_bits(codec: str) -> int | None:
+    """Bits per element of a lossy row-wise codec; None for others."""
+    name = codec.split(":", 1)[0]
+    return int(name.removeprefix("rowwise")) if name.startswith("rowwise") else None
+
+
+def lossy_groups(layout: Layout, choices: CodecChoices) -> dict[Group, list[int]]:
+    """Storages that may be lossy, grouped by the operators that read them in the backward pass."""
+    readers: dict[int, set[str]] = {}
+    for op in layout.backward:
+        for storage in op.inputs:
+            readers.setdefault(storage, set()).add(node_name(op.node))
+    groups: dict[Group, list[int]] = {}
+    for storage, codecs in choices.items():
+        if any(not get_codec(c).lossless for c in codecs):
+            groups.setdefault(frozenset(readers.get(storage, ())), []).append(storage)
+    return groups
+
+
+def error_table(
+    groups: Mapping[Group, Iterable[int]], choices: CodecChoices, at_4_bits: Callable[[Group], float]
+) -> ErrorTable:
+    """Error of each (storage, codec), from each group's error at 4 bits."""
+    errors: ErrorTable = {}
+    for group, members in groups.items():
+        storages = list(members)
+        each = at_4_bits(group) / len(storages) ** 0.5
+        for storage in storages:
+            for codec in choices[storage]:
+                bits = codec_bits(codec)
+                if bits is not None:
+                    errors[storage, codec] = each * STEPS[4] / STEPS[bits]
+    return errors
+
+
+def four_bit_codec(codecs: Iterable[str]) -> str | None:
+    """The 4-bit codec among ``codecs``, if there is one."""
+    return next((c for c in codecs if codec_bits(c) == 4), None)

@@ -1,0 +1,186 @@
+"""HybridModule: the user's model, trained inside a budget."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from fxhybrid.budget import Budget, check_budget
+from fxhybrid.compiler import Signature
+from fxhybrid.errors import InvalidArgument
+from fxhybrid.options import Options
+from fxhybrid.plan import Plan
+from fxhybrid.report import Report, make_report
+from fxhybrid.step import Step, StepCall, check_call
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Session:
+    """What a HybridModule knows besides its model: options and one planned signature per kind of call."""
+
+    def __init__(self, model: nn.Module, options: Options, plan: Plan | None) -> None:
+        self.model = model
+        self.options = options
+        self.carried_plan = plan
+        self.step = Step(model, options.loss_fn, options.return_outputs)
+        self.budget_bytes = options.budget if isinstance(options.budget, int) else None
+        self.signatures: list[tuple[Signature, Callable[..., bool]]] = []
+
+    def signature(self, call: StepCall) -> Signature:
+        """The signature that holds for ``call``; captured and planned if there is none yet."""
+        for position, (signature, holds) in enumerate(self.signatures):
+            if holds(self.step, *call):
+                if position:
+                    self.signatures.insert(0, self.signatures.pop(position))
+                return signature
+        check_call(call, self.model)
+        signature = Signature(self.step, call, self.options, self.budget_bytes, self.carried_plan)
+        self.budget_bytes = signature.budget_bytes
+        self.signatures.insert(0, (signature, signature.prepared.capture.holds))
+        return signature
+
+    def run(self, call: StepCall) -> Any:
+        """One forward pass of a training step."""
+        signature = self.signature(call)
+        accumulating = any(p.grad is not None for p in self.model.parameters())
+        return signature.active(accumulating).call(self.step, *call)
+
+    def set_budget(self, budget: Budget) -> None:
+        """Plans all signatures for another budget, or changes nothing and raises."""
+        checked = check_budget(budget)
+        if isinstance(checked, float):
+            if not self.signatures:
+                raise InvalidArgument("a share of the save-all peak needs a first call; pass bytes instead")
+            checked = int(checked * self.signatures[-1][0].save_all_bytes)
+        commits = [signature.set_budget(checked) for signature, _ in self.signatures]
+        for commit in commits:
+            commit()
+        self.budget_bytes = checked
+
+
+class HybridModule(nn.Module):
+    """A model whose training step peaks within a budget; use it as the model itself.
+
+    It is the model: the same class (it subclasses the model's), parameters, buffers, hooks, attributes and
+    ``state_dict`` keys. Only calls in training mode with gradients enabled go through the planned graphs;
+    all others run the model as it is.
+    """
+
+    __slots__ = ("_fxhybrid_session",)
+    _fxhybrid_session: Session
+
+    def __call__(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> Any:
+        """Runs the model; with a ``loss_fn``, gives ``loss_fn(output, *loss_args)`` instead of the output.
+
+        In evaluation mode or under ``no_grad``, ``loss_args`` may be left out to get the plain output.
+
+        Raises:
+            InvalidArgument: an argument that cannot be passed, or is on another device.
+            CaptureError: the call cannot be traced into one graph.
+            BudgetError: no known plan for this kind of call fits the budget.
+        """
+        session = self._fxhybrid_session
+        options = session.options
+        if loss_args and options.loss_fn is None:
+            raise InvalidArgument("loss_args are given, but the model was compiled without loss_fn")
+        if not (session.model.training and torch.is_grad_enabled()):
+            if options.loss_fn is not None and loss_args:
+                return session.step(args, kwargs, tuple(loss_args))
+            return session.model(*args, **kwargs)
+        return session.run(StepCall(args, kwargs, tuple(loss_args)))
+
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        """The same as calling, with the signature of the model's own forward."""
+        model = self._fxhybrid_session.model
+
+        @functools.wraps(type(model).forward.__get__(model))
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        return forward
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last called signature, for fresh gradients."""
+        return self._first().plan
+
+    @property
+    def plans(self) -> list[Plan]:
+        """One plan per signature, the last called first."""
+        return [signature.plan for signature, _ in self._fxhybrid_session.signatures]
+
+    @property
+    def joint_graph(self) -> fx.GraphModule:
+        """The rewritten joint graph of the last called signature."""
+        return self._first().active(False).joint.module
+
+    @property
+    def forward_graph(self) -> fx.GraphModule:
+        """The forward graph of the last called signature; call it boxed, with one list."""
+        return self._first().active(False).function.graphs.forward
+
+    @property
+    def backward_graph(self) -> fx.GraphModule:
+        """The backward graph of the last called signature; call it boxed, with one list."""
+        return self._first().active(False).function.graphs.backward
+
+    def report(self) -> Report:
+        """What was planned, checked, measured and left out, per signature."""
+        return make_report([signature for signature, _ in self._fxhybrid_session.signatures])
+
+    def set_budget(self, budget: Budget) -> None:
+        """Moves to another budget, between steps, without capturing or profiling again.
+
+        Raises:
+            InvalidArgument: not a budget.
+            BudgetError: no known plan fits; the old budget stays.
+        """
+        self._fxhybrid_session.set_budget(budget)
+
+    def check_error(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> float:
+        """Measures the relative gradient error of the current plan on another batch.
+
+        The model, its gradients and the random generator are left as they were.
+        """
+        session = self._fxhybrid_session
+        call = StepCall(args, kwargs, tuple(loss_args))
+        return session.signature(call).measure_error(session.step, call)
+
+    def _first(self) -> Signature:
+        signatures = self._fxhybrid_session.signatures
+        if not signatures:
+            raise InvalidArgument("nothing is planned yet: call the module once, or pass example_inputs to compile")
+        return signatures[0][0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HybridModule:
+        session = self._fxhybrid_session
+        model = copy.deepcopy(session.model, memo)
+        return wrap(model, session.options, session.carried_plan)
+
+    def __reduce__(self) -> Any:
+        session = self._fxhybrid_session
+        return (wrap, (session.model, session.options, session.carried_plan))
+
+
+def wrap(model: nn.Module, options: Options, plan: Plan | None) -> HybridModule:
+    """A HybridModule around ``model``; both share all state.
+
+    Raises:
+        InvalidArgument: ``model`` is no module, or is one of ours already.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if isinstance(model, HybridModule):
+        raise InvalidArgument("the model is compiled already; call set_budget on it, or compile the plain model")
+    kind = type(f"Hybrid{type(model).__name__}", (HybridModule, type(model)), {"__module__": type(model).__module__})
+    hybrid: HybridModule = object.__new__(kind)
+    object.__setattr__(hybrid, "__dict__", model.__dict__)
+    object.__setattr__(hybrid, "_fxhybrid_session", Session(model, options, plan))
+    return hybrid

@@ -1,0 +1,85 @@
+"""Report: what was planned, checked, measured and left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from fxhybrid.errors import format_bytes
+from fxhybrid.plan import Plan
+
+if TYPE_CHECKING:
+    from fxhybrid.compiler import Signature
+
+
+@dataclass(frozen=True)
+class SignatureReport:
+    """One kind of call.
+
+    Attributes:
+        plan: the plan for fresh gradients.
+        save_all_bytes: simulated peak of the step that keeps everything.
+        minimum_bytes: smallest peak for which a plan is known.
+        capture_check: how the captured graph compares with eager.
+        accumulating: whether a plan fits while gradients of an earlier backward pass exist, in words.
+    """
+
+    plan: Plan
+    save_all_bytes: int
+    minimum_bytes: int
+    capture_check: str
+    accumulating: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All kinds of calls seen so far; prints as a table."""
+
+    signatures: tuple[SignatureReport, ...]
+
+    def __str__(self) -> str:
+        console = Console(width=110, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self.__rich__())
+        return capture.get()
+
+    def __rich__(self) -> Table:
+        table = Table(title="fxhybrid report")
+        table.add_column("")
+        for number in range(len(self.signatures)):
+            table.add_column(f"call {number + 1}")
+        rows = [_rows(report) for report in self.signatures]
+        for name in rows[0] if rows else ():
+            table.add_row(name, *(row[name] for row in rows))
+        return table
+
+
+def _rows(report: SignatureReport) -> dict[str, str]:
+    plan = report.plan
+    counts = ", ".join(f"{count} {kind}" for kind, count in plan.counts().items()) or "everything saved"
+    return {
+        "budget": format_bytes(plan.budget_bytes),
+        "predicted peak": format_bytes(plan.peak_bytes),
+        "peak if all is saved": format_bytes(report.save_all_bytes),
+        "smallest known peak": format_bytes(report.minimum_bytes),
+        "added time": f"{plan.added_s * 1e3:.1f} ms on {plan.step_s * 1e3:.1f} ms",
+        "status": f"{plan.status} ({plan.solver}, gap {plan.gap:.1%})",
+        "actions": counts,
+        "gradient error": str(plan.gradient_error),
+        "captured graph": report.capture_check,
+        "accumulating": report.accumulating,
+    }
+
+
+def make_report(signatures: Sequence[Signature]) -> Report:
+    """The report of these signatures."""
+    return Report(
+        tuple(
+            SignatureReport(s.plan, s.save_all_bytes, s.minimum_bytes, s.check.note, s.accumulating_note())
+            for s in signatures
+        )
+    )

@@ -1,0 +1,144 @@
+"""The unit that is captured: a model call and, if given, the loss on top of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxhybrid.errors import InvalidArgument
+
+Loss = Callable[..., Tensor]
+
+
+class Step(nn.Module):
+    """``model(*args, **kwargs)``, then ``loss_fn(output, *loss_args)`` if there is one."""
+
+    def __init__(self, model: nn.Module, loss_fn: Loss | None, return_outputs: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self.return_outputs = return_outputs
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss_args: tuple[Any, ...]) -> Any:
+        output = self.model(*args, **kwargs)
+        if self.loss_fn is None:
+            return output
+        loss = self.loss_fn(output, *loss_args)
+        return (loss, output) if self.return_outputs else loss
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """The arguments of one call of a step."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss_args: tuple[Any, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.args, self.kwargs, self.loss_args))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the call."""
+        return [leaf for leaf in pytree.tree_leaves(list(self)) if isinstance(leaf, Tensor)]
+
+
+def check_call(call: StepCall, model: nn.Module) -> None:
+    """Refuses leaves that cannot be guarded and tensors that are not where the model is.
+
+    Raises:
+        InvalidArgument: names the argument and the way out.
+    """
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise InvalidArgument(f"the model's parameters are on several devices ({names}); move it to one")
+    for path, leaf in pytree.tree_leaves_with_path(list(call)):
+        where = ("argument ", "keyword ", "loss_args ")[path[0].idx] + pytree.keystr(path[1:])
+        if isinstance(leaf, Tensor):
+            if devices and leaf.device not in devices and leaf.dim() > 0:
+                device = next(iter(devices))
+                raise InvalidArgument(f"{where} is on {leaf.device}, the model on {device}; move it: x.to({str(device)!r})")
+        elif leaf is not None and not isinstance(leaf, (bool, int, str)):
+            raise InvalidArgument(
+                f"{where} is a {type(leaf).__name__}; only tensors, bool, int, str and None can be passed: "
+                "make it a tensor or an attribute of the model"
+            )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Everything that a step leaves behind.
+
+    Attributes:
+        outputs: tensors that it returned.
+        gradients: by parameter name; None where none arrived.
+        buffers: by name, after the step.
+        rng_state: of the CPU generator, after the step.
+    """
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    rng_state: Tensor
+
+
+def observe_step(run: Callable[[], Any], model: nn.Module, *, has_loss: bool, seed: int = 0) -> StepResult:
+    """Runs a step at a fixed seed and leaves model, gradients and generator as they were.
+
+    Without a loss, the outputs are weighted with fixed random numbers to get a scalar.
+    """
+    with _restored(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        result = run()
+        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        scalar = outputs[0] if has_loss else _weighted_sum(outputs)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(scalar, [p for _, p in named], allow_unused=True)
+        return StepResult(
+            [t.detach().clone() for t in outputs],
+            {name: g for (name, _), g in zip(named, gradients, strict=True)},
+            {name: b.detach().clone() for name, b in model.named_buffers()},
+            torch.get_rng_state(),
+        )
+
+
+def _weighted_sum(outputs: list[Tensor]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(())
+    for t in outputs:
+        if t.requires_grad:
+            weight = torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
+            total = total + (t * weight).sum().to(total.device, total.dtype)
+    return total
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    before = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def relative_difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> float:
+    """||found - expected|| / ||expected|| over all tensors together; inf where only one of two is None."""
+    difference = norm = 0.0
+    for name, reference in expected.items():
+        value = found[name]
+        if (value is None) != (reference is None):
+            return float("inf")
+        if value is not None and reference is not None:
+            difference += float((value - reference).double().square().sum())
+            norm += float(reference.double().square().sum())
+    return float((difference / max(norm, 1e-30)) ** 0.5)

@@ -1,0 +1,106 @@
+"""Verify: the captured graph against eager, and the gradient error of a plan, both by running them once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fxhybrid.budget import available_bytes
+from fxhybrid.capture import Capture
+from fxhybrid.errors import CaptureError, format_bytes
+from fxhybrid.graph import JointGraph
+from fxhybrid.passes.split import SplitGraphs
+from fxhybrid.runtime import StepFunction
+from fxhybrid.step import Step, StepCall, StepResult, observe_step, relative_difference
+
+SAME_GRAPH = 1e-3  # relative gradient difference above which a capture is not the user's model
+LOW_PRECISION = 5e-2  # the same where bfloat16 or float16 is involved
+HEADROOM = 1.25  # of the save-all peak: two steps' gradients and copied buffers stay for comparison
+
+
+@dataclass(frozen=True)
+class CaptureCheck:
+    """How the captured graph compares with eager.
+
+    Attributes:
+        difference: relative difference of all parameter gradients; None if it was not compared.
+        note: the result in words, or why it was left out.
+    """
+
+    difference: float | None
+    note: str
+
+
+class Verifier:
+    """Runs steps of one captured signature on its example arguments, leaving the model as it was.
+
+    Attributes:
+        check: the comparison of the captured graph with eager.
+        reference: what a step that keeps everything gives; None where memory did not allow it.
+    """
+
+    def __init__(
+        self,
+        captured: Capture,
+        joint: JointGraph,
+        step: Step,
+        call: StepCall,
+        *,
+        save_all: Callable[[], SplitGraphs],
+        save_all_bytes: int,
+    ) -> None:
+        """Compares the captured graph with eager if memory allows.
+
+        Raises:
+            CaptureError: the graph computes something else than the model.
+        """
+        self.captured, self.joint = captured, joint
+        self.step, self.call = step, call
+        self.has_loss = step.loss_fn is not None
+        self.reference: StepResult | None = None
+        needed, free = int(save_all_bytes * HEADROOM), available_bytes()
+        if needed > free:
+            self.check = CaptureCheck(
+                None, f"not compared with eager: that takes {format_bytes(needed)}, free are {format_bytes(free)}"
+            )
+            return
+        eager = observe_step(lambda: step(*call), step.model, has_loss=self.has_loss)
+        self.reference = self.run(save_all())
+        self.check = self._compare(eager, self.reference)
+
+    def run(self, graphs: SplitGraphs) -> StepResult:
+        """One step with these graphs, at the reference's seed."""
+        function = self.captured.bind(StepFunction(graphs, self.joint, self.captured.metadata))
+        return observe_step(lambda: function(self.step, *self.call), self.step.model, has_loss=self.has_loss)
+
+    def gradient_error(self, graphs: SplitGraphs) -> float:
+        """Relative error of all parameter gradients against the step that keeps everything."""
+        assert self.reference is not None, "callers check first whether there is a reference"
+        return relative_difference(self.run(graphs).gradients, self.reference.gradients)
+
+    def _compare(self, eager: StepResult, found: StepResult) -> CaptureCheck:
+        difference = relative_difference(found.gradients, eager.gradients)
+        same_outputs = len(eager.outputs) == len(found.outputs) and all(
+            torch.equal(a, b) for a, b in zip(eager.outputs, found.outputs, strict=True)
+        )
+        same_buffers = all(torch.equal(eager.buffers[n], b) for n, b in found.buffers.items())
+        same_rng = torch.equal(eager.rng_state, found.rng_state)
+        if difference == 0 and same_outputs and same_buffers and same_rng:
+            return CaptureCheck(0.0, "bit-equal to eager: outputs, gradients, buffers and generator")
+        again = observe_step(lambda: self.step(*self.call), self.step.model, has_loss=self.has_loss)
+        own = relative_difference(again.gradients, eager.gradients)
+        if own > 0:
+            return CaptureCheck(difference, f"eager does not repeat itself here (its own difference: {own:.1e})")
+        low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.step.parameters())
+        low = low or torch.is_autocast_cpu_enabled() or torch.is_autocast_enabled()
+        if not difference <= (LOW_PRECISION if low else SAME_GRAPH) or not same_rng:
+            raise CaptureError(
+                f"the traced graph does not compute what the model does: gradients differ by {difference:.2g}"
+                + ("" if same_rng else ", and random numbers are drawn in another order")
+                + "; does the model depend on Python state that changes between calls?"
+            )
+        return CaptureCheck(difference, f"gradients differ from eager by {difference:.1e}")
+
+

@@ -1,0 +1,272 @@
+"""Integer programming with the simulator as the judge.
+
+Problem: see ``ilp_model``, which writes Data, Variables and Model in algebra; ``ilp_rows`` has the memory rows.
+
+The program starts with memory rows for the moments where keeping everything (and the warm plan) is highest. Each
+round solves it, simulates the plan, and adds rows for the moments that are over the budget. Where a moment over
+the budget has its row already, the row undercounts (pruned tensors, two decodes in one batch): a small problem then
+forbids just that plan, which keeps every bound true; a large one lowers the row's room, and from then on the last
+bound from before stands.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxhybrid.errors import InvalidArgument, PlanError
+from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions
+from fxhybrid.problem import Problem
+from fxhybrid.schedule import Schedule, lower
+from fxhybrid.solvers.base import SolveResult, Status, plan_error
+from fxhybrid.solvers.bounds import peak_lower_bound
+from fxhybrid.solvers.ilp_backend import BACKENDS
+from fxhybrid.solvers.ilp_facts import facts_of
+from fxhybrid.solvers.ilp_model import COST_SCALE, IlpModel
+from fxhybrid.solvers.ilp_rows import MemoryRows, Moment, moments_of
+from fxhybrid.timeline import Timeline, simulate
+
+LOOSE_GAP = 0.05  # of the rounds that only find out which rows matter
+ROWS_PER_ROUND = 12
+ROWS_APART = 3  # instructions between two rows of one round: neighbours say nearly the same
+SMALL = 16  # decided tensors up to which a wrong plan is forbidden rather than its row tightened
+GAP_FLOOR_SHARE = 1e-3  # of the step: added seconds below that count as that in the gap
+
+
+@dataclass(frozen=True)
+class _Tried:
+    actions: Mapping[int, Action]
+    schedule: Schedule
+    timeline: Timeline
+    error: float
+
+
+class IlpSolver:
+    """Plans by integer programming, with a proven lower bound.
+
+    Args:
+        time_limit_s: seconds for one ``solve``, all rounds together.
+        gap: stop when (added - bound) / max(added, 0.1 % of the step) is at most this.
+        backend: ``"highs"`` or ``"cbc"``.
+    """
+
+    def __init__(self, *, time_limit_s: float = 15.0, gap: float = 0.01, backend: str = "highs") -> None:
+        if backend not in BACKENDS:
+            raise InvalidArgument(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+        self.time_limit_s = time_limit_s
+        self.gap = gap
+        self.backend = backend
+
+    def solve(
+        self, problem: Problem, budget_bytes: int, *, max_error: float, warm: Actions | None = None
+    ) -> SolveResult:
+        """The best actions found; ``warm`` is a plan to start from."""
+        return _Search(self, problem, budget_bytes, max_error).run(warm)
+
+
+class _Search:
+    def __init__(self, solver: IlpSolver, problem: Problem, budget_bytes: int, max_error: float) -> None:
+        self.started = time.perf_counter()
+        self.solver = solver
+        self.problem = problem
+        self.budget_bytes = budget_bytes
+        self.max_error = max_error
+        self.best: _Tried | None = None
+        self.smallest: _Tried | None = None
+        self.bound_s = 0.0
+        self.impossible = False
+        self.exact = True  # whether the program as it stands gives true bounds
+        self.blurred = False  # whether it never will again
+        self.counts = dict.fromkeys(("rounds", "rows", "columns", "nodes", "tightened", "forbidden"), 0)
+
+    def run(self, warm: Actions | None) -> SolveResult:
+        """All rounds, and the result."""
+        default = self.tried({})
+        assert default is not None
+        known = [default]
+        try:
+            known += [tried for tried in [self.tried(warm or {})] if tried]
+        except PlanError:
+            pass  # made for another problem: no use as a start
+        beaten = self.best is not None and self.best.timeline.added_s <= 0
+        if not beaten and self.budget_bytes >= peak_lower_bound(self.problem)[0]:
+            self.search(known)
+        return self.result()
+
+    def tried(self, actions: Actions) -> _Tried | None:
+        """Simulates a plan and remembers it if it is the best so far; None beyond the error limit."""
+        error = plan_error(self.problem, actions)
+        if error > self.max_error:
+            return None
+        schedule = lower(self.problem, actions)
+        tried = _Tried(actions, schedule, simulate(self.problem, schedule), error)
+        peak, added = tried.timeline.peak_bytes, tried.timeline.added_s
+        if peak <= self.budget_bytes and (self.best is None or added < self.best.timeline.added_s):
+            self.best = tried
+        if self.smallest is None or peak < self.smallest.timeline.peak_bytes:
+            self.smallest = tried
+        return tried
+
+    def left_s(self) -> float:
+        """Seconds until the time limit."""
+        return self.solver.time_limit_s - (time.perf_counter() - self.started)
+
+    def search(self, known: list[_Tried]) -> None:
+        """Builds the program, runs the rounds, and bounds the problem once more with all rows they found."""
+        cutoff_s = self.best.timeline.added_s if self.best else math.inf
+        facts = facts_of(self.problem, self.budget_bytes, self.max_error, cutoff_s)
+        model = IlpModel(self.problem, facts, self.max_error)
+        rows = MemoryRows(model, self.budget_bytes)
+        for tried in known:
+            self.add_rows(rows, tried, above=0.97)
+        self.rounds(model, rows)
+        if self.best is not None and self.gap() > self.solver.gap and not self.exact and not self.blurred:
+            self.exact = True
+            rows.release()
+            self.solve_once(model, rows, self.solver.gap / 4, self.left_s())
+
+    def rounds(self, model: IlpModel, rows: MemoryRows) -> None:
+        """Solve, simulate, add rows, repeat: with a loose gap until the plan fits, then once with the true one."""
+        loose = True
+        while self.left_s() > 0 and self.gap() > self.solver.gap and not model.contradiction:
+            gap = LOOSE_GAP if loose else self.solver.gap / 2
+            found = self.solve_once(model, rows, gap, self.left_s() / 2 if loose else self.left_s())
+            if found is None:
+                break
+            tried = self.tried(self.complete(found))
+            if tried is not None and tried.timeline.peak_bytes <= self.budget_bytes:
+                if not loose:
+                    break
+                loose = False
+            elif tried is None or not self.add_rows(rows, tried, above=1.0):
+                self.correct(model, rows, found, tried)
+        self.impossible |= model.contradiction and self.exact
+
+    def solve_once(self, model: IlpModel, rows: MemoryRows, gap: float, time_limit_s: float) -> Actions | None:
+        """One run of the backend; keeps its bound if that is one for the problem."""
+        if time_limit_s <= 0:
+            return None
+        answer = BACKENDS[self.solver.backend](
+            model.lp,
+            model.start(reached(self.problem, self.best.actions)) if self.best else {},
+            gap=gap,
+            gap_abs=gap * GAP_FLOOR_SHARE * COST_SCALE,
+            time_limit_s=time_limit_s,
+        )
+        self.count(model, rows, answer.nodes)
+        if self.exact and answer.bound == math.inf:
+            # Nothing is left: no plan at all, or none besides those tried.
+            self.impossible = self.best is None
+            self.bound_s = self.best.timeline.added_s if self.best else self.bound_s
+        elif self.exact and math.isfinite(answer.bound):
+            self.bound_s = max(self.bound_s, answer.bound * model.unit_s - model.facts.credit_s)
+        return model.actions() if answer.found else None
+
+    def count(self, model: IlpModel, rows: MemoryRows, nodes: int) -> None:
+        """Notes the sizes reached."""
+        self.counts["rounds"] += 1
+        self.counts["nodes"] += nodes
+        self.counts["rows"] = len(rows.rows)
+        self.counts["columns"] = len(model.lp.variables())
+
+    def add_rows(self, rows: MemoryRows, tried: _Tried, *, above: float) -> bool:
+        """Adds rows where the plan is highest; False if these moments have theirs already.
+
+        Args:
+            above: share of the budget beyond which a moment matters.
+        """
+        during = tried.timeline.during_bytes
+        moments = moments_of(self.problem, tried.schedule)
+        chosen: list[int] = []
+        for at in np.argsort(-during, kind="stable").tolist():
+            if during[at] <= above * self.budget_bytes or len(chosen) == ROWS_PER_ROUND:
+                break
+            if moments[at] not in rows.rows and all(abs(at - c) > ROWS_APART for c in chosen):
+                chosen.append(at)
+        for at in chosen:
+            rows.add(moments[at])
+        return bool(chosen)
+
+    def correct(self, model: IlpModel, rows: MemoryRows, found: Actions, tried: _Tried | None) -> None:
+        """Rules out a plan that all rows allow but the simulator refuses."""
+        if tried is None or (len(model.facts.decided) <= SMALL and not model.facts.pruned):
+            self.counts["forbidden"] += 1
+            seen = reached(self.problem, self.complete(found))
+            model.forbid(found, [t for t in model.facts.decided if t in seen])
+            # With pruned tensors the plan forbidden stands for others, too, that may fit.
+            self.blurred |= model.facts.pruned
+            self.exact &= not self.blurred
+            return
+        self.counts["tightened"] += 1
+        self.exact = False
+        if rows.reserve():
+            return
+        moments = moments_of(self.problem, tried.schedule)
+        excess = tried.timeline.during_bytes - self.budget_bytes
+        over: dict[Moment, int] = {}
+        for at in np.flatnonzero(excess > 0).tolist():
+            over[moments[at]] = max(int(excess[at]), over.get(moments[at], 0))
+        changed = [rows.tighten(at, by) for at, by in over.items() if at in rows.rows]
+        if not any(changed):
+            model.forbid(found, model.facts.decided)
+            self.blurred = True
+
+    def complete(self, found: Mapping[int, Action]) -> dict[int, Action]:
+        """Pruned tensors are saved; what backward never comes to keeps its default."""
+        actions = {t: found.get(t, SAVE) for t in self.problem.candidates}
+        seen = reached(self.problem, actions)
+        return {t: a for t, a in seen.items() if a is not _default(self.problem, t)}
+
+    def gap(self) -> float:
+        """The gap of the best plan so far; infinite without one."""
+        if self.best is None:
+            return math.inf
+        added = self.best.timeline.added_s
+        floor = max(GAP_FLOOR_SHARE * self.problem.step_s, 1e-12)
+        return (added - min(self.bound_s, added)) / max(added, floor)
+
+    def result(self) -> SolveResult:
+        """What is known now."""
+        if self.best is not None:
+            status = Status.OPTIMAL if self.gap() <= self.solver.gap + 1e-9 else Status.FEASIBLE
+        elif self.budget_bytes < peak_lower_bound(self.problem)[0]:
+            status = Status.INFEASIBLE
+        else:
+            status = Status.UNKNOWN
+        shown = self.best or self.smallest
+        assert shown is not None
+        bound_s = min(self.bound_s, self.best.timeline.added_s) if self.best else self.bound_s
+        return SolveResult(
+            status,
+            dict(shown.actions),
+            shown.timeline.peak_bytes,
+            shown.timeline.added_s,
+            max(bound_s, 0.0),
+            shown.error,
+            "ilp",
+            time.perf_counter() - self.started,
+            {**self.counts, "proven_impossible": float(self.impossible)},
+        )
+
+
+def reached(problem: Problem, actions: Actions) -> dict[int, Action]:
+    """The tensors that backward comes to, directly or through recomputation, with what is done to each."""
+    seen: dict[int, Action] = {}
+    stack = list(problem.backward_reads)
+    held = set(problem.outputs)
+    while stack:
+        t = stack.pop()
+        if t in seen or t in held:
+            continue
+        seen[t] = actions.get(t, _default(problem, t))
+        if seen[t] is RECOMPUTE:
+            stack.extend(problem.forward[problem.producer[t]].inputs)
+    return seen
+
+
+def _default(problem: Problem, t: int) -> Action:
+    return RECOMPUTE if problem.producer[t] in problem.deferrable else SAVE

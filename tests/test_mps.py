@@ -1,0 +1,272 @@
+"""The MPS ladder against the simulator, hand-made problems and an exhaustive oracle."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import choices, problems, random_actions, random_problem, small_problems
+
+from fxhybrid.errors import PlanError
+from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
+from fxhybrid.problem import CodecOption, Op, Problem, Tensor
+from fxhybrid.solvers.base import Status, plan_error
+from fxhybrid.solvers.bounds import peak_lower_bound
+from fxhybrid.solvers.footprint import FIRST_CODEC, RECOMPUTED, SAVED, Footprints
+from fxhybrid.solvers.mps import Ladder, MpsSolver, build_ladder
+from fxhybrid.timeline import simulate_actions
+
+MAX_ERROR = 0.1
+
+
+def half(size: int, seconds: float) -> CodecOption:
+    return CodecOption("half", size // 2, seconds / 2, seconds / 2, size // 2, size, True)
+
+
+def quarter(size: int, seconds: float, error: float) -> CodecOption:
+    return CodecOption("q", size // 4, seconds / 2, seconds / 2, size // 4, size, False, error)
+
+
+def two_layers(*, codecs: tuple[CodecOption, ...] = ()) -> Problem:
+    """in -> a (100 B, 1 s) -> b (100 B, 9 s) -> loss (4 B); backward reads b, then a; gradients are 10 B.
+
+    Keep-all: the peak is while the second backward op runs or the first one: 100 a + 100 b + 4 loss
+    + 10 gradient = 214 B.
+    """
+    tensors = (
+        Tensor("a", 100, codecs),
+        Tensor("b", 100),
+        Tensor("loss", 4),
+        Tensor("grad_b", 10),
+        Tensor("grad_a", 10),
+    )
+    forward = (
+        Op("make_a", (), (0,), 1.0, 100),
+        Op("make_b", (0,), (1,), 9.0, 100),
+        Op("make_loss", (1,), (2,), 1.0, 4),
+    )
+    backward = (Op("back_b", (1,), (3,), 1.0, 10), Op("back_a", (0, 3), (4,), 1.0, 10))
+    return Problem(tensors, forward, backward, (2,), (), (4,), resident_bytes=0)
+
+
+def test_keep_all_is_rung_zero_and_dropping_helps_nothing_that_forward_needs() -> None:
+    # While make_b runs, a and b are both there: 200 B. With a dropped, back_b has b + loss + grad = 114 B and
+    # back_a has a + loss + grad_b + grad_a = 124 B; so the peak is make_loss: 100 b + 4 loss, or make_b: 200 B.
+    ladder = build_ladder(two_layers(), max_error=0.0)
+    assert [(rung.peak_bytes, rung.added_s) for rung in ladder.rungs] == [(214, 0.0), (200, 1.0)]
+    assert ladder.rungs[1].actions == {0: RECOMPUTE}
+    assert ladder.rung_for(213) == ladder.rungs[1]
+    assert ladder.rung_for(199) is None
+
+
+def test_the_cheaper_codec_wins_while_the_error_lasts() -> None:
+    # Encoding costs 0.5 s, running make_a again 1 s. The encoded form (25 B) is made while b is not there yet
+    # only after a's last read (make_b): 100 a + 100 b + 25 = 225 B is above keep-all, so the codec gains nothing
+    # and the lossless ladder is the same.
+    problem = two_layers(codecs=(quarter(100, 0.5, 0.05),))
+    assert [r.actions for r in build_ladder(problem, max_error=0.1).rungs] == [{}, {0: RECOMPUTE}]
+    # Without recomputation nothing helps.
+    assert len(build_ladder(problem, max_error=0.1, recompute=False).rungs) == 1
+
+
+def chain_with_wide_backward(error: float) -> Problem:
+    """a (100 B) and b (100 B) wait through a backward op that needs 400 B: keep-all 600 B and the loss's 4 B.
+
+    Recomputing a or b costs 8 s each; a codec to 25 B costs 1 s each.
+    """
+    tensors = (
+        Tensor("a", 100, (quarter(100, 1.0, error),)),
+        Tensor("b", 100, (quarter(100, 1.0, error),)),
+        Tensor("loss", 4),
+        Tensor("grad", 10),
+        Tensor("end", 10),
+    )
+    forward = (
+        Op("make_a", (), (0,), 8.0, 100),
+        Op("make_b", (), (1,), 8.0, 100),
+        Op("make_loss", (0, 1), (2,), 1.0, 4),
+    )
+    backward = (Op("wide", (), (3,), 1.0, 400), Op("narrow", (0, 1, 3), (4,), 1.0, 10))
+    return Problem(tensors, forward, backward, (2,), (), (4,), resident_bytes=0)
+
+
+def test_error_limit_decides_between_codec_and_recomputation() -> None:
+    # Both encoded: 400 + 4 + 25 + 25 = 454 B for 2 s, error sqrt(0.03^2 + 0.04^2)... here 0.05 * sqrt(2) = 0.0707.
+    rich = build_ladder(chain_with_wide_backward(0.05), max_error=0.08)
+    rung = rich.rung_for(454)
+    assert rung is not None
+    assert (rung.peak_bytes, rung.added_s) == (454, 2.0)
+    assert rung.error == pytest.approx(0.05 * math.sqrt(2))
+    # Error for one codec only: the other tensor is made again, 400 + 4 + 25 = 429 B for 9 s.
+    scarce = build_ladder(chain_with_wide_backward(0.05), max_error=0.06)
+    rung = scarce.rung_for(454)
+    assert rung is not None
+    assert (rung.peak_bytes, rung.added_s, rung.error) == (429, 9.0, 0.05)
+    # Both made again: 404 B for 16 s.
+    assert rich.rungs[-1].peak_bytes == 404
+    assert rich.rungs[-1].added_s == 16.0
+
+
+def test_a_mask_is_kept_packed_when_its_source_turns_lossy() -> None:
+    # x (320 B) is read by conv's backward, its mask (80 B bool, packed 10 B) by relu's. By default the mask is
+    # made in the backward pass for free, which needs x exactly.
+    pack = CodecOption("bitpack", 10, 0.01, 0.01, 10, 80, True)
+    tensors = (
+        Tensor("x", 320, (quarter(320, 0.2, 0.01),)),
+        Tensor("mask", 80, (pack,)),
+        Tensor("loss", 4),
+        Tensor("grad", 10),
+        Tensor("end", 10),
+    )
+    forward = (
+        Op("make_x", (), (0,), 50.0, 320, recomputable=False),
+        Op("make_mask", (0,), (1,), 0.1, 80),
+        Op("make_loss", (0,), (2,), 1.0, 4),
+    )
+    backward = (Op("wide", (), (3,), 1.0, 500), Op("relu_back", (1, 3), (4,), 1.0, 10), Op("conv", (0, 4), (), 1.0, 0))
+    problem = Problem(tensors, forward, backward, (2,), (), (4,), resident_bytes=0)
+    ladder = build_ladder(problem, max_error=0.1)
+    # Keep-all: 320 x + 4 + 500 = 824 B. Packed: 80 + 10 + 4 + 500 = 594 B for 0.2 + 0.02 s.
+    rung = ladder.rung_for(600)
+    assert rung is not None
+    assert rung.actions == {0: Compress("q"), 1: Compress("bitpack")}
+    assert (ladder.rungs[0].peak_bytes, rung.peak_bytes) == (824, 594)
+    assert rung.added_s == pytest.approx(0.22)
+
+
+def check_ladder(problem: Problem, ladder: Ladder, max_error: float) -> None:
+    assert ladder.rungs[0].actions == {}
+    for rung in ladder.rungs:
+        line = simulate_actions(problem, rung.actions)
+        assert (line.peak_bytes, line.added_s) == (rung.peak_bytes, rung.added_s)
+        assert plan_error(problem, rung.actions) == rung.error <= max_error * (1 + 1e-6)
+    for above, below in itertools.pairwise(ladder.rungs):
+        assert above.peak_bytes > below.peak_bytes
+        assert above.added_s <= below.added_s
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.sampled_from((0.0, 0.05, 0.3)), st.booleans())
+def test_rungs_are_what_they_say(problem: Problem, max_error: float, recompute: bool) -> None:
+    ladder = build_ladder(problem, max_error=max_error, recompute=recompute)
+    check_ladder(problem, ladder, max_error)
+    assert ladder.rung_for(ladder.rungs[0].peak_bytes) == ladder.rungs[0]
+    assert ladder.rung_for(1 << 60) == ladder.rungs[0]
+    assert ladder.rung_for(ladder.rungs[-1].peak_bytes) == ladder.rungs[-1]
+    assert ladder.rung_for(ladder.rungs[-1].peak_bytes - 1) is None
+    for rung in ladder.rungs if not recompute else ():
+        for t, action in rung.actions.items():
+            assert action is not RECOMPUTE or problem.producer[t] in problem.deferrable
+
+
+@settings(max_examples=10, deadline=None)
+@given(problems())
+def test_only_allowed_codecs_are_used(problem: Problem) -> None:
+    ladder = build_ladder(problem, max_error=1.0, allow=lambda option: option.lossless)
+    assert all(rung.error == 0.0 for rung in ladder.rungs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_footprint_equals_simulation(problem: Problem, seed: int) -> None:
+    base = Footprints(problem)
+    actions = random_actions(problem, seed)
+    state = base.default.copy()
+    for t, action in actions.items():
+        codecs = [o.codec for o in problem.tensors[t].codecs]
+        if isinstance(action, Compress):
+            state[t] = FIRST_CODEC + codecs.index(action.codec)
+        else:
+            state[t] = SAVED if action is SAVE else RECOMPUTED
+    mark, line = base.measure(state), simulate_actions(problem, actions)
+    assert mark is not None
+    assert mark.peak_bytes == line.peak_bytes
+    assert mark.added_s == pytest.approx(line.added_s, abs=1e-9)
+    assert simulate_actions(problem, base.actions(state, mark.needed)).peak_bytes == line.peak_bytes
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_no_plan_is_below_the_bound(problem: Problem, seed: int) -> None:
+    bound, holder = peak_lower_bound(problem)
+    assert holder
+    assert simulate_actions(problem, {}).peak_bytes >= bound
+    assert simulate_actions(problem, random_actions(problem, seed)).peak_bytes >= bound
+
+
+@settings(max_examples=15, deadline=None)
+@given(problems(), st.floats(0.0, 1.2))
+def test_solver_keeps_the_budget(problem: Problem, part: float) -> None:
+    budget = int(simulate_actions(problem, {}).peak_bytes * part)
+    solver = MpsSolver()
+    result = solver.solve(problem, budget, max_error=MAX_ERROR)
+    assert simulate_actions(problem, result.actions).peak_bytes == result.peak_bytes
+    fits = result.status in (Status.OPTIMAL, Status.FEASIBLE)
+    assert fits == (result.peak_bytes <= budget)
+    if result.status is Status.INFEASIBLE:
+        assert budget < peak_lower_bound(problem)[0]
+    if part >= 1.0:
+        assert (result.status, result.actions, result.added_s) == (Status.OPTIMAL, {}, 0.0)
+
+
+def test_same_input_same_ladder() -> None:
+    for seed in range(5):
+        first = build_ladder(random_problem(seed, 25), max_error=MAX_ERROR)
+        again = build_ladder(random_problem(seed, 25), max_error=MAX_ERROR)
+        assert first == again
+
+
+def test_ladder_is_built_once_per_problem() -> None:
+    problem, solver = random_problem(3, 20), MpsSolver()
+    assert solver.ladder(problem, MAX_ERROR) is solver.ladder(problem, MAX_ERROR)
+    assert solver.ladder(problem, MAX_ERROR) is not solver.ladder(problem, 0.0)
+
+
+def test_empty_problem() -> None:
+    ladder = build_ladder(Problem((), (), (), (), (), (), resident_bytes=7), max_error=0.1)
+    assert [(rung.peak_bytes, rung.added_s) for rung in ladder.rungs] == [(7, 0.0)]
+
+
+def all_plans(problem: Problem, max_error: float) -> list[tuple[int, float]]:
+    """Peak and added seconds of every valid plan."""
+    found: list[tuple[int, float]] = []
+    for picked in itertools.product(*(choices(problem, t) for t in problem.candidates)):
+        actions: dict[int, Action] = dict(zip(problem.candidates, picked, strict=True))
+        if plan_error(problem, actions) > max_error:
+            continue
+        try:
+            line = simulate_actions(problem, actions)
+        except PlanError:
+            continue
+        found.append((line.peak_bytes, line.added_s))
+    return found
+
+
+def compare_with_oracle(count: int, max_candidates: int, first_seed: int) -> tuple[list[float], list[float]]:
+    """Ratios of added time (plus 0.1 % of the step) at five budgets each, and of the smallest peaks."""
+    times: list[float] = []
+    peaks: list[float] = []
+    for problem in small_problems(count, max_candidates, first_seed):
+        plans = all_plans(problem, MAX_ERROR)
+        ladder = build_ladder(problem, max_error=MAX_ERROR)
+        smallest, top = min(peak for peak, _ in plans), ladder.rungs[0].peak_bytes
+        peaks.append(ladder.rungs[-1].peak_bytes / smallest)
+        for k in range(5):
+            budget = smallest + (top - smallest) * k // 5
+            rung = ladder.rung_for(budget)
+            if rung is not None and smallest < top:
+                best = min(added for peak, added in plans if peak <= budget)
+                floor = 1e-3 * problem.step_s
+                times.append((rung.added_s + floor) / (best + floor))
+    return times, peaks
+
+
+def test_close_to_the_oracle_on_small_problems() -> None:
+    times, peaks = compare_with_oracle(40, 6, first_seed=1000)
+    mean = math.exp(sum(map(math.log, times)) / len(times))
+    assert mean <= 1.1
+    assert sum(ratio <= 1.0 for ratio in peaks) >= 0.9 * len(peaks)
+    assert max(peaks) <= 1.1
