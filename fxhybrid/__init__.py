@@ -1,8 +1,8 @@
 """fxhybrid: train an unchanged PyTorch model inside a memory budget.
 
-    import fxhybrid
-    model = fxhybrid.compile(model, budget="512MiB", loss_fn=loss_fn)
-    model(x, loss_args=(y,)).backward()
+import fxhybrid
+model = fxhybrid.compile(model, budget="512MiB", loss_fn=loss_fn)
+model(x, loss_args=(y,)).backward()
 """
 
 from fxhybrid.api import compile, plan
@@ -17,6 +17,7 @@ from fxhybrid.errors import (
     ProblemError,
     ProfileError,
 )
+from fxhybrid.frontier import Frontier, frontier
 from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.module import HybridModule
 from fxhybrid.plan import Plan
@@ -26,6 +27,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "CodecError",
+    "Frontier",
     "FxHybridError",
     "HybridModule",
     "InvalidArgument",
@@ -37,6 +39,7 @@ __all__ = [
     "StepMeasurement",
     "__version__",
     "compile",
+    "frontier",
     "measure_step",
     "plan",
 ]

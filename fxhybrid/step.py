@@ -98,7 +98,7 @@ def observe_step(run: Callable[[], Any], model: nn.Module, *, has_loss: bool, se
     with _restored(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         result = run()
-        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        outputs = list(output_tensors(result))
         scalar = outputs[0] if has_loss else _weighted_sum(outputs)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(scalar, [p for _, p in named], allow_unused=True)
@@ -108,6 +108,15 @@ def observe_step(run: Callable[[], Any], model: nn.Module, *, has_loss: bool, se
             {name: b.detach().clone() for name, b in model.named_buffers()},
             torch.get_rng_state(),
         )
+
+
+def output_tensors(output: Any, _within: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """The tensors of a model's output in order: containers, dataclasses and plain objects are looked into."""
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in _within:
+            yield from output_tensors(list(vars(leaf).values()), (*_within, id(leaf)))
 
 
 def _weighted_sum(outputs: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 import fxhybrid.mask_ops  # noqa: F401  (registers keep_mask and apply_mask)
-from fxhybrid.graph import TAG, InputKind, JointGraph, NodeTag, Phase, phase_of, storages
+from fxhybrid.graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
 from fxhybrid.passes.layout import is_random
 
 aten = torch.ops.aten
@@ -145,6 +145,39 @@ def _tangent_free(joint: JointGraph) -> set[fx.Node]:
     return free
 
 
+def own_gradients(joint: JointGraph) -> None:
+    """Every gradient gets a storage of its own in its parameter's layout.
+
+    Autograd then takes it as ``.grad`` instead of copying it, which would be memory that no plan knows of.
+    """
+    inputs = joint.placeholders
+    taken: set[int] = {s for node in inputs for s in storages(node.meta["val"])}
+    output = joint.module.graph.output_node()
+    results = list(joint.output_nodes)
+    for position, (node, role) in enumerate(zip(results, joint.outputs, strict=True)):
+        if node is None or role.kind is not OutputKind.GRADIENT:
+            continue
+        value, like = node.meta["val"], inputs[role.of].meta["val"]
+        owned = not taken.intersection(storages(value)) and phase_of(node) is Phase.BACKWARD
+        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        taken.update(storages(value))
+        layout = _memory_format(like)
+        if (owned and whole and value.stride() == like.stride()) or layout is None:
+            continue
+        with joint.module.graph.inserting_before(output):
+            results[position] = _call(joint, aten.clone.default, (node,), Phase.BACKWARD, {"memory_format": layout})
+    output.args = (tuple(results),)
+
+
+def _memory_format(value: torch.Tensor) -> torch.memory_format | None:
+    """The format that ``clone`` needs to give this tensor's strides; None if there is none."""
+    for layout in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
+        fits = value.dim() == {torch.channels_last: 4, torch.channels_last_3d: 5}.get(layout, value.dim())
+        if fits and value.is_contiguous(memory_format=layout):
+            return layout
+    return None
+
+
 def _call(
     joint: JointGraph, target: Any, args: tuple[Any, ...], phase: Phase, kwargs: dict[str, Any] | None = None
 ) -> fx.Node:
@@ -171,4 +204,5 @@ PASSES: tuple[Pass, ...] = (
     shapes_for_pools,
     snapshot_overwritten,
     hoist_predicates,
+    own_gradients,
 )

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fxhybrid.solvers.footprint import Footprint, Footprints, State
+from fxhybrid.solvers.footprint import Footprint, Footprints
+from fxhybrid.solvers.grid import State
 from fxhybrid.solvers.moves import Floats, MoveTable
 
 SHAKEN = 4
@@ -125,7 +126,7 @@ class Descent:
                 height[a:b] += d
 
     def _scores(self, height: Floats, target: int, error2: float) -> Floats:
-        """Bytes freed at the overloaded slots per second of added delay; 0 where a move is out of question."""
+        """Bytes freed at the overloaded slots per second of added delay, 0 where a move cannot be."""
         table = self.table
         over = np.maximum(height - 0.99 * target, 0.0)
         top = float(over.max())
@@ -133,7 +134,7 @@ class Descent:
         freed = np.minimum(-table.delta, top)
         gain = (freed * (total[table.end] - total[table.begin])).sum(1)
         cost = table.seconds + self.error_price_s * table.error2
-        score = gain / np.maximum(cost, 1e-6 * self.base.problem.step_s + 1e-30)
+        score: Floats = gain / np.maximum(cost, 1e-6 * self.base.problem.step_s + 1e-30)
         score[~table.valid | (gain <= 0) | (error2 + table.error2 > self.max_error2 * (1 + 1e-12))] = 0.0
         return score
 
@@ -145,7 +146,9 @@ class Descent:
         while fails > 0 and self.work > 0:
             cost = table.seconds + self.error_price_s * table.error2
             wanted = np.flatnonzero(table.valid & ~banned & (cost < -1e-9 * self.base.problem.step_s))
-            rows, state, changed = self._fitting(point, target, wanted[np.argsort(cost[wanted])], batch, banned)
+            rows, state, changed = self._fitting(
+                point, target, wanted[np.argsort(cost[wanted])], batch, banned
+            )
             if not rows:
                 break
             new = self.measure(state)
@@ -162,7 +165,7 @@ class Descent:
         return point
 
     def shake(self, point: Point, target: int, turn: int) -> Point:
-        """Takes back some of the dearest actions, goes down to ``target`` again and keeps the cheaper point."""
+        """Takes back some dear actions, goes down to ``target`` again and keeps the cheaper point."""
         table = self.table
         cost = table.seconds + self.error_price_s * table.error2
         dear = np.flatnonzero(table.valid & (cost < 0))
@@ -191,15 +194,6 @@ class Descent:
         self.move(self.last if lower is None else other, point)
         return point
 
-    def spend(self, point: Point, target: int) -> None:
-        """Keeps the point that uses the error left over to save time; the search stays where it is."""
-        price, self.error_price_s = self.error_price_s, 0.0
-        cheaper = self.trim(point, target, fails=3)
-        self.error_price_s = price
-        if cheaper is not point:
-            self.points.append(cheaper)
-            self.move(cheaper, point)
-
     def move(self, old: Point, new: Point) -> None:
         """Makes the table stand at ``new`` instead of ``old``."""
         differ = [t for t in self.table.rows_of if old.state[t] != new.state[t]]
@@ -224,7 +218,7 @@ class Descent:
             if self._fits(height, int(r), target):
                 table.refresh(point.state, point.mark, (table.row[r][0],))
                 changes = table.changes[r] or {}
-                if not table.valid[r] or table.seconds[r] >= 0 and table.error2[r] >= 0:
+                if not table.valid[r] or (table.seconds[r] >= 0 and table.error2[r] >= 0):
                     continue
                 if not self._fits(height, int(r), target) or not changed.isdisjoint(table.near(changes)):
                     continue

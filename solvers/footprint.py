@@ -2,8 +2,7 @@
 
 ``Footprints.measure`` gives the very peak and added time of ``lower`` + ``simulate`` without building a
 schedule. Its grid has one slot per op (forward, then backward); encodings count to the slot of the op before
-them, decodings and recomputations to the slot of the backward op after them. A state is one code per tensor:
-0 save, 1 recompute, 2 + j the tensor's j-th codec option.
+them, decodings and recomputations to the slot of the backward op after them.
 """
 
 from __future__ import annotations
@@ -11,15 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
-from fxhybrid.problem import Problem
-
-State = list[int]
-Ints = npt.NDArray[np.int64]
-SAVED, RECOMPUTED = 0, 1
-FIRST_CODEC = 2
+from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED, Grid, Ints, State
 
 
 @dataclass(frozen=True)
@@ -49,64 +42,8 @@ class Footprint:
     reruns: frozenset[int]
 
 
-class Footprints:
+class Footprints(Grid):
     """Measures states of one problem."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.n_forward = len(problem.forward)
-        self.n_slots = self.n_forward + len(problem.backward)
-        count = len(problem.tensors)
-        self.producer = [problem.producer.get(t, -1) for t in range(count)]
-        self.size = np.fromiter((t.size_bytes for t in problem.tensors), np.int64, count)
-        self.held = set(problem.outputs)
-        self.gradients = set(problem.gradients)
-        self.default: State = [
-            RECOMPUTED if o in problem.deferrable and t not in self.held else SAVED
-            for t, o in enumerate(self.producer)
-        ]
-        self._prepare_forward(count)
-        self._prepare_backward(count)
-
-    def _prepare_forward(self, count: int) -> None:
-        problem = self.problem
-        wanted = {*problem.outputs, *problem.mutations, *problem.gradients}
-        self.optional: list[int] = []
-        self.base_read = [-1] * count
-        self.base_s = sum(op.seconds for op in problem.backward) - problem.step_s
-        for i in range(self.n_forward - 1, -1, -1):
-            op = problem.forward[i]
-            if not op.pinned and wanted.isdisjoint(op.outputs):
-                self.optional.append(i)
-                continue
-            wanted.update(op.inputs)
-            self.base_s += op.seconds
-            for t in (*op.inputs, *op.outputs):
-                self.base_read[t] = max(self.base_read[t], i)
-        self.forward_tensors = np.array([t for op in problem.forward for t in op.outputs], np.int64)
-        self.made_by = np.array([i for i, op in enumerate(problem.forward) for _ in op.outputs], np.int64)
-        self.forward_rise = np.array([op.rise_bytes for op in problem.forward], np.int64)
-
-    def _prepare_backward(self, count: int) -> None:
-        problem = self.problem
-        first_run, last_run = [-1] * count, [-1] * count
-        death = [0] * count
-        for p, op in enumerate(problem.backward):
-            for t in (*op.inputs, *op.outputs):
-                death[t] = p
-            for t in op.inputs:
-                if self.producer[t] >= 0:
-                    last_run[t] = p
-                    if first_run[t] < 0:
-                        first_run[t] = p
-        self.first_run, self.last_run = np.array(first_run, np.int64), np.array(last_run, np.int64)
-        made = [(p, t) for p, op in enumerate(problem.backward) for t in op.outputs]
-        n_backward = len(problem.backward)
-        self.back_birth = np.array([p for p, _ in made], np.int64)
-        self.back_death = np.array([n_backward if t in self.gradients else death[t] for _, t in made], np.int64)
-        self.back_size = self.size[[t for _, t in made]] if made else np.zeros(0, np.int64)
-        self.back_rise = np.array([op.rise_bytes for op in problem.backward], np.int64)
-        self.roots = sorted(problem.backward_reads, key=lambda t: problem.backward_reads[t])
 
     def actions(self, state: State, needed: bytearray) -> dict[int, Action]:
         """The state as actions; defaults and what backward does not want are left out."""
@@ -128,7 +65,7 @@ class Footprints:
 
 
 class _Measurement:
-    def __init__(self, base: Footprints, state: State) -> None:
+    def __init__(self, base: Grid, state: State) -> None:
         self.base = base
         self.state = state
         self.seconds = base.base_s
@@ -217,18 +154,15 @@ class _Measurement:
         added_s = max(self.seconds, 0.0)
         use, last_use = self._uses()
         reruns = frozenset(self.reruns)
-        return Footprint(
-            peak, added_s, self.error2, height, self.needed, use, last_use, last_read, reruns
-        )
+        return Footprint(peak, added_s, self.error2, height, self.needed, use, last_use, last_read, reruns)
 
     def _groups(self, start: int, encode_at: dict[int, int]) -> Ints:
         """Materialises group by group, in the order of ``lower``; gives the instructions per group."""
         base = self.base
         counts = np.zeros(len(base.problem.backward), np.int64)
         wanted: dict[int, list[int]] = {}
-        first = base.problem.backward_reads
         for t in self.needed_roots():
-            wanted.setdefault(first[t], []).append(t)
+            wanted.setdefault(base.problem.backward_reads[t], []).append(t)
         self.available = {t for t in self.stored if t not in encode_at}
         self.decode_at: dict[int, int] = {}
         for p in sorted(wanted):
@@ -317,7 +251,11 @@ class _Measurement:
         read[list(base.gradients)] = n
         options = {t: problem.tensors[t].codecs[self.state[t] - FIRST_CODEC] for t in encode_at}
         raw = base.size[base.forward_tensors] * runs[base.made_by] if base.n_forward else ends[:0]
-        births = [forward_at[base.made_by], np.array(list(encode_at.values()), np.int64), backward_at[base.back_birth]]
+        births = [
+            forward_at[base.made_by],
+            np.array(list(encode_at.values()), np.int64),
+            backward_at[base.back_birth],
+        ]
         deaths = [
             death_of[base.forward_tensors],
             np.array([self.decode_at.get(t, at) for t, at in encode_at.items()], np.int64),
@@ -338,11 +276,11 @@ class _Measurement:
         rise = np.zeros(n, np.int64)
         rise[forward_at] = base.forward_rise * runs
         rise[backward_at] = base.back_rise
-        for t, at in encode_at.items():
-            rise[at] = options[t].encode_rise_bytes
+        for t, place in encode_at.items():
+            rise[place] = options[t].encode_rise_bytes
         if self.rows:
-            at, rise_bytes = np.array(self.rows, np.int64).T
-            rise[at] = rise_bytes
+            places, rises = np.array(self.rows, np.int64).T
+            rise[places] = rises
         during: Ints = before + np.maximum(rise, made)
         return during
 

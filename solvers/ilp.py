@@ -1,16 +1,17 @@
 """Integer programming with the simulator as the judge.
 
-Problem: see ``ilp_model``, which writes Data, Variables and Model in algebra; ``ilp_rows`` has the memory rows.
+Problem / Data / Variables / Model: in algebra at the top of ``ilp_model``; ``ilp_rows`` has the memory rows.
 
-The program starts with memory rows for the moments where keeping everything (and the warm plan) is highest. Each
-round solves it, simulates the plan, and adds rows for the moments that are over the budget. Where a moment over
-the budget has its row already, the row undercounts (pruned tensors, two decodes in one batch): a small problem then
-forbids just that plan, which keeps every bound true; a large one lowers the row's room, and from then on the last
-bound from before stands.
+The program starts with memory rows for the moments where keeping everything (and the warm plan) is highest.
+Each round solves it, simulates the plan, and adds rows for the moments that are over the budget. Where such
+a moment has its row already, the row undercounts (pruned tensors, two decodes in one batch). A small problem
+then forbids just that plan, which keeps every bound true. A large one first keeps room for the saved pruned
+tensors, then lowers the row's room; the bound from before stands until the rows get it back at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from fxhybrid.solvers.ilp_model import COST_SCALE, IlpModel
 from fxhybrid.solvers.ilp_rows import MemoryRows, Moment, moments_of
 from fxhybrid.timeline import Timeline, simulate
 
+PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
 LOOSE_GAP = 0.05  # of the rounds that only find out which rows matter
 ROWS_PER_ROUND = 12
 ROWS_APART = 3  # instructions between two rows of one round: neighbours say nearly the same
@@ -88,10 +90,8 @@ class _Search:
         default = self.tried({})
         assert default is not None
         known = [default]
-        try:
+        with contextlib.suppress(PlanError):  # one made for another problem is no use as a start
             known += [tried for tried in [self.tried(warm or {})] if tried]
-        except PlanError:
-            pass  # made for another problem: no use as a start
         beaten = self.best is not None and self.best.timeline.added_s <= 0
         if not beaten and self.budget_bytes >= peak_lower_bound(self.problem)[0]:
             self.search(known)
@@ -116,21 +116,36 @@ class _Search:
         return self.solver.time_limit_s - (time.perf_counter() - self.started)
 
     def search(self, known: list[_Tried]) -> None:
+        """One pass without the smallest tensors, and where that does not settle it, one with them."""
+        moments: tuple[Moment, ...] = ()
+        for share in (PRUNED_SHARE, 0.0):
+            rows = self.search_once(known, moments, share * self.budget_bytes)
+            moments = tuple(rows.rows)
+            if self.impossible or self.gap() <= self.solver.gap or not rows.facts.pruned:
+                return
+
+    def search_once(
+        self, known: list[_Tried], moments: tuple[Moment, ...], pruned_bytes: float
+    ) -> MemoryRows:
         """Builds the program, runs the rounds, and bounds the problem once more with all rows they found."""
         cutoff_s = self.best.timeline.added_s if self.best else math.inf
-        facts = facts_of(self.problem, self.budget_bytes, self.max_error, cutoff_s)
+        facts = facts_of(self.problem, self.max_error, pruned_bytes=pruned_bytes, cutoff_s=cutoff_s)
         model = IlpModel(self.problem, facts, self.max_error)
         rows = MemoryRows(model, self.budget_bytes)
-        for tried in known:
+        self.exact, self.blurred = True, False
+        for at in moments:
+            rows.add(at)
+        for tried in () if moments else known:
             self.add_rows(rows, tried, above=0.97)
         self.rounds(model, rows)
         if self.best is not None and self.gap() > self.solver.gap and not self.exact and not self.blurred:
             self.exact = True
             rows.release()
             self.solve_once(model, rows, self.solver.gap / 4, self.left_s())
+        return rows
 
     def rounds(self, model: IlpModel, rows: MemoryRows) -> None:
-        """Solve, simulate, add rows, repeat: with a loose gap until the plan fits, then once with the true one."""
+        """Solve, simulate, add rows, repeat: with a loose gap until the plan fits, then with the true one."""
         loose = True
         while self.left_s() > 0 and self.gap() > self.solver.gap and not model.contradiction:
             gap = LOOSE_GAP if loose else self.solver.gap / 2
@@ -146,7 +161,9 @@ class _Search:
                 self.correct(model, rows, found, tried)
         self.impossible |= model.contradiction and self.exact
 
-    def solve_once(self, model: IlpModel, rows: MemoryRows, gap: float, time_limit_s: float) -> Actions | None:
+    def solve_once(
+        self, model: IlpModel, rows: MemoryRows, gap: float, time_limit_s: float
+    ) -> Actions | None:
         """One run of the backend; keeps its bound if that is one for the problem."""
         if time_limit_s <= 0:
             return None

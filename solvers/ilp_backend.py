@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,9 @@ class _Highs(pulp.HiGHS):  # type: ignore[misc]
         lp.solverModel.run()
 
 
-def run_highs(lp: Any, start: Mapping[str, float], *, gap: float, gap_abs: float, time_limit_s: float) -> Answer:
+def run_highs(
+    lp: Any, start: Mapping[str, float], *, gap: float, gap_abs: float, time_limit_s: float
+) -> Answer:
     """Solves with HiGHS; ``start`` holds values of the binary variables by name."""
     solver = _Highs(msg=False, threads=1, gapRel=gap, gapAbs=gap_abs, timeLimit=time_limit_s)
     solver.start = start
@@ -57,14 +60,19 @@ def run_highs(lp: Any, start: Mapping[str, float], *, gap: float, gap_abs: float
     return Answer(found, closed, float(bound), max(int(info.mip_node_count), 0))
 
 
-def run_cbc(lp: Any, start: Mapping[str, float], *, gap: float, gap_abs: float, time_limit_s: float) -> Answer:
+def run_cbc(
+    lp: Any, start: Mapping[str, float], *, gap: float, gap_abs: float, time_limit_s: float
+) -> Answer:
     """Solves with CBC; it tells no bound when it runs out of time."""
     for variable in lp.variables():
         if variable.name in start:
             variable.setInitialValue(start[variable.name])
-    solver = pulp.PULP_CBC_CMD(
-        msg=False, threads=1, gapRel=gap, gapAbs=gap_abs, timeLimit=max(1, math.ceil(time_limit_s)), warmStart=bool(start)
-    )
+    limit_s = max(1, math.ceil(time_limit_s))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 4 wants CBC as an extra
+        solver = pulp.PULP_CBC_CMD(
+            msg=False, threads=1, gapRel=gap, gapAbs=gap_abs, timeLimit=limit_s, warmStart=bool(start)
+        )
     status = lp.solve(solver)
     if status == pulp.LpStatusInfeasible:
         return Answer(False, True, math.inf)

@@ -1,18 +1,18 @@
 """What the integer program knows about a problem before the first variable: who may be decided, and when.
 
-Positions are those of backward ops. ``first`` and ``last`` are a tensor's direct backward reads; ``earliest`` and
-``latest`` bound the position at which an op may run again.
+Positions are those of backward ops. ``first`` and ``last`` are a tensor's direct backward reads; ``earliest``
+and ``latest`` bound the position at which an op may run again.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from fxhybrid.problem import CodecOption, Op, Problem
 
 NEVER = 1 << 60
-PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Facts:
         held: tensors that stay to the end of forward whatever is chosen.
         credit_s: seconds of ops that no plan ever runs.
         cutoff_s: seconds of reruns beyond which no plan is of interest.
+        pruned: whether tensors were left out that a plan could decide on; they are saved.
     """
 
     decided: tuple[int, ...]
@@ -52,27 +53,26 @@ class Facts:
     held: frozenset[int]
     credit_s: float
     cutoff_s: float
-
-    @property
-    def pruned(self) -> bool:
-        """Whether some tensor was left out that a plan could decide on."""
-        return bool(self.unsure)
+    pruned: bool
 
 
-def facts_of(problem: Problem, budget_bytes: int, max_error: float, cutoff_s: float = math.inf) -> Facts:
-    """The facts of ``problem`` that matter for this budget and error limit.
+def facts_of(
+    problem: Problem, max_error: float, *, pruned_bytes: float = 0.0, cutoff_s: float = math.inf
+) -> Facts:
+    """The facts of ``problem`` that matter within this error limit.
 
     Args:
+        pruned_bytes: the smallest tensors are pruned that occupy no more than this together.
         cutoff_s: added seconds of a known plan: what only dearer plans do is left out.
     """
     first, last = _direct_reads(problem)
     needed = _needed(problem, first)
-    pruned = _pruned(problem, needed, budget_bytes)
+    pruned = _pruned(problem, needed, pruned_bytes)
     decided = tuple(t for t in problem.candidates if t not in pruned)
     cutoff_s += _credit_s(problem, needed)
     chains = chain_seconds(problem, needed, len(problem.backward))
     makers = {problem.producer[t] for t in decided}
-    rerunnable = frozenset(o for o in makers if chains.get(o, math.inf) <= cutoff_s * (1 + 1e-9))
+    rerunnable = frozenset(o for o in makers & chains.keys() if chains[o] <= cutoff_s * (1 + 1e-9))
     readers: dict[int, list[int]] = {t: [] for t in problem.producer}
     optional: dict[int, list[int]] = {t: [] for t in problem.producer}
     last_forward = dict(problem.producer)
@@ -107,6 +107,7 @@ def facts_of(problem: Problem, budget_bytes: int, max_error: float, cutoff_s: fl
         frozenset({*problem.outputs, *problem.mutations}),
         _credit_s(problem, needed),
         cutoff_s,
+        bool(pruned),
     )
 
 
@@ -116,7 +117,7 @@ def top_bytes(problem: Problem, op: Op) -> int:
 
 
 def chain_seconds(problem: Problem, needed: frozenset[int], position: int) -> dict[int, float]:
-    """For each op that may run again by a backward position, the seconds of the cheapest chain that asks for it."""
+    """For each op that may run again by a position, the seconds of the cheapest chain that asks for it."""
     wanted = {t: 0.0 for t, first in problem.backward_reads.items() if first <= position}
     seconds: dict[int, float] = {}
     for o in range(len(problem.forward) - 1, -1, -1):
@@ -127,6 +128,45 @@ def chain_seconds(problem: Problem, needed: frozenset[int], position: int) -> di
             for t in op.inputs:
                 wanted[t] = min(wanted.get(t, math.inf), seconds[o])
     return seconds
+
+
+def certain_forward(problem: Problem, facts: Facts) -> list[int]:
+    """Bytes alive for certain before each forward position."""
+    n = len(problem.forward)
+    change = [0] * (n + 2)
+    for t, made in problem.producer.items():
+        if made in facts.needed:
+            change[made + 1] += problem.tensors[t].size_bytes
+            change[(n if t in facts.held else facts.last_forward[t]) + 1] -= problem.tensors[t].size_bytes
+    return [problem.resident_bytes + alive for alive in accumulate(change)]
+
+
+def saved_bytes(problem: Problem, facts: Facts) -> tuple[list[int], list[int]]:
+    """Bytes of saved pruned tensors per forward and backward position, beside what counts for certain."""
+    forward, backward = [0] * (len(problem.forward) + 1), [0] * (len(problem.backward) + 1)
+    for t, last in facts.last.items():
+        if t in facts.decided or t in problem.outputs:
+            continue
+        size = problem.tensors[t].size_bytes
+        if t not in facts.held:
+            forward[facts.last_forward[t] + 1] += size
+        backward[0] += size
+        backward[min(facts.first[t] + 1, last)] -= size
+    return list(accumulate(forward)), list(accumulate(backward))
+
+
+def certain_backward(problem: Problem, decided: set[int]) -> list[int]:
+    """Bytes alive before each backward op that no decision changes."""
+    n = len(problem.backward)
+    last = {t: p for p, op in enumerate(problem.backward) for t in (*op.outputs, *op.inputs)}
+    change = [0] * (n + 2)
+    for p, op in enumerate(problem.backward):
+        for t in op.outputs:
+            change[p + 1] += problem.tensors[t].size_bytes
+            change[(n if t in problem.gradients else last[t]) + 1] -= problem.tensors[t].size_bytes
+    held = sum(problem.tensors[t].size_bytes for t in set(problem.outputs) if t in problem.producer)
+    fixed = problem.resident_bytes + problem.tangent_bytes + held
+    return [fixed + alive for alive in accumulate(change)]
 
 
 def _direct_reads(problem: Problem) -> tuple[dict[int, int], dict[int, int]]:
@@ -148,17 +188,21 @@ def _needed(problem: Problem, first: dict[int, int]) -> frozenset[int]:
     return frozenset(needed)
 
 
-def _pruned(problem: Problem, needed: frozenset[int], budget_bytes: int) -> frozenset[int]:
-    """The smallest tensors, as long as all of them together are nothing next to the budget."""
-    room = budget_bytes * PRUNED_SHARE
+def _pruned(problem: Problem, needed: frozenset[int], room: float) -> frozenset[int]:
+    """The smallest tensors, as long as all of them together fit into ``room``."""
     pruned: list[int] = []
-    for t in sorted(problem.candidates, key=lambda t: (problem.tensors[t].size_bytes, t)):
+    free = [t for t in problem.candidates if _has_choice(problem, t)]
+    for t in sorted(free, key=lambda t: (problem.tensors[t].size_bytes, t)):
         room -= problem.tensors[t].size_bytes
         if room < 0:
             break
         if problem.producer[t] in needed:
             pruned.append(t)
     return frozenset(pruned)
+
+
+def _has_choice(problem: Problem, t: int) -> bool:
+    return bool(problem.tensors[t].codecs) or problem.forward[problem.producer[t]].recomputable
 
 
 def _earliest(problem: Problem) -> dict[int, int]:

@@ -25,18 +25,21 @@ Model
     o in R(t)                  k_t + sum_{b lossless} c_tb + r_t >= r_o;    r_o + sum_{b lossy} c_tb <= 1
     t made by o                r_o >= r_t;    o in D: n_o >= k_t + sum_b c_tb, n_o >= n_j for j in D reading t
     error                      sum err_tb^2 c_tb <= max_error^2
-    rerun o(t) by p            m_op + k_t + sum_{b lossless} c_tb >= m_qp for q in R(t);  m_op >= r_t for p >= f_t
+    rerun o(t) by p            m_op + k_t + sum_{b lossless} c_tb >= m_qp for q in R(t)
+                               m_op >= r_t for p >= f_t
     no earlier than wanted     m_op <= r_o;  m_op <= sum_t ([p >= f_t] r_t + sum_{q in R(t)} m_qp)
     memory                     one row per moment that the simulator asked for (ilp_rows)
 
-Every plan within budget and error limit gives a point of this program that costs no more, so its bound is one
-for the problem: rows left out only enlarge it, and pruned tensors are saved here for nothing. Where a pruned tensor
-could wake an op earlier than its own readers would, the "no earlier than wanted" row is left out.
+Why its bound is one for the problem: each plan within budget and error limit gives a point that costs no
+more. Take its actions, save pruned tensors (small ones of ops that forward runs anyway; they count no bytes
+before their first read) and drop what is no longer read: cost and each counted byte stay or fall. A pruned
+tensor that the plan made again may have woken an op earlier than other readers would: such an op has no "no
+earlier than wanted" row. Rows not made yet only enlarge the program. Chains dearer than a known plan are left
+out: no plan that is better holds one, and the bound is never reported above the known plan.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -204,7 +207,7 @@ class IlpModel:
         facts = self.facts
         chains = chain_seconds(self.problem, facts.needed, p)
         open_ops = [o for o in sorted(self.rerun) if facts.earliest[o] <= p < facts.latest[o]]
-        ops = [o for o in open_ops if chains.get(o, math.inf) <= facts.cutoff_s * (1 + 1e-9)]
+        ops = [o for o in open_ops if o in chains and chains[o] <= facts.cutoff_s * (1 + 1e-9)]
         self._moved.update(((o, p), 0) for o in open_ops)
         self._moved.update(((o, p), self.column("m")) for o in ops)
         for o in ops:
@@ -247,7 +250,7 @@ class IlpModel:
         return chosen
 
     def start(self, actions: Mapping[int, Action]) -> dict[str, float]:
-        """Values of the binary variables, by name, that carry out ``actions``, which name what backward reaches."""
+        """Values by name of the binary variables for ``actions``, which name what backward reaches."""
         values: dict[str, float] = {}
         for t in self.facts.decided:
             action = actions.get(t)

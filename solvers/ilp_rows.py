@@ -4,21 +4,20 @@ With at(q) = m_qp for what stands before the moment in batch p and m_q,p-1 for w
 tensor t counts in backward with
 
 * its size between its first and last direct read: it is there whatever was chosen;
-* before: live_t >= k_t + at(o(t)) and live_t >= at(q) for q in R(t), who found it there; c_tb its encoded bytes
-  unless one of these q came by;
-* after, and if backward never reads it: live_t >= what is there + (r_q - at(q)) - 1 for each q in R(t) still to come.
+* before: live_t >= k_t + at(o(t)), and live_t >= at(q) for q in R(t), who found it there; its encoded bytes
+  with c_tb, unless one of these q came by;
+* after, and if backward never reads it: live_t >= what is there + (r_q - at(q)) - 1 for q in R(t) to come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from fxhybrid.problem import Problem
 from fxhybrid.schedule import Kind, Schedule
-from fxhybrid.solvers.ilp_facts import Facts, top_bytes
+from fxhybrid.solvers.ilp_facts import Facts, certain_backward, certain_forward, saved_bytes, top_bytes
 from fxhybrid.solvers.ilp_model import IlpModel, Literal, Term
 
 ROW_SCALE = 1e3  # the budget in the rows' units
@@ -78,8 +77,8 @@ class MemoryRows:
         self._rooms: dict[Moment, float] = {}
         self.unit = max(budget_bytes, 1) / ROW_SCALE
         self._decided = set(self.facts.decided)
-        self._forward_base = _forward_base(self.problem, self.facts)
-        self._backward_base = _backward_base(self.problem, self._decided)
+        self._forward_base = certain_forward(self.problem, self.facts)
+        self._backward_base = certain_backward(self.problem, self._decided)
         self._reserve: tuple[list[int], list[int]] | None = None
 
     def add(self, at: Moment) -> None:
@@ -113,7 +112,7 @@ class MemoryRows:
         """From now on keeps room for the pruned tensors, which are saved; False if that was so already."""
         if self._reserve is not None or not self.facts.pruned:
             return False
-        self._reserve = _saved_bytes(self.problem, self.facts)
+        self._reserve = saved_bytes(self.problem, self.facts)
         for at in self.rows:
             self.tighten(at, self._reserved(at))
         return True
@@ -157,7 +156,7 @@ class MemoryRows:
         options = [*model.kept(t, lossless=True), *model.kept(t, lossless=False)]
         if later:
             if not held:
-                terms.append((size, self._column([[(1, model.save[t])], *([(1, n)] for n in later)])))
+                terms.append((size, self._column([[(1.0, model.save[t])], *([(1.0, n)] for n in later)])))
             for encoded_bytes, c in options:
                 terms.append((encoded_bytes, self._column([[(1, c), *((-1.0, n) for n in later)]])))
             return
@@ -241,7 +240,7 @@ class MemoryRows:
             found = self._some(self._found(t, q, at) for q in facts.readers[t])
             there: list[Term] = [(1, model.save[t]), (1, self._made(t, at))]
             if found:
-                terms.append((size, self._column([there, *([(1, f)] for f in found)])))
+                terms.append((size, self._column([there, *([(1.0, f)] for f in found)])))
             else:
                 terms.extend((size * x, v) for x, v in there)
             self._encoded(terms, t, found)
@@ -298,42 +297,3 @@ class MemoryRows:
     @staticmethod
     def _some(literals: Iterable[Literal]) -> list[Literal]:
         return [v for v in literals if not isinstance(v, int)]
-
-
-def _forward_base(problem: Problem, facts: Facts) -> list[int]:
-    """Bytes alive for certain before each forward position."""
-    n = len(problem.forward)
-    change = [0] * (n + 2)
-    for t, made in problem.producer.items():
-        if made in facts.needed:
-            change[made + 1] += problem.tensors[t].size_bytes
-            change[(n if t in facts.held else facts.last_forward[t]) + 1] -= problem.tensors[t].size_bytes
-    return [problem.resident_bytes + alive for alive in accumulate(change)]
-
-
-def _saved_bytes(problem: Problem, facts: Facts) -> tuple[list[int], list[int]]:
-    """Bytes of saved pruned tensors at each forward and backward position, on top of what counts for certain."""
-    forward, backward = [0] * (len(problem.forward) + 1), [0] * (len(problem.backward) + 1)
-    for t, last in facts.last.items():
-        if t in facts.decided or t in problem.outputs:
-            continue
-        size = problem.tensors[t].size_bytes
-        if t not in facts.held:
-            forward[facts.last_forward[t] + 1] += size
-        backward[0] += size
-        backward[min(facts.first[t] + 1, last)] -= size
-    return list(accumulate(forward)), list(accumulate(backward))
-
-
-def _backward_base(problem: Problem, decided: set[int]) -> list[int]:
-    """Bytes alive before each backward op that no decision changes."""
-    n = len(problem.backward)
-    last = {t: p for p, op in enumerate(problem.backward) for t in (*op.outputs, *op.inputs)}
-    change = [0] * (n + 2)
-    for p, op in enumerate(problem.backward):
-        for t in op.outputs:
-            change[p + 1] += problem.tensors[t].size_bytes
-            change[(n if t in problem.gradients else last[t]) + 1] -= problem.tensors[t].size_bytes
-    held = sum(problem.tensors[t].size_bytes for t in set(problem.outputs) if t in problem.producer)
-    fixed = problem.resident_bytes + problem.tangent_bytes + held
-    return [fixed + alive for alive in accumulate(change)]

@@ -1,138 +1,23 @@
 """Moves between plans, with estimates of what each does to the heights, the added time and the error.
 
-A move changes one tensor's action and whatever must follow: readers that were recomputed from it when it turns
-lossy, sources that must be exact when it is recomputed. An estimate is a few intervals of slots with the bytes
-that come or go there; ``Footprints.measure`` has the last word.
+A move changes one tensor's action and whatever must follow (``Choices.complete``). An estimate is a few
+intervals of slots with the bytes that come or go there; ``Footprints.measure`` has the last word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
-from fxhybrid.problem import CodecOption
-from fxhybrid.solvers.footprint import FIRST_CODEC, RECOMPUTED, SAVED, Footprint, Footprints, State
+from fxhybrid.solvers.choices import Changes, Choices
+from fxhybrid.solvers.footprint import Footprint
+from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED, State
 
-Changes = dict[int, int]
 Interval = tuple[int, int, int]
 MAX_INTERVALS = 12
-MAX_CHAIN = 12
 Floats = npt.NDArray[np.float64]
-
-
-class Choices:
-    """The codes that each tensor may take, dominated codecs left out."""
-
-    def __init__(
-        self, base: Footprints, max_error: float, allow: Callable[[CodecOption], bool], recompute: bool
-    ) -> None:
-        problem = base.problem
-        self.base = base
-        self.recompute = recompute
-        self.codes: dict[int, list[int]] = {}
-        self.lossless: dict[int, int] = {}  # smallest exact stored form
-        count = len(problem.tensors)
-        self.readers: list[list[int]] = [[] for _ in range(count)]
-        for i, op in enumerate(problem.forward):
-            for t in op.inputs:
-                self.readers[t].append(i)
-        for t in problem.candidates:
-            options = problem.tensors[t].codecs
-            kept = [
-                j
-                for j, o in enumerate(options)
-                if o.encoded_bytes < problem.tensors[t].size_bytes and allow(o) and (o.lossless or o.error <= max_error)
-            ]
-            kept = [j for j in kept if not any(_dominates(options[k], options[j], k < j) for k in kept if k != j)]
-            exact = [j for j in kept if options[j].lossless]
-            smallest = min(exact, key=lambda j: options[j].encoded_bytes, default=None)
-            self.lossless[t] = SAVED if smallest is None else FIRST_CODEC + smallest
-            codes = [SAVED, *(FIRST_CODEC + j for j in kept)]
-            if self.may_recompute(t):
-                codes.append(RECOMPUTED)
-            self.codes[t] = codes
-
-    def may_recompute(self, t: int) -> bool:
-        """Whether RECOMPUTE is offered at all."""
-        op = self.base.producer[t]
-        return self.base.default[t] == RECOMPUTED or (self.recompute and self.base.problem.forward[op].recomputable)
-
-    def lossy(self, t: int, code: int) -> bool:
-        """Whether ``code`` gives back other bits."""
-        return code >= FIRST_CODEC and not self.base.problem.tensors[t].codecs[code - FIRST_CODEC].lossless
-
-    def stored_bytes(self, t: int, code: int) -> int:
-        """What the tensor occupies between forward and backward."""
-        if code == SAVED:
-            return int(self.base.size[t])
-        return 0 if code == RECOMPUTED else self.base.problem.tensors[t].codecs[code - FIRST_CODEC].encoded_bytes
-
-    def error2(self, t: int, code: int) -> float:
-        """Squared error that ``code`` adds."""
-        return self.base.problem.tensors[t].codecs[code - FIRST_CODEC].error ** 2 if self.lossy(t, code) else 0.0
-
-    def complete(self, state: State, needed: bytearray, t: int, code: int, deep: bool) -> Changes | None:
-        """The change of ``t`` to ``code`` with all that must follow; None if impossible.
-
-        Args:
-            state: present codes.
-            needed: which tensors backward wants at present.
-            t: tensor to change.
-            code: its new code.
-            deep: recompute missing sources too (else keep them); let readers turn lossy too (else keep them exact).
-        """
-        changes: Changes = {t: code}
-        todo = [t]
-        while todo:
-            u = todo.pop()
-            ok = self._free_readers(state, needed, u, changes, todo, deep)
-            if not ok or (changes[u] == RECOMPUTED and not self._fix_sources(state, needed, u, changes, todo, deep)):
-                return None
-            if len(changes) > MAX_CHAIN:
-                return None
-        return changes
-
-    def _free_readers(
-        self, state: State, needed: bytearray, u: int, changes: Changes, todo: list[int], deep: bool
-    ) -> bool:
-        if not self.lossy(u, changes[u]):
-            return True
-        for i in self.readers[u]:
-            for q in self.base.problem.forward[i].outputs:
-                if not needed[q] or changes.get(q, state[q]) != RECOMPUTED or q in self.base.held:
-                    continue
-                if q in changes:
-                    return False
-                codes = [c for c in self.codes[q] if c >= FIRST_CODEC and self.lossy(q, c)] if deep else []
-                changes[q] = min(codes, key=lambda c: self.error2(q, c)) if codes else self.lossless[q]
-                todo.append(q)
-        return True
-
-    def _fix_sources(
-        self, state: State, needed: bytearray, u: int, changes: Changes, todo: list[int], deep: bool
-    ) -> bool:
-        for s in self.base.problem.forward[self.base.producer[u]].inputs:
-            if s in self.base.held:
-                continue
-            code = changes.get(s, state[s])
-            if self.lossy(s, code):
-                if s in changes:
-                    return False
-            elif needed[s] or s in changes:
-                continue
-            again = self.may_recompute(s) and (deep or self.base.default[s] == RECOMPUTED)
-            changes[s] = RECOMPUTED if again else self.lossless[s] if needed[s] else SAVED
-            if again:
-                todo.append(s)
-        return True
-
-
-def _dominates(a: CodecOption, b: CodecOption, first: bool) -> bool:
-    mine = (a.encoded_bytes, a.encode_s + a.decode_s, a.error, not a.lossless, a.encode_rise_bytes, a.decode_rise_bytes)
-    other = (b.encoded_bytes, b.encode_s + b.decode_s, b.error, not b.lossless, b.encode_rise_bytes, b.decode_rise_bytes)
-    return all(x <= y for x, y in zip(mine, other, strict=True)) and (mine != other or first)
 
 
 class MoveTable:
@@ -273,7 +158,9 @@ class MoveTable:
         """Sources read by no other recomputation die earlier, or are made later."""
         producer = self.base.producer[u]
         for s in self.base.problem.forward[producer].inputs:
-            if s in self.base.held or any(i != producer and i in mark.reruns for i in self.choices.readers[s]):
+            if s in self.base.held or any(
+                i != producer and i in mark.reruns for i in self.choices.readers[s]
+            ):
                 continue
             size, stored = int(self.base.size[s]), self.choices.stored_bytes(s, state[s])
             first, last = int(self.base.first_run[s]), int(self.base.last_run[s])

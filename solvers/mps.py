@@ -16,9 +16,11 @@ from fxhybrid.plan import Action, Actions
 from fxhybrid.problem import CodecOption, Problem
 from fxhybrid.solvers.base import SolveResult, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
+from fxhybrid.solvers.choices import Choices
 from fxhybrid.solvers.descent import Descent, Point
-from fxhybrid.solvers.footprint import SAVED, Footprints, State
-from fxhybrid.solvers.moves import Choices, MoveTable
+from fxhybrid.solvers.footprint import Footprints
+from fxhybrid.solvers.grid import SAVED, State
+from fxhybrid.solvers.moves import MoveTable
 from fxhybrid.solvers.seeds import seed_states
 from fxhybrid.timeline import simulate_actions
 
@@ -47,23 +49,31 @@ class Ladder:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work a ladder may take; all are counts.
+    """How much work a ladder may take; all are counts or ratios, none is a time.
 
     Attributes:
         step: each target peak of the way down, relative to the one before.
         shakes: tries per target to take back dear actions and go down another way.
         seeds: coarse plans followed up.
-        measurements: plans measured in all.
+        op_measurements: measurements times ops of the problem (one measurement costs more with more ops).
+        both_starts: with at most so many candidates, go down from both forms of keep-everything.
         rungs: rungs kept at most.
+        error_prices: seconds that the whole error limit is worth, relative to the step; one way down each.
     """
 
-    step: float = 0.98
+    step: float = 0.975
     shakes: int = 1
-    spend: bool = True
-    twice: bool = False
     seeds: int = 3
-    measurements: int = 2000
+    op_measurements: int = 600_000
+    both_starts: int = 100
     rungs: int = 64
+    error_prices: tuple[float, ...] = (0.02, 0.0)
+
+    def measurements(self, problem: Problem) -> int:
+        """Plans that may be measured for ``problem``."""
+        return min(
+            max(self.op_measurements // max(len(problem.forward) + len(problem.backward), 1), 60), 2500
+        )
 
 
 def build_ladder(
@@ -73,7 +83,6 @@ def build_ladder(
     allow: Callable[[CodecOption], bool] = lambda option: True,
     recompute: bool = True,
     effort: Effort | None = None,
-    price: float = 0.0,
 ) -> Ladder:
     """Plans for every budget.
 
@@ -87,32 +96,45 @@ def build_ladder(
     effort = effort or Effort()
     base = Footprints(problem)
     choices = Choices(base, max_error, allow, recompute)
-    search = Descent(base, MoveTable(choices), max_error**2, work=effort.measurements)
-    first = search.start(base.default)
+    search = Descent(base, MoveTable(choices), max_error**2)
+    first = search.measure(base.default)
     assert first is not None
     search.points.append(first)
-    # keeping masks instead of making them from their sources in backward costs no time and often frees those
-    kept = search.measure([SAVED] * len(base.default))
-    if kept is not None and kept.mark.peak_bytes < first.mark.peak_bytes and kept.mark.added_s <= 0.0:
-        search.points.append(kept)
-        search.table.refresh(kept.state, kept.mark)
-        first = kept
-    search.error_price_s = price * problem.step_s / max(max_error, 1e-9) ** 2
-    if effort.twice:
-        search.error_price_s = 0.0
-        _way_down(search, first, effort)
-        search.table.refresh(first.state, first.mark)
-    search.error_price_s = price * problem.step_s / max(max_error, 1e-9) ** 2
-    bottom = _way_down(search, first, effort)
+    share = effort.measurements(problem) // (2 + 2 * len(effort.error_prices))
+    prices = [price * problem.step_s / max(max_error, 1e-9) ** 2 for price in effort.error_prices]
+    # Shares of the work, so that a large problem still gets every part of its ladder.
+    search.error_price_s, search.work = prices[0], share
     lowest = _lowest(search, seed_states(choices, max_error), effort)
-    for start in (bottom, lowest):
-        if start is not None:
-            _way_up(search, start, effort)
+    kept = search.measure([SAVED] * len(base.default))
+    search.points += [] if kept is None else [kept]
+    start = _start(first, kept)
+    low = [] if lowest is None else [lowest]
+    for price in prices:
+        search.error_price_s = price
+        search.work += 2 * share
+        low.append(_way_down(search, start, effort))
+    other = kept if start is first else first
+    if other is not None and len(choices.codes) <= effort.both_starts:
+        low.append(_way_down(search, other, effort))
+    search.work += share
+    for point in sorted(low, key=lambda p: p.mark.peak_bytes)[:2]:
+        _way_up(search, point, effort)
     return Ladder(_rungs(problem, base, search.points, effort.rungs))
+
+
+def _start(first: Point, kept: Point | None) -> Point:
+    """Keep-everything, or the same with masks kept too if that is lower and adds no time.
+
+    Made in the backward pass a mask is free, but it holds its source until then.
+    """
+    if kept is None or kept.mark.added_s > 0.0 or kept.mark.peak_bytes >= first.mark.peak_bytes:
+        return first
+    return kept
 
 
 def _way_down(search: Descent, point: Point, effort: Effort) -> Point:
     """Rung by rung down from keep-everything; gives the lowest point."""
+    search.table.refresh(point.state, point.mark)
     turn = 0
     while True:
         target = int(point.mark.peak_bytes * effort.step)
@@ -125,13 +147,11 @@ def _way_down(search: Descent, point: Point, effort: Effort) -> Point:
             point = search.shake(point, target, turn)
             turn += 1
         search.points.append(point)
-        if effort.spend:
-            search.spend(point, target)
 
 
 def _lowest(search: Descent, states: Iterable[State], effort: Effort) -> Point | None:
     """The best of the coarse plans, taken as far down as single moves lead."""
-    measured = [point for state in states if (point := search.measure(state)) is not None]
+    measured = [found for state in states if (found := search.measure(state)) is not None]
     search.points += measured
     best: Point | None = None
     for start in sorted(measured, key=lambda p: p.mark.peak_bytes)[: effort.seeds]:
@@ -153,8 +173,6 @@ def _way_up(search: Descent, point: Point, effort: Effort) -> None:
     while point.mark.added_s > 0 and search.work > 0 and target < search.points[0].mark.peak_bytes:
         point = search.trim(point, target)
         search.points.append(point)
-        if effort.spend:
-            search.spend(point, target)
         target = int(target / effort.step) + 1
 
 
@@ -162,7 +180,9 @@ def _rungs(problem: Problem, base: Footprints, points: list[Point], limit: int) 
     """The points that no other one beats, thinned to ``limit``, judged by the simulator."""
     best: list[Point] = []
     for point in sorted(points[1:], key=lambda p: (p.mark.added_s, p.mark.peak_bytes, p.mark.error2)):
-        if point.mark.peak_bytes < min(points[0].mark.peak_bytes, best[-1].mark.peak_bytes if best else 1 << 62):
+        if point.mark.peak_bytes < min(
+            points[0].mark.peak_bytes, best[-1].mark.peak_bytes if best else 1 << 62
+        ):
             best.append(point)
     while len(best) > limit:
         peaks = [points[0].mark.peak_bytes, *(p.mark.peak_bytes for p in best)]

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxhybrid.solvers.footprint import FIRST_CODEC, RECOMPUTED, SAVED, State
-from fxhybrid.solvers.moves import Choices
+from fxhybrid.solvers.choices import Choices
+from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED, State
 
 
 def seed_states(choices: Choices, max_error: float) -> Iterator[State]:
     """States in which (nearly) every tensor is small, each family within the error limit."""
     base = choices.base
     speeds = sorted(_speed(choices, t) for t in choices.codes if choices.may_recompute(t))
-    limits = sorted({speeds[int(q * (len(speeds) - 1))] for q in (0.0, 0.5, 0.9)} if speeds else set(), reverse=True)
+    limits = sorted(
+        {speeds[int(q * (len(speeds) - 1))] for q in (0.0, 0.5, 0.9)} if speeds else set(), reverse=True
+    )
     seen: list[State] = []
     for limit in (float("inf"), *limits):
         for defer in (True, False):
@@ -54,7 +56,9 @@ def _small(choices: Choices, again: set[int], max_error: float) -> State:
     if mark is None:
         return state
     exact = {
-        s for t, code in enumerate(state) if code == RECOMPUTED and mark.needed[t]
+        s
+        for t, code in enumerate(state)
+        if code == RECOMPUTED and mark.needed[t]
         for s in base.problem.forward[base.producer[t]].inputs
     }
     worth: list[tuple[float, int, int]] = []
@@ -73,4 +77,3 @@ def _small(choices: Choices, again: set[int], max_error: float) -> State:
             spent += choices.error2(t, code) - old
             state[t] = code
     return state
-

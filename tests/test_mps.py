@@ -15,7 +15,8 @@ from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.problem import CodecOption, Op, Problem, Tensor
 from fxhybrid.solvers.base import Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
-from fxhybrid.solvers.footprint import FIRST_CODEC, RECOMPUTED, SAVED, Footprints
+from fxhybrid.solvers.footprint import Footprints
+from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED
 from fxhybrid.solvers.mps import Ladder, MpsSolver, build_ladder
 from fxhybrid.timeline import simulate_actions
 
@@ -54,7 +55,7 @@ def two_layers(*, codecs: tuple[CodecOption, ...] = ()) -> Problem:
 
 def test_keep_all_is_rung_zero_and_dropping_helps_nothing_that_forward_needs() -> None:
     # While make_b runs, a and b are both there: 200 B. With a dropped, back_b has b + loss + grad = 114 B and
-    # back_a has a + loss + grad_b + grad_a = 124 B; so the peak is make_loss: 100 b + 4 loss, or make_b: 200 B.
+    # back_a has a + loss + grad_b + grad_a = 124 B; so the peak is make_b's 200 B.
     ladder = build_ladder(two_layers(), max_error=0.0)
     assert [(rung.peak_bytes, rung.added_s) for rung in ladder.rungs] == [(214, 0.0), (200, 1.0)]
     assert ladder.rungs[1].actions == {0: RECOMPUTE}
@@ -62,10 +63,9 @@ def test_keep_all_is_rung_zero_and_dropping_helps_nothing_that_forward_needs() -
     assert ladder.rung_for(199) is None
 
 
-def test_the_cheaper_codec_wins_while_the_error_lasts() -> None:
-    # Encoding costs 0.5 s, running make_a again 1 s. The encoded form (25 B) is made while b is not there yet
-    # only after a's last read (make_b): 100 a + 100 b + 25 = 225 B is above keep-all, so the codec gains nothing
-    # and the lossless ladder is the same.
+def test_a_codec_whose_encoding_is_the_peak_is_not_used() -> None:
+    # Encoding and decoding cost 0.5 s, running make_a again 1 s. But a is encoded after its last
+    # read (make_b), while b is there: 100 a + 100 b + 25 = 225 B, above keep-all, so the codec gains nothing.
     problem = two_layers(codecs=(quarter(100, 0.5, 0.05),))
     assert [r.actions for r in build_ladder(problem, max_error=0.1).rungs] == [{}, {0: RECOMPUTE}]
     # Without recomputation nothing helps.
@@ -94,7 +94,7 @@ def chain_with_wide_backward(error: float) -> Problem:
 
 
 def test_error_limit_decides_between_codec_and_recomputation() -> None:
-    # Both encoded: 400 + 4 + 25 + 25 = 454 B for 2 s, error sqrt(0.03^2 + 0.04^2)... here 0.05 * sqrt(2) = 0.0707.
+    # Both encoded: 400 + 4 + 25 + 25 = 454 B for 2 s, error 0.05 * sqrt(2) = 0.0707.
     rich = build_ladder(chain_with_wide_backward(0.05), max_error=0.08)
     rung = rich.rung_for(454)
     assert rung is not None
@@ -111,7 +111,7 @@ def test_error_limit_decides_between_codec_and_recomputation() -> None:
 
 
 def test_a_mask_is_kept_packed_when_its_source_turns_lossy() -> None:
-    # x (320 B) is read by conv's backward, its mask (80 B bool, packed 10 B) by relu's. By default the mask is
+    # x (320 B) is read by conv's backward, its mask (80 B, packed 10 B) by relu's. By default the mask is
     # made in the backward pass for free, which needs x exactly.
     pack = CodecOption("bitpack", 10, 0.01, 0.01, 10, 80, True)
     tensors = (
@@ -126,7 +126,11 @@ def test_a_mask_is_kept_packed_when_its_source_turns_lossy() -> None:
         Op("make_mask", (0,), (1,), 0.1, 80),
         Op("make_loss", (0,), (2,), 1.0, 4),
     )
-    backward = (Op("wide", (), (3,), 1.0, 500), Op("relu_back", (1, 3), (4,), 1.0, 10), Op("conv", (0, 4), (), 1.0, 0))
+    backward = (
+        Op("wide", (), (3,), 1.0, 500),
+        Op("relu_back", (1, 3), (4,), 1.0, 10),
+        Op("conv", (0, 4), (), 1.0, 0),
+    )
     problem = Problem(tensors, forward, backward, (2,), (), (4,), resident_bytes=0)
     ladder = build_ladder(problem, max_error=0.1)
     # Keep-all: 320 x + 4 + 500 = 824 B. Packed: 80 + 10 + 4 + 500 = 594 B for 0.2 + 0.02 s.
@@ -213,9 +217,9 @@ def test_solver_keeps_the_budget(problem: Problem, part: float) -> None:
 
 
 def test_same_input_same_ladder() -> None:
-    for seed in range(5):
-        first = build_ladder(random_problem(seed, 25), max_error=MAX_ERROR)
-        again = build_ladder(random_problem(seed, 25), max_error=MAX_ERROR)
+    for seed in range(3):
+        first = build_ladder(random_problem(seed, 15), max_error=MAX_ERROR)
+        again = build_ladder(random_problem(seed, 15), max_error=MAX_ERROR)
         assert first == again
 
 

@@ -27,7 +27,9 @@ from fxhybrid.codecs.rowwise_kernels import (
 from fxhybrid.errors import CodecError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK_ELEMENTS = 1 << 16  # 256 KiB of float32
+# Elements worked on at a time where a float32 copy is needed: little beside the tensor, at most 256 KiB.
+_CHUNK_ELEMENTS = (1 << 12, 1 << 16)
+_CHUNKS = 32
 # Rows looked at together: few enough that no operator on their parameters goes parallel, because waking
 # a second thread for a few kilobytes costs more than the work, and very much more on a busy machine.
 _LOOK_ROWS = 1 << 12
@@ -88,7 +90,7 @@ class Rowwise(Codec):
         return rows * row_bytes(self.row, self.bits), _FIXED_HEADER_BYTES + tail * meta.dtype.itemsize
 
     def spare_bytes(self, meta: TensorMeta) -> int:
-        return 0 if meta.dtype != torch.float32 else 3 * 4 * min(meta.numel, _CHUNK_ELEMENTS + self.row)
+        return 3 * 4 * min(meta.numel, _chunk_elements(meta.numel) + self.row)
 
     def kernels(self, device: torch.device) -> RowKernels:
         """The library's kernels where they exist, else plain ATen."""
@@ -198,10 +200,15 @@ class Rowwise(Codec):
         return rows.mul_(transform.unit).add_(transform.shift).clamp_(-limit, limit)
 
     def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Matching groups of rows, about _CHUNK_ELEMENTS each; nothing for no rows."""
+        """Matching groups of rows, one chunk each; nothing for no rows."""
         if tensors[0].shape[0]:
-            length = max(1, _CHUNK_ELEMENTS // self.row)
+            length = max(1, _chunk_elements(tensors[0].shape[0] * self.row) // self.row)
             yield from zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)
+
+
+def _chunk_elements(numel: int) -> int:
+    smallest, largest = _CHUNK_ELEMENTS
+    return min(max(numel // _CHUNKS, smallest), largest)
 
 
 class ReferenceRowwise(Rowwise):

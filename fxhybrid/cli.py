@@ -1,0 +1,197 @@
+"""The command line: ``fxhybrid plan``, ``fxhybrid frontier`` and ``fxhybrid demo``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from fxhybrid.errors import FxHybridError, InvalidArgument
+from fxhybrid.version import __version__
+
+FAILED = 2
+
+_ABOUT = "Train an unchanged PyTorch model inside a memory budget."
+_EXAMPLES = """\
+examples:
+  fxhybrid demo
+      train two small models on real data, unmodified and at two budgets each
+  fxhybrid plan bert --size small --budget 0.6
+      plan a model of the built-in suite for 60 % of the peak of the step that keeps everything
+  fxhybrid plan mypackage.models:make --budget 512MiB --json plan.json
+      plan your own model: make() returns (model, inputs[, loss_fn[, loss_args]])
+  fxhybrid frontier mobilenetv2 --plot frontier.png
+      what each budget costs by recomputing, by compressing and by both
+"""
+_MODEL = (
+    "package.module:factory, or a suite model (resnet50, mobilenetv2, bert, gpt2, vit, t5, unet, gru, mlp)"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; gives the exit code.
+
+    Args:
+        argv: the arguments; ``None`` takes those of the process.
+    """
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], None] = arguments.run
+    try:
+        run(arguments)
+    except FxHybridError as error:
+        Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        return FAILED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "fxhybrid", description=_ABOUT, epilog=_EXAMPLES, formatter_class=keep_lines
+    )
+    parser.add_argument("--version", action="version", version=f"fxhybrid {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,plan,frontier}")
+    _add_demo(commands.add_parser("demo", help="train two models on real data inside budgets"))
+    _add_plan(commands.add_parser("plan", help="plan one model for one budget"))
+    _add_frontier(commands.add_parser("frontier", help="what each budget costs"))
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Trains a batch-norm CNN on scikit-learn's digits and a small transformer on the source text of Python's "
+        "standard library, unmodified and at two budgets each. Takes two to three minutes on two cores."
+    )
+    parser.add_argument(
+        "--plot", type=Path, default=Path("fxhybrid-demo.png"), metavar="FILE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="training steps per run (default: set per model)"
+    )
+    parser.add_argument(
+        "--shares",
+        default="0.6,0.4",
+        metavar="LIST",
+        help="budgets, of the unmodified peak (default: %(default)s)",
+    )
+    parser.set_defaults(run=_demo)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument(
+        "--size", choices=("small", "full"), default="full", help="of a suite model (default: full)"
+    )
+    parser.add_argument(
+        "--compression", choices=("auto", "lossless", "off"), default="auto", help="which codecs may be used"
+    )
+    parser.add_argument(
+        "--max-grad-error",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="limit of the relative gradient error (default: 0.1)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Plans a training step for one budget, without training."
+    _add_model(parser)
+    parser.add_argument(
+        "--budget",
+        required=True,
+        help="512MiB, a number of bytes, or a share in (0, 1] of the peak that keeps everything",
+    )
+    parser.add_argument("--solver", choices=("auto", "mps", "ilp"), default="auto", help="default: auto")
+    parser.set_defaults(run=_plan)
+
+
+def _add_frontier(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Plans a training step for many budgets, by recomputing, by compressing and by both."
+    _add_model(parser)
+    parser.add_argument("--budgets", metavar="LIST", help="such as 0.8,0.6,64MiB (default: 12 even steps)")
+    parser.add_argument(
+        "--solver", choices=("mps", "ilp"), default="mps", help="of the hybrid (default: mps)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot; the suffix says the format")
+    parser.set_defaults(run=_frontier)
+
+
+def parse_budget(text: str) -> int | float | str:
+    """A budget as the shell gives it: "0.6" is a share, "1000000" bytes, anything else text with a unit."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _common(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    from fxhybrid.targets import load_target
+
+    target = load_target(arguments.model, arguments.size)
+    options = {
+        "loss_fn": target.loss_fn,
+        "loss_args": target.loss_args,
+        "compression": arguments.compression,
+        "max_grad_error": arguments.max_grad_error,
+        "solver": arguments.solver,
+    }
+    return target.model, target.inputs, options
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    import fxhybrid
+    from fxhybrid.budget import check_budget
+
+    budget = check_budget(parse_budget(arguments.budget))
+    model, inputs, options = _common(arguments)
+    plan = fxhybrid.plan(model, inputs, budget=budget, **options)
+    Console().print(Text(str(plan)))
+    if arguments.json:
+        _write(arguments.json, plan.to_json())
+
+
+def _frontier(arguments: argparse.Namespace) -> None:
+    from fxhybrid.budget import check_budget
+    from fxhybrid.frontier import frontier
+
+    budgets = None
+    if arguments.budgets:
+        budgets = [check_budget(parse_budget(text)) for text in arguments.budgets.split(",")]
+    model, inputs, options = _common(arguments)
+    found = frontier(model, inputs, budgets=budgets, **options)
+    Console().print(found)
+    if arguments.json:
+        _write(arguments.json, found.to_json())
+    if arguments.plot:
+        found.plot(arguments.plot)
+        Console().print(f"plot: {arguments.plot}", highlight=False)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from fxhybrid.demo import run_demo
+
+    try:
+        shares = [float(text) for text in arguments.shares.split(",")]
+    except ValueError as error:
+        raise InvalidArgument(f"--shares is {arguments.shares!r}; give numbers in (0, 1): 0.6,0.4") from error
+    if not all(0 < share < 1 for share in shares):
+        raise InvalidArgument(f"--shares is {arguments.shares!r}; each must lie between 0 and 1")
+    if arguments.steps is not None and arguments.steps < 1:
+        raise InvalidArgument(f"--steps is {arguments.steps}; it must be at least 1")
+    run_demo(Console(), shares=shares, steps=arguments.steps, plot=arguments.plot)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidArgument(f"cannot write {path}: {error.strerror}") from error
+    Console().print(f"written: {path}", highlight=False)

@@ -1,0 +1,250 @@
+"""Frontier: what every budget costs, from one capture and one profile."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from fxhybrid.api import Inputs, _plan_now
+from fxhybrid.budget import Budget, check_budget
+from fxhybrid.compiler import Signature
+from fxhybrid.errors import BudgetError, InvalidArgument, format_bytes
+from fxhybrid.extras import require
+from fxhybrid.module import wrap
+from fxhybrid.options import make_options
+from fxhybrid.solvers.base import Status
+from fxhybrid.solvers.mps import Ladder, build_ladder
+
+DEFAULT_COUNT = 12
+FRONTIER_FORMAT = 1
+
+
+class Technique(Enum):
+    """Which actions a plan may use."""
+
+    HYBRID = "hybrid"
+    RECOMPUTE = "recompute only"
+    COMPRESS = "compress only"
+
+
+@dataclass(frozen=True)
+class FrontierRow:
+    """One technique at one budget.
+
+    Attributes:
+        budget_bytes: the budget.
+        technique: which actions the plan may use.
+        status: of the plan; UNKNOWN or INFEASIBLE where the technique does not reach the budget.
+        peak_bytes: predicted peak; None where the budget is not reached.
+        added_s: predicted seconds beyond the step that keeps everything; None where it is not reached.
+    """
+
+    budget_bytes: int
+    technique: Technique
+    status: str
+    peak_bytes: int | None
+    added_s: float | None
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Budgets against added time; prints as a table.
+
+    Attributes:
+        rows: by budget, the largest first.
+        save_all_bytes: simulated peak of the step that keeps everything.
+        minimum_bytes: smallest peak for which a plan is known.
+        step_s: predicted seconds of the step that keeps everything.
+        device: what the profile was taken on.
+    """
+
+    rows: tuple[FrontierRow, ...]
+    save_all_bytes: int
+    minimum_bytes: int
+    step_s: float
+    device: str
+
+    @property
+    def budgets(self) -> list[int]:
+        """The budgets in bytes, the largest first."""
+        return sorted({row.budget_bytes for row in self.rows}, reverse=True)
+
+    def line(self, technique: Technique) -> list[FrontierRow]:
+        """The rows of one technique, the largest budget first."""
+        return [row for row in self.rows if row.technique is technique]
+
+    def to_json(self) -> str:
+        """This frontier as JSON text."""
+        raw = dataclasses.asdict(self)
+        raw["rows"] = [{**row, "technique": row["technique"].value} for row in raw["rows"]]
+        return json.dumps({"format": FRONTIER_FORMAT, **raw}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Frontier:
+        """The frontier that ``to_json`` wrote.
+
+        Raises:
+            InvalidArgument: the text is no frontier, is cut off, or is of another format version.
+        """
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            if raw.pop("format") != FRONTIER_FORMAT:
+                raise ValueError(f"frontier format is not {FRONTIER_FORMAT}")
+            rows = raw.pop("rows")
+            typed = (FrontierRow(**{**row, "technique": Technique(row["technique"])}) for row in rows)
+            return cls(tuple(typed), **raw)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidArgument(
+                f"this is not a frontier written by fxhybrid (or it is cut off): {error}"
+            ) from error
+
+    def plot(self, path: str | Path) -> None:
+        """Writes a plot of added time against budget, one line per technique; the suffix says the format.
+
+        Raises:
+            InvalidArgument: matplotlib is not installed.
+        """
+        require("matplotlib", "a plot").use("Agg")
+        pyplot = require("matplotlib.pyplot", "a plot")
+        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        for technique, marker in zip(Technique, "os^", strict=True):
+            reached = [row for row in self.line(technique) if row.added_s is not None]
+            shares = [100 * row.budget_bytes / self.save_all_bytes for row in reached]
+            added = [100 * (row.added_s or 0.0) / self.step_s for row in reached]
+            if reached:
+                axes.plot(shares, added, marker=marker, label=technique.value)
+        axes.set_xlabel(f"budget, % of {format_bytes(self.save_all_bytes)} (everything kept)")
+        axes.set_ylabel(f"added time, % of a step of {self.step_s * 1e3:.0f} ms")
+        axes.invert_xaxis()
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+    def __rich__(self) -> Table:
+        table = Table(
+            title="Added time per step by budget",
+            caption=f"step that keeps everything: {format_bytes(self.save_all_bytes)}, {_ms(self.step_s)}; "
+            f"smallest known peak: {format_bytes(self.minimum_bytes)}",
+        )
+        lines = {t: {row.budget_bytes: row for row in self.line(t)} for t in Technique}
+        for name in ("budget", "share", "predicted peak"):
+            table.add_column(name, justify="right")
+        shown = [t for t in Technique if lines[t]]
+        for technique in shown:
+            table.add_column(technique.value, justify="right")
+        table.add_column("status")
+        for budget_bytes in self.budgets:
+            best = lines[Technique.HYBRID][budget_bytes]
+            table.add_row(
+                format_bytes(budget_bytes),
+                f"{budget_bytes / self.save_all_bytes:.0%}",
+                "-" if best.peak_bytes is None else format_bytes(best.peak_bytes),
+                *(_ms(lines[t][budget_bytes].added_s) for t in shown),
+                best.status,
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=110, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self.__rich__())
+        return capture.get()
+
+
+def _ms(seconds: float | None) -> str:
+    return "not reached" if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def frontier(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    budgets: Iterable[Budget] | None = None,
+    loss_args: tuple[Any, ...] = (),
+    solver: str = "mps",
+    **options: Any,
+) -> Frontier:
+    """What each budget costs by recomputing only, by compressing only, and by both.
+
+    Args:
+        model: as for ``fxhybrid.compile``.
+        example_inputs: as for ``fxhybrid.compile``.
+        budgets: bytes, text or shares; ``None`` is 12 even steps from the smallest peak known to the peak
+            of the step that keeps everything.
+        loss_args: example arguments of ``loss_fn``.
+        solver: of the hybrid line; ``"ilp"`` takes some seconds for each budget. The other two lines are
+            always the heuristic's.
+        options: ``loss_fn``, ``return_outputs``, ``optimizer``, ``reserve_bytes``, ``compression`` and
+            ``max_grad_error`` as for ``fxhybrid.compile``.
+
+    Raises:
+        InvalidArgument: a parameter cannot be used.
+        CaptureError: the model cannot be traced into one graph.
+    """
+    checked = None if budgets is None else [check_budget(budget) for budget in budgets]
+    if checked is not None and not checked:
+        raise InvalidArgument("budgets is empty; leave it out for 12 even steps")
+    made = make_options(budget=1.0, solver=solver, **options)
+    signature = _plan_now(wrap(model, made, None), example_inputs, loss_args)
+    return _frontier_of(signature, _budget_bytes(signature, checked))
+
+
+def _budget_bytes(signature: Signature, budgets: Sequence[int | float] | None) -> list[int]:
+    top, bottom = signature.save_all_bytes, signature.minimum_bytes
+    if budgets is None:
+        steps = range(DEFAULT_COUNT)
+        found = {top - (top - bottom) * i // (DEFAULT_COUNT - 1) for i in steps}
+    else:
+        found = {b if isinstance(b, int) else int(b * top) for b in budgets}
+    return sorted(found, reverse=True)
+
+
+def _frontier_of(signature: Signature, budgets: Sequence[int]) -> Frontier:
+    problem, options = signature.prepared.problem, signature.options
+    limit = options.max_grad_error
+    ladders = {
+        Technique.RECOMPUTE: build_ladder(problem, max_error=limit, allow=lambda option: False),
+        Technique.COMPRESS: build_ladder(problem, max_error=limit, recompute=False),
+    }
+    if options.compression == "off":
+        del ladders[Technique.COMPRESS]
+    rows = []
+    for budget_bytes in budgets:
+        rows.append(_hybrid_row(signature, budget_bytes))
+        rows += [_ladder_row(ladder, technique, budget_bytes) for technique, ladder in ladders.items()]
+    return Frontier(
+        tuple(rows),
+        signature.save_all_bytes,
+        signature.minimum_bytes,
+        problem.step_s,
+        signature.prepared.profile.device,
+    )
+
+
+def _hybrid_row(signature: Signature, budget_bytes: int) -> FrontierRow:
+    try:
+        signature.set_budget(budget_bytes)  # lets an asked for solver add its plan; not made so
+        plan = signature.choose(budget_bytes, accumulating=False).plan
+    except BudgetError as error:
+        ruled_out = budget_bytes < error.minimum_lower_bound_bytes
+        status = Status.INFEASIBLE if ruled_out else Status.UNKNOWN
+        return FrontierRow(budget_bytes, Technique.HYBRID, status.value, None, None)
+    return FrontierRow(budget_bytes, Technique.HYBRID, plan.status, plan.peak_bytes, plan.added_s)
+
+
+def _ladder_row(ladder: Ladder, technique: Technique, budget_bytes: int) -> FrontierRow:
+    rung = ladder.rung_for(budget_bytes)
+    if rung is None:
+        return FrontierRow(budget_bytes, technique, Status.UNKNOWN.value, None, None)
+    status = Status.OPTIMAL if rung.added_s <= 0.0 else Status.FEASIBLE
+    return FrontierRow(budget_bytes, technique, status.value, rung.peak_bytes, rung.added_s)

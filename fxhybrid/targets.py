@@ -1,0 +1,90 @@
+"""Models as the command line names them: a suite model, or ``package.module:factory``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fxhybrid import suite
+from fxhybrid.errors import InvalidArgument
+
+_RETURNS = "(model, inputs), (model, inputs, loss_fn) or (model, inputs, loss_fn, loss_args)"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model with what is needed to plan it.
+
+    Attributes:
+        model: in training mode.
+        inputs: positional (tuple) or keyword (dict) arguments of the model.
+        loss_fn: ``loss_fn(output, *loss_args)``, or None.
+        loss_args: example arguments of ``loss_fn``.
+    """
+
+    model: nn.Module
+    inputs: tuple[Any, ...] | dict[str, Any]
+    loss_fn: Callable[..., Any] | None
+    loss_args: tuple[Any, ...]
+
+
+def load_target(text: str, size: suite.Size = "full") -> Target:
+    """The model that ``text`` names.
+
+    Args:
+        text: a name of ``fxhybrid.suite``, or ``package.module:factory``; the current folder is searched too.
+        size: of a suite model.
+
+    Raises:
+        InvalidArgument: there is no such model, or the factory returns something else than it should.
+    """
+    if ":" not in text:
+        if text not in suite.names():
+            raise InvalidArgument(
+                f"no model {text!r}: give package.module:factory, or a suite model: {', '.join(suite.names())}"
+            )
+        return suite_target(suite.load(text, size))
+    return _made_target(text, _factory(text)())
+
+
+def suite_target(case: suite.SuiteCase) -> Target:
+    """A suite case; its inputs become a dict where it has keyword arguments."""
+    inputs: tuple[Any, ...] | dict[str, Any] = case.inputs
+    if case.kwargs:
+        inputs = dict(inspect.signature(case.model.forward).bind(*case.inputs, **case.kwargs).arguments)
+    return Target(case.model, inputs, case.loss_fn, case.loss_args)
+
+
+def _factory(text: str) -> Callable[[], Any]:
+    module_name, _, name = text.partition(":")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InvalidArgument(f"cannot import {module_name!r}: {error}") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise InvalidArgument(f"module {module_name!r} has no function {name!r}")
+    return factory  # type: ignore[no-any-return]
+
+
+def _made_target(text: str, made: Any) -> Target:
+    parts = tuple(made) if isinstance(made, (tuple, list)) else (made,)
+    if not 2 <= len(parts) <= 4 or not isinstance(parts[0], nn.Module):
+        raise InvalidArgument(f"{text} must return {_RETURNS}; it returned a {type(made).__name__}")
+    model, inputs, *loss = parts
+    if not isinstance(inputs, (tuple, list, dict)):
+        raise InvalidArgument(f"{text} must return {_RETURNS}, where inputs is a tuple or a dict")
+    loss_args = loss[1] if len(loss) > 1 else ()
+    loss_args = tuple(loss_args) if isinstance(loss_args, (tuple, list)) else (loss_args,)
+    arguments = inputs if isinstance(inputs, dict) else tuple(inputs)
+    return Target(model, arguments, loss[0] if loss else None, loss_args)

@@ -1,0 +1,59 @@
+"""The portfolio: the heuristic at once, the integer program while it pays, always the better of the two."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from fxhybrid.problem import Problem
+from fxhybrid.solvers.base import SolveResult, Status
+from fxhybrid.solvers.ilp import GAP_FLOOR_SHARE, IlpSolver
+from fxhybrid.solvers.mps import MpsSolver
+
+
+class AutoSolver:
+    """``MpsSolver`` first, then ``IlpSolver`` from its plan.
+
+    Args:
+        time_limit_s: seconds for the integer program.
+        gap: stop when the proven gap is at most this.
+        backend: ``"highs"`` or ``"cbc"``.
+    """
+
+    def __init__(self, *, time_limit_s: float = 15.0, gap: float = 0.01, backend: str = "highs") -> None:
+        self.mps = MpsSolver()
+        self.ilp = IlpSolver(time_limit_s=time_limit_s, gap=gap, backend=backend)
+
+    def solve(self, problem: Problem, budget_bytes: int, *, max_error: float) -> SolveResult:
+        """The better of both plans, with the integer program's bound."""
+        started = time.perf_counter()
+        quick = self.mps.solve(problem, budget_bytes, max_error=max_error)
+        settled = quick.status in (Status.OPTIMAL, Status.INFEASIBLE)
+        nothing_s = self.ilp.gap * GAP_FLOOR_SHARE * problem.step_s
+        if quick.status is Status.FEASIBLE and quick.added_s <= nothing_s:
+            quick, settled = dataclasses.replace(quick, status=Status.OPTIMAL), True
+        if settled:
+            return dataclasses.replace(quick, solver="auto: mps")
+        warm = quick.actions if quick.status is not Status.UNKNOWN else None
+        exact = self.ilp.solve(problem, budget_bytes, max_error=max_error, warm=warm)
+        return dataclasses.replace(_better(quick, exact), solve_s=time.perf_counter() - started)
+
+
+def _better(quick: SolveResult, exact: SolveResult) -> SolveResult:
+    """The plan that adds less, or without any the one with the smaller peak, with the better bound."""
+    fits = [r.status in (Status.OPTIMAL, Status.FEASIBLE) for r in (quick, exact)]
+    if fits[0] and fits[1]:
+        use_exact = exact.added_s < quick.added_s
+    elif fits[0] or fits[1]:
+        use_exact = fits[1]
+    else:
+        use_exact = exact.peak_bytes <= quick.peak_bytes
+    if use_exact:
+        return dataclasses.replace(exact, solver="auto: ilp")
+    return dataclasses.replace(
+        quick,
+        solver="auto: mps",
+        status=exact.status if fits[0] and fits[1] else quick.status,
+        lower_bound_s=max(quick.lower_bound_s, exact.lower_bound_s),
+        details={**quick.details, **exact.details},
+    )

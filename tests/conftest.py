@@ -1,0 +1,31 @@
+"""What every test starts from: one thread, a fixed seed, and operator timings in a folder of this run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent)]  # test files import their helpers by bare name or as tests.*
+
+
+@pytest.fixture(scope="session", autouse=True)
+def profile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the profile cache out of the user's home."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """The same weights and data in every run."""
+    torch.manual_seed(0)

@@ -1,0 +1,99 @@
+"""Random valid plans, carried out for real: what the simulator is measured against."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from fxhybrid.codecs import get_codec
+from fxhybrid.compiler import Prepared, build_graphs, prepare
+from fxhybrid.measure import StepMeasurement, measure_step
+from fxhybrid.options import make_options
+from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
+from fxhybrid.problem import Problem
+from fxhybrid.runtime import StepFunction
+from fxhybrid.step import Step, StepCall, StepResult, observe_step
+from fxhybrid.suite import SuiteCase, load
+from fxhybrid.timeline import simulate_actions
+
+
+def random_actions(problem: Problem, rng: random.Random, *, lossy: bool) -> dict[int, Action]:
+    """A valid action for each forward tensor; how much is recomputed and compressed is random as well."""
+    recompute_share, compress_share = rng.random(), rng.random()
+    actions: dict[int, Action] = {}
+
+    def exact(t: int) -> bool:
+        action = actions[t]
+        return not isinstance(action, Compress) or get_codec(action.codec).lossless
+
+    for op in problem.forward:
+        for t in op.outputs:
+            actions[t] = SAVE
+            if t in problem.outputs:
+                continue
+            codecs = [o.codec for o in problem.tensors[t].codecs if lossy or o.lossless]
+            if op.recomputable and rng.random() < recompute_share and all(exact(s) for s in op.inputs):
+                actions[t] = RECOMPUTE
+            elif codecs and rng.random() < compress_share:
+                actions[t] = Compress(rng.choice(codecs))
+    return actions
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One random plan: what was predicted, what was measured, and the step's results."""
+
+    predicted_bytes: int
+    measured: StepMeasurement
+    result: StepResult
+
+    @property
+    def ratio(self) -> float:
+        return self.measured.peak_bytes / self.predicted_bytes
+
+
+class Subject:
+    """A suite model, prepared once, that runs random plans."""
+
+    def __init__(self, name: str, size: str = "small") -> None:
+        self.case: SuiteCase = load(name, size)  # type: ignore[arg-type]
+        self.step = Step(self.case.model, self.case.loss_fn, False)
+        self.call = StepCall(self.case.inputs, self.case.kwargs, self.case.loss_args)
+        self.prepared: Prepared = prepare(self.step, self.call, make_options(budget=1.0, loss_fn=self.case.loss_fn))
+        self.start = {name: value.clone() for name, value in self.case.model.state_dict().items()}
+        self.eager = observe_step(lambda: self.step(*self.call), self.case.model, has_loss=True)
+
+    def run(self, actions: dict[int, Action], *, accumulating: bool) -> Trial:
+        """Carries out ``actions`` and measures; ``accumulating`` keeps the gradients of the step before."""
+        _, graphs = build_graphs(self.prepared, actions)
+        captured = self.prepared.capture
+        function = captured.bind(StepFunction(graphs, self.prepared.joint, captured.metadata))
+        model = self.case.model
+        model.load_state_dict(self.start)
+        result = observe_step(lambda: function(self.step, *self.call), model, has_loss=True)
+
+        def train() -> None:
+            if not accumulating:
+                model.zero_grad(set_to_none=True)
+            function(self.step, *self.call).backward()
+
+        measured = measure_step(train, modules=model, tensors=self.case.tensors, repeats=0)
+        beside = sum(p.nbytes for p in model.parameters() if p.grad is not None) if accumulating else 0
+        model.zero_grad(set_to_none=True)
+        predicted = simulate_actions(self.prepared.problem, actions).peak_bytes + beside
+        return Trial(predicted, measured, result)
+
+
+def same(found: StepResult, expected: StepResult) -> bool:
+    """Whether two steps left the very same bits behind."""
+    pairs = [*zip(found.outputs, expected.outputs, strict=True)]
+    pairs += [(found.buffers[name], buffer) for name, buffer in expected.buffers.items()]
+    for name, gradient in expected.gradients.items():
+        other = found.gradients[name]
+        if (gradient is None) != (other is None):
+            return False
+        if gradient is not None and other is not None:
+            pairs.append((other, gradient))
+    return torch.equal(found.rng_state, expected.rng_state) and all(torch.equal(a, b) for a, b in pairs)
