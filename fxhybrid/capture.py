@@ -20,8 +20,9 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext
 
-from fxhybrid.errors import CaptureError
+from fxhybrid.errors import CaptureError, FxHybridError
 from fxhybrid.graph import TAG, InputKind, InputRole, JointGraph, NodeTag, OutputKind, OutputRole, Phase
+from fxhybrid.kernel_facts import follow_kernels
 
 FlatFunction = Callable[..., Sequence[Any]]
 
@@ -53,7 +54,9 @@ def capture(module: nn.Module, args: tuple[Any, ...]) -> Capture:
             cannot carry; the message names the user's line where Dynamo knows it.
     """
     try:
-        with get_metrics_context(), dynamo_timed("fxhybrid_capture"), set_enable_dynamic(False):
+        # Dynamo leaves hooks out of its guards unless told: one added later would be ignored.
+        hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+        with hooks, get_metrics_context(), dynamo_timed("fxhybrid_capture"), set_enable_dynamic(False):
             traced = convert_frame.fullgraph_capture(module, args, {})
             if traced.backend_input is None:
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
@@ -62,8 +65,15 @@ def capture(module: nn.Module, args: tuple[Any, ...]) -> Capture:
             function, _ = convert_frame.get_traced_fn(module)
             manager = output.build_guards(function.__code__).guard_manager
             env = output.get_runtime_env()
+    except FxHybridError:
+        raise
     except TorchDynamoException as error:
         raise CaptureError(_explain(error)) from error
+    except Exception as error:  # AOTAutograd passes on whatever the model's operators raise
+        raise CaptureError(
+            f"tracing the step fails with {type(error).__name__}: {error}\n"
+            "Does the plain model run forward and backward with these arguments?"
+        ) from error
     backend_id = traced.backend_input.backend_id
     parameters = list(_parameter_names(function))
 
@@ -95,6 +105,7 @@ def _joint_graph(module: nn.Module, backend_input: Any) -> tuple[JointGraph, Any
     graph_module = described.graph_module
     _check_supported(metadata, graph_module, len(backend_input.example_inputs))
     _tag_phases(graph_module)
+    follow_kernels(graph_module)
     inputs = _input_roles(metadata, backend_input.example_inputs, names)
     return JointGraph(graph_module, inputs, _output_roles(metadata, len(flat_names))), metadata, flat_names
 

@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Trains a batch-norm CNN on scikit-learn's digits and a small transformer on the source text of Python's "
-        "standard library, unmodified and at two budgets each. Takes two to three minutes on two cores."
+        "Trains a batch-norm CNN on scikit-learn's digits and a small transformer on the source text of "
+        "Python's standard library, unmodified and at two budgets each. Takes up to three minutes on two cores."
     )
     parser.add_argument(
         "--plot", type=Path, default=Path("fxhybrid-demo.png"), metavar="FILE", help="default: %(default)s"

@@ -40,7 +40,7 @@ class Session:
                     self.signatures.insert(0, self.signatures.pop(position))
                 return signature
         check_call(call, self.model)
-        signature = Signature(self.step, call, self.options, self.budget_bytes, self.carried_plan)
+        signature = Signature(self.step, call.detached(), self.options, self.budget_bytes, self.carried_plan)
         self.budget_bytes = signature.budget_bytes
         self.signatures.insert(0, (signature, signature.prepared.capture.holds))
         return signature
@@ -49,7 +49,7 @@ class Session:
         """One forward pass of a training step."""
         signature = self.signature(call)
         accumulating = any(p.grad is not None for p in self.model.parameters())
-        return signature.active(accumulating).call(self.step, *call)
+        return self.step.check_result(signature.active(accumulating).call(self.step, *call))
 
     def set_budget(self, budget: Budget) -> None:
         """Plans all signatures for another budget, or changes nothing and raises."""
@@ -151,7 +151,7 @@ class HybridModule(nn.Module):
         """
         session = self._fxhybrid_session
         call = StepCall(args, kwargs, tuple(loss_args))
-        return session.signature(call).measure_error(session.step, call)
+        return session.signature(call).measure_error(session.step, call.detached())
 
     def _first(self) -> Signature:
         signatures = self._fxhybrid_session.signatures

@@ -72,6 +72,8 @@ def make_options(
         raise InvalidArgument(f"loss_fn is {loss_fn!r}; it must be callable: loss_fn(output, *loss_args) -> scalar")
     if return_outputs and loss_fn is None:
         raise InvalidArgument("return_outputs=True needs a loss_fn; without one the outputs are returned anyway")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidArgument(f"optimizer is {optimizer!r}; it must be a torch.optim.Optimizer or None")
     if isinstance(max_grad_error, bool) or not isinstance(max_grad_error, (int, float)):
         raise InvalidArgument(f"max_grad_error is {max_grad_error!r}; it must be a number of at least 0")
     if not math.isfinite(max_grad_error) or max_grad_error < 0:

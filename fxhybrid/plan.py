@@ -143,7 +143,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Reads what ``save`` wrote; raises ``PlanMismatchError`` as ``from_json`` does."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        return cls.from_json(Path(path).read_text(encoding="utf-8", errors="replace"))
 
     def __str__(self) -> str:
         lines = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,19 @@ class Step(nn.Module):
         loss = self.loss_fn(output, *loss_args)
         return (loss, output) if self.return_outputs else loss
 
+    def check_result(self, result: Any) -> Any:
+        """``result`` if its loss is a scalar.
+
+        Raises:
+            InvalidArgument: it is not.
+        """
+        if self.loss_fn is not None:
+            loss = result[0] if self.return_outputs else result
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise InvalidArgument(f"loss_fn must return one scalar tensor, but gave a {found}; reduce it: loss.mean()")
+        return result
+
 
 @dataclass(frozen=True)
 class StepCall:
@@ -49,6 +62,16 @@ class StepCall:
         """All tensors of the call."""
         return [leaf for leaf in pytree.tree_leaves(list(self)) if isinstance(leaf, Tensor)]
 
+    def detached(self) -> StepCall:
+        """The same arguments, cut off from what computed them: a trial run must leave that graph alone."""
+
+        def cut(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.is_leaf:
+                return leaf
+            return leaf.detach().requires_grad_()
+
+        return StepCall(*pytree.tree_map(cut, tuple(self)))
+
 
 def check_call(call: StepCall, model: nn.Module) -> None:
     """Refuses leaves that cannot be guarded and tensors that are not where the model is.
@@ -60,6 +83,8 @@ def check_call(call: StepCall, model: nn.Module) -> None:
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise InvalidArgument(f"the model's parameters are on several devices ({names}); move it to one")
+    if any(device.type == "meta" for device in devices):
+        raise InvalidArgument("the model is on the meta device, without data; give it some: model.to_empty(device=...)")
     for path, leaf in pytree.tree_leaves_with_path(list(call)):
         where = ("argument ", "keyword ", "loss_args ")[path[0].idx] + pytree.keystr(path[1:])
         if isinstance(leaf, Tensor):
@@ -90,12 +115,14 @@ class StepResult:
     rng_state: Tensor
 
 
-def observe_step(run: Callable[[], Any], model: nn.Module, *, has_loss: bool, seed: int = 0) -> StepResult:
-    """Runs a step at a fixed seed and leaves model, gradients and generator as they were.
+def observe_step(
+    run: Callable[[], Any], model: nn.Module, *, has_loss: bool, changed: Iterable[Tensor] = (), seed: int = 0
+) -> StepResult:
+    """Runs a step at a fixed seed and leaves model, gradients, generator and ``changed`` tensors as they were.
 
     Without a loss, the outputs are weighted with fixed random numbers to get a scalar.
     """
-    with _restored(model), torch.random.fork_rng(devices=[]):
+    with _restored([*model.buffers(), *changed]), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         result = run()
         outputs = list(output_tensors(result))
@@ -130,14 +157,14 @@ def _weighted_sum(outputs: list[Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    before = [(b, b.detach().clone()) for b in model.buffers()]
+def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    before = [(t, t.detach().clone()) for t in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+            for tensor, value in before:
+                tensor.copy_(value)
 
 
 def relative_difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> float:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fxhybrid.budget import available_bytes
 from fxhybrid.capture import Capture
 from fxhybrid.errors import CaptureError, format_bytes
-from fxhybrid.graph import JointGraph
+from fxhybrid.graph import InputKind, JointGraph
 from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.runtime import StepFunction
 from fxhybrid.step import Step, StepCall, StepResult, observe_step, relative_difference
@@ -31,6 +32,15 @@ class CaptureCheck:
 
     difference: float | None
     note: str
+
+
+def _changed_tensors(joint: JointGraph, step: Step, call: StepCall) -> list[Tensor]:
+    """What a trial run writes to besides the model's buffers."""
+    mutated = {role.name for role in joint.inputs if role.mutated and role.kind is not InputKind.USER_INPUT}
+    changed: list[Tensor] = [p for name, p in step.named_parameters() if name in mutated]
+    changed += [b for name, b in step.named_buffers() if name in mutated and not name.startswith("model.")]
+    inputs = any(role.mutated and role.kind is InputKind.USER_INPUT for role in joint.inputs)
+    return [*changed, *(call.tensors if inputs else [])]
 
 
 class Verifier:
@@ -59,6 +69,7 @@ class Verifier:
         self.captured, self.joint = captured, joint
         self.step, self.call = step, call
         self.has_loss = step.loss_fn is not None
+        self.changed = _changed_tensors(joint, step, call)
         self.reference: StepResult | None = None
         needed, free = int(save_all_bytes * HEADROOM), available_bytes()
         if needed > free:
@@ -66,14 +77,14 @@ class Verifier:
                 None, f"not compared with eager: that takes {format_bytes(needed)}, free are {format_bytes(free)}"
             )
             return
-        eager = observe_step(lambda: step(*call), step.model, has_loss=self.has_loss)
+        eager = observe_step(lambda: step.check_result(step(*call)), step.model, has_loss=self.has_loss, changed=self.changed)
         self.reference = self.run(save_all())
         self.check = self._compare(eager, self.reference)
 
     def run(self, graphs: SplitGraphs) -> StepResult:
         """One step with these graphs, at the reference's seed."""
         function = self.captured.bind(StepFunction(graphs, self.joint, self.captured.metadata))
-        return observe_step(lambda: function(self.step, *self.call), self.step.model, has_loss=self.has_loss)
+        return observe_step(lambda: function(self.step, *self.call), self.step.model, has_loss=self.has_loss, changed=self.changed)
 
     def gradient_error(self, graphs: SplitGraphs) -> float:
         """Relative error of all parameter gradients against the step that keeps everything."""
@@ -89,7 +100,7 @@ class Verifier:
         same_rng = torch.equal(eager.rng_state, found.rng_state)
         if difference == 0 and same_outputs and same_buffers and same_rng:
             return CaptureCheck(0.0, "bit-equal to eager: outputs, gradients, buffers and generator")
-        again = observe_step(lambda: self.step(*self.call), self.step.model, has_loss=self.has_loss)
+        again = observe_step(lambda: self.step(*self.call), self.step.model, has_loss=self.has_loss, changed=self.changed)
         own = relative_difference(again.gradients, eager.gradients)
         if own > 0:
             return CaptureCheck(difference, f"eager does not repeat itself here (its own difference: {own:.1e})")

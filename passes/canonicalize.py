@@ -8,14 +8,14 @@ readers that ignore an argument lose it. Every rewrite gives the very same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import fx
 
 import fxhybrid.mask_ops  # noqa: F401  (registers keep_mask and apply_mask)
-from fxhybrid.graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
+from fxhybrid.graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
+from fxhybrid.passes.edit import call, tangent_free
 from fxhybrid.passes.layout import is_random
+from fxhybrid.passes.lean import lean_batch_norm, parameter_gradients_first, split_convolution_gradients
 
 aten = torch.ops.aten
 Pass = Callable[[JointGraph], None]
@@ -47,7 +47,7 @@ def drop_unused_statistics(joint: JointGraph) -> None:
 
 def masks_for_predicates(joint: JointGraph) -> None:
     """ReLU and clamped units: the backward pass needs to know where, not how much."""
-    free = _tangent_free(joint)
+    free = tangent_free(joint)
     for node in list(joint.module.graph.nodes):
         if node.target is aten.threshold_backward.default:
             gradient, x, lower = node.args
@@ -59,8 +59,8 @@ def masks_for_predicates(joint: JointGraph) -> None:
         if x not in free:
             continue
         with joint.module.graph.inserting_before(node):
-            mask = _call(joint, torch.ops.fxhybrid.keep_mask.default, (x, float(lower), upper), Phase.BACKWARD)
-            new = _call(joint, torch.ops.fxhybrid.apply_mask.default, (gradient, mask), Phase.BACKWARD)
+            mask = call(joint, torch.ops.fxhybrid.keep_mask.default, (x, float(lower), upper), Phase.BACKWARD)
+            new = call(joint, torch.ops.fxhybrid.apply_mask.default, (gradient, mask), Phase.BACKWARD)
         if new.meta["val"].stride() != node.meta["val"].stride():
             joint.module.graph.erase_node(new)
             joint.module.graph.erase_node(mask)
@@ -89,8 +89,8 @@ def shapes_for_pools(joint: JointGraph) -> None:
         with joint.module.graph.inserting_before(node):
             arguments = ([1] * value.dim(),)
             options = {"dtype": value.dtype, "device": value.device}
-            one = _call(joint, aten.empty.memory_format, arguments, Phase.BACKWARD, options)
-            shape = _call(joint, aten.expand.default, (one, list(value.shape)), Phase.BACKWARD)
+            one = call(joint, aten.empty.memory_format, arguments, Phase.BACKWARD, options)
+            shape = call(joint, aten.expand.default, (one, list(value.shape)), Phase.BACKWARD)
         node.args = (*node.args[:position], shape, *node.args[position + 1 :])
 
 
@@ -103,7 +103,7 @@ def snapshot_overwritten(joint: JointGraph) -> None:
             continue
         last = joint.placeholders[-1]
         with joint.module.graph.inserting_after(last):
-            clone = _call(joint, aten.clone.default, (placeholder,), Phase.FORWARD)
+            clone = call(joint, aten.clone.default, (placeholder,), Phase.FORWARD)
         for reader in readers:
             reader.replace_input_with(placeholder, clone)
 
@@ -114,7 +114,7 @@ def hoist_predicates(joint: JointGraph) -> None:
     Each is moved to right behind its last input, so that a plan can keep the mask and drop what it came from.
     """
     order = {node: i for i, node in enumerate(joint.module.graph.nodes)}
-    free = _tangent_free(joint)
+    free = tangent_free(joint)
     for node in list(joint.module.graph.nodes):
         value = node.meta.get("val")
         if phase_of(node) is Phase.FORWARD or node not in free or not isinstance(value, torch.Tensor):
@@ -132,17 +132,6 @@ def _hoist(joint: JointGraph, node: fx.Node, order: dict[fx.Node, int]) -> None:
     anchor.append(node)
     order[node] = order.get(anchor, 0)
     node.meta[TAG] = NodeTag(Phase.FORWARD)
-
-
-def _tangent_free(joint: JointGraph) -> set[fx.Node]:
-    free: set[fx.Node] = set()
-    tangents = {
-        node for node, role in zip(joint.placeholders, joint.inputs, strict=True) if role.kind is InputKind.TANGENT
-    }
-    for node in joint.module.graph.nodes:
-        if node not in tangents and all(n in free for n in node.all_input_nodes):
-            free.add(node)
-    return free
 
 
 def own_gradients(joint: JointGraph) -> None:
@@ -165,7 +154,7 @@ def own_gradients(joint: JointGraph) -> None:
         if (owned and whole and value.stride() == like.stride()) or layout is None:
             continue
         with joint.module.graph.inserting_before(output):
-            results[position] = _call(joint, aten.clone.default, (node,), Phase.BACKWARD, {"memory_format": layout})
+            results[position] = call(joint, aten.clone.default, (node,), Phase.BACKWARD, {"memory_format": layout})
     output.args = (tuple(results),)
 
 
@@ -176,19 +165,6 @@ def _memory_format(value: torch.Tensor) -> torch.memory_format | None:
         if fits and value.is_contiguous(memory_format=layout):
             return layout
     return None
-
-
-def _call(
-    joint: JointGraph, target: Any, args: tuple[Any, ...], phase: Phase, kwargs: dict[str, Any] | None = None
-) -> fx.Node:
-    """A new call at the graph's insertion point, its fake value worked out from its arguments'."""
-    node = joint.module.graph.call_function(target, args, kwargs or {})
-    values = fx.node.map_arg(args, lambda n: n.meta["val"])
-    fakes = [v for v in values if isinstance(v, torch.Tensor)]
-    mode = (fakes[0] if fakes else joint.placeholders[0].meta["val"]).fake_mode
-    with mode, torch.no_grad():
-        node.meta = {"val": target(*values, **(kwargs or {})), TAG: NodeTag(phase)}
-    return node
 
 
 def _erase_unused(joint: JointGraph) -> None:
@@ -205,4 +181,7 @@ PASSES: tuple[Pass, ...] = (
     snapshot_overwritten,
     hoist_predicates,
     own_gradients,
+    lean_batch_norm,
+    split_convolution_gradients,
+    parameter_gradients_first,
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+import fxhybrid.norm_ops  # noqa: F401  (registers batch_norm_backward)
 from fxhybrid.codecs import TensorMeta, candidate_codecs, get_codec
 from fxhybrid.graph import Phase, phase_of
 from fxhybrid.passes.layout import Layout
@@ -20,6 +21,7 @@ aten = torch.ops.aten
 TOLERANT: dict[object, frozenset[int]] = {
     aten.convolution_backward.default: frozenset([1]),
     aten.native_batch_norm_backward.default: frozenset([1]),
+    torch.ops.fxhybrid.batch_norm_backward.default: frozenset([1]),
     aten.native_layer_norm_backward.default: frozenset([1]),
     aten.native_group_norm_backward.default: frozenset([1]),
     aten._fused_rms_norm_backward.default: frozenset([1]),

@@ -194,6 +194,21 @@ class MovingAverage(nn.Module):
         return x * self.average.sigmoid()
 
 
+class WritesToInput(nn.Module):
+    """Changes an input that needs no gradient, and a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+        self.count = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x * 1.5)
+        x.mul_(0.5)
+        self.count.add_(out.detach().sum(0))
+        return self.body(out + x) * self.count
+
+
 class Aliases(nn.Module):
     """Outputs that are an input, a view of one, and views of one intermediate."""
 
@@ -250,6 +265,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "in_place": (InPlace, lambda: Batch((rows(),))),
     "batch_norms": (BatchNorms, lambda: Batch((torch.randn(8, 3, 16, 16),))),
     "moving_average": (MovingAverage, lambda: Batch((rows(),))),
+    "writes_to_input": (WritesToInput, lambda: Batch((rows(),))),
     "aliases": (Aliases, lambda: Batch((rows(),))),
     "checkpointed": (Checkpointed, lambda: Batch((rows(),))),
     "attention": (Attention, lambda: Batch((torch.randn(4, 24, WIDTH),))),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxhybrid import measure_step
 from tests.compare import assert_same, state_of, tensors_of, tighten, total, twins
@@ -17,6 +18,14 @@ def clear(model: nn.Module, batch: Batch) -> None:
     model.zero_grad()
     for t in tensors_of([batch.args, batch.kwargs]):
         t.grad = None
+
+
+def call(m: nn.Module, batch: Batch) -> list[Any]:
+    """The output, and the inputs as the model left them (it gets its own copies of those it may change)."""
+    args, kwargs = pytree.tree_map(
+        lambda t: t.clone() if isinstance(t, Tensor) and not t.requires_grad else t, (batch.args, batch.kwargs)
+    )
+    return [m(*args, **kwargs), tensors_of([args, kwargs])]
 
 
 def input_grads(batch: Batch) -> list[Tensor | None]:
@@ -32,9 +41,9 @@ def test_step_outside_loss(name: str, compression: str) -> None:
 
     def step(m: nn.Module) -> list[Any]:
         clear(m, batch)
-        output = m(*batch.args, **batch.kwargs)
+        output, inputs = call(m, batch)
         total(output).backward()
-        return [output, *tensors_of(output), *input_grads(batch)]
+        return [output, *tensors_of(output), *inputs, *input_grads(batch)]
 
     pair.same(step)
     tighten(pair.hybrid)
@@ -53,15 +62,15 @@ def test_step_traced_loss(name: str) -> None:
     pair = twins(model, loss_fn=total)
     clear(model, batch)
     torch.manual_seed(3)
-    pair.hybrid(*batch.args, **batch.kwargs).backward()
+    call(pair.hybrid, batch)[0].backward()
     budget = tighten(pair.hybrid)
 
     def step(m: nn.Module) -> list[Any]:
         clear(m, batch)
-        loss = m(*batch.args, **batch.kwargs)
+        loss, inputs = call(m, batch)
         loss = loss if m is pair.hybrid else total(loss)
         loss.backward()
-        return [loss, *input_grads(batch)]
+        return [loss, *inputs, *input_grads(batch)]
 
     torch.manual_seed(3)
     step(pair.plain)

@@ -59,13 +59,13 @@ def check(
     problem: Problem, result: SolveResult, budget: int, max_error: float, optimum: float | None
 ) -> None:
     """A result agrees with the optimum over all plans; None means that no plan fits."""
-    assert result.lower_bound_s <= (result.added_s if optimum is None else optimum) + 1e-9 * problem.step_s
     timeline = simulate_actions(problem, result.actions)
     assert (timeline.peak_bytes, timeline.added_s) == (result.peak_bytes, result.added_s)
     if optimum is None:
         assert result.status in (Status.INFEASIBLE, Status.UNKNOWN)
         assert (result.status is Status.INFEASIBLE) == (budget < peak_lower_bound(problem)[0])
         return
+    assert result.lower_bound_s <= optimum + 1e-9 * problem.step_s
     assert result.status is Status.OPTIMAL
     assert result.peak_bytes <= budget
     assert plan_error(problem, result.actions) <= max_error

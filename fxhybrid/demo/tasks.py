@@ -61,7 +61,8 @@ def digits_task() -> Task:
         generator = Generator().manual_seed(SEED)
         while True:
             shuffled = trained[torch.randperm(len(trained), generator=generator)]
-            for chosen in shuffled.split(DIGITS_BATCH)[: len(trained) // DIGITS_BATCH]:
+            for start in range(0, len(trained) - DIGITS_BATCH + 1, DIGITS_BATCH):
+                chosen = shuffled[start : start + DIGITS_BATCH]
                 yield images[chosen], labels[chosen]
 
     return Task(

@@ -147,7 +147,7 @@ def _fit(
     with bar:
         progress = bar.add_task(label, total=steps, loss=float("nan"))
         for _, batch in zip(range(steps), task.batches(), strict=False):
-            losses.append(float(step_of(task, model, batch)()))
+            losses.append(step_of(task, model, batch)().item())
             optimizer.step()
             bar.update(progress, advance=1, loss=losses[-1])
     return tuple(losses)

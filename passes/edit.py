@@ -1,0 +1,43 @@
+"""Small helpers for passes that change a joint graph in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxhybrid.graph import TAG, InputKind, JointGraph, NodeTag, Phase
+
+
+def call(
+    joint: JointGraph, target: Any, args: tuple[Any, ...], phase: Phase, kwargs: Mapping[str, Any] | None = None
+) -> fx.Node:
+    """A new call at the graph's insertion point, its fake value worked out from its arguments'."""
+    node = joint.module.graph.call_function(target, args, dict(kwargs or {}))
+    values = fx.node.map_arg(args, lambda n: n.meta["val"])
+    found: list[torch.Tensor] = []
+    fx.node.map_arg(args, lambda n: found.append(n.meta["val"]))
+    mode: Any = getattr(next(iter(found), joint.placeholders[0].meta["val"]), "fake_mode", None)
+    with mode, torch.no_grad():
+        value = target(*values, **(kwargs or {}))
+    node.meta = {"val": value, TAG: NodeTag(phase)}
+    return node
+
+
+def output_parts(node: fx.Node) -> dict[int, fx.Node]:
+    """The getitem of each output of ``node`` that is read."""
+    return {int(user.args[1]): user for user in node.users if user.target is operator.getitem}  # type: ignore[arg-type]
+
+
+def tangent_free(joint: JointGraph) -> set[fx.Node]:
+    """Nodes that no tangent reaches."""
+    pairs = zip(joint.placeholders, joint.inputs, strict=True)
+    tangents = {node for node, role in pairs if role.kind is InputKind.TANGENT}
+    free: set[fx.Node] = set()
+    for node in joint.module.graph.nodes:
+        if node not in tangents and all(n in free for n in node.all_input_nodes):
+            free.add(node)
+    return free

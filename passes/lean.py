@@ -1,0 +1,111 @@
+"""Lean: backward operators in forms that hold less at once, with the very same results."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+import fxhybrid.norm_ops  # noqa: F401  (registers batch_norm_backward)
+from fxhybrid.graph import JointGraph, Phase, phase_of
+from fxhybrid.passes.edit import call, output_parts
+
+aten = torch.ops.aten
+
+
+def split_convolution_gradients(joint: JointGraph) -> None:
+    """Weight and input gradient of a convolution one after the other.
+
+    One call for both holds input, output gradient and input gradient together. The input gradient alone is a
+    transposed convolution, which does not need the input, so that the input may be gone by then. On CPU both
+    forms end in the same oneDNN primitive and give the same bits.
+    """
+    for node in list(joint.module.graph.nodes):
+        if node.target is not aten.convolution_backward.default:
+            continue
+        gradient, x, weight, _, stride, padding, dilation, transposed, _, groups, mask = node.args
+        value = x.meta["val"]
+        if not (mask[0] and mask[1]) or transposed or not _is_onednn_convolution(value):
+            continue
+        parts = output_parts(node)
+        if 0 not in parts:
+            continue
+        spatial = range(len(stride))
+        sizes = (value.shape[2:], gradient.meta["val"].shape[2:], weight.meta["val"].shape[2:])
+        rest = [
+            sizes[0][i] - ((sizes[1][i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (sizes[2][i] - 1) + 1)
+            for i in spatial
+        ]
+        with joint.module.graph.inserting_after(parts[max(parts)]):
+            arguments = (gradient, weight, None, stride, padding, dilation, True, rest, groups)
+            new = call(joint, aten.convolution.default, arguments, Phase.BACKWARD)
+        if new.meta["val"].stride() != parts[0].meta["val"].stride():
+            joint.module.graph.erase_node(new)
+            continue
+        new.meta["val"] = parts[0].meta["val"]
+        parts[0].replace_all_uses_with(new)
+        joint.module.graph.erase_node(parts[0])
+        node.args = (*node.args[:10], [False, *mask[1:]])
+        node.meta["val"] = (None, *node.meta["val"][1:])
+
+
+def _is_onednn_convolution(x: torch.Tensor) -> bool:
+    plain = x.device.type == "cpu" and torch.backends.mkldnn.enabled
+    return plain and x.dim() == 4 and x.dtype is torch.float32 and x.is_contiguous()
+
+
+def lean_batch_norm(joint: JointGraph) -> None:
+    """Batch norm's backward pass some channels at a time."""
+    for node in list(joint.module.graph.nodes):
+        if node.target is not aten.native_batch_norm_backward.default or node.args[7] is not True:
+            continue
+        gradient, x, weight, _, _, mean, invstd, _, eps, mask = node.args
+        tensors = [n.meta["val"] for n in (gradient, x)]
+        if any(not t.is_contiguous() or t.device.type != "cpu" or t.dim() < 3 for t in tensors):
+            continue
+        with joint.module.graph.inserting_before(node):
+            target = torch.ops.fxhybrid.batch_norm_backward.default
+            new = call(joint, target, (gradient, x, weight, mean, invstd, eps, mask), Phase.BACKWARD)
+        new.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(new)
+        joint.module.graph.erase_node(node)
+
+
+def parameter_gradients_first(joint: JointGraph) -> None:
+    """Work that ends in a parameter's gradient is done as soon as it can be.
+
+    A weight gradient reads a saved activation; doing it before the input gradient is made lets the activation
+    go first.
+    """
+    nodes = [n for n in joint.module.graph.nodes if n.op == "call_function" and phase_of(n) is Phase.BACKWARD]
+    leaf: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node.users and all(user.op == "output" or user in leaf for user in node.users):
+            leaf.add(node)
+    waiting = {n: sum(1 for i in n.all_input_nodes if i.op == "call_function" and _is_backward(i)) for n in nodes}
+    output = joint.module.graph.output_node()
+    done: set[fx.Node] = set()
+
+    def place(node: fx.Node) -> None:
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current in done:
+                continue
+            done.add(current)
+            output.prepend(current)
+            for user in current.users:
+                if user in waiting:
+                    waiting[user] -= 1
+            ready = [u for u in current.users if u not in done and waiting.get(u) == 0]
+            eager = [u for u in ready if u in leaf or u.target is operator.getitem]
+            stack.extend(sorted(eager, key=order.__getitem__, reverse=True))
+
+    order = {n: i for i, n in enumerate(nodes)}
+    for node in nodes:
+        place(node)
+
+
+def _is_backward(node: fx.Node) -> bool:
+    return phase_of(node) is Phase.BACKWARD

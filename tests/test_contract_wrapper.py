@@ -1,0 +1,200 @@
+"""The compiled module is the model: class, attributes, hooks, copies, inspection."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import fxhybrid
+from fxhybrid import HybridModule, InvalidArgument, Plan, PlanMismatchError
+from tests.compare import tight_twins, tighten, total, twins
+from tests.models import WIDTH, mlp, rows
+
+
+class Configured(nn.Module):
+    """Has what users reach for: a config, methods, a documented forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"width": WIDTH}
+        self.body = mlp(0.1)
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, shift: Tensor | None = None) -> Tensor:
+        """Scales what the body gives."""
+        out = self.body(x) * scale
+        return out if shift is None else out + shift
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body[0](x)
+
+
+@pytest.fixture(scope="module")
+def configured() -> HybridModule:
+    torch.manual_seed(0)
+    return fxhybrid.compile(Configured().train(), budget=1.0, example_inputs=(rows(),), solver="mps")
+
+
+def test_is_the_model(configured: HybridModule) -> None:
+    assert isinstance(configured, Configured)
+    assert isinstance(configured, HybridModule)
+    assert configured.config == {"width": WIDTH}
+    assert configured.features(rows()).shape == rows().shape
+    assert str(inspect.signature(configured.forward)) == str(inspect.signature(Configured().forward))
+    assert configured.forward.__doc__ == "Scales what the body gives."
+    assert "body" in dict(configured.named_children())
+    assert "Configured" in repr(configured)
+    configured.note = "kept"
+    assert configured._fxhybrid_session.model.note == "kept"
+
+
+def test_parameters_are_shared() -> None:
+    model = Configured().train()
+    hybrid = fxhybrid.compile(model, budget=1.0, solver="mps")
+    assert all(a is b for a, b in zip(model.parameters(), hybrid.parameters(), strict=True))
+    with torch.no_grad():
+        hybrid.body[0].weight.zero_()
+    assert not model.body[0].weight.any()
+    hybrid.eval()
+    assert not model.training
+    assert not model.body.training
+    hybrid.train()
+    x = rows()
+    total(hybrid.forward(x)).backward()
+    assert model.body[9].bias.grad is not None
+    assert len(hybrid.plans) == 1
+
+
+def test_graphs_and_report(configured: HybridModule) -> None:
+    for graph in (configured.joint_graph, configured.forward_graph, configured.backward_graph):
+        assert isinstance(graph, fx.GraphModule)
+        graph.graph.lint()
+    assert "predicted" in str(configured.plan)
+    assert configured.plans[0] is configured.plan or configured.plans[0] == configured.plan
+    assert str(configured.report())
+
+
+def test_attributes_that_do_not_exist(configured: HybridModule) -> None:
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = configured.nonsense
+    assert not hasattr(configured, "loss_fn")
+
+
+def test_hooks_run_once_a_call() -> None:
+    calls = {"pre": 0, "post": 0, "inner": 0}
+    model = mlp(0.1).train()
+    x = rows()
+    pair = twins(model, example_inputs=(x,))
+    for m in (pair.plain, pair.hybrid):
+        m.register_forward_pre_hook(lambda _m, args: (args[0] * 2,))
+        m.register_forward_hook(lambda _m, _args, out: out + 1)
+        m[0].register_forward_hook(lambda _m, _args, out: out * 0.5)
+
+    def run(m: nn.Module) -> Tensor:
+        m.zero_grad()
+        total(out := m(x)).backward()
+        return out
+
+    pair.same(run)
+    tighten(pair.hybrid)
+    pair.hybrid.zero_grad()
+    pair.plain.zero_grad()
+    pair.same(run)
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    pair.hybrid.register_forward_pre_hook(count("pre"))
+    pair.hybrid.register_forward_hook(count("post"))
+    pair.hybrid[3].register_forward_hook(count("inner"))
+    pair.hybrid.set_budget(1 << 30)
+    run(pair.hybrid)
+    before = dict(calls)
+    run(pair.hybrid)
+    assert {name: calls[name] - before[name] for name in calls} == {"pre": 1, "post": 1, "inner": 1}
+
+
+def test_gradient_hooks_on_parameters_and_outputs() -> None:
+    x = rows()
+    seen: list[Tensor] = []
+    pair = tight_twins(mlp().train(), (x,))
+    for m in (pair.plain, pair.hybrid):
+        m[0].weight.register_hook(lambda g: g * 3)
+
+    def run(m: nn.Module) -> Tensor:
+        m.zero_grad()
+        out = m(x)
+        out.register_hook(lambda g: seen.append(g.clone()))
+        out.retain_grad()
+        total(out).backward()
+        return out
+
+    pair.same(run)
+    assert torch.equal(*seen)
+
+
+def test_moving_to_another_dtype_makes_a_new_signature() -> None:
+    x = rows()
+    pair = twins(mlp().train(), example_inputs=(x,), budget="1GiB")
+    for m in (pair.plain, pair.hybrid):
+        m.double()
+
+    def run(m: nn.Module) -> Tensor:
+        m.zero_grad()
+        total(out := m(x.double())).backward()
+        return out
+
+    assert pair.same(run).dtype is torch.float64
+    assert len(pair.hybrid.plans) == 2
+
+
+def test_plans_are_carried_and_checked() -> None:
+    x, model = rows(), mlp(0.1).train()
+    first = fxhybrid.compile(model, budget=1.0, example_inputs=(x,), solver="mps", compression="lossless")
+    tighten(first)
+    plan = Plan.from_json(first.plan.to_json())
+    assert plan == first.plan
+    second = fxhybrid.compile(model, budget=1 << 30, example_inputs=(x,), compression="lossless", plan=plan)
+    assert second.plan.peak_bytes <= plan.budget_bytes
+    assert second.plan.actions == plan.actions
+    for other, args in ((mlp(0.1, depth=2).train(), x), (model, rows(32)), (mlp(0.0).train(), x)):
+        with pytest.raises(PlanMismatchError, match="plan"):
+            fxhybrid.compile(other, budget=1 << 30, example_inputs=(args,), compression="lossless", plan=plan)
+
+
+def test_plan_without_wrapping() -> None:
+    model = mlp(0.1).train()
+    plan = fxhybrid.plan(
+        model,
+        {"input": rows()},
+        budget=0.9,
+        loss_fn=F.mse_loss,
+        loss_args=(rows(),),
+        solver="mps",
+        compression="off",
+    )
+    assert plan.peak_bytes <= plan.budget_bytes
+    assert plan.gradient_error.value == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_check_error_leaves_everything_alone() -> None:
+    x, target = rows(), rows()
+    hybrid = fxhybrid.compile(
+        mlp(0.1).train(), budget=1.0, example_inputs=(x,), loss_fn=F.mse_loss, loss_args=(target,), solver="mps"
+    )
+    tighten(hybrid)
+    state = torch.get_rng_state()
+    error = hybrid.check_error(rows(), loss_args=(rows(),))
+    torch.set_rng_state(state)
+    assert 0 <= error < 0.5
+    assert all(p.grad is None for p in hybrid.parameters())
+    with pytest.raises(InvalidArgument, match="loss_args"):
+        fxhybrid.compile(mlp().train(), budget=1.0)(x, loss_args=(target,))
