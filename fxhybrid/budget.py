@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from fxhybrid.errors import InvalidArgument
 
 Budget = int | float | str
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+}
 _HELP = 'give bytes (int), text such as "512MiB", or a float in (0, 1] as a share of the save-all peak'
 
 

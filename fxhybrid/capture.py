@@ -19,10 +19,22 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext
+from torch.utils import _pytree as pytree
 
 from fxhybrid.errors import CaptureError, FxHybridError
-from fxhybrid.graph import TAG, InputKind, InputRole, JointGraph, NodeTag, OutputKind, OutputRole, Phase
+from fxhybrid.graph import (
+    TAG,
+    InputKind,
+    InputRole,
+    JointGraph,
+    NodeTag,
+    OutputKind,
+    OutputRole,
+    Phase,
+    node_name,
+)
 from fxhybrid.kernel_facts import follow_kernels
+from fxhybrid.recurrent import make_opaque
 
 FlatFunction = Callable[..., Sequence[Any]]
 
@@ -55,11 +67,13 @@ def capture(module: nn.Module, args: tuple[Any, ...]) -> Capture:
     """
     try:
         # Dynamo leaves hooks out of its guards unless told: one added later would be ignored.
-        hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
-        with hooks, get_metrics_context(), dynamo_timed("fxhybrid_capture"), set_enable_dynamic(False):
+        # It takes recurrent layers only if told, and would unroll them: they become opaque operators below.
+        settings = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, allow_rnn=True)
+        with settings, get_metrics_context(), dynamo_timed("fxhybrid_capture"), set_enable_dynamic(False):
             traced = convert_frame.fullgraph_capture(module, args, {})
             if traced.backend_input is None:
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
+            make_opaque(traced.backend_input.graph_module)
             joint, metadata, names = _joint_graph(module, traced.backend_input)
             output = traced.graph_capture_output
             function, _ = convert_frame.get_traced_fn(module)
@@ -129,12 +143,23 @@ def _check_supported(metadata: Any, graph_module: fx.GraphModule, n_inputs: int)
         raise CaptureError(
             "two inputs of the call share memory and one of them is changed in place; pass separate tensors"
         )
+    for node in graph_module.graph.nodes:
+        if any(
+            t.layout is not torch.strided for t in pytree.tree_leaves(node.meta.get("val")) if _is_tensor(t)
+        ):
+            raise CaptureError(
+                f"{node_name(node)} gives a sparse tensor; use dense ones, such as sparse=False"
+            )
     for info in metadata.input_info:
         if info.mutates_metadata or (info.mutates_data and info.requires_grad):
             raise CaptureError(
                 "the call changes an input that needs a gradient (or an input's shape) in place; "
                 "work on a copy instead: x = x.clone()"
             )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _input_roles(
@@ -176,5 +201,6 @@ def _explain(error: TorchDynamoException) -> str:
     reason = (error.msg if hasattr(error, "msg") else str(error)).strip()
     return (
         f"the model cannot be traced into one graph{where}\n{reason}\n"
-        "Rewrite that line without Python control flow on tensor values, or compile a submodule that can be traced."
+        "Rewrite that line without Python control flow on tensor values, or compile a submodule that can be "
+        "traced."
     )

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Trains a batch-norm CNN on scikit-learn's digits and a small transformer on the source text of "
-        "Python's standard library, unmodified and at two budgets each. Takes up to three minutes on two cores."
+        "Python's standard library, unmodified and at two budgets each, in up to three minutes on two cores."
     )
     parser.add_argument(
         "--plot", type=Path, default=Path("fxhybrid-demo.png"), metavar="FILE", help="default: %(default)s"
@@ -153,7 +153,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     budget = check_budget(parse_budget(arguments.budget))
     model, inputs, options = _common(arguments)
     plan = fxhybrid.plan(model, inputs, budget=budget, **options)
-    Console().print(Text(str(plan)))
+    _console().print(Text(str(plan)))
     if arguments.json:
         _write(arguments.json, plan.to_json())
 
@@ -167,12 +167,12 @@ def _frontier(arguments: argparse.Namespace) -> None:
         budgets = [check_budget(parse_budget(text)) for text in arguments.budgets.split(",")]
     model, inputs, options = _common(arguments)
     found = frontier(model, inputs, budgets=budgets, **options)
-    Console().print(found)
+    _console().print(found)
     if arguments.json:
         _write(arguments.json, found.to_json())
     if arguments.plot:
         found.plot(arguments.plot)
-        Console().print(f"plot: {arguments.plot}", highlight=False)
+        _console().print(f"plot: {arguments.plot}", highlight=False)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -186,7 +186,13 @@ def _demo(arguments: argparse.Namespace) -> None:
         raise InvalidArgument(f"--shares is {arguments.shares!r}; each must lie between 0 and 1")
     if arguments.steps is not None and arguments.steps < 1:
         raise InvalidArgument(f"--steps is {arguments.steps}; it must be at least 1")
-    run_demo(Console(), shares=shares, steps=arguments.steps, plot=arguments.plot)
+    run_demo(_console(), shares=shares, steps=arguments.steps, plot=arguments.plot)
+
+
+def _console() -> Console:
+    """The terminal; wide enough for the tables where the output goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def _write(path: Path, text: str) -> None:
@@ -194,4 +200,4 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InvalidArgument(f"cannot write {path}: {error.strerror}") from error
-    Console().print(f"written: {path}", highlight=False)
+    _console().print(f"written: {path}", highlight=False)

@@ -5,17 +5,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxhybrid.version import __version__
 from fxhybrid.budget import gradient_bytes, optimizer_bytes, storage_bytes
 from fxhybrid.capture import Capture, capture
-from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
+from fxhybrid.errors import InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.gradient_error import (
     DEFAULT_GROUP_ERROR,
     ErrorTable,
@@ -38,13 +38,13 @@ from fxhybrid.problem import Problem
 from fxhybrid.profile import Profile, profile_calls
 from fxhybrid.runtime import StepFunction
 from fxhybrid.schedule import lower
-from fxhybrid.solvers.base import SolveResult, Status, plan_error
-from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.mps import Ladder, Rung, build_ladder
+from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged
 from fxhybrid.step import Step, StepCall
-from fxhybrid.timeline import describe_peak, simulate, simulate_actions
+from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
+from fxhybrid.version import __version__
 
 MEASURED_ZERO = 1e-6  # a lossy codec never counts as exact, even if one batch does not show it
 ILP_SECONDS = 15.0
@@ -66,9 +66,8 @@ class Prepared:
 
     def with_errors(self, errors: ErrorTable) -> Prepared:
         """The same with other gradient errors."""
-        problem = problem_of(
-            self.joint, self.layout, self.profile, self.choices, errors, self.problem.resident_bytes
-        )
+        resident = self.problem.resident_bytes
+        problem = problem_of(self.joint, self.layout, self.profile, self.choices, errors, resident)
         return dataclasses.replace(self, problem=problem)
 
 
@@ -97,19 +96,11 @@ def build_graphs(prepared: Prepared, actions: Actions) -> tuple[JointGraph, Spli
     return joint, split(joint)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A plan with what is needed to carry it out."""
-
-    plan: Plan
-    actions: Actions
-
-
 @dataclass(frozen=True, eq=False)
 class Active:
     """A plan at work: its rewritten graph, the function over flat inputs, and the one over the step's own."""
 
-    chosen: Chosen
+    plan: Plan
     joint: JointGraph
     function: StepFunction
     call: Callable[..., Any]
@@ -141,16 +132,18 @@ class Signature:
         self.save_all_bytes = simulate_actions(self.prepared.problem, {}).peak_bytes
         share = options.budget
         self.budget_bytes = budget_bytes or (share if isinstance(share, int) else int(share * self.save_all_bytes))
-        self.verifier: Verifier | None = self._verifier(step, call)
-        self.check = self.verifier.check
-        self.ladder = self._calibrated_ladder()
-        self.extra: list[tuple[Rung, SolveResult]] = []
         self.measured: dict[int, float] = {}
         self.states: dict[bool, Active] = {}
+        # the verifier holds the example arguments, so it lives only as long as planning does
+        self.verifier: Verifier | None = self._verifier(step, call)
+        self.check = self.verifier.check
+        start = time.perf_counter()
+        ladder = self._calibrated_ladder()
+        self.plans = PlanSet(self.prepared.problem, ladder, time.perf_counter() - start)
         if carried is None or not self._carry(carried):
             self._solve(self.budget_bytes)
         self.active(accumulating=False)
-        self.verifier = None  # it holds the example arguments
+        self.verifier = None
 
     # -- planning -----------------------------------------------------------------------------------------
 
@@ -178,12 +171,7 @@ class Signature:
         groups = lossy_groups(prepared.layout, prepared.choices)
 
         def at_4_bits(group: Group) -> float:
-            actions: dict[int, Action] = _kept_masks(prepared.problem)
-            for storage in groups[group]:
-                codec = four_bit_codec(prepared.choices[storage])
-                if codec is not None:
-                    actions[storage] = Compress(codec)
-            return max(self._measured_error(actions), MEASURED_ZERO)
+            return max(self._measured_error(_all_at_4_bits(prepared, groups[group])), MEASURED_ZERO)
 
         return error_table(groups, prepared.choices, at_4_bits)
 
@@ -195,104 +183,56 @@ class Signature:
         return self.verifier.gradient_error(build_graphs(self.prepared, actions)[1])
 
     def _solve(self, budget_bytes: int) -> None:
-        """Adds the solver's own plan for this budget to the ladder's."""
-        rung = self.ladder.rung_for(budget_bytes)
+        """Adds the solver's own plan for this budget to those known."""
         solver, problem, limit = self.options.solver, self.prepared.problem, self.options.max_grad_error
         if isinstance(solver, str):
-            pays = rung is None or rung.added_s > ILP_PAYS * problem.step_s
+            known = self.plans.cheapest(budget_bytes)
+            pays = known is None or known.rung.added_s > ILP_PAYS * problem.step_s
             if solver == "mps" or (solver == "auto" and not pays):
                 return
-            warm = rung.actions if rung else None
-            result = IlpSolver(time_limit_s=ILP_SECONDS).solve(problem, budget_bytes, max_error=limit, warm=warm)
+            ilp, warm = IlpSolver(time_limit_s=ILP_SECONDS), known.rung.actions if known else None
+            result = ilp.solve(problem, budget_bytes, max_error=limit, warm=warm)
         else:
             result = solver.solve(problem, budget_bytes, max_error=limit)
-        if result.status in (Status.OPTIMAL, Status.FEASIBLE):
-            line = simulate_actions(problem, result.actions)
-            rung = Rung(result.actions, line.peak_bytes, line.added_s, plan_error(problem, result.actions))
-            self.extra.append((rung, result))
-
-    def choose(self, budget_bytes: int, *, accumulating: bool) -> Chosen:
-        """The cheapest known plan within the budget, in the given gradient state.
-
-        Raises:
-            BudgetError: none fits.
-        """
-        beside = self.gradient_bytes if accumulating else 0
-        limit = budget_bytes - beside
-        rung, result = self._cheapest(limit)
-        if rung is None:
-            raise self._budget_error(budget_bytes, beside, accumulating)
-        plan = self._plan(rung, result, budget_bytes, beside)
-        return Chosen(plan, rung.actions)
-
-    def _cheapest(self, limit: int) -> tuple[Rung | None, SolveResult | None]:
-        known: list[tuple[Rung, SolveResult | None]] = [(r, None) for r in self.ladder.rungs]
-        known += self.extra
-        fitting = [(r, s) for r, s in known if r.peak_bytes <= limit]
-        return min(fitting, key=lambda pair: (pair[0].added_s, pair[0].peak_bytes), default=(None, None))
-
-    def _plan(self, rung: Rung, result: SolveResult | None, budget_bytes: int, beside: int) -> Plan:
-        problem = self.prepared.problem
-        bound = result.lower_bound_s if result else 0.0
-        if result is None and self.extra:
-            bounds = [s.lower_bound_s for r, s in self.extra if r.peak_bytes + beside <= budget_bytes]
-            bound = min([*bounds, rung.added_s]) if bounds else 0.0
-        status = Status.OPTIMAL if rung.added_s <= bound else Status.FEASIBLE
-        status = result.status if result else status
-        return Plan(
-            budget_bytes=budget_bytes,
-            peak_bytes=rung.peak_bytes + beside,
-            added_s=rung.added_s,
-            lower_bound_s=bound,
-            step_s=problem.step_s,
-            gradient_error=self._error_of(rung),
-            status=status.value,
-            solver=result.solver if result else "mps",
-            solve_s=result.solve_s if result else 0.0,
-            actions=_named(problem, rung.actions),
-            graph_fingerprint=self.prepared.fingerprint,
-            versions=versions(),
-            device=self.prepared.profile.device,
-        )
-
-    def _error_of(self, rung: Rung) -> GradientError:
-        if rung.error == 0:
-            return GradientError(0.0, "exact")
-        key = id(rung.actions)
-        if key in self.measured:
-            return GradientError(self.measured[key], "measured")
-        return GradientError(rung.error, "estimated")
-
-    def _budget_error(self, budget_bytes: int, beside: int, accumulating: bool) -> BudgetError:
-        problem, smallest = self.prepared.problem, self.ladder.rungs[-1]
-        rungs = [smallest, *(rung for rung, _ in self.extra)]
-        smallest = min(rungs, key=lambda rung: rung.peak_bytes)
-        schedule = lower(problem, smallest.actions)
-        holder = describe_peak(problem, schedule, simulate(problem, schedule))
-        bound, _ = peak_lower_bound(problem)
-        state = " while gradients of an earlier backward pass exist" if accumulating else ""
-        minimum = smallest.peak_bytes + beside
-        return BudgetError(
-            f"the budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) cannot be met{state}: the smallest "
-            f"known plan peaks at {minimum} bytes ({format_bytes(minimum)}), held by {holder}; no plan can go below "
-            f"{format_bytes(bound + beside)}. Raise the budget, shrink the batch, or allow more: "
-            f'compression="auto", a larger max_grad_error',
-            budget_bytes=budget_bytes,
-            minimum_bytes=minimum,
-            minimum_lower_bound_bytes=bound + beside,
-            holder=holder,
-        )
+        self.plans.add(result, budget_bytes)
 
     def _carry(self, plan: Plan) -> bool:
         """Takes over a plan made elsewhere; says whether it fits the (smaller) budget on this device."""
         actions = actions_of(plan, self.prepared)
         self.budget_bytes = min(self.budget_bytes, plan.budget_bytes)
-        line = simulate_actions(self.prepared.problem, actions)
-        if line.peak_bytes > self.budget_bytes:
+        rung = judged(self.prepared.problem, actions)
+        if rung.peak_bytes > self.budget_bytes:
             return False
-        error = plan_error(self.prepared.problem, actions)
-        self.ladder = Ladder((Rung(actions, line.peak_bytes, line.added_s, error),))
+        self.plans.plans = [KnownPlan(rung, plan.solver, solve_s=plan.solve_s)]
         return True
+
+    def choose(self, budget_bytes: int, *, accumulating: bool) -> KnownPlan:
+        """The cheapest known plan within the budget, in the given gradient state.
+
+        Raises:
+            BudgetError: none fits.
+        """
+        beside = self._beside(accumulating)
+        known = self.plans.cheapest(budget_bytes - beside)
+        if known is None:
+            raise self.plans.budget_error(budget_bytes, beside)
+        return known
+
+    def _beside(self, accumulating: bool) -> int:
+        """Bytes of older gradients: a full new set appears beside them."""
+        return self.gradient_bytes if accumulating else 0
+
+    def _choose_measured(self, accumulating: bool) -> KnownPlan:
+        """The cheapest plan; while the example batch is at hand, one whose measured error is within the limit."""
+        while True:
+            known = self.choose(self.budget_bytes, accumulating=accumulating)
+            if not self._can_measure() or known.rung.error == 0:
+                return known
+            found = self._measured_error(known.rung.actions)
+            if found <= self.options.max_grad_error:
+                self.measured[id(known.rung.actions)] = found
+                return known
+            self.plans.drop(known)
 
     # -- running ------------------------------------------------------------------------------------------
 
@@ -303,29 +243,40 @@ class Signature:
             BudgetError: no known plan fits in this state.
         """
         if accumulating not in self.states:
-            chosen = self._choose_measured(accumulating)
-            joint, graphs = build_graphs(self.prepared, chosen.actions)
+            known = self._choose_measured(accumulating)
+            joint, graphs = build_graphs(self.prepared, known.rung.actions)
             captured = self.prepared.capture
             function = StepFunction(graphs, self.prepared.joint, captured.metadata)
-            self.states[accumulating] = Active(chosen, joint, function, captured.bind(function))
+            plan = self._plan(known, accumulating)
+            self.states[accumulating] = Active(plan, joint, function, captured.bind(function))
         return self.states[accumulating]
 
-    def _choose_measured(self, accumulating: bool) -> Chosen:
-        """The cheapest plan; while the example batch is at hand, one whose measured error is within the limit."""
-        while True:
-            chosen = self.choose(self.budget_bytes, accumulating=accumulating)
-            if not self._can_measure() or chosen.plan.gradient_error.source != "estimated":
-                return chosen
-            found = self._measured_error(chosen.actions)
-            self.measured[id(chosen.actions)] = found
-            if found <= self.options.max_grad_error:
-                return self.choose(self.budget_bytes, accumulating=accumulating)
-            kept = tuple(r for r in self.ladder.rungs if r.actions is not chosen.actions)
-            self.ladder = Ladder(kept)
-            self.extra = [(r, s) for r, s in self.extra if r.actions is not chosen.actions]
+    def _plan(self, known: KnownPlan, accumulating: bool) -> Plan:
+        problem = self.prepared.problem
+        return Plan(
+            budget_bytes=self.budget_bytes,
+            peak_bytes=known.rung.peak_bytes + self._beside(accumulating),
+            added_s=known.rung.added_s,
+            lower_bound_s=known.lower_bound_s,
+            step_s=problem.step_s,
+            gradient_error=self._error_of(known.rung),
+            status=known.status.value,
+            solver=known.solver,
+            solve_s=known.solve_s,
+            actions=_named(problem, known.rung.actions),
+            graph_fingerprint=self.prepared.fingerprint,
+            versions=versions(),
+            device=self.prepared.profile.device,
+        )
+
+    def _error_of(self, rung: Rung) -> GradientError:
+        if rung.error == 0:
+            return GradientError(0.0, "exact")
+        measured = self.measured.get(id(rung.actions))
+        return GradientError(rung.error, "estimated") if measured is None else GradientError(measured, "measured")
 
     def set_budget(self, budget_bytes: int) -> Callable[[], None]:
-        """Plans for another budget; the result makes it so.
+        """Plans for another budget; calling the result makes it so.
 
         Raises:
             BudgetError: no known plan fits; nothing has changed then.
@@ -343,7 +294,7 @@ class Signature:
     @property
     def minimum_bytes(self) -> int:
         """The smallest peak, with fresh gradients, for which a plan is known."""
-        return min(r.peak_bytes for r in (*self.ladder.rungs, *(rung for rung, _ in self.extra)))
+        return self.plans.smallest.peak_bytes
 
     def accumulating_note(self) -> str:
         """Whether the budget holds while gradients of an earlier backward pass exist, in words."""
@@ -355,10 +306,14 @@ class Signature:
     @property
     def plan(self) -> Plan:
         """The plan for fresh gradients."""
-        return self.active(accumulating=False).chosen.plan
+        return self.active(accumulating=False).plan
 
     def measure_error(self, step: Step, call: StepCall) -> float:
-        """Relative gradient error of the active plan on another batch."""
+        """Relative gradient error of the active plan on another batch.
+
+        Raises:
+            InvalidArgument: memory does not allow the step that keeps everything, which it is compared with.
+        """
         verifier = self._verifier(step, call)
         if verifier.reference is None:
             raise InvalidArgument(verifier.check.note)
@@ -381,12 +336,19 @@ def versions() -> dict[str, str]:
 
 
 def _named(problem: Problem, actions: Actions) -> dict[str, Action]:
-    return {problem.tensors[t].name: actions[t] for t in sorted(actions) if t in set(problem.candidates)}
+    candidates = set(problem.candidates)
+    return {problem.tensors[t].name: actions[t] for t in sorted(actions) if t in candidates}
 
 
-def _kept_masks(problem: Problem) -> dict[int, Action]:
-    """Saves what would be derived from other tensors in the backward pass, so that these may be lossy."""
-    return {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
+def _all_at_4_bits(prepared: Prepared, storages: Iterable[int]) -> dict[int, Action]:
+    """4 bits for these storages; masks are kept, so that what they derive from may be lossy."""
+    problem = prepared.problem
+    actions: dict[int, Action] = {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
+    for storage in storages:
+        codec = four_bit_codec(prepared.choices[storage])
+        if codec is not None:
+            actions[storage] = Compress(codec)
+    return actions
 
 
 def actions_of(plan: Plan, prepared: Prepared) -> dict[int, Action]:

@@ -42,6 +42,8 @@ def follow_kernels(module: fx.GraphModule) -> None:
             _shrink(node)
         elif node.target in _NORMS:
             _type_statistics(node)
+        elif node.target is aten.native_dropout_backward.default:
+            _round_noise(node)
     module.recompile()
 
 
@@ -55,6 +57,28 @@ def _shrink(node: fx.Node) -> None:
         copied = node.graph.call_function(aten.clone.default, (node,))
     copied.meta = {"val": node.meta["val"].clone(), TAG: node.meta[TAG]}
     node.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not copied)
+
+
+def _round_noise(node: fx.Node) -> None:
+    """Eager dropout on the CPU multiplies with noise in the input's type, the traced one with a float."""
+    gradient, mask, scale = node.args
+    value: Tensor = node.meta["val"]
+    if value.device.type != "cpu" or value.dtype not in _REDUCED:
+        return
+    assert isinstance(mask, fx.Node)
+    noise = mask
+    steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        (aten._to_copy.default, (), {"dtype": value.dtype}),
+        (aten.mul.Tensor, (scale,), {}),
+    ]
+    with node.graph.inserting_before(node):
+        for target, args, kwargs in steps:
+            noise = node.graph.call_function(target, (noise, *args), kwargs)
+            noise.meta = {"val": torch.empty_like(mask.meta["val"], dtype=value.dtype), TAG: node.meta[TAG]}
+        product = node.graph.call_function(aten.mul.Tensor, (gradient, noise))
+    product.meta = node.meta
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
 
 
 def _type_statistics(node: fx.Node) -> None:

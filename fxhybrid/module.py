@@ -156,7 +156,9 @@ class HybridModule(nn.Module):
     def _first(self) -> Signature:
         signatures = self._fxhybrid_session.signatures
         if not signatures:
-            raise InvalidArgument("nothing is planned yet: call the module once, or pass example_inputs to compile")
+            raise InvalidArgument(
+                "nothing is planned yet: call the module once, or pass example_inputs to compile"
+            )
         return signatures[0][0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridModule:
@@ -178,8 +180,12 @@ def wrap(model: nn.Module, options: Options, plan: Plan | None) -> HybridModule:
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     if isinstance(model, HybridModule):
-        raise InvalidArgument("the model is compiled already; call set_budget on it, or compile the plain model")
-    kind = type(f"Hybrid{type(model).__name__}", (HybridModule, type(model)), {"__module__": type(model).__module__})
+        raise InvalidArgument(
+            "the model is compiled already; call set_budget on it, or compile the plain model"
+        )
+    kind = type(
+        f"Hybrid{type(model).__name__}", (HybridModule, type(model)), {"__module__": type(model).__module__}
+    )
     hybrid: HybridModule = object.__new__(kind)
     object.__setattr__(hybrid, "__dict__", model.__dict__)
     object.__setattr__(hybrid, "_fxhybrid_session", Session(model, options, plan))

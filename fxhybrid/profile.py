@@ -27,9 +27,8 @@ from fxhybrid.errors import ProfileError
 from fxhybrid.measure import Recording, recording
 
 aten = torch.ops.aten
-REPEATS = 3
-FAST_S = 2e-4
-FAST_REPEATS = 12
+FEWEST_RUNS, MOST_RUNS = 2, 12
+LEAST_S = 0.02  # calls faster than this run more often: their smallest time is what noise has not touched
 PATTERN = 4099  # prime, so that rows differ
 
 
@@ -171,19 +170,17 @@ def _time_call(call: Call, recorded: Recording) -> float:
     args, kwargs = _real_arguments(call)
     result = call.target(*args, **kwargs)  # warm-up: kernels and weight layouts are chosen at the first run
     del result
-    recorded.mark()
-    result = call.target(*args, **kwargs)
-    recorded.mark()
-    del result
-    best, done, repeats = float("inf"), 0, REPEATS
-    while done < repeats:
+    best, spent, runs = float("inf"), 0.0, 0
+    while runs < FEWEST_RUNS or (spent < LEAST_S and runs < MOST_RUNS):
+        if runs == 0:
+            recorded.mark()
         start = time.perf_counter()
         result = call.target(*args, **kwargs)
-        best = min(best, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        if runs == 0:
+            recorded.mark()
         del result
-        done += 1
-        if best < FAST_S:
-            repeats = FAST_REPEATS
+        best, spent, runs = min(best, seconds), spent + seconds, runs + 1
     return best
 
 

@@ -42,7 +42,9 @@ class Step(nn.Module):
             loss = result[0] if self.return_outputs else result
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise InvalidArgument(f"loss_fn must return one scalar tensor, but gave a {found}; reduce it: loss.mean()")
+                raise InvalidArgument(
+                    f"loss_fn must return one scalar tensor, but gave a {found}; reduce it: loss.mean()"
+                )
         return result
 
 
@@ -79,18 +81,27 @@ def check_call(call: StepCall, model: nn.Module) -> None:
     Raises:
         InvalidArgument: names the argument and the way out.
     """
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise InvalidArgument(
+            "a lazy module of the model has no weights yet; run the plain model once before"
+        )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise InvalidArgument(f"the model's parameters are on several devices ({names}); move it to one")
     if any(device.type == "meta" for device in devices):
-        raise InvalidArgument("the model is on the meta device, without data; give it some: model.to_empty(device=...)")
-    for path, leaf in pytree.tree_leaves_with_path(list(call)):
-        where = ("argument ", "keyword ", "loss_args ")[path[0].idx] + pytree.keystr(path[1:])
+        raise InvalidArgument(
+            "the model is on the meta device, without data; give it some: model.to_empty(device=...)"
+        )
+    named = {"argument ": call.args, "keyword ": call.kwargs, "loss_args ": call.loss_args}
+    for (kind, *rest), leaf in pytree.tree_leaves_with_path(named):
+        where = str(getattr(kind, "key", "")) + pytree.keystr(tuple(rest))
         if isinstance(leaf, Tensor):
             if devices and leaf.device not in devices and leaf.dim() > 0:
                 device = next(iter(devices))
-                raise InvalidArgument(f"{where} is on {leaf.device}, the model on {device}; move it: x.to({str(device)!r})")
+                raise InvalidArgument(
+                    f"{where} is on {leaf.device}, the model on {device}; move it: x.to({str(device)!r})"
+                )
         elif leaf is not None and not isinstance(leaf, (bool, int, str)):
             raise InvalidArgument(
                 f"{where} is a {type(leaf).__name__}; only tensors, bool, int, str and None can be passed: "
@@ -118,7 +129,7 @@ class StepResult:
 def observe_step(
     run: Callable[[], Any], model: nn.Module, *, has_loss: bool, changed: Iterable[Tensor] = (), seed: int = 0
 ) -> StepResult:
-    """Runs a step at a fixed seed and leaves model, gradients, generator and ``changed`` tensors as they were.
+    """Runs a step at a fixed seed; model, gradients, generator and ``changed`` tensors stay as they were.
 
     Without a loss, the outputs are weighted with fixed random numbers to get a scalar.
     """
@@ -128,7 +139,8 @@ def observe_step(
         outputs = list(output_tensors(result))
         scalar = outputs[0] if has_loss else _weighted_sum(outputs)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(scalar, [p for _, p in named], allow_unused=True)
+        parameters = [p for _, p in named]
+        gradients = torch.autograd.grad(scalar, parameters, allow_unused=True) if parameters else ()
         return StepResult(
             [t.detach().clone() for t in outputs],
             {name: g for (name, _), g in zip(named, gradients, strict=True)},
@@ -142,7 +154,9 @@ def output_tensors(output: Any, _within: tuple[int, ...] = ()) -> Iterator[Tenso
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in _within:
+        elif (
+            hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in _within
+        ):
             yield from output_tensors(list(vars(leaf).values()), (*_within, id(leaf)))
 
 

@@ -1,4 +1,4 @@
-"""Runs the same code on a plain and on a compiled model and compares everything that is left behind, bit for bit."""
+"""Runs the same code on a plain and a compiled model and compares all that is left behind, bit for bit."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 from torch.utils import checkpoint
 from transformers.utils import ModelOutput
 
@@ -270,6 +271,23 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "checkpointed": (Checkpointed, lambda: Batch((rows(),))),
     "attention": (Attention, lambda: Batch((torch.randn(4, 24, WIDTH),))),
     "input_needs_grad": (mlp, lambda: Batch((rows().requires_grad_(),))),
+}
+
+
+def in_bfloat16() -> nn.Module:
+    return Attention().bfloat16()
+
+
+MODELS |= {
+    "bfloat16": (in_bfloat16, lambda: Batch((torch.randn(4, 24, WIDTH).bfloat16(),))),
+    "frozen_but_input": (
+        lambda: mlp().requires_grad_(False),
+        lambda: Batch((rows().requires_grad_(),)),
+    ),
+    "spectral_norm": (
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)), mlp()),
+        lambda: Batch((rows(),)),
+    ),
 }
 
 

@@ -47,7 +47,23 @@ def refused(error: type[Exception], match: str, model: nn.Module, *args: Any, **
     return caught.value
 
 
-BUDGETS = [0, -1, -0.5, 0.0, float("nan"), float("inf"), True, False, None, "12 parsecs", "", "-5MiB", 1.5, [1], "0MiB"]
+BUDGETS = [
+    0,
+    -1,
+    -0.5,
+    0.0,
+    float("nan"),
+    float("inf"),
+    True,
+    False,
+    None,
+    "12 parsecs",
+    "",
+    "-5MiB",
+    1.5,
+    [1],
+    "0MiB",
+]
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=repr)
@@ -108,6 +124,13 @@ class Breaking(nn.Module):
 
 def test_a_step_that_eager_cannot_run() -> None:
     refused(CaptureError, "in-?place", Breaking().train(), rows())
+
+
+def test_sparse_gradients_and_lazy_modules() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8, sparse=True), nn.Linear(8, 8)).train()
+    refused(CaptureError, "sparse=False", model, torch.randint(20, (16,)))
+    with pytest.raises(InvalidArgument, match="lazy"):
+        fxhybrid.compile(nn.Sequential(nn.LazyLinear(8)).train(), budget=1.0, example_inputs=(rows(),))
 
 
 def test_wrong_shapes() -> None:
@@ -199,7 +222,9 @@ def test_a_budget_that_cannot_be_met(build: Callable[[], nn.Module], solver: str
     assert error.holder
     assert str(error.minimum_bytes) in str(error)
     total(plain(x)).backward()
-    hybrid = fxhybrid.compile(model, budget=int(1.02 * error.minimum_bytes), example_inputs=(x,), solver=solver)
+    hybrid = fxhybrid.compile(
+        model, budget=int(1.02 * error.minimum_bytes), example_inputs=(x,), solver=solver
+    )
     total(hybrid(x)).backward()
     assert hybrid.plan.peak_bytes <= 1.02 * error.minimum_bytes
 
@@ -211,7 +236,16 @@ def test_plan_files(tmp_path: Path) -> None:
     plan.save(path)
     assert Plan.load(path) == plan
     text = path.read_text()
-    foreign = ["", "{}", "null", "[]", '{"format": 1}', "not json", text[: len(text) // 2], text.replace('"format": 1', '"format": 99')]
+    foreign = [
+        "",
+        "{}",
+        "null",
+        "[]",
+        '{"format": 1}',
+        "not json",
+        text[: len(text) // 2],
+        text.replace('"format": 1', '"format": 99'),
+    ]
     for broken in foreign:
         path.write_text(broken)
         with pytest.raises(PlanMismatchError, match=r"fxhybrid\.plan"):

@@ -23,7 +23,8 @@ def clear(model: nn.Module, batch: Batch) -> None:
 def call(m: nn.Module, batch: Batch) -> list[Any]:
     """The output, and the inputs as the model left them (it gets its own copies of those it may change)."""
     args, kwargs = pytree.tree_map(
-        lambda t: t.clone() if isinstance(t, Tensor) and not t.requires_grad else t, (batch.args, batch.kwargs)
+        lambda t: t.clone() if isinstance(t, Tensor) and not t.requires_grad else t,
+        (batch.args, batch.kwargs),
     )
     return [m(*args, **kwargs), tensors_of([args, kwargs])]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 from typing import Any
 
 import pytest
@@ -188,7 +190,12 @@ def test_plan_without_wrapping() -> None:
 def test_check_error_leaves_everything_alone() -> None:
     x, target = rows(), rows()
     hybrid = fxhybrid.compile(
-        mlp(0.1).train(), budget=1.0, example_inputs=(x,), loss_fn=F.mse_loss, loss_args=(target,), solver="mps"
+        mlp(0.1).train(),
+        budget=1.0,
+        example_inputs=(x,),
+        loss_fn=F.mse_loss,
+        loss_args=(target,),
+        solver="mps",
     )
     tighten(hybrid)
     state = torch.get_rng_state()
@@ -198,3 +205,33 @@ def test_check_error_leaves_everything_alone() -> None:
     assert all(p.grad is None for p in hybrid.parameters())
     with pytest.raises(InvalidArgument, match="loss_args"):
         fxhybrid.compile(mlp().train(), budget=1.0)(x, loss_args=(target,))
+
+
+def test_nothing_is_kept_alive() -> None:
+    x = rows()
+    hybrid = fxhybrid.compile(mlp(0.1).train(), budget=1.0, example_inputs=(x,), solver="mps")
+    out = hybrid(y := rows())
+    total(out).backward()
+    kept = [weakref.ref(t) for t in (x, y, out, hybrid[0].weight)]
+    del x, y, out
+    gc.collect()
+    assert [ref() is None for ref in kept] == [True, True, True, False]
+    del hybrid
+    gc.collect()
+    assert kept[3]() is None
+
+
+def test_the_same_tensor_twice_is_its_own_signature() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.body(a) + self.body(2 * b)
+
+    pair = twins(Two().train(), budget="1GiB")
+    x, y = rows(), rows()
+    for args in ((x, x), (x, y), (y, y)):
+        pair.same(lambda m, args=args: (m.zero_grad(), out := m(*args), total(out).backward())[1])
+    assert len(pair.hybrid.plans) == 2

@@ -129,13 +129,21 @@ def test_never_recomputes_from_lossy_forms() -> None:
 
 @pytest.mark.parametrize("first_seed", [0, 1000, 2000])
 def test_equals_the_best_of_every_plan(first_seed: int) -> None:
-    compare_with_every_plan(25, first_seed)
+    compare_with_every_plan(20, first_seed)
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("first_seed", range(10_000, 60_000, 10_000))
 def test_equals_the_best_of_every_plan_at_length(first_seed: int) -> None:
     compare_with_every_plan(100, first_seed)
+
+
+def test_highs_presolve_is_off() -> None:
+    # HiGHS 1.15.1 with presolve calls 0.396 s (make x_0 again) the optimum here; keeping half takes 0.376 s.
+    problem = random_problem(50061, 4)
+    result = IlpSolver(gap=0.0).solve(problem, 26613, max_error=0.0)
+    assert result.actions[0] == Compress("half")
+    assert result.added_s == pytest.approx(0.3762)
 
 
 def test_cbc_agrees() -> None:
@@ -151,7 +159,7 @@ def test_pruning_spoils_neither_bound_nor_plan(monkeypatch: pytest.MonkeyPatch) 
     # Pruning 40 % of the budget is absurd, and meant so: the bounds of the pass without these tensors must be
     # true, and the pass with them must find what it missed.
     monkeypatch.setattr(ilp, "PRUNED_SHARE", 0.4)
-    compare_with_every_plan(25, 3000)
+    compare_with_every_plan(15, 3000)
 
 
 def test_starts_from_a_known_plan() -> None:

@@ -19,7 +19,7 @@ Batch = tuple[Tensor, Tensor]
 SEED = 0
 HELD_OUT = 0.2  # share of the digits, and of the text's files
 DIGITS_BATCH = 128
-TEXT_BATCH, TEXT_LENGTH, TEXT_BYTES = 16, 128, 2_000_000
+TEXT_BATCH, TEXT_LENGTH, TEXT_BYTES = 12, 128, 2_000_000
 N_BYTES = 256
 
 
@@ -137,10 +137,10 @@ class DigitsNet(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         n_in = 1
-        for width in (32, 32, 64, 64):
-            layers += [nn.Conv2d(n_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            if width == n_in == 32:
+        for width in (24, 24, 24, 24, 24, 48, 48, 48):
+            if width > n_in > 1:
                 layers.append(nn.MaxPool2d(2))
+            layers += [nn.Conv2d(n_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             n_in = width
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(n_in, 10)

@@ -19,7 +19,7 @@ from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.module import HybridModule
 
 MARGIN = 1.02  # over the smallest known peak, where a share is out of reach
-PAIRS = 15
+PAIRS = 11
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""What the benchmark scripts share: steps of suite cases, timing and record files."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import fxhybrid
+from fxhybrid import suite
+from fxhybrid.measure import StepMeasurement, measure_step
+from fxhybrid.targets import Target, suite_target
+
+Record = dict[str, Any]
+Step = Callable[[], Any]
+LEARNING_RATE = 1e-4  # real updates between measured steps, small enough to leave the comparison alone
+
+
+@dataclass
+class Bench:
+    """One suite model with everything that the parts run on it."""
+
+    name: str
+    size: suite.Size
+
+    @cached_property
+    def case(self) -> suite.SuiteCase:
+        """Model, inputs and loss."""
+        return suite.load(self.name, self.size)
+
+    @cached_property
+    def target(self) -> Target:
+        """The case in the form that ``fxhybrid.compile`` takes."""
+        return suite_target(self.case)
+
+    @cached_property
+    def eager(self) -> StepMeasurement:
+        """Peak and seconds of the unmodified step."""
+        return self.measure(self.eager_step, repeats=5)
+
+    def zero_grad(self) -> None:
+        """Lets go of all gradients."""
+        for parameter in self.case.model.parameters():
+            parameter.grad = None
+
+    def eager_step(self) -> None:
+        """One unmodified step, with fresh gradients."""
+        self.step_with(self.case.loss)
+
+    def step_with(self, loss: Callable[[], Tensor]) -> None:
+        """One step of any form of the model, with fresh gradients."""
+        self.zero_grad()
+        loss().backward()
+
+    def loss_of(self, model: nn.Module) -> Tensor:
+        """The loss by a compiled model."""
+        inputs, loss_args = self.target.inputs, self.target.loss_args
+        if isinstance(inputs, dict):
+            return model(**inputs, loss_args=loss_args)  # type: ignore[no-any-return]
+        return model(*inputs, loss_args=loss_args)  # type: ignore[no-any-return]
+
+    def step_of(self, model: nn.Module) -> Step:
+        """One step of a compiled model, with fresh gradients."""
+        return lambda: self.step_with(lambda: self.loss_of(model))
+
+    def compile(self, budget: fxhybrid.budget.Budget, **options: Any) -> fxhybrid.HybridModule:
+        """The case's model at a budget."""
+        target = self.target
+        return fxhybrid.compile(
+            target.model,
+            budget=budget,
+            example_inputs=target.inputs,
+            loss_fn=target.loss_fn,
+            loss_args=target.loss_args,
+            **options,
+        )
+
+    def gradient_error(self, model: fxhybrid.HybridModule) -> float:
+        """Measured relative gradient error on the case's batch."""
+        inputs, loss_args = self.target.inputs, self.target.loss_args
+        if isinstance(inputs, dict):
+            return model.check_error(**inputs, loss_args=loss_args)
+        return model.check_error(*inputs, loss_args=loss_args)
+
+    def measure(self, step: Step, *, repeats: int = 0) -> StepMeasurement:
+        """Peak (and seconds, if ``repeats``) of a step."""
+        return measure_step(step, modules=self.case.model, tensors=self.case.tensors, repeats=repeats)
+
+    def peak_over(self, step: Step, n_steps: int) -> int:
+        """Largest measured peak over consecutive training steps, each followed by an update."""
+        peaks = []
+        for _ in range(n_steps):
+            peaks.append(self.measure(step).peak_bytes)
+            with torch.no_grad():
+                for parameter in self.case.model.parameters():
+                    if parameter.grad is not None:
+                        parameter.sub_(parameter.grad, alpha=LEARNING_RATE)
+        return max(peaks)
+
+
+def wide_console() -> Console:
+    """The terminal; wide enough for the tables where the output goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Seconds of one run."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def pair_ratios(first: Step, second: Step, n_pairs: int) -> list[float]:
+    """Time of ``second`` over that of ``first``, in pairs run in turn; the order within a pair alternates."""
+    first()
+    second()
+    ratios = []
+    gc.collect()
+    for i in range(n_pairs):
+        if i % 2:
+            late = seconds(second)
+            ratios.append(late / seconds(first))
+        else:
+            early = seconds(first)
+            ratios.append(seconds(second) / early)
+    return ratios
+
+
+def median_ratio(first: Step, second: Step, n_pairs: int) -> float:
+    """Median of :func:`pair_ratios`."""
+    return statistics.median(pair_ratios(first, second, n_pairs))
+
+
+def append_record(path: Path | None, record: Record) -> None:
+    """Adds one JSON line, so that an interrupted run keeps what it found."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a file; of those with the same model, part and key the last one."""
+    kept: dict[tuple[Any, ...], Record] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        kept[record["model"], record["part"], record.get("key")] = record
+    return list(kept.values())
+
+
+def names_of(text: str | None, known: Iterable[str], what: str) -> list[str]:
+    """A comma-separated choice among ``known``; ``None`` is all."""
+    known = list(known)
+    chosen = known if text is None else text.split(",")
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise SystemExit(f"no {what} {', '.join(unknown)}; there are {', '.join(known)}")
+    return chosen

@@ -1,0 +1,93 @@
+"""``torch.compile(model, backend="fxhybrid", options={"budget": ...})``.
+
+Dynamo hands over a graph that takes parameters and buffers as arguments. It becomes a module that owns them
+again, and that module is compiled like any other at the first call: the same capture, plans and promise. The
+budget holds for each graph on its own, so pass ``fullgraph=True`` to have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxhybrid.api import compile
+from fxhybrid.errors import InvalidArgument
+
+OPTIONS = ("budget", "solver", "compression", "max_grad_error", "reserve_bytes", "optimizer", "plan")
+
+
+class LiftedGraph(nn.Module):
+    """A Dynamo graph whose parameter and buffer arguments are the module's own again."""
+
+    def __init__(self, graph: fx.GraphModule, arguments: Sequence[Any]) -> None:
+        """Takes the graph and its first arguments."""
+        super().__init__()
+        self.graph = fx.GraphModule(
+            graph, graph.graph
+        )  # Dynamo's own kind compiles itself lazily: not traceable
+        self.owned: dict[int, str] = {}
+        for position, (node, value) in enumerate(zip(_placeholders(graph), arguments, strict=True)):
+            name = f"owned_{position}"
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor) and _is_static(node):
+                self.register_buffer(name, value)
+            else:
+                continue
+            self.owned[position] = name
+        self.n_arguments = len(arguments)
+
+    def forward(self, *free: Any) -> Any:
+        rest = iter(free)
+        positions = range(self.n_arguments)
+        arguments = [getattr(self, self.owned[i]) if i in self.owned else next(rest) for i in positions]
+        return self.graph(*arguments)
+
+    def free_of(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments that are not the module's own."""
+        return tuple(value for i, value in enumerate(arguments) if i not in self.owned)
+
+    def owns(self, arguments: Sequence[Any]) -> bool:
+        """Whether parameters and buffers among ``arguments`` are still the module's own."""
+        return all(arguments[i] is getattr(self, name) for i, name in self.owned.items())
+
+
+def fxhybrid_backend(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A Dynamo backend; ``options`` are keyword arguments of ``fxhybrid.compile``, ``budget`` among them.
+
+    Raises:
+        InvalidArgument: no budget, or an option that there is not.
+    """
+    chosen = dict(options or {})
+    if "budget" not in chosen:
+        raise InvalidArgument('torch.compile(..., backend="fxhybrid") needs options={"budget": "512MiB"}')
+    unknown = sorted(set(chosen) - set(OPTIONS))
+    if unknown:
+        raise InvalidArgument(f"no option {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
+    lifted: list[tuple[LiftedGraph, nn.Module]] = []
+
+    def run(*arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return graph(*arguments)
+        if not lifted or not lifted[0][0].owns(arguments):
+            module = LiftedGraph(graph, arguments)
+            lifted[:] = [(module, compile(module, **chosen))]
+        module, hybrid = lifted[0]
+        return hybrid(*module.free_of(arguments))
+
+    return run
+
+
+def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def _is_static(node: fx.Node) -> bool:
+    """Whether Dynamo says that the argument is a parameter or buffer of the user's module."""
+    tensor_dict = node.meta.get("tensor_dict") or {}
+    return "_dynamo_static_input_type" in tensor_dict

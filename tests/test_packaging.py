@@ -1,0 +1,94 @@
+"""The checkout's shape: what stands where, and what the metadata promises."""
+
+from __future__ import annotations
+
+import configparser
+import importlib
+import importlib.metadata
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fxhybrid
+
+ROOT = Path(__file__).parents[1]
+TOP = {
+    "fxhybrid",
+    "passes",
+    "solvers",
+    "benchmarks",
+    "tests",
+    "docs",
+    "setup.cfg",
+    "pyproject.toml",
+    "README.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+}
+
+
+def tracked() -> list[str]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return done.stdout.splitlines()
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def test_top_level_is_as_promised() -> None:
+    names = {path.split("/")[0] for path in tracked()}
+    assert {name for name in names if not name.startswith(".")} - TOP == set()
+    assert {name for name in TOP if not (ROOT / name).exists()} == set()
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("name", ["passes", "solvers"])
+def test_links_are_relative_links(name: str) -> None:
+    link = ROOT / "fxhybrid" / name
+    assert link.is_symlink()
+    assert str(link.readlink()) == f"../{name}"
+
+
+def test_pyproject_holds_only_the_build_system_and_ruff() -> None:
+    parsed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(parsed) <= {"build-system", "tool"}
+    assert set(parsed.get("tool", {})) <= {"ruff"}
+
+
+def test_extras_and_dependencies() -> None:
+    config = setup_cfg()
+    needed = config["options"]["install_requires"].split()
+    assert "torch>=2.13,<2.14" in needed
+    extras = {name: set(text.split()) for name, text in config["options.extras_require"].items()}
+    assert extras["demo"] <= extras["test"], "the test extra includes the demo's packages"
+    assert config["options"]["python_requires"] == ">=3.11"
+
+
+def test_entry_points_lead_somewhere() -> None:
+    for group in setup_cfg()["options.entry_points"].values():
+        for line in group.strip().splitlines():
+            module, _, name = line.split("=")[1].strip().partition(":")
+            assert callable(getattr(importlib.import_module(module), name)), line
+
+
+def test_version() -> None:
+    assert fxhybrid.__version__ == importlib.metadata.version("fxhybrid")
+
+
+def test_public_names_exist_and_have_docstrings() -> None:
+    for name in fxhybrid.__all__:
+        value = getattr(fxhybrid, name)
+        assert isinstance(value, str) or value.__doc__, name
+
+
+def test_readme_has_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "pip install -e '.[demo]' && fxhybrid demo" in text
+    assert "pip install -e '.[test]' && pytest" in text
