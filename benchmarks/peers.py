@@ -1,7 +1,7 @@
 """fxhybrid against common recipes: ``python -m benchmarks.peers``.
 
-Each recipe runs on the suite's models at its own settings; fxhybrid then gets the recipe's measured peak as its
-budget, so that the two are compared at the same memory.
+Each recipe runs on the suite's models at its own settings; fxhybrid then gets the recipe's measured peak as
+its budget, so that the two are compared at the same memory.
 """
 
 from __future__ import annotations

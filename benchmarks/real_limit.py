@@ -2,8 +2,8 @@
 
 The same training runs three times in a child process: without a limit, to see how much data memory it takes;
 then unmodified under ``RLIMIT_DATA`` of a share of that, which kills it; then compiled under the same limit,
-compile phase included. Children start with ``MALLOC_MMAP_THRESHOLD_`` set, so that freed blocks go back to the
-system and the process takes what its tensors take.
+compile phase included. Children start with ``MALLOC_MMAP_THRESHOLD_`` set, so that freed blocks go back to
+the system and the process takes what its tensors take.
 """
 
 from __future__ import annotations

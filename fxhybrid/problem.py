@@ -156,7 +156,7 @@ class Problem:
     @cached_property
     def step_s(self) -> float:
         """Seconds of one step that keeps everything."""
-        return sum(op.seconds for op in self.forward) + sum(op.seconds for op in self.backward)
+        return math.fsum(op.seconds for op in self.forward + self.backward)
 
     def __str__(self) -> str:
         return (

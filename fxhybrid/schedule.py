@@ -11,6 +11,7 @@ timeline adds up this list and the rewrite pass emits it node by node, so that w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -114,7 +115,7 @@ class _Lowering:
         n_forward = len(self.instructions)
         stored = tuple(encoded.get(t, self.current[t]) for t in sorted(self.stored))
         self._backward(encoded)
-        ran = sum(i.seconds for i in self.instructions)
+        ran = math.fsum(i.seconds for i in self.instructions)
         added_s = max(ran - self.problem.step_s, 0.0)
         return Schedule(tuple(self.values), tuple(self.instructions), n_forward, stored, added_s)
 

@@ -26,7 +26,8 @@ def pair():
     return layers(), (torch.randn(2048, 64),)
 
 def four():
-    return layers(), {"input": torch.randn(2048, 64)}, nn.functional.cross_entropy, (torch.zeros(2048).long(),)
+    inputs, target = {"input": torch.randn(2048, 64)}, torch.zeros(2048).long()
+    return layers(), inputs, nn.functional.cross_entropy, (target,)
 
 def wrong():
     return 3
