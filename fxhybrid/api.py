@@ -104,13 +104,9 @@ def _plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any
         call = StepCall(tuple(example_inputs), {}, tuple(loss_args))
     else:
         kind = type(example_inputs).__name__
-        raise InvalidArgument(
-            f"example_inputs is a {kind}; pass a tuple of positional or a dict of keyword arguments"
-        )
+        raise InvalidArgument(f"example_inputs is a {kind}; pass a tuple of positional or a dict of keyword arguments")
     session = hybrid._fxhybrid_session
     if not session.model.training:
-        raise InvalidArgument(
-            "the model is in evaluation mode, which is not planned; call model.train() first"
-        )
+        raise InvalidArgument("the model is in evaluation mode, which is not planned; call model.train() first")
     with torch.enable_grad():
         return session.signature(call)

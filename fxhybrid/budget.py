@@ -101,7 +101,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer, group: dict[str, object]) -> 
     stand_in.grad = torch.zeros(1, 1)
     twin = copy.copy(optimizer)
     twin.__dict__ = {**optimizer.__dict__, "param_groups": [{**group, "params": [stand_in]}]}
-    twin.state = type(optimizer.state)(optimizer.state.default_factory)  # type: ignore[attr-defined]
+    twin.state = type(optimizer.state)(optimizer.state.default_factory)
     type(optimizer).step(twin)
     tensors = [v for v in twin.state[stand_in].values() if isinstance(v, Tensor)]
     shaped = sum(t.numel() == 1 and t.dim() > 0 for t in tensors)

@@ -144,12 +144,8 @@ def _check_supported(metadata: Any, graph_module: fx.GraphModule, n_inputs: int)
             "two inputs of the call share memory and one of them is changed in place; pass separate tensors"
         )
     for node in graph_module.graph.nodes:
-        if any(
-            t.layout is not torch.strided for t in pytree.tree_leaves(node.meta.get("val")) if _is_tensor(t)
-        ):
-            raise CaptureError(
-                f"{node_name(node)} gives a sparse tensor; use dense ones, such as sparse=False"
-            )
+        if any(t.layout is not torch.strided for t in pytree.tree_leaves(node.meta.get("val")) if _is_tensor(t)):
+            raise CaptureError(f"{node_name(node)} gives a sparse tensor; use dense ones, such as sparse=False")
     for info in metadata.input_info:
         if info.mutates_metadata or (info.mutates_data and info.requires_grad):
             raise CaptureError(

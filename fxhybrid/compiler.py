@@ -206,6 +206,15 @@ class Signature:
         self.plans.plans = [KnownPlan(rung, plan.solver, solve_s=plan.solve_s)]
         return True
 
+    def plan_for(self, budget_bytes: int) -> Plan:
+        """The plan that fresh gradients would get at this budget; nothing changes.
+
+        Raises:
+            BudgetError: no known plan fits.
+        """
+        known = self.choose(budget_bytes, accumulating=False)
+        return dataclasses.replace(self._plan(known, False), budget_bytes=budget_bytes)
+
     def choose(self, budget_bytes: int, *, accumulating: bool) -> KnownPlan:
         """The cheapest known plan within the budget, in the given gradient state.
 

@@ -103,9 +103,7 @@ class Frontier:
             typed = (FrontierRow(**{**row, "technique": Technique(row["technique"])}) for row in rows)
             return cls(tuple(typed), **raw)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidArgument(
-                f"this is not a frontier written by fxhybrid (or it is cut off): {error}"
-            ) from error
+            raise InvalidArgument(f"this is not a frontier written by fxhybrid (or it is cut off): {error}") from error
 
     def plot(self, path: str | Path) -> None:
         """Writes a plot of added time against budget, one line per technique; the suffix says the format.
@@ -234,7 +232,7 @@ def _frontier_of(signature: Signature, budgets: Sequence[int]) -> Frontier:
 def _hybrid_row(signature: Signature, budget_bytes: int) -> FrontierRow:
     try:
         signature.set_budget(budget_bytes)  # lets an asked for solver add its plan; not made so
-        plan = signature.choose(budget_bytes, accumulating=False).plan
+        plan = signature.plan_for(budget_bytes)
     except BudgetError as error:
         ruled_out = budget_bytes < error.minimum_lower_bound_bytes
         status = Status.INFEASIBLE if ruled_out else Status.UNKNOWN

@@ -6,11 +6,13 @@ work goes chunk by chunk through kernels that are fast, and what lies between st
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 CHUNK = 1 << 16
-_LIBRARY = torch.library.Library("fxhybrid", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("fxhybrid", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("keep_mask(Tensor x, float lower, float? upper) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _LIBRARY.define("apply_mask(Tensor gradient, Tensor mask) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _thresholded = torch.ops.aten.threshold_backward.grad_input

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from fxhybrid.report import Report, make_report
 from fxhybrid.step import Step, StepCall, check_call
 
 M = TypeVar("M", bound=nn.Module)
+MANY_SIGNATURES = 32  # more than a real model has shapes; a Python counter makes one a step
 
 
 class Session:
@@ -43,6 +45,12 @@ class Session:
         signature = Signature(self.step, call.detached(), self.options, self.budget_bytes, self.carried_plan)
         self.budget_bytes = signature.budget_bytes
         self.signatures.insert(0, (signature, signature.prepared.capture.holds))
+        if len(self.signatures) == MANY_SIGNATURES:
+            warnings.warn(
+                f"{MANY_SIGNATURES} kinds of calls are planned by now, each traced anew; does the model count in a "
+                "Python attribute (make it a buffer), or do input shapes keep changing (pad them)?",
+                stacklevel=4,
+            )
         return signature
 
     def run(self, call: StepCall) -> Any:
@@ -156,9 +164,7 @@ class HybridModule(nn.Module):
     def _first(self) -> Signature:
         signatures = self._fxhybrid_session.signatures
         if not signatures:
-            raise InvalidArgument(
-                "nothing is planned yet: call the module once, or pass example_inputs to compile"
-            )
+            raise InvalidArgument("nothing is planned yet: call the module once, or pass example_inputs to compile")
         return signatures[0][0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridModule:
@@ -180,12 +186,8 @@ def wrap(model: nn.Module, options: Options, plan: Plan | None) -> HybridModule:
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     if isinstance(model, HybridModule):
-        raise InvalidArgument(
-            "the model is compiled already; call set_budget on it, or compile the plain model"
-        )
-    kind = type(
-        f"Hybrid{type(model).__name__}", (HybridModule, type(model)), {"__module__": type(model).__module__}
-    )
+        raise InvalidArgument("the model is compiled already; call set_budget on it, or compile the plain model")
+    kind = type(f"Hybrid{type(model).__name__}", (HybridModule, type(model)), {"__module__": type(model).__module__})
     hybrid: HybridModule = object.__new__(kind)
     object.__setattr__(hybrid, "__dict__", model.__dict__)
     object.__setattr__(hybrid, "_fxhybrid_session", Session(model, options, plan))

@@ -69,13 +69,9 @@ def make_options(
     _check_choice("compression", compression, COMPRESSIONS)
     _check_choice("backend", backend, BACKENDS)
     if loss_fn is not None and not callable(loss_fn):
-        raise InvalidArgument(
-            f"loss_fn is {loss_fn!r}; it must be callable: loss_fn(output, *loss_args) -> scalar"
-        )
+        raise InvalidArgument(f"loss_fn is {loss_fn!r}; it must be callable: loss_fn(output, *loss_args) -> scalar")
     if return_outputs and loss_fn is None:
-        raise InvalidArgument(
-            "return_outputs=True needs a loss_fn; without one the outputs are returned anyway"
-        )
+        raise InvalidArgument("return_outputs=True needs a loss_fn; without one the outputs are returned anyway")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidArgument(f"optimizer is {optimizer!r}; it must be a torch.optim.Optimizer or None")
     if isinstance(max_grad_error, bool) or not isinstance(max_grad_error, (int, float)):

@@ -84,9 +84,9 @@ def call_of(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
     def value(argument: Any) -> Any:
         return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
-    plain_args = fx.node.map_aggregate(args, value)
-    plain_kwargs = fx.node.map_aggregate(dict(kwargs or {}), value)
-    return Call(f"{target}{_text(plain_args)}{_text(plain_kwargs)}", target, plain_args, plain_kwargs)  # type: ignore[arg-type]
+    plain_args: Any = fx.node.map_aggregate(args, value)
+    plain_kwargs: Any = fx.node.map_aggregate(dict(kwargs or {}), value)
+    return Call(f"{target}{_text(plain_args)}{_text(plain_kwargs)}", target, plain_args, plain_kwargs)
 
 
 def _text(value: Any) -> str:
@@ -191,15 +191,14 @@ def _real_arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if example is not None:
             return (example, codec), {}
     schema = call.target._schema.arguments if hasattr(call.target, "_schema") else ()
-    args = []
-    for position, argument in enumerate(call.args):
-        limit = index_limit(call, schema[position].name if position < len(schema) else "")
-        args.append(fx.node.map_aggregate(argument, lambda v, limit=limit: _real(v, limit)))
-    kwargs = {
-        name: fx.node.map_aggregate(v, lambda x, name=name: _real(x, index_limit(call, name)))
-        for name, v in call.kwargs.items()
-    }
-    return tuple(args), kwargs
+    names = [argument.name for argument in schema] + [""] * len(call.args)
+
+    def real(value: Any, name: str) -> Any:
+        limit = index_limit(call, name)
+        return fx.node.map_aggregate(value, lambda v: _real(v, limit))
+
+    args = tuple(real(value, name) for value, name in zip(call.args, names, strict=False))
+    return args, {name: real(value, name) for name, value in call.kwargs.items()}
 
 
 def index_limit(call: Call, argument: str) -> int:

@@ -1,9 +1,9 @@
 """Recurrent layers as one opaque operator a layer.
 
 AOTAutograd would unroll them into thousands of nodes that run up to three times slower than eager, and drop
-the dropout between layers. So the calls in Dynamo's graph are replaced before it sees them: each layer becomes
-``fxhybrid::recurrent``, whose backward operator runs the layer again and differentiates it, with the very
-kernels of eager. What crosses to the backward pass is the layer's input, not its time steps.
+the dropout between layers. So the calls in Dynamo's graph are replaced before it sees them: each layer
+becomes ``fxhybrid::recurrent``, whose backward operator runs the layer again and differentiates it, with the
+very kernels of eager. What crosses to the backward pass is the layer's input, not its time steps.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch._aot_autograd.runtime_wrappers import TensorAlias, make_output_handler
-from torch._functorch._aot_autograd.schemas import OutputType
+from torch._functorch._aot_autograd.runtime_wrappers import make_output_handler
+from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
 from torch.autograd.function import once_differentiable
 
 from fxhybrid.graph import InputKind, JointGraph, OutputKind
@@ -47,7 +47,7 @@ class StepFunction:
 
     def __call__(self, *flat_inputs: Any) -> list[Any]:
         """Runs the forward graph, writes mutations back and gives the user outputs."""
-        results = list(_Step.apply(self, *flat_inputs))
+        results = list(_Step.apply(self, *flat_inputs))  # type: ignore[no-untyped-call]
         if not self.aliased:
             return results[: self.n_outputs]
         with torch.enable_grad():
@@ -110,7 +110,7 @@ class _Step(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         step: StepFunction = ctx.step
         arrived = [output_gradients[i] for i in step.tangent_outputs]

@@ -82,17 +82,13 @@ def check_call(call: StepCall, model: nn.Module) -> None:
         InvalidArgument: names the argument and the way out.
     """
     if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
-        raise InvalidArgument(
-            "a lazy module of the model has no weights yet; run the plain model once before"
-        )
+        raise InvalidArgument("a lazy module of the model has no weights yet; run the plain model once before")
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise InvalidArgument(f"the model's parameters are on several devices ({names}); move it to one")
     if any(device.type == "meta" for device in devices):
-        raise InvalidArgument(
-            "the model is on the meta device, without data; give it some: model.to_empty(device=...)"
-        )
+        raise InvalidArgument("the model is on the meta device, without data; give it some: model.to_empty(device=...)")
     named = {"argument ": call.args, "keyword ": call.kwargs, "loss_args ": call.loss_args}
     for (kind, *rest), leaf in pytree.tree_leaves_with_path(named):
         where = str(getattr(kind, "key", "")) + pytree.keystr(tuple(rest))
@@ -154,9 +150,7 @@ def output_tensors(output: Any, _within: tuple[int, ...] = ()) -> Iterator[Tenso
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif (
-            hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in _within
-        ):
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in _within:
             yield from output_tensors(list(vars(leaf).values()), (*_within, id(leaf)))
 
 

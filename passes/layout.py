@@ -84,7 +84,7 @@ def is_random(node: fx.Node) -> bool:
     for position, argument in enumerate(target._schema.arguments):
         if argument.name == "dropout_p":
             value = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-            return value != 0
+            return bool(value != 0)
     if target is aten.native_dropout.default:
         return bool(node.args[2]) if len(node.args) > 2 else True
     return True

@@ -51,7 +51,7 @@ def split_convolution_gradients(joint: JointGraph) -> None:
 
 
 def _is_onednn_convolution(x: torch.Tensor) -> bool:
-    plain = x.device.type == "cpu" and torch.backends.mkldnn.enabled
+    plain = x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
     return plain and x.dim() == 4 and x.dtype is torch.float32 and x.is_contiguous()
 
 

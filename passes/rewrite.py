@@ -42,7 +42,8 @@ class _Rewriter:
     def run(self, schedule: Schedule) -> JointGraph:
         for node in self.joint.module.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
-                self.resident[node] = self._tag(self.graph.node_copy(node), node.meta["val"])
+                self.resident[node] = self.graph.node_copy(node)
+                self.resident[node].meta = {"val": node.meta["val"], TAG: node.meta[TAG]}
         self.read_values = frozenset(v for i in schedule.instructions for v in i.reads)
         for instruction in schedule.instructions[: schedule.n_forward]:
             self._emit(instruction)

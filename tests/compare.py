@@ -77,9 +77,7 @@ def tight_twins(model: nn.Module, args: Any, **options: Any) -> Twins:
 def state_of(model: nn.Module, result: Any = None) -> dict[str, Any]:
     """Everything that a step may have changed, and its result."""
     outputs = {f"output {i}": t.detach().clone() for i, t in enumerate(tensors_of(result))}
-    grads = {
-        f"grad {name}": None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
-    }
+    grads = {f"grad {name}": None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     kept = {f"state {name}": t.detach().clone() for name, t in model.state_dict().items()}
     return {**outputs, **grads, **kept, "generator": torch.get_rng_state(), "training": model.training}
 

@@ -127,9 +127,7 @@ class Constants(nn.Module):
         super().__init__()
         self.body = mlp()
 
-    def forward(
-        self, x: Tensor, repeat: int, flip: bool, mode: str = "mean", mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, repeat: int, flip: bool, mode: str = "mean", mask: Tensor | None = None) -> Tensor:
         for _ in range(repeat):
             x = self.body(x)
         x = -x if flip else x

@@ -222,9 +222,7 @@ def test_a_budget_that_cannot_be_met(build: Callable[[], nn.Module], solver: str
     assert error.holder
     assert str(error.minimum_bytes) in str(error)
     total(plain(x)).backward()
-    hybrid = fxhybrid.compile(
-        model, budget=int(1.02 * error.minimum_bytes), example_inputs=(x,), solver=solver
-    )
+    hybrid = fxhybrid.compile(model, budget=int(1.02 * error.minimum_bytes), example_inputs=(x,), solver=solver)
     total(hybrid(x)).backward()
     assert hybrid.plan.peak_bytes <= 1.02 * error.minimum_bytes
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxhybrid.module
 from fxhybrid import FxHybridError
 from tests.compare import tight_twins, total, twins
 from tests.models import ROWS, mlp, rows
@@ -30,6 +31,30 @@ def test_twelve_shapes_and_a_smaller_last_batch() -> None:
     for x in batches:
         pair.same(run_on(x), seed=2)
     assert len(pair.hybrid.plans) == 13
+
+
+class Counting(nn.Module):
+    """Keeps a Python number that changes at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+def test_a_python_counter_is_right_but_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fxhybrid.module, "MANY_SIGNATURES", 3)
+    pair = twins(Counting().train(), budget="1GiB")
+    x = torch.randn(8, 4)
+    for _ in range(2):
+        pair.same(lambda m: m(x))
+    with pytest.warns(UserWarning, match="Python attribute"):
+        pair.same(lambda m: m(x))
+    pair.same(lambda m: m(x))
+    assert pair.hybrid.calls == pair.plain.calls == 4
 
 
 def test_dropout_rate_and_freezing_change_the_signature() -> None:

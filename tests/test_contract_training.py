@@ -197,9 +197,7 @@ def test_autocast(whole_step: bool) -> None:
 
 def test_evaluation_between_steps() -> None:
     x, y = images()
-    pair = tight_twins(
-        BatchNorms().train(), (x,), loss_fn=F.cross_entropy, loss_args=(y,), return_outputs=True
-    )
+    pair = tight_twins(BatchNorms().train(), (x,), loss_fn=F.cross_entropy, loss_args=(y,), return_outputs=True)
 
     def step(m: nn.Module) -> list[Tensor]:
         m.zero_grad()

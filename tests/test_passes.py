@@ -1,0 +1,228 @@
+"""One golden text per pass: the graph before, the graph after."""
+
+from __future__ import annotations
+
+from textwrap import dedent
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxhybrid.capture import capture
+from fxhybrid.graph import JointGraph
+from fxhybrid.passes.canonicalize import canonicalize
+from fxhybrid.passes.choices import codec_choices
+from fxhybrid.passes.fingerprint import fingerprint
+from fxhybrid.passes.layout import Layout, layout_of
+from fxhybrid.passes.rewrite import rewrite
+from fxhybrid.passes.split import split
+from fxhybrid.passes.to_problem import calls_of, problem_of
+from fxhybrid.plan import RECOMPUTE, Action, Compress
+from fxhybrid.problem import Problem
+from fxhybrid.profile import profile_calls
+from fxhybrid.schedule import lower
+from fxhybrid.step import Step
+from tests.graph_text import graph_text
+
+
+class TwoLayers(nn.Module):
+    """Linear, ReLU, Linear: 64 x 64 float32 activations of 16 KiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(64, 64, bias=False)
+        self.b = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x))).sum()
+
+
+def joint_of(model: nn.Module, *inputs: Tensor) -> JointGraph:
+    return capture(Step(model, None, False), (inputs, {}, ())).joint
+
+
+@pytest.fixture(scope="module")
+def planned() -> tuple[JointGraph, Layout, Problem]:
+    joint = canonicalize(joint_of(TwoLayers(), torch.randn(64, 64)))
+    layout = layout_of(joint)
+    choices = codec_choices(layout, lossy=True, lossless=True)
+    profile = profile_calls(calls_of(layout, choices))
+    return joint, layout, problem_of(joint, layout, profile, choices, {}, 0)
+
+
+def rewritten(planned: tuple[JointGraph, Layout, Problem], actions: dict[str, Action]) -> JointGraph:
+    joint, layout, problem = planned
+    return rewrite(joint, layout, lower(problem, {problem.index[name]: a for name, a in actions.items()}))
+
+
+def expect(found: str, expected: str) -> None:
+    assert found == dedent(expected).strip()
+
+
+def test_canonicalize_gives_relu_a_mask_and_weight_gradients_come_first() -> None:
+    before = joint_of(TwoLayers(), torch.randn(64, 64))
+    assert "B threshold_backward = threshold_backward(mm_3, detach_1, 0)" in graph_text(before)
+    assert "fxhybrid" not in graph_text(before)
+    expect(
+        graph_text(canonicalize(before)),
+        """
+        F primals_1
+        F primals_2
+        F primals_3
+        B tangents_1
+        F t = t(primals_1)
+        F mm = mm(primals_2, t)
+        F relu = relu(mm)
+        F detach = detach(relu)
+        F detach_1 = detach(detach)
+        F keep_mask_default = fxhybrid.keep_mask(detach_1, 0.0, None)
+        F t_1 = t(primals_3)
+        F mm_1 = mm(relu, t_1)
+        F sum_1 = sum(mm_1)
+        B expand = expand(tangents_1, [64, 64])
+        B t_2 = t(expand)
+        B mm_2 = mm(t_2, relu)
+        B t_3 = t(mm_2)
+        B t_5 = t(t_3)
+        B t_4 = t(t_1)
+        B mm_3 = mm(expand, t_4)
+        B apply_mask_default = fxhybrid.apply_mask(mm_3, keep_mask_default)
+        B t_6 = t(apply_mask_default)
+        B mm_4 = mm(t_6, primals_2)
+        B t_7 = t(mm_4)
+        B t_8 = t(t_7)
+        return (sum_1, t_8, None, t_5)
+        """,
+    )
+    assert "fxhybrid" not in graph_text(before), "canonicalize must leave its input alone"
+
+
+def test_layout_counts_storages_and_not_views(planned: tuple[JointGraph, Layout, Problem]) -> None:
+    _, layout, problem = planned
+    # mm 16 KiB, relu 16 KiB, mask 4 KiB (bool), mm_1 16 KiB, sum 4 bytes; t and detach allocate nothing
+    assert [op.name for op in layout.forward] == [
+        "mm.default.0", "relu.default.0", "keep_mask.default.0", "mm.default.1", "sum.default.0",
+    ]  # fmt: skip
+    assert [problem.tensors[i].size_bytes for i in range(5)] == [16384, 16384, 4096, 16384, 4]
+    assert {problem.tensors[t].name for t in problem.candidates} == {
+        "mm.default.0", "relu.default.0", "keep_mask.default.0",
+    }  # fmt: skip
+
+
+def test_only_tolerant_readers_get_lossy_codecs(planned: tuple[JointGraph, Layout, Problem]) -> None:
+    _, _, problem = planned
+    offered = {t.name: [o.codec for o in t.codecs] for t in problem.tensors if t.codecs}
+    assert offered == {
+        "relu.default.0": ["rowwise8:64", "rowwise4:64", "rowwise2:64"],
+        "keep_mask.default.0": ["bitpack"],
+    }
+
+
+def test_rewrite_compresses_after_the_last_read_and_decodes_before_the_first(
+    planned: tuple[JointGraph, Layout, Problem],
+) -> None:
+    actions: dict[str, Action] = {
+        "relu.default.0": Compress("rowwise4:64"),
+        "keep_mask.default.0": Compress("bitpack"),
+    }
+    text = graph_text(rewritten(planned, actions)).splitlines()
+    at = {line.split(" = ")[0].split()[-1]: number for number, line in enumerate(text)}
+    assert text[at["compress_1"] - 1] == "F mm_1 = mm(relu, t_1)"
+    assert text[at["compress_0"]] == "F compress_0 = fxhybrid.compress(keep_mask_default, bitpack)"
+    assert text[at["decompress_1"] + 1] == "B apply_mask_default = fxhybrid.apply_mask(mm_3, decompress_1)"
+    assert text[at["decompress_0"]].startswith("B decompress_0 = fxhybrid.decompress(getitem_2, getitem_3, rowwise4:64")
+    assert text[at["mm_2"]] == "B mm_2 = mm(t_2, decompress_0)"
+
+
+def test_split_carries_what_the_plan_stores_and_nothing_else(planned: tuple[JointGraph, Layout, Problem]) -> None:
+    halves = split(rewritten(planned, {"relu.default.0": RECOMPUTE}))
+    expect(
+        graph_text(halves.forward),
+        """
+        F primals_1
+        F primals_2
+        F primals_3
+        F t = t(primals_1)
+        F mm = mm(primals_2, t)
+        F relu = relu(mm)
+        F t_1 = t(primals_3)
+        F mm_1 = mm(relu, t_1)
+        F sum_1 = sum(mm_1)
+        return [sum_1, mm]
+        """,
+    )
+    expect(
+        graph_text(halves.backward),
+        """
+        F mm
+        F primals_2
+        F primals_3
+        B tangents_1
+        B recompute_0 = relu(mm)
+        B expand = expand(tangents_1, [64, 64])
+        B t_2 = t(expand)
+        B mm_2 = mm(t_2, recompute_0)
+        B t_3 = t(primals_3)
+        B t_4 = t(t_3)
+        B mm_3 = mm(expand, t_4)
+        B detach = detach(recompute_0)
+        B detach_1 = detach(detach)
+        B recompute_1 = fxhybrid.keep_mask(detach_1, 0.0, None)
+        B apply_mask_default = fxhybrid.apply_mask(mm_3, recompute_1)
+        B t_6 = t(apply_mask_default)
+        B mm_4 = mm(t_6, primals_2)
+        B t_7 = t(mm_4)
+        B t_8 = t(t_7)
+        B t_9 = t(mm_2)
+        B t_5 = t(t_9)
+        return [t_8, None, t_5]
+        """,
+    )
+    assert (halves.n_saved, halves.resident_inputs) == (1, (1, 2))
+
+
+def test_convolution_batch_norm_and_pool_take_their_lean_forms() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3))
+    before = joint_of(model, torch.randn(2, 4, 16, 16))
+    after = graph_text(canonicalize(before))
+    assert graph_text(before).count("convolution_backward(") == 2
+    # the first convolution's input needs no gradient and stays one call; the second becomes weight gradient,
+    # then input gradient as a transposed convolution that does not read the input
+    assert after.count("convolution_backward(") == 2
+    assert after.count("[False, True, True])") == 2
+    assert ", True, [0, 0], 1)" in after
+    assert "native_batch_norm_backward" not in after
+    assert "fxhybrid.batch_norm_backward(" in after
+    # the pool's backward pass reads its input's shape only
+    assert "B empty_memory_format = empty.memory_format([1, 1, 1, 1]" in after
+    pool = next(line for line in after.splitlines() if "max_pool2d_with_indices_backward(" in line)
+    assert "expand_default" in pool
+
+
+def test_what_reads_contents_that_the_step_overwrites_is_never_run_again() -> None:
+    class Average(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = (self.weight * (self.mean + x)).sum()
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x, alpha=0.1)
+            return y
+
+    layout = layout_of(canonicalize(joint_of(Average(), torch.randn(8))))
+    recomputable = {op.name: op.recomputable for op in layout.forward}
+    assert not recomputable["add.Tensor.0"], "it reads the mean, which is another one by the time of the backward pass"
+    assert recomputable["mul.Tensor.0"], "weight and the sum are still what they were"
+
+
+def test_fingerprint_tells_structure_and_not_names() -> None:
+    def of(model: nn.Module, rows: int) -> str:
+        return fingerprint(canonicalize(joint_of(model, torch.randn(rows, 64))))
+
+    model = TwoLayers()
+    assert of(model, 64) == of(TwoLayers(), 64)
+    assert of(model, 64) != of(model, 32)
+    assert of(nn.Sequential(model.a, nn.Tanh(), model.b), 64) != of(nn.Sequential(model.a, nn.ReLU(), model.b), 64)
