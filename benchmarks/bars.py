@@ -143,14 +143,9 @@ def _technique_bars(records: list[Record]) -> list[Bar]:
     for name in ("recompute", "compress"):
         reached = [r for r in records if r[f"{name}_s"] is not None]
         excess = {_name(r): (r["hybrid_s"] - r[f"{name}_s"]) * 1e3 for r in reached}
-        bars.append(
-            _bar(f"hybrid against {name} only", "planned added time is not above", excess, 0.0, "+{:.2f} ms")
-        )
+        bars.append(_bar(f"hybrid against {name} only", "planned added time is not above", excess, 0.0, "+{:.2f} ms"))
     orders = {
-        f"{_name(r)} {n}": r[f"{n}_order"]
-        for r in records
-        for n in ("recompute", "compress")
-        if f"{n}_order" in r
+        f"{_name(r)} {n}": r[f"{n}_order"] for r in records for n in ("recompute", "compress") if f"{n}_order" in r
     }
     bars.append(_order_bar(orders))
     return bars

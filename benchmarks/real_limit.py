@@ -48,23 +48,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.real_limit", description=__doc__)
     parser.add_argument("--model", default="mobilenetv2", help="a suite model (default: %(default)s)")
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument(
-        "--repeat", type=int, default=4, help="the suite's batch this many times over (default: 4)"
-    )
+    parser.add_argument("--repeat", type=int, default=4, help="the suite's batch this many times over (default: 4)")
     parser.add_argument("--steps", type=int, default=5, help="training steps (default: 5)")
     parser.add_argument("--share", type=float, default=0.75, help="limit, of the data peak (default: 0.75)")
-    parser.add_argument(
-        "--budget", type=float, default=0.45, help="budget, of the step's peak (default: 0.45)"
-    )
+    parser.add_argument("--budget", type=float, default=0.45, help="budget, of the step's peak (default: 0.45)")
     parser.add_argument("--child", choices=("eager", "compiled"), help=argparse.SUPPRESS)
     parser.add_argument("--limit-bytes", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--budget-bytes", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
-def _run_child(
-    arguments: argparse.Namespace, kind: str, limit_bytes: int | None, budget_bytes: int
-) -> Result:
+def _run_child(arguments: argparse.Namespace, kind: str, limit_bytes: int | None, budget_bytes: int) -> Result:
     """Runs one child to its end; adds the peak of its data memory and its seconds."""
     command = [sys.executable, "-m", "benchmarks.real_limit", "--child", kind]
     for name in ("model", "size", "repeat", "steps"):
@@ -74,9 +68,7 @@ def _run_child(
         command += ["--limit-bytes", str(limit_bytes)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     start, peak_bytes = time.perf_counter(), 0
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         peak_bytes = max(peak_bytes, _data_bytes(process.pid))
         time.sleep(POLL_S)
@@ -145,15 +137,11 @@ def _train(arguments: argparse.Namespace) -> Result:
     result: Result = {"status": "finished", "losses": losses}
     if not arguments.limit_bytes:
         held = (*inputs, *loss_args)
-        result["step_peak_bytes"] = fxhybrid.measure_step(
-            step, modules=case.model, tensors=held, repeats=0
-        ).peak_bytes
+        result["step_peak_bytes"] = fxhybrid.measure_step(step, modules=case.model, tensors=held, repeats=0).peak_bytes
     return result
 
 
-def _print(
-    arguments: argparse.Namespace, results: Sequence[tuple[str, int | None, Result]], budget: int
-) -> None:
+def _print(arguments: argparse.Namespace, results: Sequence[tuple[str, int | None, Result]], budget: int) -> None:
     from rich.table import Table
 
     from benchmarks.common import wide_console

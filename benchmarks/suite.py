@@ -52,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=31, help="interleaved pairs per timing (default: 31)")
     parser.add_argument("--fresh", action="store_true", help="compile anew for every share, not set_budget")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
-    parser.add_argument(
-        "--summary", type=Path, metavar="FILE", help="judge the records of a file; runs nothing"
-    )
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="judge the records of a file; runs nothing")
     return parser
 
 

@@ -27,9 +27,7 @@ examples:
   fxhybrid frontier mobilenetv2 --plot frontier.png
       what each budget costs by recomputing, by compressing and by both
 """
-_MODEL = (
-    "package.module:factory, or a suite model (resnet50, mobilenetv2, bert, gpt2, vit, t5, unet, gru, mlp)"
-)
+_MODEL = "package.module:factory, or a suite model (resnet50, mobilenetv2, bert, gpt2, vit, t5, unet, gru, mlp)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     keep_lines = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "fxhybrid", description=_ABOUT, epilog=_EXAMPLES, formatter_class=keep_lines
-    )
+    parser = argparse.ArgumentParser("fxhybrid", description=_ABOUT, epilog=_EXAMPLES, formatter_class=keep_lines)
     parser.add_argument("--version", action="version", version=f"fxhybrid {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{demo,plan,frontier}")
     _add_demo(commands.add_parser("demo", help="train two models on real data inside budgets"))
@@ -69,9 +65,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, default=Path("fxhybrid-demo.png"), metavar="FILE", help="default: %(default)s"
     )
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="training steps per run (default: set per model)"
-    )
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps per run (default: set per model)")
     parser.add_argument(
         "--shares",
         default="0.6,0.4",
@@ -83,9 +77,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument(
-        "--size", choices=("small", "full"), default="full", help="of a suite model (default: full)"
-    )
+    parser.add_argument("--size", choices=("small", "full"), default="full", help="of a suite model (default: full)")
     parser.add_argument(
         "--compression", choices=("auto", "lossless", "off"), default="auto", help="which codecs may be used"
     )
@@ -115,9 +107,7 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
     parser.description = "Plans a training step for many budgets, by recomputing, by compressing and by both."
     _add_model(parser)
     parser.add_argument("--budgets", metavar="LIST", help="such as 0.8,0.6,64MiB (default: 12 even steps)")
-    parser.add_argument(
-        "--solver", choices=("mps", "ilp"), default="mps", help="of the hybrid (default: mps)"
-    )
+    parser.add_argument("--solver", choices=("mps", "ilp"), default="mps", help="of the hybrid (default: mps)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot; the suffix says the format")
     parser.set_defaults(run=_frontier)
 

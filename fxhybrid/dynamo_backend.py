@@ -25,9 +25,7 @@ class LiftedGraph(nn.Module):
     def __init__(self, graph: fx.GraphModule, arguments: Sequence[Any]) -> None:
         """Takes the graph and its first arguments."""
         super().__init__()
-        self.graph = fx.GraphModule(
-            graph, graph.graph
-        )  # Dynamo's own kind compiles itself lazily: not traceable
+        self.graph = fx.GraphModule(graph, graph.graph)  # Dynamo's own kind compiles itself lazily: not traceable
         self.owned: dict[int, str] = {}
         for position, (node, value) in enumerate(zip(_placeholders(graph), arguments, strict=True)):
             name = f"owned_{position}"

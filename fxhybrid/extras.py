@@ -20,6 +20,4 @@ def require(module: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = _PACKAGES.get(module.split(".")[0], module.split(".")[0])
-        raise InvalidArgument(
-            f"{purpose} needs the package {package}: pip install 'fxhybrid[demo]'"
-        ) from error
+        raise InvalidArgument(f"{purpose} needs the package {package}: pip install 'fxhybrid[demo]'") from error

@@ -48,8 +48,7 @@ def load_target(text: str, size: suite.Size = "full") -> Target:
     if ":" not in text:
         if text not in suite.names():
             raise InvalidArgument(
-                f"no model {text!r}: give package.module:factory, or one of the suite: "
-                f"{', '.join(suite.names())}"
+                f"no model {text!r}: give package.module:factory, or one of the suite: {', '.join(suite.names())}"
             )
         return suite_target(suite.load(text, size))
     return _made_target(text, _factory(text)())

@@ -87,9 +87,7 @@ def test_plan_of_a_suite_model_without_loss_in_the_way(capsys: pytest.CaptureFix
         (["demo", "--steps", "0"], "at least 1"),
     ],
 )
-def test_errors_are_one_clear_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_one_clear_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == FAILED
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")

@@ -36,9 +36,7 @@ def test_batches_repeat_and_held_out_is_apart() -> None:
         assert all(torch.equal(a, b) for a, b in same)
     digits = digits_task()
     n_held_out = len(digits.held_out[0][0])
-    trained = {
-        image.numpy().tobytes() for _, (x, _) in zip(range(40), digits.batches(), strict=False) for image in x
-    }
+    trained = {image.numpy().tobytes() for _, (x, _) in zip(range(40), digits.batches(), strict=False) for image in x}
     common = sum(image.numpy().tobytes() in trained for image in digits.held_out[0][0])
     assert n_held_out > 300
     assert common <= 2, "but for digits that are drawn alike"
@@ -57,9 +55,7 @@ def test_budget_out_of_reach_is_said() -> None:
     assert budget_text(run) == "43 B (43%, 20% is out of reach)"
 
 
-@pytest.mark.parametrize(
-    ("module", "package"), [("sklearn.datasets", "scikit-learn"), ("matplotlib", "matplotlib")]
-)
+@pytest.mark.parametrize(("module", "package"), [("sklearn.datasets", "scikit-learn"), ("matplotlib", "matplotlib")])
 def test_missing_packages(
     module: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,17 +50,11 @@ IMPORTS = {name: set(imports(path)) for name, path in MODULES.items()}
 
 def importing(prefix: str) -> set[str]:
     """Modules that import ``prefix`` or something in it."""
-    return {
-        name
-        for name, found in IMPORTS.items()
-        if any(i == prefix or i.startswith(f"{prefix}.") for i in found)
-    }
+    return {name for name, found in IMPORTS.items() if any(i == prefix or i.startswith(f"{prefix}.") for i in found)}
 
 
 def test_all_folders_are_seen() -> None:
-    assert {"fxhybrid.api", "fxhybrid.passes.rewrite", "fxhybrid.solvers.mps", "fxhybrid.codecs.base"} <= set(
-        MODULES
-    )
+    assert {"fxhybrid.api", "fxhybrid.passes.rewrite", "fxhybrid.solvers.mps", "fxhybrid.codecs.base"} <= set(MODULES)
 
 
 def test_passes_do_not_import_solvers() -> None:

@@ -50,9 +50,7 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
     require("matplotlib", "a plot").use("Agg")
     pyplot = require("matplotlib.pyplot", "a plot")
     tasks = list(dict.fromkeys(run.task for run in runs))
-    figure, axes = pyplot.subplots(
-        len(tasks), 2, figsize=(10, 3.6 * len(tasks)), layout="constrained", squeeze=False
-    )
+    figure, axes = pyplot.subplots(len(tasks), 2, figsize=(10, 3.6 * len(tasks)), layout="constrained", squeeze=False)
     for (left, right), task in zip(axes, tasks, strict=True):
         own = [run for run in runs if run.task == task]
         for place, run in enumerate(own):
@@ -64,9 +62,7 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
         left.set(title=f"{task}: training loss (smoothed)", xlabel="step")
         left.legend(fontsize="small")
         right.set(title="measured peak of a step, MiB (line: budget)")
-        right.set_xticks(
-            range(len(own)), ["none" if run.share is None else f"{run.share:.0%}" for run in own]
-        )
+        right.set_xticks(range(len(own)), ["none" if run.share is None else f"{run.share:.0%}" for run in own])
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

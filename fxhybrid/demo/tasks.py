@@ -19,7 +19,7 @@ Batch = tuple[Tensor, Tensor]
 SEED = 0
 HELD_OUT = 0.2  # share of the digits, and of the text's files
 DIGITS_BATCH = 128
-TEXT_BATCH, TEXT_LENGTH, TEXT_BYTES = 12, 128, 2_000_000
+TEXT_BATCH, TEXT_LENGTH, TEXT_BYTES = 16, 128, 2_000_000
 N_BYTES = 256
 
 
@@ -69,7 +69,7 @@ def digits_task() -> Task:
         "digits",
         f"batch-norm CNN, {len(trained)} training images of scikit-learn's digits, {n_held_out} held out",
         lambda: _seeded(DigitsNet),
-        lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9),
         F.cross_entropy,
         batches,
         ((images[held_out], labels[held_out]),),
@@ -152,7 +152,7 @@ class DigitsNet(nn.Module):
 class ByteTransformer(nn.Module):
     """Three pre-norm causal transformer blocks over bytes."""
 
-    def __init__(self, width: int = 128, n_heads: int = 4, n_layers: int = 3) -> None:
+    def __init__(self, width: int = 96, n_heads: int = 4, n_layers: int = 3) -> None:
         super().__init__()
         self.tokens = nn.Embedding(N_BYTES, width)
         self.places = nn.Parameter(torch.randn(TEXT_LENGTH, width) * 0.02)
