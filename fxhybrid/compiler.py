@@ -39,7 +39,7 @@ from fxhybrid.profile import Profile, profile_calls
 from fxhybrid.runtime import StepFunction
 from fxhybrid.schedule import lower
 from fxhybrid.solvers.ilp import IlpSolver
-from fxhybrid.solvers.mps import Ladder, Rung, build_ladder
+from fxhybrid.solvers.mps import Rung, build_ladder
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
@@ -50,6 +50,9 @@ MEASURED_ZERO = 1e-6  # a lossy codec never counts as exact, even if one batch d
 ILP_SECONDS = 15.0
 ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
 CALIBRATION_ROUNDS = 3
+UNUSABLE = 1e6  # an error that no limit allows
+# Plans aim lower than the limit: the error is measured on one batch, and later ones differ.
+ERROR_MARGIN = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,33 +140,56 @@ class Signature:
         # the verifier holds the example arguments, so it lives only as long as planning does
         self.verifier: Verifier | None = self._verifier(step, call)
         self.check = self.verifier.check
-        start = time.perf_counter()
-        ladder = self._calibrated_ladder()
-        self.plans = PlanSet(self.prepared.problem, ladder, time.perf_counter() - start)
-        if carried is None or not self._carry(carried):
-            self._solve(self.budget_bytes)
+        self.plans = self._plans_within_error(carried)
         self.active(accumulating=False)
         self.verifier = None
 
     # -- planning -----------------------------------------------------------------------------------------
 
-    def _calibrated_ladder(self) -> Ladder:
-        """Ladder whose smallest plan is within the gradient error, by measurement where that is possible."""
-        limit = self.options.max_grad_error
+    def _plans_within_error(self, carried: Plan | None) -> PlanSet:
+        """Plans that keep the gradient error, by measurement where that is possible.
+
+        Errors of single tensors are estimates, and they add up only roughly. So the smallest plan and the one
+        for the budget are run once; if one is off the limit, all errors are scaled up and planning starts anew.
+        """
         if not self._can_measure():
-            return build_ladder(self.prepared.problem, max_error=limit)
+            return self._plan_set(carried)
         errors = self._calibrated_errors()
         for _ in range(CALIBRATION_ROUNDS):
             self.prepared = self.prepared.with_errors(errors)
-            ladder = build_ladder(self.prepared.problem, max_error=limit)
-            smallest = ladder.rungs[-1]
-            if smallest.error == 0:
-                return ladder
-            found = self._measured_error(smallest.actions)
-            if found <= limit:
-                return ladder
-            errors = {key: value * 1.1 * found / smallest.error for key, value in errors.items()}
-        return build_ladder(self.prepared.problem, max_error=limit, allow=lambda option: option.lossless)
+            plans = self._plan_set(carried)
+            factor = max(self._excess(rung) for rung in self._rungs_to_measure(plans))
+            if factor <= 1:
+                return plans
+            errors = {key: value * 1.1 * factor for key, value in errors.items()}
+        lossless = dict.fromkeys(errors, UNUSABLE)
+        self.prepared = self.prepared.with_errors(lossless)
+        return self._plan_set(carried)
+
+    def _plan_set(self, carried: Plan | None) -> PlanSet:
+        """The ladder and, for the budget, the solver's own plan or the one carried over."""
+        start = time.perf_counter()
+        ladder = build_ladder(self.prepared.problem, max_error=self._error_target)
+        plans = PlanSet(self.prepared.problem, ladder, time.perf_counter() - start)
+        if carried is None or not self._carry(carried, plans):
+            self._solve(plans, self.budget_bytes)
+        return plans
+
+    def _rungs_to_measure(self, plans: PlanSet) -> list[Rung]:
+        chosen = plans.cheapest(self.budget_bytes)
+        return [plans.smallest, *([chosen.rung] if chosen else [])]
+
+    def _excess(self, rung: Rung) -> float:
+        """By how much a rung's measured error is above its estimate, if it is above the limit; else 0."""
+        if rung.error == 0:
+            return 0.0
+        found = self._measured_error(rung.actions)
+        self.measured[id(rung.actions)] = found
+        return found / rung.error if found > self.options.max_grad_error else 0.0
+
+    @property
+    def _error_target(self) -> float:
+        return ERROR_MARGIN * self.options.max_grad_error
 
     def _calibrated_errors(self) -> ErrorTable:
         """Errors per tensor and codec, from one measured step for each group of lossy candidates."""
@@ -182,11 +208,11 @@ class Signature:
         assert self.verifier is not None
         return self.verifier.gradient_error(build_graphs(self.prepared, actions)[1])
 
-    def _solve(self, budget_bytes: int) -> None:
+    def _solve(self, plans: PlanSet, budget_bytes: int) -> None:
         """Adds the solver's own plan for this budget to those known."""
-        solver, problem, limit = self.options.solver, self.prepared.problem, self.options.max_grad_error
+        solver, problem, limit = self.options.solver, self.prepared.problem, self._error_target
         if isinstance(solver, str):
-            known = self.plans.cheapest(budget_bytes)
+            known = plans.cheapest(budget_bytes)
             pays = known is None or known.rung.added_s > ILP_PAYS * problem.step_s
             if solver == "mps" or (solver == "auto" and not pays):
                 return
@@ -194,16 +220,16 @@ class Signature:
             result = ilp.solve(problem, budget_bytes, max_error=limit, warm=warm)
         else:
             result = solver.solve(problem, budget_bytes, max_error=limit)
-        self.plans.add(result, budget_bytes)
+        plans.add(result, budget_bytes)
 
-    def _carry(self, plan: Plan) -> bool:
+    def _carry(self, plan: Plan, plans: PlanSet) -> bool:
         """Takes over a plan made elsewhere; says whether it fits the (smaller) budget on this device."""
         actions = actions_of(plan, self.prepared)
         self.budget_bytes = min(self.budget_bytes, plan.budget_bytes)
         rung = judged(self.prepared.problem, actions)
         if rung.peak_bytes > self.budget_bytes:
             return False
-        self.plans.plans = [KnownPlan(rung, plan.solver, solve_s=plan.solve_s)]
+        plans.plans = [KnownPlan(rung, plan.solver, solve_s=plan.solve_s)]
         return True
 
     def plan_for(self, budget_bytes: int) -> Plan:
@@ -231,18 +257,6 @@ class Signature:
         """Bytes of older gradients: a full new set appears beside them."""
         return self.gradient_bytes if accumulating else 0
 
-    def _choose_measured(self, accumulating: bool) -> KnownPlan:
-        """The cheapest plan; while the example batch is at hand, one whose measured error is within the limit."""
-        while True:
-            known = self.choose(self.budget_bytes, accumulating=accumulating)
-            if not self._can_measure() or known.rung.error == 0:
-                return known
-            found = self._measured_error(known.rung.actions)
-            if found <= self.options.max_grad_error:
-                self.measured[id(known.rung.actions)] = found
-                return known
-            self.plans.drop(known)
-
     # -- running ------------------------------------------------------------------------------------------
 
     def active(self, accumulating: bool) -> Active:
@@ -252,7 +266,7 @@ class Signature:
             BudgetError: no known plan fits in this state.
         """
         if accumulating not in self.states:
-            known = self._choose_measured(accumulating)
+            known = self.choose(self.budget_bytes, accumulating=accumulating)
             joint, graphs = build_graphs(self.prepared, known.rung.actions)
             captured = self.prepared.capture
             function = StepFunction(graphs, self.prepared.joint, captured.metadata)
@@ -291,7 +305,7 @@ class Signature:
             BudgetError: no known plan fits; nothing has changed then.
         """
         if self.options.solver == "ilp" or not isinstance(self.options.solver, str):
-            self._solve(budget_bytes)
+            self._solve(self.plans, budget_bytes)
         self.choose(budget_bytes, accumulating=False)
 
         def commit() -> None:

@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16
+# Elements worked on at a time: enough for two threads to be worth waking, little beside the tensor.
+FEWEST, MOST, PARTS = 1 << 14, 1 << 18, 8
 _LIBRARY: Any = torch.library.Library("fxhybrid", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("keep_mask(Tensor x, float lower, float? upper) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _LIBRARY.define("apply_mask(Tensor gradient, Tensor mask) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _thresholded = torch.ops.aten.threshold_backward.grad_input
 _clamped = torch.ops.aten.hardtanh_backward.grad_input
+
+
+def _chunk(numel: int) -> int:
+    return min(max(numel // PARTS, FEWEST), MOST, max(numel, 1))
 
 
 def _storage_order(x: Tensor) -> Tensor | None:
@@ -45,12 +50,13 @@ def keep_mask(x: Tensor, lower: float, upper: float | None) -> Tensor:
     if flat is None or out is None or x.stride() != mask.stride():
         keep = ~(x <= lower)
         return mask.copy_(keep if upper is None else keep & ~(x >= upper))
-    ones, kept = x.new_ones(min(CHUNK, x.numel())), x.new_empty(min(CHUNK, x.numel()))
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
+    chunk = _chunk(x.numel())
+    ones, kept = x.new_ones(chunk), x.new_empty(chunk)
+    for start in range(0, flat.numel(), chunk):
+        part = flat[start : start + chunk]
         n = part.numel()
         _mask_backward(ones[:n], part, lower, upper, kept[:n])
-        out[start : start + CHUNK].copy_(kept[:n])
+        out[start : start + chunk].copy_(kept[:n])
     return mask
 
 
@@ -62,12 +68,13 @@ def apply_mask(gradient: Tensor, mask: Tensor) -> Tensor:
     if flat is None or keep is None or out is None or not aligned:
         return result.copy_(torch.where(mask, gradient, 0))
     bits = keep.view(torch.uint8)  # conversion from bool to float is slow, from uint8 it is not
-    kept = gradient.new_empty(min(CHUNK, gradient.numel()))
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
+    chunk = _chunk(gradient.numel())
+    kept = gradient.new_empty(chunk)
+    for start in range(0, flat.numel(), chunk):
+        part = flat[start : start + chunk]
         n = part.numel()
-        kept[:n].copy_(bits[start : start + CHUNK])
-        _thresholded(part, kept[:n], 0, grad_input=out[start : start + CHUNK])
+        kept[:n].copy_(bits[start : start + chunk])
+        _thresholded(part, kept[:n], 0, grad_input=out[start : start + chunk])
     return result
 
 

@@ -142,9 +142,7 @@ def memory_rise(fn: Callable[[], object], *, device: torch.device | str = "cpu")
     return MemoryRise(*_walk(recorded.segments[1], {}), result)
 
 
-def memory_rises(
-    fns: Sequence[Callable[[], object]], *, device: torch.device | str = "cpu"
-) -> list[MemoryRise]:
+def memory_rises(fns: Sequence[Callable[[], object]], *, device: torch.device | str = "cpu") -> list[MemoryRise]:
     """Like :func:`memory_rise` for many short calls in one recording; every result is dropped at once."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -270,9 +268,7 @@ def _median_seconds(step: Callable[[], object], repeats: int, device: torch.devi
     return statistics.median(readings) if readings else float("nan")
 
 
-def _resident(
-    modules: Sequence[nn.Module], tensors: object, optimizer: torch.optim.Optimizer | None
-) -> list[Tensor]:
+def _resident(modules: Sequence[nn.Module], tensors: object, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
     """All tensors of the base, some maybe twice; sparse ones as their parts."""
     found: list[Any] = tree_leaves(tensors)
     for module in modules:

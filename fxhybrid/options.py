@@ -15,7 +15,7 @@ from fxhybrid.step import Loss
 
 SOLVERS = ("auto", "mps", "ilp")
 COMPRESSIONS = ("auto", "lossless", "off")
-BACKENDS = ("eager", "inductor")
+BACKENDS = ("eager",)  # under Inductor the fused kernels' memory is not what the simulator adds up
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,7 @@ class StepFunction:
 
 
 def _has_tangent(info: Any) -> bool:
-    return (
-        info.output_type in _DIFFERENTIABLE
-        and issubclass(info.raw_type, Tensor)
-        and info.requires_grad_for_backward
-    )
+    return info.output_type in _DIFFERENTIABLE and issubclass(info.raw_type, Tensor) and info.requires_grad_for_backward
 
 
 def gradient_tangents(joint: JointGraph) -> tuple[frozenset[int], ...]:
@@ -79,9 +75,7 @@ def gradient_tangents(joint: JointGraph) -> tuple[frozenset[int], ...]:
             reach[node] = frozenset().union(*(reach[n] for n in node.all_input_nodes))
     results = zip(joint.output_nodes, joint.outputs, strict=True)
     return tuple(
-        reach[node] if node is not None else frozenset()
-        for node, role in results
-        if role.kind is OutputKind.GRADIENT
+        reach[node] if node is not None else frozenset() for node, role in results if role.kind is OutputKind.GRADIENT
     )
 
 
@@ -136,9 +130,7 @@ def _take_saved(ctx: Any) -> list[Tensor]:
 def _tangent(tangent: Tensor | None, like: Tensor) -> Tensor:
     """The tangent in the strides that the graph was traced with; zeros where none arrived."""
     if tangent is None:
-        return torch.zeros(like.shape, dtype=like.dtype, device=like.device).as_strided(
-            like.shape, like.stride()
-        )
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device).as_strided(like.shape, like.stride())
     if tangent.stride() == like.stride():
         return tangent
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(tangent)

@@ -252,9 +252,7 @@ class _Lowering:
         option = self._option(t, action.codec)
         value = self._value(t, self.problem.tensors[t].size_bytes)
         self.current[t] = value
-        self._append(
-            Kind.DECODE, t, option.codec, (source,), (value,), option.decode_rise_bytes, option.decode_s
-        )
+        self._append(Kind.DECODE, t, option.codec, (source,), (value,), option.decode_rise_bytes, option.decode_s)
 
     def _value(self, tensor: int, size_bytes: int, encoded: bool = False) -> int:
         self.values.append(Value(tensor, size_bytes, encoded))

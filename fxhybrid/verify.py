@@ -77,14 +77,18 @@ class Verifier:
                 None, f"not compared with eager: that takes {format_bytes(needed)}, free are {format_bytes(free)}"
             )
             return
-        eager = observe_step(lambda: step.check_result(step(*call)), step.model, has_loss=self.has_loss, changed=self.changed)
+        eager = observe_step(
+            lambda: step.check_result(step(*call)), step.model, has_loss=self.has_loss, changed=self.changed
+        )
         self.reference = self.run(save_all())
         self.check = self._compare(eager, self.reference)
 
     def run(self, graphs: SplitGraphs) -> StepResult:
         """One step with these graphs, at the reference's seed."""
         function = self.captured.bind(StepFunction(graphs, self.joint, self.captured.metadata))
-        return observe_step(lambda: function(self.step, *self.call), self.step.model, has_loss=self.has_loss, changed=self.changed)
+        return observe_step(
+            lambda: function(self.step, *self.call), self.step.model, has_loss=self.has_loss, changed=self.changed
+        )
 
     def gradient_error(self, graphs: SplitGraphs) -> float:
         """Relative error of all parameter gradients against the step that keeps everything."""
@@ -100,7 +104,9 @@ class Verifier:
         same_rng = torch.equal(eager.rng_state, found.rng_state)
         if difference == 0 and same_outputs and same_buffers and same_rng:
             return CaptureCheck(0.0, "bit-equal to eager: outputs, gradients, buffers and generator")
-        again = observe_step(lambda: self.step(*self.call), self.step.model, has_loss=self.has_loss, changed=self.changed)
+        again = observe_step(
+            lambda: self.step(*self.call), self.step.model, has_loss=self.has_loss, changed=self.changed
+        )
         own = relative_difference(again.gradients, eager.gradients)
         if own > 0:
             return CaptureCheck(difference, f"eager does not repeat itself here (its own difference: {own:.1e})")
@@ -113,5 +119,3 @@ class Verifier:
                 + "; does the model depend on Python state that changes between calls?"
             )
         return CaptureCheck(difference, f"gradients differ from eager by {difference:.1e}")
-
-

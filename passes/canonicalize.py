@@ -8,6 +8,7 @@ readers that ignore an argument lose it. Every rewrite gives the very same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import torch
 from torch import fx
 

@@ -54,7 +54,7 @@ def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoice
         meta = TensorMeta.of(root.meta["val"])
         if meta.nbytes != storage.size_bytes:
             continue
-        offered = [*_pool_offsets(root), *(c.spec for c in candidate_codecs(meta))]
+        offered = [*_pool_offsets(root), *(c.spec for c in candidate_codecs(meta) if not _is_two_bit(c.spec))]
         tolerant = all(_tolerates(reader, argument) for reader, argument in readers.get(index, []))
         tolerant = tolerant and bool(readers.get(index))
         kept = [s for s in offered if (lossless if get_codec(s).lossless else lossy and tolerant)]
@@ -79,6 +79,11 @@ def _backward_readers(layout: Layout) -> dict[int, list[tuple[fx.Node, int]]]:
 
 def _tolerates(reader: fx.Node, argument: int) -> bool:
     return phase_of(reader) is Phase.BACKWARD and argument in TOLERANT.get(reader.target, ())
+
+
+def _is_two_bit(codec: str) -> bool:
+    """2 bits serve one batch at the start of training and drift off later (docs/adr/0004)."""
+    return codec.startswith("rowwise2:")
 
 
 def _pool_offsets(root: fx.Node) -> Iterator[str]:

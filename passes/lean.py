@@ -12,6 +12,7 @@ from fxhybrid.graph import JointGraph, Phase, phase_of
 from fxhybrid.passes.edit import call, output_parts
 
 aten = torch.ops.aten
+LARGE = 2  # batch norms of at least 1 / LARGE of the largest input are made lean
 
 
 def split_convolution_gradients(joint: JointGraph) -> None:
@@ -56,9 +57,14 @@ def _is_onednn_convolution(x: torch.Tensor) -> bool:
 
 
 def lean_batch_norm(joint: JointGraph) -> None:
-    """Batch norm's backward pass some channels at a time."""
-    for node in list(joint.module.graph.nodes):
-        if node.target is not aten.native_batch_norm_backward.default or node.args[7] is not True:
+    """Batch norm's backward pass some channels at a time, for the largest inputs.
+
+    It takes up to twice as long, and only the largest ones can hold the peak of the step.
+    """
+    nodes = [n for n in joint.module.graph.nodes if n.target is aten.native_batch_norm_backward.default]
+    largest = max((n.args[1].meta["val"].nbytes for n in nodes), default=0)
+    for node in nodes:
+        if node.args[7] is not True or node.args[1].meta["val"].nbytes * LARGE < largest:
             continue
         gradient, x, weight, _, _, mean, invstd, _, eps, mask = node.args
         tensors = [n.meta["val"] for n in (gradient, x)]

@@ -101,9 +101,7 @@ class _Rewriter:
         )
         made = compress(source.meta["val"], instruction.codec)
         self._tag(new, made)
-        qdata, header = (
-            self._tag(self.graph.call_function(operator.getitem, (new, i)), made[i]) for i in range(2)
-        )
+        qdata, header = (self._tag(self.graph.call_function(operator.getitem, (new, i)), made[i]) for i in range(2))
         self.encoded[instruction.writes[0]] = (qdata, header)
 
     def _emit_decode(self, instruction: Instruction) -> None:

@@ -58,14 +58,10 @@ def _crossing(joint: JointGraph, gradients: list[fx.Node | None]) -> list[fx.Nod
     for node in joint.module.graph.nodes:
         if node.op == "call_function" and phase_of(node) is Phase.BACKWARD:
             read.update(dict.fromkeys(node.all_input_nodes))
-    return [
-        n for n in joint.module.graph.nodes if n in read and n.op != "get_attr" and phase_of(n) is Phase.FORWARD
-    ]
+    return [n for n in joint.module.graph.nodes if n in read and n.op != "get_attr" and phase_of(n) is Phase.FORWARD]
 
 
-def _extract(
-    joint: JointGraph, phase: Phase, inputs: list[fx.Node], results: list[fx.Node | None]
-) -> fx.GraphModule:
+def _extract(joint: JointGraph, phase: Phase, inputs: list[fx.Node], results: list[fx.Node | None]) -> fx.GraphModule:
     graph = fx.Graph()
     graph.set_codegen(_BoxedCodeGen())
     new: dict[fx.Node, fx.Node] = {}

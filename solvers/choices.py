@@ -33,13 +33,9 @@ class Choices:
             kept = [
                 j
                 for j, o in enumerate(options)
-                if o.encoded_bytes < problem.tensors[t].size_bytes
-                and allow(o)
-                and (o.lossless or o.error <= max_error)
+                if o.encoded_bytes < problem.tensors[t].size_bytes and allow(o) and (o.lossless or o.error <= max_error)
             ]
-            kept = [
-                j for j in kept if not any(_dominates(options[k], options[j], k < j) for k in kept if k != j)
-            ]
+            kept = [j for j in kept if not any(_dominates(options[k], options[j], k < j) for k in kept if k != j)]
             exact = [j for j in kept if options[j].lossless]
             smallest = min(exact, key=lambda j: options[j].encoded_bytes, default=None)
             self.lossless[t] = SAVED if smallest is None else FIRST_CODEC + smallest
@@ -51,9 +47,7 @@ class Choices:
     def may_recompute(self, t: int) -> bool:
         """Whether RECOMPUTE is offered at all."""
         op = self.base.producer[t]
-        return self.base.default[t] == RECOMPUTED or (
-            self.recompute and self.base.problem.forward[op].recomputable
-        )
+        return self.base.default[t] == RECOMPUTED or (self.recompute and self.base.problem.forward[op].recomputable)
 
     def lossy(self, t: int, code: int) -> bool:
         """Whether ``code`` gives back other bits."""
@@ -63,15 +57,11 @@ class Choices:
         """What the tensor occupies between forward and backward."""
         if code == SAVED:
             return int(self.base.size[t])
-        return (
-            0 if code == RECOMPUTED else self.base.problem.tensors[t].codecs[code - FIRST_CODEC].encoded_bytes
-        )
+        return 0 if code == RECOMPUTED else self.base.problem.tensors[t].codecs[code - FIRST_CODEC].encoded_bytes
 
     def error2(self, t: int, code: int) -> float:
         """Squared error that ``code`` adds."""
-        return (
-            self.base.problem.tensors[t].codecs[code - FIRST_CODEC].error ** 2 if self.lossy(t, code) else 0.0
-        )
+        return self.base.problem.tensors[t].codecs[code - FIRST_CODEC].error ** 2 if self.lossy(t, code) else 0.0
 
     def complete(self, state: State, needed: bytearray, t: int, code: int, deep: bool) -> Changes | None:
         """The change of ``t`` to ``code`` with all that must follow; None if impossible.
@@ -88,9 +78,7 @@ class Choices:
         while todo:
             u = todo.pop()
             ok = self._free_readers(state, needed, u, changes, todo, deep)
-            if not ok or (
-                changes[u] == RECOMPUTED and not self._fix_sources(state, needed, u, changes, todo, deep)
-            ):
+            if not ok or (changes[u] == RECOMPUTED and not self._fix_sources(state, needed, u, changes, todo, deep)):
                 return None
             if len(changes) > MAX_CHAIN:
                 return None

@@ -82,9 +82,7 @@ class Descent:
                 blocked[rows] = True
         return point
 
-    def _pick(
-        self, point: Point, target: int, blocked: np.ndarray, batch: int
-    ) -> tuple[list[int], State, set[int]]:
+    def _pick(self, point: Point, target: int, blocked: np.ndarray, batch: int) -> tuple[list[int], State, set[int]]:
         """Up to ``batch`` moves of the highest score that do not touch each other's tensors."""
         table = self.table
         height = point.mark.height.astype(np.float64)
@@ -146,9 +144,7 @@ class Descent:
         while fails > 0 and self.work > 0:
             cost = table.seconds + self.error_price_s * table.error2
             wanted = np.flatnonzero(table.valid & ~banned & (cost < -1e-9 * self.base.problem.step_s))
-            rows, state, changed = self._fitting(
-                point, target, wanted[np.argsort(cost[wanted])], batch, banned
-            )
+            rows, state, changed = self._fitting(point, target, wanted[np.argsort(cost[wanted])], batch, banned)
             if not rows:
                 break
             new = self.measure(state)

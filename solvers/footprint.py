@@ -106,9 +106,7 @@ class _Measurement:
                 if not self.needed[s]:
                     self.needed[s] = 1
                     stack.append(s)
-        return not lossy_sources or all(
-            lossy_sources.isdisjoint(forward[producer[t]].inputs) for t in self.recomputed
-        )
+        return not lossy_sources or all(lossy_sources.isdisjoint(forward[producer[t]].inputs) for t in self.recomputed)
 
     def _forward_reads(self) -> tuple[list[int], Ints]:
         """Last forward read per tensor and which forward ops run."""

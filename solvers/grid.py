@@ -30,8 +30,7 @@ class Grid:
         self.held = set(problem.outputs)
         self.gradients = set(problem.gradients)
         self.default: State = [
-            RECOMPUTED if o in problem.deferrable and t not in self.held else SAVED
-            for t, o in enumerate(self.producer)
+            RECOMPUTED if o in problem.deferrable and t not in self.held else SAVED for t, o in enumerate(self.producer)
         ]
         self._prepare_forward(count)
         self._prepare_backward(count)
@@ -71,9 +70,7 @@ class Grid:
         made = [(p, t) for p, op in enumerate(problem.backward) for t in op.outputs]
         n_backward = len(problem.backward)
         self.back_birth = np.array([p for p, _ in made], np.int64)
-        self.back_death = np.array(
-            [n_backward if t in self.gradients else death[t] for _, t in made], np.int64
-        )
+        self.back_death = np.array([n_backward if t in self.gradients else death[t] for _, t in made], np.int64)
         self.back_size = self.size[[t for _, t in made]] if made else np.zeros(0, np.int64)
         self.back_rise = np.array([op.rise_bytes for op in problem.backward], np.int64)
         self.roots = sorted(problem.backward_reads, key=lambda t: problem.backward_reads[t])

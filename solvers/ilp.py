@@ -124,9 +124,7 @@ class _Search:
             if self.impossible or self.gap() <= self.solver.gap or not rows.facts.pruned:
                 return
 
-    def search_once(
-        self, known: list[_Tried], moments: tuple[Moment, ...], pruned_bytes: float
-    ) -> MemoryRows:
+    def search_once(self, known: list[_Tried], moments: tuple[Moment, ...], pruned_bytes: float) -> MemoryRows:
         """Builds the program, runs the rounds, and bounds the problem once more with all rows they found."""
         cutoff_s = self.best.timeline.added_s if self.best else math.inf
         facts = facts_of(self.problem, self.max_error, pruned_bytes=pruned_bytes, cutoff_s=cutoff_s)
@@ -161,9 +159,7 @@ class _Search:
                 self.correct(model, rows, found, tried)
         self.impossible |= model.contradiction and self.exact
 
-    def solve_once(
-        self, model: IlpModel, rows: MemoryRows, gap: float, time_limit_s: float
-    ) -> Actions | None:
+    def solve_once(self, model: IlpModel, rows: MemoryRows, gap: float, time_limit_s: float) -> Actions | None:
         """One run of the backend; keeps its bound if that is one for the problem."""
         if time_limit_s <= 0:
             return None

@@ -42,9 +42,7 @@ class _Highs(pulp.HiGHS):  # type: ignore[misc]
         lp.solverModel.run()
 
 
-def run_highs(
-    lp: Any, start: Mapping[str, float], *, gap: float, gap_abs: float, time_limit_s: float
-) -> Answer:
+def run_highs(lp: Any, start: Mapping[str, float], *, gap: float, gap_abs: float, time_limit_s: float) -> Answer:
     """Solves with HiGHS; ``start`` holds values of the binary variables by name."""
     # HiGHS 1.14 and 1.15 lose optima in presolve where binary and continuous columns mix (its issues 3073 and
     # 3094; seen here once in 2,500 small solves: a "proven" optimum 5 % too high). True bounds are worth what
@@ -70,9 +68,7 @@ def run_highs(
     return Answer(found, closed, float(bound), max(int(info.mip_node_count), 0))
 
 
-def run_cbc(
-    lp: Any, start: Mapping[str, float], *, gap: float, gap_abs: float, time_limit_s: float
-) -> Answer:
+def run_cbc(lp: Any, start: Mapping[str, float], *, gap: float, gap_abs: float, time_limit_s: float) -> Answer:
     """Solves with CBC; it tells no bound when it runs out of time."""
     for variable in lp.variables():
         if variable.name in start:

@@ -56,9 +56,7 @@ class Facts:
     pruned: bool
 
 
-def facts_of(
-    problem: Problem, max_error: float, *, pruned_bytes: float = 0.0, cutoff_s: float = math.inf
-) -> Facts:
+def facts_of(problem: Problem, max_error: float, *, pruned_bytes: float = 0.0, cutoff_s: float = math.inf) -> Facts:
     """The facts of ``problem`` that matter within this error limit.
 
     Args:

@@ -128,9 +128,7 @@ class MoveTable:
                     seconds -= op_s
         return seconds
 
-    def _own(
-        self, intervals: list[Interval], u: int, new: int, old: int | None, use: int, mark: Footprint
-    ) -> None:
+    def _own(self, intervals: list[Interval], u: int, new: int, old: int | None, use: int, mark: Footprint) -> None:
         stored = self.choices.stored_bytes(u, new)
         before = 0 if old is None else self.choices.stored_bytes(u, old)
         begin = max(mark.last_read[u], self.base.producer[u]) + 1
@@ -158,9 +156,7 @@ class MoveTable:
         """Sources read by no other recomputation die earlier, or are made later."""
         producer = self.base.producer[u]
         for s in self.base.problem.forward[producer].inputs:
-            if s in self.base.held or any(
-                i != producer and i in mark.reruns for i in self.choices.readers[s]
-            ):
+            if s in self.base.held or any(i != producer and i in mark.reruns for i in self.choices.readers[s]):
                 continue
             size, stored = int(self.base.size[s]), self.choices.stored_bytes(s, state[s])
             first, last = int(self.base.first_run[s]), int(self.base.last_run[s])

@@ -71,9 +71,7 @@ class Effort:
 
     def measurements(self, problem: Problem) -> int:
         """Plans that may be measured for ``problem``."""
-        return min(
-            max(self.op_measurements // max(len(problem.forward) + len(problem.backward), 1), 60), 2500
-        )
+        return min(max(self.op_measurements // max(len(problem.forward) + len(problem.backward), 1), 60), 2500)
 
 
 def build_ladder(
@@ -180,9 +178,7 @@ def _rungs(problem: Problem, base: Footprints, points: list[Point], limit: int) 
     """The points that no other one beats, thinned to ``limit``, judged by the simulator."""
     best: list[Point] = []
     for point in sorted(points[1:], key=lambda p: (p.mark.added_s, p.mark.peak_bytes, p.mark.error2)):
-        if point.mark.peak_bytes < min(
-            points[0].mark.peak_bytes, best[-1].mark.peak_bytes if best else 1 << 62
-        ):
+        if point.mark.peak_bytes < min(points[0].mark.peak_bytes, best[-1].mark.peak_bytes if best else 1 << 62):
             best.append(point)
     while len(best) > limit:
         peaks = [points[0].mark.peak_bytes, *(p.mark.peak_bytes for p in best)]

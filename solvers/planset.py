@@ -53,9 +53,7 @@ class PlanSet:
             return
         rung = judged(self.problem, result.actions)
         self.plans.append(
-            KnownPlan(
-                rung, result.solver, result.status, budget_bytes, result.lower_bound_s, result.solve_s
-            )
+            KnownPlan(rung, result.solver, result.status, budget_bytes, result.lower_bound_s, result.solve_s)
         )
 
     def drop(self, plan: KnownPlan) -> None:

@@ -15,9 +15,7 @@ def seed_states(choices: Choices, max_error: float) -> Iterator[State]:
     """States in which (nearly) every tensor is small, each family within the error limit."""
     base = choices.base
     speeds = sorted(_speed(choices, t) for t in choices.codes if choices.may_recompute(t))
-    limits = sorted(
-        {speeds[int(q * (len(speeds) - 1))] for q in (0.0, 0.5, 0.9)} if speeds else set(), reverse=True
-    )
+    limits = sorted({speeds[int(q * (len(speeds) - 1))] for q in (0.0, 0.5, 0.9)} if speeds else set(), reverse=True)
     seen: list[State] = []
     for limit in (float("inf"), *limits):
         for defer in (True, False):
@@ -25,8 +23,7 @@ def seed_states(choices: Choices, max_error: float) -> Iterator[State]:
                 again = {
                     t
                     for t in choices.codes
-                    if choices.may_recompute(t)
-                    and (_speed(choices, t) >= limit if base.default[t] == SAVED else defer)
+                    if choices.may_recompute(t) and (_speed(choices, t) >= limit if base.default[t] == SAVED else defer)
                 }
                 state = _small(choices, again, error)
                 if state not in seen:

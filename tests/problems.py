@@ -35,9 +35,7 @@ class _Builder:
         if lossy:
             for codec, factor, error in LOSSY[: self.random.randint(1, 3)]:
                 error *= self.random.uniform(0.3, 1.5)
-                options.append(
-                    CodecOption(codec, size // factor, speed, speed, size // 4, size, False, error)
-                )
+                options.append(CodecOption(codec, size // factor, speed, speed, size // 4, size, False, error))
         return tuple(options)
 
     def rise(self, size: int) -> int:
@@ -73,9 +71,7 @@ def random_problem(
             outputs, reads = (out, stats), (*reads, stats)
         seconds = size * 1e-4 * (rnd.uniform(5, 40) if heavy else rnd.uniform(0.3, 2.0))
         once = rnd.random() < 0.15
-        b.forward.append(
-            Op(f"op{i}", inputs, outputs, seconds, b.rise(size), recomputable=not once, pinned=once)
-        )
+        b.forward.append(Op(f"op{i}", inputs, outputs, seconds, b.rise(size), recomputable=not once, pinned=once))
         if with_masks and not heavy and rnd.random() < 0.5:
             bits = CodecOption("bitpack", size // 32, size * 1e-5, size * 1e-5, size // 32, size // 4, True)
             mask = b.tensor("mask", size // 4, (bits,))

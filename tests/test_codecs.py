@@ -119,9 +119,7 @@ def check_fakes(x: Tensor, arguments: tuple[object, ...]) -> None:
 
 
 @pytest.mark.parametrize(("spec", "make", "shapes"), CASES)
-def test_operators_pass_opcheck(
-    spec: str, make: Callable[..., Tensor], shapes: list[tuple[int, ...]]
-) -> None:
+def test_operators_pass_opcheck(spec: str, make: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
     x = make(*shapes[0])
     torch.library.opcheck(torch.ops.fxhybrid.compress.default, (x, spec))
     encoded = get_codec(spec).encode(x)

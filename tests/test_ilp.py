@@ -29,9 +29,7 @@ def chain(*, seconds: tuple[float, float, float], codecs: tuple[CodecOption, ...
     """
     tensors = tuple(Tensor(n, 100, codecs if n == "a" else ()) for n in "abc")
     tensors += tuple(Tensor(f"g{i}", 10) for i in range(3))
-    forward = tuple(
-        Op(f"f{i}", (i - 1,) if i else (), (i,), seconds[i], 100, pinned=True) for i in range(len(seconds))
-    )
+    forward = tuple(Op(f"f{i}", (i - 1,) if i else (), (i,), seconds[i], 100, pinned=True) for i in range(len(seconds)))
     backward = tuple(Op(f"b{i}", (2 - i, *((2 + i,) if i else ())), (3 + i,), 1.0, 10) for i in range(3))
     return Problem(tensors, forward, backward, (), (), (5,), resident_bytes=0)
 
@@ -55,9 +53,7 @@ def budgets(problem: Problem, table: list[tuple[int, float, float]], shares: Ite
     return [int(low + share * (high - low)) for share in shares]
 
 
-def check(
-    problem: Problem, result: SolveResult, budget: int, max_error: float, optimum: float | None
-) -> None:
+def check(problem: Problem, result: SolveResult, budget: int, max_error: float, optimum: float | None) -> None:
     """A result agrees with the optimum over all plans; None means that no plan fits."""
     timeline = simulate_actions(problem, result.actions)
     assert (timeline.peak_bytes, timeline.added_s) == (result.peak_bytes, result.added_s)

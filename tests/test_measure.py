@@ -207,13 +207,10 @@ class TestMeasureStep:
         assert measured.base_bytes > table.weight.nbytes + index.nbytes
 
     def test_repeats_itself(self) -> None:
-        model = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)
-        )
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
         x = torch.randn(4, 3, 16, 16)
         readings = [
-            measure_step(lambda: model(x).sum().backward(), modules=[model], tensors=x).peak_bytes
-            for _ in range(3)
+            measure_step(lambda: model(x).sum().backward(), modules=[model], tensors=x).peak_bytes for _ in range(3)
         ]
         assert len(set(readings)) == 1
 

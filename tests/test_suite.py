@@ -47,9 +47,7 @@ def test_same_seed_same_case(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before), "the global random state was moved"
     for mine, yours in zip(first.tensors, second.tensors, strict=True):
         assert torch.equal(mine, yours)
-    for (key, mine), yours in zip(
-        first.model.state_dict().items(), second.model.state_dict().values(), strict=True
-    ):
+    for (key, mine), yours in zip(first.model.state_dict().items(), second.model.state_dict().values(), strict=True):
         assert torch.equal(mine, yours), key
     first_loss, first_grads = run_step(first)
     second_loss, second_grads = run_step(second)
@@ -110,10 +108,7 @@ def test_full_sizes_are_as_promised() -> None:
     shapes = {name: tuple(suite.load(name).inputs[0].shape) for name in ("resnet50", "bert", "gpt2")}
     assert shapes == {"resnet50": (16, 3, 112, 112), "bert": (16, 128), "gpt2": (8, 256)}
     # torchvision's counts of the same two networks
-    counts = {
-        name: sum(p.numel() for p in suite.load(name).model.parameters())
-        for name in ("resnet50", "mobilenetv2")
-    }
+    counts = {name: sum(p.numel() for p in suite.load(name).model.parameters()) for name in ("resnet50", "mobilenetv2")}
     assert counts == {"resnet50": 25_557_032, "mobilenetv2": 3_504_872}
 
 

@@ -83,8 +83,7 @@ class Codec(ABC):
         """Raises CodecError unless the meta is supported."""
         if not self.supports(meta):
             raise CodecError(
-                f"{self.spec} cannot encode a tensor of shape {meta.shape}, strides {meta.stride} "
-                f"and {meta.dtype}"
+                f"{self.spec} cannot encode a tensor of shape {meta.shape}, strides {meta.stride} and {meta.dtype}"
             )
 
     @abstractmethod

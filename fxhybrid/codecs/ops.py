@@ -20,8 +20,7 @@ _LIBRARY: Any = torch.library.Library("fxhybrid", "FRAGMENT")  # type: ignore[no
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define("compress(Tensor x, str codec) -> (Tensor qdata, Tensor header)", tags=_TAGS)
 _LIBRARY.define(
-    "decompress(Tensor qdata, Tensor header, str codec, int[] size, int[] stride, ScalarType dtype)"
-    " -> Tensor",
+    "decompress(Tensor qdata, Tensor header, str codec, int[] size, int[] stride, ScalarType dtype) -> Tensor",
     tags=_TAGS,
 )
 

@@ -100,9 +100,7 @@ class PoolIndices(Codec):
         (kh, kw), (dh, dw) = self.window.kernel, self.window.dilation
         return (kh - 1) * dh * self.window.plane[1] + (kw - 1) * dw
 
-    def _chunks(
-        self, indices: Tensor, places: Tensor, meta: TensorMeta
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _chunks(self, indices: Tensor, places: Tensor, meta: TensorMeta) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Matching parts of indices, places and window starts, all in storage order."""
         if meta.numel == 0:
             return

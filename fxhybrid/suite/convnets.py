@@ -145,9 +145,7 @@ class UNet(nn.Module):
     def __init__(self, widths: Sequence[int], n_classes: int = 4) -> None:
         super().__init__()
         self.pool = nn.MaxPool2d(2)
-        self.down = nn.ModuleList(
-            _double_conv(n_in, n_out) for n_in, n_out in zip((3, *widths), widths, strict=False)
-        )
+        self.down = nn.ModuleList(_double_conv(n_in, n_out) for n_in, n_out in zip((3, *widths), widths, strict=False))
         pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
         self.up = nn.ModuleList(nn.ConvTranspose2d(n_in, n_out, 2, 2) for n_in, n_out in pairs)
         self.merge = nn.ModuleList(_double_conv(2 * n_out, n_out) for _, n_out in pairs)

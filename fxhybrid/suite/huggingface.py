@@ -22,9 +22,7 @@ from fxhybrid.suite.case import (
 
 def bert(size: Size, data: Generator) -> SuiteCase:
     transformers = _transformers("bert")
-    batch, length, layers, width, vocabulary = (
-        (16, 128, 4, 256, 8000) if size == "full" else (8, 48, 2, 64, 500)
-    )
+    batch, length, layers, width, vocabulary = (16, 128, 4, 256, 8000) if size == "full" else (8, 48, 2, 64, 500)
     config = transformers.BertConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -40,9 +38,7 @@ def bert(size: Size, data: Generator) -> SuiteCase:
 
 def gpt2(size: Size, data: Generator) -> SuiteCase:
     transformers = _transformers("gpt2")
-    batch, length, layers, width, vocabulary = (
-        (8, 256, 6, 384, 8000) if size == "full" else (4, 48, 2, 64, 500)
-    )
+    batch, length, layers, width, vocabulary = (8, 256, 6, 384, 8000) if size == "full" else (4, 48, 2, 64, 500)
     config = transformers.GPT2Config(
         vocab_size=vocabulary,
         n_positions=length,
@@ -76,9 +72,7 @@ def vit(size: Size, data: Generator) -> SuiteCase:
 
 def t5(size: Size, data: Generator) -> SuiteCase:
     transformers = _transformers("t5")
-    batch, length, layers, width, vocabulary = (
-        (8, 128, 6, 256, 8000) if size == "full" else (4, 32, 2, 64, 500)
-    )
+    batch, length, layers, width, vocabulary = (8, 128, 6, 256, 8000) if size == "full" else (4, 32, 2, 64, 500)
     config = transformers.T5Config(
         vocab_size=vocabulary,
         d_model=width,
