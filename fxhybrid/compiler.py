@@ -6,38 +6,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fxhybrid.budget import gradient_bytes, optimizer_bytes, storage_bytes
-from fxhybrid.capture import Capture, capture
+from fxhybrid.budget import gradient_bytes
+from fxhybrid.calibration import calibrated_errors, measured_error
 from fxhybrid.errors import InvalidArgument, PlanMismatchError, format_bytes
-from fxhybrid.gradient_error import (
-    DEFAULT_GROUP_ERROR,
-    ErrorTable,
-    Group,
-    error_table,
-    four_bit_codec,
-    lossy_groups,
-)
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
-from fxhybrid.passes.canonicalize import canonicalize
-from fxhybrid.passes.choices import codec_choices
-from fxhybrid.passes.fingerprint import fingerprint
-from fxhybrid.passes.layout import Layout, layout_of
-from fxhybrid.passes.rewrite import rewrite
-from fxhybrid.passes.split import SplitGraphs, split
-from fxhybrid.passes.to_problem import CodecChoices, calls_of, problem_of
-from fxhybrid.plan import SAVE, Action, Actions, Compress, GradientError, Plan
+from fxhybrid.plan import Action, Actions, GradientError, Plan
+from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.problem import Problem
-from fxhybrid.profile import Profile, profile_calls
 from fxhybrid.runtime import StepFunction
-from fxhybrid.schedule import lower
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.mps import Rung, build_ladder
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged
@@ -46,57 +29,12 @@ from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
 from fxhybrid.version import __version__
 
-MEASURED_ZERO = 1e-6  # a lossy codec never counts as exact, even if one batch does not show it
 ILP_SECONDS = 15.0
 ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
 CALIBRATION_ROUNDS = 3
 UNUSABLE = 1e6  # an error that no limit allows
 # Plans aim lower than the limit: the error is measured on one batch, and later ones differ.
 ERROR_MARGIN = 0.5
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A captured signature up to the planning problem."""
-
-    capture: Capture
-    joint: JointGraph
-    layout: Layout
-    profile: Profile
-    choices: CodecChoices
-    problem: Problem
-    fingerprint: str
-
-    def with_errors(self, errors: ErrorTable) -> Prepared:
-        """The same with other gradient errors."""
-        resident = self.problem.resident_bytes
-        problem = problem_of(self.joint, self.layout, self.profile, self.choices, errors, resident)
-        return dataclasses.replace(self, problem=problem)
-
-
-def prepare(step: Step, call: StepCall, options: Options) -> Prepared:
-    """Captures a step and measures its operators; runs neither the model nor its backward pass."""
-    captured = capture(step, tuple(call))
-    joint = canonicalize(captured.joint)
-    layout = layout_of(joint)
-    lossy = options.compression == "auto" and options.max_grad_error > 0
-    choices = codec_choices(layout, lossy=lossy, lossless=options.compression != "off")
-    profile = profile_calls(calls_of(layout, choices))
-    errors = error_table(lossy_groups(layout, choices), choices, lambda _: DEFAULT_GROUP_ERROR)
-    resident = _resident_bytes(step, call, options)
-    problem = problem_of(joint, layout, profile, choices, errors, resident)
-    return Prepared(captured, joint, layout, profile, choices, problem, fingerprint(joint))
-
-
-def _resident_bytes(step: Step, call: StepCall, options: Options) -> int:
-    tensors: list[Tensor] = [*step.parameters(), *step.buffers(), *call.tensors]
-    return storage_bytes(tensors) + optimizer_bytes(options.optimizer) + options.reserve_bytes
-
-
-def build_graphs(prepared: Prepared, actions: Actions) -> tuple[JointGraph, SplitGraphs]:
-    """The rewritten joint graph of ``actions`` and its halves."""
-    joint = rewrite(prepared.joint, prepared.layout, lower(prepared.problem, actions))
-    return joint, split(joint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +90,14 @@ class Signature:
         Errors of single tensors are estimates, and they add up only roughly. So the smallest plan and the one
         for the budget are run once; if one is off the limit, all errors are scaled up and planning starts anew.
         """
-        if not self._can_measure():
+        verifier = self.verifier
+        if verifier is None or verifier.reference is None:
             return self._plan_set(carried)
-        errors = self._calibrated_errors()
+        errors = calibrated_errors(self.prepared, verifier)
         for _ in range(CALIBRATION_ROUNDS):
             self.prepared = self.prepared.with_errors(errors)
             plans = self._plan_set(carried)
-            factor = max(self._excess(rung) for rung in self._rungs_to_measure(plans))
+            factor = max(self._excess(rung, verifier) for rung in self._rungs_to_measure(plans))
             if factor <= 1:
                 return plans
             errors = {key: value * 1.1 * factor for key, value in errors.items()}
@@ -179,34 +118,17 @@ class Signature:
         chosen = plans.cheapest(self.budget_bytes)
         return [plans.smallest, *([chosen.rung] if chosen else [])]
 
-    def _excess(self, rung: Rung) -> float:
+    def _excess(self, rung: Rung, verifier: Verifier) -> float:
         """By how much a rung's measured error is above its estimate, if it is above the limit; else 0."""
         if rung.error == 0:
             return 0.0
-        found = self._measured_error(rung.actions)
+        found = measured_error(self.prepared, verifier, rung.actions)
         self.measured[id(rung.actions)] = found
         return found / rung.error if found > self.options.max_grad_error else 0.0
 
     @property
     def _error_target(self) -> float:
         return ERROR_MARGIN * self.options.max_grad_error
-
-    def _calibrated_errors(self) -> ErrorTable:
-        """Errors per tensor and codec, from one measured step for each group of lossy candidates."""
-        prepared = self.prepared
-        groups = lossy_groups(prepared.layout, prepared.choices)
-
-        def at_4_bits(group: Group) -> float:
-            return max(self._measured_error(_all_at_4_bits(prepared, groups[group])), MEASURED_ZERO)
-
-        return error_table(groups, prepared.choices, at_4_bits)
-
-    def _can_measure(self) -> bool:
-        return self.verifier is not None and self.verifier.reference is not None
-
-    def _measured_error(self, actions: Actions) -> float:
-        assert self.verifier is not None
-        return self.verifier.gradient_error(build_graphs(self.prepared, actions)[1])
 
     def _solve(self, plans: PlanSet, budget_bytes: int) -> None:
         """Adds the solver's own plan for this budget to those known."""
@@ -361,17 +283,6 @@ def versions() -> dict[str, str]:
 def _named(problem: Problem, actions: Actions) -> dict[str, Action]:
     candidates = set(problem.candidates)
     return {problem.tensors[t].name: actions[t] for t in sorted(actions) if t in candidates}
-
-
-def _all_at_4_bits(prepared: Prepared, storages: Iterable[int]) -> dict[int, Action]:
-    """4 bits for these storages; masks are kept, so that what they derive from may be lossy."""
-    problem = prepared.problem
-    actions: dict[int, Action] = {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
-    for storage in storages:
-        codec = four_bit_codec(prepared.choices[storage])
-        if codec is not None:
-            actions[storage] = Compress(codec)
-    return actions
 
 
 def actions_of(plan: Plan, prepared: Prepared) -> dict[int, Action]:

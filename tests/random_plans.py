@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from fxhybrid.codecs import get_codec
-from fxhybrid.compiler import Prepared, build_graphs, prepare
 from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.options import make_options
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
+from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.problem import Problem
 from fxhybrid.runtime import StepFunction
 from fxhybrid.step import Step, StepCall, StepResult, observe_step

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterable
 
 import pytest
-from problems import choices, random_actions, random_problem, small_problems
 
 from fxhybrid.errors import InvalidArgument, PlanError
 from fxhybrid.plan import RECOMPUTE, SAVE, Actions, Compress
@@ -17,6 +16,7 @@ from fxhybrid.solvers.base import SolveResult, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.timeline import simulate_actions
+from tests.problems import choices, random_actions, random_problem, small_problems
 
 SHARES = (0.0, 0.02, 0.3, 0.65, 0.95)
 

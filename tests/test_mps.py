@@ -8,7 +8,6 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import choices, problems, random_actions, random_problem, small_problems
 
 from fxhybrid.errors import PlanError
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
@@ -19,6 +18,7 @@ from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED
 from fxhybrid.solvers.mps import Ladder, MpsSolver, build_ladder
 from fxhybrid.timeline import simulate_actions
+from tests.problems import choices, problems, random_actions, random_problem, small_problems
 
 MAX_ERROR = 0.1
 
