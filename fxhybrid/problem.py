@@ -59,6 +59,22 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """A backward op's other form: one operator that reads the sources of a mask instead of the mask.
+
+    It is taken where the mask is not kept. ``Op.seconds`` of the mask's own op is then what keeping the mask
+    costs beyond this form.
+
+    Attributes:
+        op: forward op that makes the mask.
+        rise_bytes: the allocator's peak rise while the fused operator runs.
+    """
+
+    op: int
+    rise_bytes: int
+
+
+@dataclass(frozen=True)
 class Op:
     """One operator call; views are folded into their readers.
 
@@ -71,6 +87,7 @@ class Op:
         recomputable: False for random ops and ops that read what the step overwrites.
         pinned: runs in the forward pass even if nothing reads it (random ops, so that the generator's
             state after the step is that of plain eager).
+        fusion: for a backward op that applies a mask which nothing else reads.
     """
 
     name: str
@@ -80,6 +97,7 @@ class Op:
     rise_bytes: int
     recomputable: bool = True
     pinned: bool = False
+    fusion: Fusion | None = None
 
 
 @dataclass(frozen=True)
@@ -155,8 +173,10 @@ class Problem:
 
     @cached_property
     def step_s(self) -> float:
-        """Seconds of one step that keeps everything."""
-        return math.fsum(op.seconds for op in self.forward + self.backward)
+        """Seconds of one step that keeps everything; masks are fused into their readers then."""
+        fused = {op.fusion.op for op in self.backward if op.fusion}
+        ops = [op for i, op in enumerate(self.forward) if i not in fused]
+        return math.fsum(op.seconds for op in [*ops, *self.backward])
 
     def __str__(self) -> str:
         return (
@@ -198,7 +218,8 @@ def _tensor(raw: dict[str, Any]) -> Tensor:
 
 
 def _op(raw: dict[str, Any]) -> Op:
-    return Op(**{**raw, "inputs": tuple(raw["inputs"]), "outputs": tuple(raw["outputs"])})
+    fusion = Fusion(**raw["fusion"]) if raw.get("fusion") else None
+    return Op(**{**raw, "inputs": tuple(raw["inputs"]), "outputs": tuple(raw["outputs"]), "fusion": fusion})
 
 
 def check_problem(problem: Problem) -> None:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from fxhybrid.errors import PlanError
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions, Compress
-from fxhybrid.problem import CodecOption, Op, Problem
+from fxhybrid.problem import CodecOption, Fusion, Op, Problem
 
 
 class Kind(Enum):
@@ -25,6 +26,7 @@ class Kind(Enum):
 
     RUN = "run"
     RERUN = "rerun"
+    FUSED = "fused"
     ENCODE = "encode"
     DECODE = "decode"
 
@@ -44,8 +46,8 @@ class Instruction:
 
     Attributes:
         kind: what it does.
-        op: index into ``Problem.forward`` (RERUN, forward RUN) or ``Problem.backward`` (backward RUN); for
-            ENCODE and DECODE the tensor.
+        op: index into ``Problem.forward`` (RERUN, forward RUN) or ``Problem.backward`` (backward RUN, FUSED);
+            for ENCODE and DECODE the tensor.
         codec: the codec's text for ENCODE and DECODE.
         reads: values read, by position in ``Schedule.values``.
         writes: values made.
@@ -90,6 +92,19 @@ def lower(problem: Problem, actions: Actions) -> Schedule:
         PlanError: an action that the tensor does not offer, or a recomputation without exact sources.
     """
     return _Lowering(problem, actions).run()
+
+
+class _MaskOp(Protocol):
+    @property
+    def inputs(self) -> tuple[int, ...]: ...
+    @property
+    def outputs(self) -> tuple[int, ...]: ...
+
+
+def without_mask(inputs: tuple[int, ...], mask: _MaskOp) -> tuple[int, ...]:
+    """What an op's fused form reads: its own inputs, with the mask replaced by the mask's sources."""
+    own = [t for t in inputs if t not in mask.outputs]
+    return tuple(dict.fromkeys([*own, *mask.inputs]))
 
 
 class _Lowering:
@@ -189,10 +204,22 @@ class _Lowering:
     def _backward(self, encoded: dict[int, int]) -> None:
         available = {t for t in self.stored if t not in encoded}
         for position, op in enumerate(self.problem.backward):
+            if op.fusion and not self.stored.intersection(self.problem.forward[op.fusion.op].outputs):
+                self._emit_fused(position, op, op.fusion, available, encoded)
+                continue
             missing = [t for t in op.inputs if t in self.problem.producer and t not in available]
             if missing:
                 self._materialise(missing, available, encoded)
             self._emit_op(Kind.RUN, position, op)
+
+    def _emit_fused(self, position: int, op: Op, fusion: Fusion, available: set[int], encoded: dict[int, int]) -> None:
+        """The form of ``op`` that reads what its mask would be made from."""
+        inputs = without_mask(op.inputs, self.problem.forward[fusion.op])
+        missing = [t for t in inputs if t in self.problem.producer and t not in available]
+        if missing:
+            self._materialise(missing, available, encoded)
+        fused = Op(op.name, inputs, op.outputs, op.seconds, fusion.rise_bytes)
+        self._emit_op(Kind.FUSED, position, fused)
 
     def _materialise(self, wanted: list[int], available: set[int], encoded: dict[int, int]) -> None:
         """Decodes and recomputes what ``wanted`` takes, in forward order."""

@@ -33,7 +33,10 @@ class Storage:
 
 @dataclass(frozen=True)
 class OpCall:
-    """One call that allocates or computes; inputs and outputs are storage indices."""
+    """One call that allocates or computes; inputs and outputs are storage indices.
+
+    ``fused_with`` is the forward op whose mask this backward op applies, if nothing else reads that mask.
+    """
 
     name: str
     node: fx.Node
@@ -41,6 +44,7 @@ class OpCall:
     outputs: tuple[int, ...]
     recomputable: bool
     pinned: bool
+    fused_with: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +102,21 @@ def recompute_form(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     return None
 
 
+def fused_form(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """The one call that applies a mask without having it: ``(target, arguments)`` over the mask's own sources."""
+    if node.target is not torch.ops.fxhybrid.apply_mask.default:
+        return None
+    gradient, mask = node.args
+    if not isinstance(mask, fx.Node) or mask.target is not torch.ops.fxhybrid.keep_mask.default:
+        return None
+    x, lower, upper = mask.args
+    if len(mask.users) > 1 or phase_of(mask) is not Phase.FORWARD:
+        return None
+    if upper is None:
+        return aten.threshold_backward.default, (gradient, x, lower)
+    return aten.hardtanh_backward.default, (gradient, x, lower, upper)
+
+
 class _Builder:
     def __init__(self, joint: JointGraph) -> None:
         self.joint = joint
@@ -146,8 +165,14 @@ class _Builder:
             self.found.append(Storage(label, sizes[storage], _root(node, storage)))
         inputs = self._known(s for n in node.all_input_nodes for s in storages(n.meta.get("val")))
         random = is_random(node)
-        call = OpCall(name, node, inputs, tuple(outputs), not random and not self._reads_overwritten(node), random)
+        again = not random and not self._reads_overwritten(node)
+        call = OpCall(name, node, inputs, tuple(outputs), again, random, self._fused_with(node))
         self.ops[phase_of(node)].append(call)
+
+    def _fused_with(self, node: fx.Node) -> int | None:
+        if fused_form(node) is None:
+            return None
+        return next(i for i, op in enumerate(self.ops[Phase.FORWARD]) if op.node is node.args[1])
 
     def _reads_overwritten(self, node: fx.Node) -> bool:
         """Whether running the node again would read contents that the step has replaced by then."""

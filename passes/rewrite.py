@@ -14,8 +14,8 @@ from torch import fx
 
 import fxhybrid.codecs  # noqa: F401  (registers the compress and decompress operators)
 from fxhybrid.graph import TAG, JointGraph, NodeTag, OutputKind, Phase
-from fxhybrid.passes.layout import Layout, OpCall, recompute_form
-from fxhybrid.schedule import Instruction, Kind, Schedule
+from fxhybrid.passes.layout import Layout, OpCall, fused_form, recompute_form
+from fxhybrid.schedule import Instruction, Kind, Schedule, without_mask
 
 
 def rewrite(joint: JointGraph, layout: Layout, schedule: Schedule) -> JointGraph:
@@ -64,11 +64,11 @@ class _Rewriter:
             self._emit_op(instruction)
 
     def _emit_op(self, instruction: Instruction) -> None:
-        rerun = instruction.kind is Kind.RERUN
+        rerun, fused = instruction.kind is Kind.RERUN, instruction.kind is Kind.FUSED
         ops = self.layout.forward if rerun or self.phase is Phase.FORWARD else self.layout.backward
         op = ops[instruction.op]
-        self.at = dict(zip(op.inputs, instruction.reads, strict=True))
-        form = recompute_form(op.node) if rerun else None
+        self.at = dict(zip(self._inputs(op, instruction), instruction.reads, strict=True))
+        form = recompute_form(op.node) if rerun else fused_form(op.node) if fused else None
         target, args = form or (op.node.target, op.node.args)
         new = self.graph.create_node(
             "call_function",
@@ -80,11 +80,17 @@ class _Rewriter:
         self._tag(new, op.node.meta.get("val"))
         self._take_outputs(op, new, instruction)
 
+    def _inputs(self, op: OpCall, instruction: Instruction) -> tuple[int, ...]:
+        """Storages that the instruction reads, in the order of its values."""
+        if instruction.kind is not Kind.FUSED or op.fused_with is None:
+            return op.inputs
+        return without_mask(op.inputs, self.layout.forward[op.fused_with])
+
     def _take_outputs(self, op: OpCall, new: fx.Node, instruction: Instruction) -> None:
         for storage, value in zip(op.outputs, instruction.writes, strict=True):
             root = self.layout.storages[storage].root
             wanted = value in self.read_values
-            if instruction.kind is Kind.RUN:
+            if instruction.kind is not Kind.RERUN:
                 self.original[storage] = value
                 wanted = wanted or storage in self.returned
             if root is op.node:

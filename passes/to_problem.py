@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import fx
 
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.graph import InputKind, JointGraph
-from fxhybrid.passes.layout import Layout, OpCall
-from fxhybrid.problem import CodecOption, Op, Problem, Tensor
+from fxhybrid.passes.layout import Layout, OpCall, fused_form
+from fxhybrid.problem import CodecOption, Fusion, Op, Problem, Tensor
 from fxhybrid.profile import Call, Profile, call_of
 
 CodecChoices = Mapping[int, tuple[str, ...]]
@@ -21,6 +22,9 @@ def calls_of(layout: Layout, choices: CodecChoices) -> Iterable[Call]:
     """Every call whose cost the problem needs: ops, and encode and decode of each offered codec."""
     for op in layout.forward + layout.backward:
         yield _op_call(op)
+        form = fused_form(op.node)
+        if form:
+            yield call_of(*form)
     for storage, codecs in choices.items():
         for codec in codecs:
             yield from _codec_calls(_root_value(layout, storage), codec)
@@ -48,14 +52,28 @@ def problem_of(
     tangents = (n for n, r in zip(joint.placeholders, joint.inputs, strict=True) if r.kind is InputKind.TANGENT)
     return Problem(
         tensors,
-        tuple(_op(op, profile) for op in layout.forward),
-        tuple(_op(op, profile) for op in layout.backward),
+        *_ops(layout, profile),
         layout.outputs,
         layout.mutations,
         layout.gradients,
         resident_bytes,
         sum(n.meta["val"].untyped_storage().nbytes() for n in tangents),
     )
+
+
+def _ops(layout: Layout, profile: Profile) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    forward = [_op(op, profile) for op in layout.forward]
+    backward = []
+    for call, op in ((op, _op(op, profile)) for op in layout.backward):
+        form = fused_form(call.node)
+        if form is None or call.fused_with is None:
+            backward.append(op)
+            continue
+        fused, mask = profile.cost(call_of(*form)), forward[call.fused_with]
+        kept_s = max(mask.seconds + op.seconds - fused.seconds, 0.0)
+        forward[call.fused_with] = replace(mask, seconds=kept_s)
+        backward.append(replace(op, seconds=fused.seconds, fusion=Fusion(call.fused_with, fused.rise_bytes)))
+    return tuple(forward), tuple(backward)
 
 
 def _op(op: OpCall, profile: Profile) -> Op:

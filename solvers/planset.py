@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fxhybrid.errors import BudgetError, format_bytes
-from fxhybrid.plan import Actions
+from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions
 from fxhybrid.problem import Problem
 from fxhybrid.schedule import lower
 from fxhybrid.solvers.base import SolveResult, Status, plan_error
@@ -45,16 +45,25 @@ class PlanSet:
 
     def __init__(self, problem: Problem, ladder: Ladder, solve_s: float = 0.0) -> None:
         self.problem = problem
-        self.plans = [KnownPlan(rung, solve_s=solve_s) for rung in ladder.rungs]
+        self.plans: list[KnownPlan] = []
+        for rung in ladder.rungs:
+            self._take(KnownPlan(rung, solve_s=solve_s))
+
+    def _take(self, plan: KnownPlan) -> None:
+        """Adds a plan, and the same without masks whose sources are kept anyway if that is faster."""
+        self.plans.append(plan)
+        actions = without_needless_masks(self.problem, plan.rung.actions)
+        if len(actions) < len(plan.rung.actions):
+            rung = judged(self.problem, actions)
+            if rung.added_s < plan.rung.added_s:
+                self.plans.append(replace(plan, rung=rung))
 
     def add(self, result: SolveResult, budget_bytes: int) -> None:
         """Takes in what a solver found for ``budget_bytes``, judged by the simulator; misses are ignored."""
         if result.status not in (Status.OPTIMAL, Status.FEASIBLE):
             return
         rung = judged(self.problem, result.actions)
-        self.plans.append(
-            KnownPlan(rung, result.solver, result.status, budget_bytes, result.lower_bound_s, result.solve_s)
-        )
+        self._take(KnownPlan(rung, result.solver, result.status, budget_bytes, result.lower_bound_s, result.solve_s))
 
     def drop(self, plan: KnownPlan) -> None:
         """Forgets a plan (its measured error turned out too large)."""
@@ -107,3 +116,18 @@ def judged(problem: Problem, actions: Actions) -> Rung:
     """``actions`` with the figures that the simulator gives them."""
     line = simulate_actions(problem, actions)
     return Rung(actions, line.peak_bytes, line.added_s, plan_error(problem, actions))
+
+
+def without_needless_masks(problem: Problem, actions: Actions) -> dict[int, Action]:
+    """``actions`` less the masks that are kept although all they are made from is kept as it is.
+
+    Solvers count keeping a mask as free; it is the one cost that they do not see.
+    """
+
+    def is_saved(t: int) -> bool:
+        default = RECOMPUTE if problem.producer[t] in problem.deferrable else SAVE
+        return t in problem.outputs or actions.get(t, default) is SAVE
+
+    masks = (problem.forward[op.fusion.op] for op in problem.backward if op.fusion)
+    needless = {t for mask in masks if all(map(is_saved, mask.inputs)) for t in mask.outputs}
+    return {t: action for t, action in actions.items() if t not in needless}

@@ -36,7 +36,7 @@ _LOOK_ROWS = 1 << 12
 _FIXED_HEADER_BYTES = 8  # unit and shift, float32 each
 # Largest |x| that is packed as it is. At 4 and 2 bits, float16 holds 6e-5 to 65504 in full precision;
 # at 8 bits the kernel adds 1e-8 to ranges, and 2^100 keeps code * scale far from overflow.
-_GOOD_RANGE = {8: (2.0**-6, 2.0**100), 4: (2.0**-4, 2.0**15), 2: (2.0**-4, 2.0**15)}
+_GOOD_RANGE = {8: (2.0**-6, 2.0**100), 4: (2.0**-9, 2.0**15), 2: (2.0**-9, 2.0**15)}
 _TARGET_EXPONENT = 12  # elsewhere |x| / unit is brought to [2^11, 2^12)
 # A tensor this much farther from zero than it is wide loses its detail in a float16 bias.
 _OFFSET_LIMIT = 16.0
