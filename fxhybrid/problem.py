@@ -158,6 +158,11 @@ class Problem:
         return frozenset(deferrable)
 
     @cached_property
+    def fused_masks(self) -> frozenset[int]:
+        """Forward ops that make a mask which, unless kept, its reader does without."""
+        return frozenset(op.fusion.op for op in self.backward if op.fusion)
+
+    @cached_property
     def candidates(self) -> tuple[int, ...]:
         """Forward tensors on which a decision can matter: read by backward directly or through a chain."""
         seen = dict.fromkeys(self.backward_reads)
@@ -174,8 +179,7 @@ class Problem:
     @cached_property
     def step_s(self) -> float:
         """Seconds of one step that keeps everything; masks are fused into their readers then."""
-        fused = {op.fusion.op for op in self.backward if op.fusion}
-        ops = [op for i, op in enumerate(self.forward) if i not in fused]
+        ops = [op for i, op in enumerate(self.forward) if i not in self.fused_masks]
         return math.fsum(op.seconds for op in [*ops, *self.backward])
 
     def __str__(self) -> str:

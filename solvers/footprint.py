@@ -208,7 +208,7 @@ class _Measurement:
                     available.add(t)
                     self.first_group.setdefault(t, p)
             self.rows.append((at, op.rise_bytes))
-            self.seconds += op.seconds
+            self.seconds += 0.0 if i in base.problem.fused_masks else op.seconds
             self.reruns.add(i)
         for t in sorted(pending):
             self._decode(t, p, origin)

@@ -19,7 +19,7 @@ Variables
     (per memory row: live_t, encoded_tb, see ilp_rows)
 
 Model
-    minimise   sum s_o r_o + sum seconds_tb c_tb + sum_{o in D} s_o max(0, r_o + n_o - 1)
+    minimise   sum s_o r_o + sum seconds_tb c_tb + sum_{o in D} s_o max(0, r_o + n_o - 1) + sum_{o fused} s_o n_o
     t read by backward         k_t + sum_b c_tb + r_t  = 1
     other t                    k_t + sum_b c_tb + r_t <= 1
     o in R(t)                  k_t + sum_{b lossless} c_tb + r_t >= r_o;    r_o + sum_{b lossy} c_tb <= 1
@@ -170,6 +170,8 @@ class IlpModel:
         for o in range(len(problem.forward)):
             if o not in facts.needed:
                 self.runs[o] = self.column("n")
+                if o in problem.fused_masks:  # its seconds are what keeping the mask costs
+                    self._costs.append((self._cost(o), self.runs[o]))
         for o, op in enumerate(problem.forward):
             if o in facts.needed:
                 continue

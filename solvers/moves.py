@@ -113,13 +113,15 @@ class MoveTable:
         codecs = problem.tensors[u].codecs
         producer = self.base.producer[u]
         op_s = 0.0 if producer in problem.deferrable else problem.forward[producer].seconds
-        seconds = 0.0
+        kept_s = problem.forward[producer].seconds if producer in problem.fused_masks else 0.0
+        seconds = kept_s if new != RECOMPUTED else 0.0
         if new >= FIRST_CODEC:
             seconds += codecs[new - FIRST_CODEC].encode_s + codecs[new - FIRST_CODEC].decode_s
         elif new == RECOMPUTED and producer not in mark.reruns:
             seconds += op_s
         if mark.needed[u]:
             old = state[u]
+            seconds -= kept_s if old != RECOMPUTED else 0.0
             if old >= FIRST_CODEC:
                 seconds -= codecs[old - FIRST_CODEC].encode_s + codecs[old - FIRST_CODEC].decode_s
             elif old == RECOMPUTED:

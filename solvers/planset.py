@@ -18,6 +18,8 @@ from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.mps import Ladder, Rung
 from fxhybrid.timeline import describe_peak, simulate, simulate_actions
 
+PROVEN = 0.01  # a plan this close to the bound counts as the best
+
 
 @dataclass(frozen=True)
 class KnownPlan:
@@ -78,9 +80,8 @@ class PlanSet:
         # a bound for a larger budget holds for this one, too
         bounds = [p.lower_bound_s for p in self.plans if p.found_for_bytes >= limit_bytes]
         bound = min(max(bounds, default=0.0), best.rung.added_s)
-        status = Status.OPTIMAL if best.rung.added_s <= bound else best.status
-        if best.found_for_bytes != limit_bytes and best.rung.added_s > bound:
-            status = Status.FEASIBLE
+        gap = (best.rung.added_s - bound) / max(best.rung.added_s, 1e-3 * self.problem.step_s, 1e-12)
+        status = Status.OPTIMAL if gap <= PROVEN else Status.FEASIBLE
         return replace(best, lower_bound_s=bound, status=status)
 
     @property

@@ -8,7 +8,7 @@ import pytest
 
 from fxhybrid.errors import PlanError
 from fxhybrid.plan import RECOMPUTE, SAVE, Compress
-from fxhybrid.problem import CodecOption, Op, Problem, Tensor, check_problem
+from fxhybrid.problem import CodecOption, Fusion, Op, Problem, Tensor, check_problem
 from fxhybrid.schedule import Kind, lower
 from fxhybrid.timeline import describe_peak, simulate, simulate_actions
 
@@ -115,6 +115,23 @@ def test_a_mask_that_only_backward_needs_is_free_to_defer() -> None:
     # kept as one bit, a itself can go: at grad_b 16 + 0.25 + b 8 + grad_b 8 = 32.25 KB
     # at grad_a: 16 + mask 2 + grad_b 8 + grad_a 8 = 34 KB
     assert simulate_actions(problem, {6: Compress("bitpack")}).peak_bytes == 34 * KB
+
+
+def test_a_mask_that_is_not_kept_is_fused_into_its_reader() -> None:
+    # as above, but grad_a has a form that reads a instead of the mask: nothing makes the mask then
+    base = chain()
+    tensors = (*base.tensors, Tensor("mask", 2 * KB))
+    forward = (*base.forward[:1], Op("make_mask", (0,), (6,), 1e-3, 2 * KB), *base.forward[1:])
+    applied = dataclasses.replace(base.backward[1], inputs=(3, 6), fusion=Fusion(1, 8 * KB))
+    problem = dataclasses.replace(
+        base, tensors=tensors, forward=forward, backward=(base.backward[0], applied, base.backward[2])
+    )
+    schedule = lower(problem, {})
+    assert [i.kind.value for i in schedule.instructions[schedule.n_forward :]] == ["run", "fused", "run"]
+    assert schedule.added_s == 0
+    # kept, it costs the seconds of its own op: 1 ms
+    assert lower(problem, {6: SAVE}).added_s == pytest.approx(1e-3)
+    assert Problem.from_json(problem.to_json()) == problem
 
 
 def test_outputs_and_mutations_live_as_long_as_their_holder() -> None:
