@@ -37,6 +37,7 @@ def judge(records: Sequence[Record]) -> list[Bar]:
     failed = sorted({f"{r['model']}/{r['part']}" for r in records if "error" in r})
     bars = [
         *_budget_bars(_of(good, "budget")),
+        _exact_bar(_of(good, "exact")),
         *_monotone_bars(_of(good, "monotone")),
         *_reach_bars(_of(good, "reach")),
         *_cheap_bars(_of(good, "cheap")),
@@ -94,6 +95,18 @@ def _budget_bars(records: list[Record]) -> list[Bar]:
         _bar("predicted, median", f"within {PREDICTED_MEDIAN:.1%}", middle, PREDICTED_MEDIAN, "{:.2%}"),
         _bar("gradient error", "measured / max_grad_error <= 1", errors, 1.0, "{:.2f}"),
     ]
+
+
+def _exact_bar(records: list[Record]) -> Bar:
+    asked = "bit-equal to eager and within a tight budget, lossless and recompute only"
+    if not records:
+        return Bar("exact", asked, "", None)
+    wrong = [
+        f"{r['model']} {r['compression']}"
+        for r in records
+        if not r["same_bits"] or r["measured_bytes"] > r["budget_bytes"]
+    ]
+    return Bar("exact", asked, ", ".join(wrong) if wrong else f"all {len(records)} cases", not wrong)
 
 
 def _monotone_bars(records: list[Record]) -> list[Bar]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fxhybrid
 from fxhybrid import suite
 from fxhybrid.measure import StepMeasurement, measure_step
+from fxhybrid.step import StepResult, observe_step
 from fxhybrid.targets import Target, suite_target
 
 Record = dict[str, Any]
@@ -91,6 +92,11 @@ class Bench:
         if isinstance(inputs, dict):
             return model.check_error(**inputs, loss_args=loss_args)
         return model.check_error(*inputs, loss_args=loss_args)
+
+    def observe(self, loss: Callable[[], Tensor]) -> StepResult:
+        """What one step of any form of the model leaves behind, at a fixed seed; the model stays as it was."""
+        self.zero_grad()
+        return observe_step(loss, self.case.model, has_loss=True)
 
     def measure(self, step: Step, *, repeats: int = 0) -> StepMeasurement:
         """Peak (and seconds, if ``repeats``) of a step."""

@@ -201,6 +201,27 @@ def techniques(session: Session) -> Iterator[Record]:
         yield record
 
 
+def exact(session: Session) -> Iterator[Record]:
+    """Bits of a step at a tight budget against eager's, with lossless compression and with none."""
+    bench = session.bench
+    eager = bench.observe(bench.case.loss)
+    repeats = bench.observe(bench.case.loss).same_bits(eager)
+    for compression in ("lossless", "off"):
+        hybrid = bench.compile(bench.eager.peak_bytes * 2, compression=compression, solver="mps")
+        budget_bytes = int(hybrid.report().signatures[0].minimum_bytes * MARGIN)
+        hybrid.set_budget(budget_bytes)
+        yield {
+            "key": compression,
+            "compression": compression,
+            "share": budget_bytes / bench.eager.peak_bytes,
+            "budget_bytes": budget_bytes,
+            "measured_bytes": bench.measure(bench.step_of(hybrid)).peak_bytes,
+            "same_bits": bench.observe(lambda hybrid=hybrid: bench.loss_of(hybrid)).same_bits(eager),
+            "eager_repeats": repeats,
+            "actions": hybrid.plan.counts(),
+        }
+
+
 def _technique_plan(hybrid: HybridModule, rung: Rung) -> Plan:
     problem = hybrid._fxhybrid_session.signatures[0][0].prepared.problem
     candidates = set(problem.candidates)
@@ -234,6 +255,7 @@ def sign_test(agreeing: int, n_pairs: int) -> float:
 PARTS: dict[str, Callable[[Session], Iterator[Record]]] = {
     "reach": reach,
     "budget": budget,
+    "exact": exact,
     "cheap": cheap,
     "monotone": monotone,
     "techniques": techniques,

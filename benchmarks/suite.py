@@ -109,6 +109,17 @@ def _budget_row(r: Record) -> tuple[str, ...]:
     )
 
 
+def _exact_row(r: Record) -> tuple[str, ...]:
+    return (
+        r["model"],
+        r["compression"],
+        f"{r['share']:.3f}",
+        "yes" if r["measured_bytes"] <= r["budget_bytes"] else "NO",
+        "yes" if r["same_bits"] else "NO",
+        "yes" if r["eager_repeats"] else "NO",
+    )
+
+
 def _cheap_row(r: Record) -> tuple[str, ...]:
     return (
         r["model"],
@@ -157,6 +168,7 @@ _TABLES: dict[str, tuple[tuple[str, ...], Row]] = {
         ("model", "share", "budget", "predicted", "measured", "off", "kept", "grad error", "added", "note"),
         _budget_row,
     ),
+    "exact": (("model", "compression", "share", "kept", "bit-equal", "eager repeats itself"), _exact_row),
     "cheap": (("model", "share", "step ratio", "planned ratio", "pairs", "note"), _cheap_row),
     "monotone": (("model", "measured peaks, MiB", "planned added, ms", "set_budget"), _monotone_row),
     "techniques": (

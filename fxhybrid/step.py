@@ -121,6 +121,16 @@ class StepResult:
     buffers: dict[str, Tensor]
     rng_state: Tensor
 
+    def same_bits(self, other: StepResult) -> bool:
+        """Whether two steps left the very same bits behind: outputs, gradients, buffers and generator."""
+        if len(self.outputs) != len(other.outputs) or self.buffers.keys() != other.buffers.keys():
+            return False
+        pairs: list[tuple[Tensor | None, Tensor | None]] = [*zip(self.outputs, other.outputs, strict=True)]
+        pairs += [(buffer, other.buffers[name]) for name, buffer in self.buffers.items()]
+        pairs += [(gradient, other.gradients[name]) for name, gradient in self.gradients.items()]
+        pairs.append((self.rng_state, other.rng_state))
+        return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
 
 def observe_step(
     run: Callable[[], Any], model: nn.Module, *, has_loss: bool, changed: Iterable[Tensor] = (), seed: int = 0

@@ -96,14 +96,10 @@ class Verifier:
         return relative_difference(self.run(graphs).gradients, self.reference.gradients)
 
     def _compare(self, eager: StepResult, found: StepResult) -> CaptureCheck:
-        difference = relative_difference(found.gradients, eager.gradients)
-        same_outputs = len(eager.outputs) == len(found.outputs) and all(
-            torch.equal(a, b) for a, b in zip(eager.outputs, found.outputs, strict=True)
-        )
-        same_buffers = all(torch.equal(eager.buffers[n], b) for n, b in found.buffers.items())
-        same_rng = torch.equal(eager.rng_state, found.rng_state)
-        if difference == 0 and same_outputs and same_buffers and same_rng:
+        if found.same_bits(eager):
             return CaptureCheck(0.0, "bit-equal to eager: outputs, gradients, buffers and generator")
+        difference = relative_difference(found.gradients, eager.gradients)
+        same_rng = torch.equal(eager.rng_state, found.rng_state)
         again = observe_step(
             lambda: self.step(*self.call), self.step.model, has_loss=self.has_loss, changed=self.changed
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-import torch
-
 from fxhybrid.codecs import get_codec
 from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.options import make_options
@@ -84,16 +82,3 @@ class Subject:
         model.zero_grad(set_to_none=True)
         predicted = simulate_actions(self.prepared.problem, actions).peak_bytes + beside
         return Trial(predicted, measured, result)
-
-
-def same(found: StepResult, expected: StepResult) -> bool:
-    """Whether two steps left the very same bits behind."""
-    pairs = [*zip(found.outputs, expected.outputs, strict=True)]
-    pairs += [(found.buffers[name], buffer) for name, buffer in expected.buffers.items()]
-    for name, gradient in expected.gradients.items():
-        other = found.gradients[name]
-        if (gradient is None) != (other is None):
-            return False
-        if gradient is not None and other is not None:
-            pairs.append((other, gradient))
-    return torch.equal(found.rng_state, expected.rng_state) and all(torch.equal(a, b) for a, b in pairs)
