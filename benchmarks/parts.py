@@ -175,8 +175,7 @@ def monotone(session: Session) -> Iterator[Record]:
 
 def techniques(session: Session) -> Iterator[Record]:
     """Added time of the hybrid, of recomputing only and of compressing only; planned, and in what order."""
-    signature = session.hybrid._fxhybrid_session.signatures[0][0]
-    problem, limit = signature.prepared.problem, session.max_grad_error
+    problem, limit = session.hybrid.planning_problem, session.max_grad_error
     ladders = {
         "recompute": build_ladder(problem, max_error=limit, allow=lambda option: False),
         "compress": build_ladder(problem, max_error=limit, recompute=False),
@@ -224,7 +223,7 @@ def exact(session: Session) -> Iterator[Record]:
 
 
 def _technique_plan(hybrid: HybridModule, rung: Rung) -> Plan:
-    problem = hybrid._fxhybrid_session.signatures[0][0].prepared.problem
+    problem = hybrid.planning_problem
     candidates = set(problem.candidates)
     actions = {problem.tensors[t].name: a for t, a in rung.actions.items() if t in candidates}
     return dataclasses.replace(hybrid.plan, actions=actions, peak_bytes=rung.peak_bytes, added_s=rung.added_s)

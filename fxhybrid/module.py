@@ -16,6 +16,7 @@ from fxhybrid.compiler import Signature
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.options import Options
 from fxhybrid.plan import Plan
+from fxhybrid.problem import Problem
 from fxhybrid.report import Report, make_report
 from fxhybrid.step import Step, StepCall, check_call
 
@@ -123,6 +124,11 @@ class HybridModule(nn.Module):
     def plans(self) -> list[Plan]:
         """One plan per signature, the last called first."""
         return [signature.plan for signature, _ in self._fxhybrid_session.signatures]
+
+    @property
+    def planning_problem(self) -> Problem:
+        """The step of the last called signature as plain numbers: what solvers see, and a case to report as JSON."""
+        return self._first().prepared.problem
 
     @property
     def joint_graph(self) -> fx.GraphModule:
