@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from fxhybrid.plan import Action, Compress
+from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.problem import Problem
+
+GAP_FLOOR_SHARE = 1e-3  # of the step: added seconds below that count as that in the gap
 
 
 class Status(Enum):
     """How much is known about a result.
 
-    OPTIMAL: proven best (gap closed). FEASIBLE: fits the budget. INFEASIBLE: the budget lies below the proven
+    OPTIMAL: proven best (gap closed). FEASIBLE: fits the budget. INFEASIBLE: the budget lies below a proven
     lower bound of the peak. UNKNOWN: no plan found, but none ruled out.
     """
 
@@ -39,6 +41,7 @@ class SolveResult:
         solver: which solver it came from.
         solve_s: seconds spent.
         details: counts worth reporting (nodes, rows added, rounds).
+        proof: for INFEASIBLE, why in words: the smallest reachable bytes, and the step and tensors that hold it.
     """
 
     status: Status
@@ -50,6 +53,11 @@ class SolveResult:
     solver: str
     solve_s: float
     details: Mapping[str, float] = field(default_factory=dict)
+    proof: str = ""
+
+    def gap(self, step_s: float) -> float:
+        """(added - bound) / max(added, 0.1 % of a step of ``step_s`` seconds)."""
+        return (self.added_s - self.lower_bound_s) / max(self.added_s, GAP_FLOOR_SHARE * step_s, 1e-12)
 
 
 class Solver(Protocol):
@@ -67,3 +75,8 @@ def plan_error(problem: Problem, actions: Mapping[int, Action]) -> float:
         if isinstance(action, Compress):
             total += sum(o.error**2 for o in problem.tensors[t].codecs if o.codec == action.codec)
     return float(total**0.5)
+
+
+def default_action(problem: Problem, t: int) -> Action:
+    """What ``schedule.lower`` does with a tensor that a plan does not name."""
+    return RECOMPUTE if problem.producer[t] in problem.deferrable else SAVE

@@ -23,7 +23,7 @@ from fxhybrid.errors import InvalidArgument, PlanError
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions
 from fxhybrid.problem import Problem
 from fxhybrid.schedule import Schedule, lower
-from fxhybrid.solvers.base import SolveResult, Status, plan_error
+from fxhybrid.solvers.base import GAP_FLOOR_SHARE, SolveResult, Status, default_action, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp_backend import BACKENDS
 from fxhybrid.solvers.ilp_facts import facts_of
@@ -31,12 +31,13 @@ from fxhybrid.solvers.ilp_model import COST_SCALE, IlpModel
 from fxhybrid.solvers.ilp_rows import MemoryRows, Moment, moments_of
 from fxhybrid.timeline import Timeline, simulate
 
+__all__ = ["GAP_FLOOR_SHARE", "IlpSolver", "reached"]
+
 PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
 LOOSE_GAP = 0.05  # of the rounds that only find out which rows matter
 ROWS_PER_ROUND = 12
 ROWS_APART = 3  # instructions between two rows of one round: neighbours say nearly the same
 SMALL = 16  # decided tensors up to which a wrong plan is forbidden rather than its row tightened
-GAP_FLOOR_SHARE = 1e-3  # of the step: added seconds below that count as that in the gap
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ class _Search:
         """Pruned tensors are saved; what backward never comes to keeps its default."""
         actions = {t: found.get(t, SAVE) for t in self.problem.candidates}
         seen = reached(self.problem, actions)
-        return {t: a for t, a in seen.items() if a is not _default(self.problem, t)}
+        return {t: a for t, a in seen.items() if a is not default_action(self.problem, t)}
 
     def gap(self) -> float:
         """The gap of the best plan so far; infinite without one."""
@@ -275,11 +276,7 @@ def reached(problem: Problem, actions: Actions) -> dict[int, Action]:
         t = stack.pop()
         if t in seen or t in held:
             continue
-        seen[t] = actions.get(t, _default(problem, t))
+        seen[t] = actions.get(t, default_action(problem, t))
         if seen[t] is RECOMPUTE:
             stack.extend(problem.forward[problem.producer[t]].inputs)
     return seen
-
-
-def _default(problem: Problem, t: int) -> Action:
-    return RECOMPUTE if problem.producer[t] in problem.deferrable else SAVE

@@ -1,0 +1,137 @@
+"""Trying every plan: the truth for small problems, and what the other solvers are tested against.
+
+Problem
+    Among all plans within the error limit, the one that adds the fewest seconds within the budget.
+
+Data
+    The candidates of a problem, at most ``max_tensors``, each with its actions.
+
+Variables
+    One action per candidate that backward comes to, directly or through a recomputed op. What it does not come
+    to needs no decision, so plans that differ only there are one plan.
+
+Model
+    Tensors are decided from the last op to the first: when the turn of t comes, every op that reads t is decided,
+    so it is known whether t is reached. Each complete plan is simulated. Nothing is left out but invalid plans
+    (an op recomputed that must run once, or from a lossy form) and those beyond the error limit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from fxhybrid.errors import InvalidArgument, format_bytes
+from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
+from fxhybrid.problem import CodecOption, Problem
+from fxhybrid.schedule import lower
+from fxhybrid.solvers.base import SolveResult, Status, default_action, plan_error
+from fxhybrid.timeline import describe_peak, simulate
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One plan with its simulated figures."""
+
+    actions: Mapping[int, Action]
+    peak_bytes: int
+    added_s: float
+    holder: str
+
+
+class OracleSolver:
+    """Tries every plan; exact, and slow beyond ten candidate tensors or so.
+
+    Args:
+        max_tensors: problems with more candidates are refused.
+    """
+
+    def __init__(self, *, max_tensors: int = 10) -> None:
+        self.max_tensors = max_tensors
+
+    def solve(self, problem: Problem, budget_bytes: int, *, max_error: float) -> SolveResult:
+        """The best plan of all; see ``Solver``.
+
+        Raises:
+            InvalidArgument: the problem has more candidates than ``max_tensors``.
+        """
+        started = time.perf_counter()
+        best, count = self.best_plans(problem, max_error=max_error)
+        fitting = [plan for plan in best if plan.peak_bytes <= budget_bytes]
+        shown = fitting[0] if fitting else best[-1]
+        proof = (
+            f"the smallest peak of all {count} plans is {format_bytes(shown.peak_bytes)} "
+            f"({shown.peak_bytes} bytes), held by {shown.holder}"
+        )
+        return SolveResult(
+            Status.OPTIMAL if fitting else Status.INFEASIBLE,
+            shown.actions,
+            shown.peak_bytes,
+            shown.added_s,
+            shown.added_s,
+            plan_error(problem, shown.actions),
+            "oracle",
+            time.perf_counter() - started,
+            {"plans": count},
+            "" if fitting else proof,
+        )
+
+    def best_plans(self, problem: Problem, *, max_error: float) -> tuple[list[Tried], int]:
+        """The plans that none other beats in both peak and seconds, fastest first, and how many were tried."""
+        if len(problem.candidates) > self.max_tensors:
+            raise InvalidArgument(
+                f"the problem has {len(problem.candidates)} candidate tensors; the oracle tries every plan for at "
+                f"most {self.max_tensors}: use IlpSolver, or raise max_tensors if you can wait"
+            )
+        tried = [_tried(problem, actions) for actions in every_plan(problem, max_error)]
+        best: list[Tried] = []
+        for plan in sorted(tried, key=lambda plan: (plan.added_s, plan.peak_bytes)):
+            if not best or plan.peak_bytes < best[-1].peak_bytes:
+                best.append(plan)
+        return best, len(tried)
+
+
+def every_plan(problem: Problem, max_error: float) -> Iterator[dict[int, Action]]:
+    """Every plan within the error limit; tensors that it does not reach, or leaves as they are, are not named."""
+    order = sorted(problem.candidates, key=lambda t: (-problem.producer[t], t))
+    for actions in _complete(problem, order, 0, {}, max_error**2):
+        yield {t: a for t, a in actions.items() if a is not default_action(problem, t)}
+
+
+def _complete(
+    problem: Problem, order: list[int], place: int, chosen: dict[int, Action], error2: float
+) -> Iterator[dict[int, Action]]:
+    """All ways to decide ``order[place:]`` after ``chosen``, with ``error2`` of squared error left."""
+    if place == len(order):
+        yield dict(chosen)
+        return
+    t = order[place]
+    rerun = any(
+        t in op.inputs and any(chosen.get(q) is RECOMPUTE for q in op.outputs)
+        for op in problem.forward[problem.producer[t] + 1 :]
+    )
+    if t not in problem.backward_reads and not rerun:
+        yield from _complete(problem, order, place + 1, chosen, error2)
+        return
+    for action, option in _actions(problem, t):
+        left = error2 - (option.error**2 if option else 0.0)
+        if left < -1e-12 * error2 or (option and not option.lossless and rerun):
+            continue
+        chosen[t] = action
+        yield from _complete(problem, order, place + 1, chosen, left)
+        del chosen[t]
+
+
+def _actions(problem: Problem, t: int) -> Iterator[tuple[Action, CodecOption | None]]:
+    yield SAVE, None
+    for option in problem.tensors[t].codecs:
+        yield Compress(option.codec), option
+    if problem.forward[problem.producer[t]].recomputable:
+        yield RECOMPUTE, None
+
+
+def _tried(problem: Problem, actions: Mapping[int, Action]) -> Tried:
+    schedule = lower(problem, actions)
+    timeline = simulate(problem, schedule)
+    return Tried(actions, timeline.peak_bytes, timeline.added_s, describe_peak(problem, schedule, timeline))
