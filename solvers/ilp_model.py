@@ -16,6 +16,7 @@ Variables
     r_o            o runs again in backward (r_t itself where o makes one tensor)         follows
     n_o            o in D runs in forward                                                 follows
     m_op           o has run again at or before backward position p               follows, made on demand
+    N_g            how many of the equal choices g are made: same op in repeated layers, same option   integer
     (per memory row: live_t, encoded_tb, see ilp_rows)
 
 Model
@@ -28,6 +29,7 @@ Model
     rerun o(t) by p            m_op + k_t + sum_{b lossless} c_tb >= m_qp for q in R(t)
                                m_op >= r_t for p >= f_t
     no earlier than wanted     m_op <= r_o;  m_op <= sum_t ([p >= f_t] r_t + sum_{q in R(t)} m_qp)
+    repeated layers            N_g = sum of the r_o or c_tb in g
     memory                     one row per moment that the simulator asked for (ilp_rows)
 
 Why its bound is one for the problem: each plan within budget and error limit gives a point that costs no
@@ -42,6 +44,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pulp
@@ -79,23 +82,24 @@ class IlpModel:
         self._moved: dict[tuple[int, int], Literal] = {}
         self._costs: list[Term] = []
         self._count = 0
+        self.counts: list[tuple[Any, list[Literal]]] = []
         self._columns()
+        self._repeated()
         self._availability()
         self._forward_runs()
         self._error(max_error)
         # PuLP drops variables that occur nowhere, and an empty objective is one that it cannot print.
         self.lp.setObjective(_expression([(0.0, self.column("zero")), *self._costs]))
 
-    def column(self, name: str, *, binary: bool = False) -> Literal:
-        """A new variable in [0, 1]."""
-        category = "Binary" if binary else "Continuous"
+    def column(self, name: str, category: str = "Continuous", *, most: int = 1) -> Literal:
+        """A new variable between 0 and ``most``."""
         self._count += 1
         name = f"{name}_{self._count}"
         if hasattr(self.lp, "add_variable"):
-            return self.lp.add_variable(name, 0, 1, cat=category)
+            return self.lp.add_variable(name, 0, most, cat=category)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            return pulp.LpVariable(name, 0, 1, category)
+            return pulp.LpVariable(name, 0, most, category)
 
     def at_least(self, terms: Iterable[Term], rhs: float, name: str | None = None) -> Any:
         """Adds ``sum of terms >= rhs``; gives the row, or None where there is nothing to decide."""
@@ -133,11 +137,11 @@ class IlpModel:
         decided = set(self.facts.decided)
         for o in sorted(self.facts.rerunnable):
             made = [t for t in self.problem.forward[o].outputs if t in decided]
-            self.rerun[o] = self.column("r", binary=True)
+            self.rerun[o] = self.column("r", "Binary")
             if len(made) == 1:
                 self.recompute[made[0]] = self.rerun[o]
             else:
-                self.recompute.update((t, self.column("rt", binary=True)) for t in made)
+                self.recompute.update((t, self.column("rt", "Binary")) for t in made)
                 for t in made:
                     self.at_least([(1, self.rerun[o]), (-1, self.recompute[t])], 0)
                 self.at_most([(1, self.rerun[o]), *((-1.0, self.recompute[t]) for t in made)], 0)
@@ -145,9 +149,26 @@ class IlpModel:
         for t in self.facts.decided:
             self.recompute.setdefault(t, 0)
             self.save[t] = self.column("k")
-            self.compress[t] = tuple(self.column("c", binary=True) for _ in self.facts.options[t])
+            self.compress[t] = tuple(self.column("c", "Binary") for _ in self.facts.options[t])
             for option, c in zip(self.facts.options[t], self.compress[t], strict=True):
                 self._costs.append(((option.encode_s + option.decode_s) / self.unit_s, c))
+
+    def _repeated(self) -> None:
+        """N_g: branching settles how many of the equal choices of repeated layers are made before which."""
+        alike: dict[tuple[object, ...], list[Literal]] = {}
+        for o, rerun in self.rerun.items():
+            op = self.problem.forward[o]
+            sizes = tuple(self.problem.tensors[t].size_bytes for t in op.outputs)
+            alike.setdefault((op.seconds, op.rise_bytes, len(op.inputs), sizes), []).append(rerun)
+        for t in self.facts.decided:
+            for option, c in zip(self.facts.options[t], self.compress[t], strict=True):
+                same = replace(option, error=0.0)  # measured layer by layer, so rarely equal
+                alike.setdefault((self.problem.tensors[t].size_bytes, same), []).append(c)
+        for choices in alike.values():
+            if len(choices) > 1:
+                count = self.column("count", "Integer", most=len(choices))
+                self.counts.append((count, choices))
+                self.lp.addConstraint(_expression([(1.0, count), *((-1.0, x) for x in choices)]) == 0)
 
     def _cost(self, o: int) -> float:
         return self.problem.forward[o].seconds / self.unit_s
@@ -252,7 +273,7 @@ class IlpModel:
         return chosen
 
     def start(self, actions: Mapping[int, Action]) -> dict[str, float]:
-        """Values by name of the binary variables for ``actions``, which name what backward reaches."""
+        """Values by name of the whole-number variables for ``actions``, which name what backward reaches."""
         values: dict[str, float] = {}
         for t in self.facts.decided:
             action = actions.get(t)
@@ -263,6 +284,8 @@ class IlpModel:
                 rerun = self.rerun[self.problem.producer[t]].name
                 values[self.recompute[t].name] = again
                 values[rerun] = max(again, values.get(rerun, 0.0))
+        for count, choices in self.counts:
+            values[count.name] = sum(values[x.name] for x in choices)
         return values
 
 
