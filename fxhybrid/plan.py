@@ -15,27 +15,35 @@ from fxhybrid.errors import PlanMismatchError, format_bytes
 PLAN_FORMAT = 1
 
 
+AGAIN = " again"
+
+
 class Simple(Enum):
-    """The two actions without a parameter; the third action is ``Compress``."""
+    """The actions without a parameter; the other one is ``Compress``.
+
+    ``RECOMPUTE_AGAIN`` drops the recomputed tensor once more between two distant uses.
+    """
 
     SAVE = "save"
     RECOMPUTE = "recompute"
+    RECOMPUTE_AGAIN = "recompute" + AGAIN
 
     def __str__(self) -> str:
         return self.value
 
 
-SAVE, RECOMPUTE = Simple.SAVE, Simple.RECOMPUTE
+SAVE, RECOMPUTE, RECOMPUTE_AGAIN = Simple.SAVE, Simple.RECOMPUTE, Simple.RECOMPUTE_AGAIN
 
 
 @dataclass(frozen=True)
 class Compress:
-    """Keep the tensor encoded by ``codec``."""
+    """Keep the tensor encoded by ``codec``; ``again`` drops the decoded one between two distant uses."""
 
     codec: str
+    again: bool = False
 
     def __str__(self) -> str:
-        return f"compress({self.codec})"
+        return f"compress({self.codec})" + AGAIN * self.again
 
 
 Action = Simple | Compress
@@ -48,8 +56,12 @@ def parse_action(text: str) -> Action:
     Raises:
         ValueError: the text is no action.
     """
-    if text.startswith("compress(") and text.endswith(")"):
-        return Compress(text[len("compress(") : -1])
+    if text.startswith("compress("):
+        again = text.endswith(AGAIN)
+        text = text.removesuffix(AGAIN)
+        if not text.endswith(")"):
+            raise ValueError(f"{text!r} is no action")
+        return Compress(text[len("compress(") : -1], again)
     return Simple(text)
 
 

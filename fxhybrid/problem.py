@@ -145,6 +145,16 @@ class Problem:
         return first
 
     @cached_property
+    def direct_reads(self) -> dict[int, tuple[int, ...]]:
+        """Positions of the backward ops that read each forward tensor."""
+        reads: dict[int, list[int]] = {}
+        for position, op in enumerate(self.backward):
+            for t in op.inputs:
+                if t in self.producer:
+                    reads.setdefault(t, []).append(position)
+        return {t: tuple(positions) for t, positions in reads.items()}
+
+    @cached_property
     def deferrable(self) -> frozenset[int]:
         """Forward ops that only serve the backward pass (masks, offsets): running them there instead is free."""
         wanted = set(self.outputs) | set(self.mutations)

@@ -5,6 +5,7 @@ timeline adds up this list and the rewrite pass emits it node by node, so that w
 
 * Encoding stands right after the last forward read; decoding and recomputation right before the first
   backward use; a value dies at its last use.
+* A tensor that is to be made again is dropped after each use whose next one is more than ``NEAR`` ops away.
 * Recomputation reads exact values only.
 * An op whose results nobody needs does not run in the forward pass at all.
 """
@@ -17,8 +18,10 @@ from enum import Enum
 from typing import Protocol
 
 from fxhybrid.errors import PlanError
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions, Compress
+from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Actions, Compress
 from fxhybrid.problem import CodecOption, Fusion, Op, Problem
+
+NEAR = 2  # backward ops between two uses that count as one: a weight gradient and its input gradient
 
 
 class Kind(Enum):
@@ -94,6 +97,10 @@ def lower(problem: Problem, actions: Actions) -> Schedule:
     return _Lowering(problem, actions).run()
 
 
+def _drops(action: Action) -> bool:
+    return action is RECOMPUTE_AGAIN or (isinstance(action, Compress) and action.again)
+
+
 class _MaskOp(Protocol):
     @property
     def inputs(self) -> tuple[int, ...]: ...
@@ -116,6 +123,7 @@ class _Lowering:
         self.held = frozenset(problem.outputs)
         self.stored = self._stored_tensors()
         self.current: dict[int, int] = {}  # tensor -> value that holds it now
+        self.dropped = [t for t, action in actions.items() if _drops(action)]
 
     def action(self, t: int) -> Action:
         if t in self.held:
@@ -142,7 +150,7 @@ class _Lowering:
         stack = list(seen)
         while stack:
             t = stack.pop()
-            if self.action(t) is not RECOMPUTE:
+            if self.action(t) not in (RECOMPUTE, RECOMPUTE_AGAIN):
                 stored.add(t)
                 continue
             op = problem.forward[problem.producer[t]]
@@ -206,11 +214,19 @@ class _Lowering:
         for position, op in enumerate(self.problem.backward):
             if op.fusion and not self.stored.intersection(self.problem.forward[op.fusion.op].outputs):
                 self._emit_fused(position, op, op.fusion, available, encoded)
-                continue
-            missing = [t for t in op.inputs if t in self.problem.producer and t not in available]
-            if missing:
-                self._materialise(missing, available, encoded)
-            self._emit_op(Kind.RUN, position, op)
+            else:
+                missing = [t for t in op.inputs if t in self.problem.producer and t not in available]
+                if missing:
+                    self._materialise(missing, available, encoded)
+                self._emit_op(Kind.RUN, position, op)
+            self._drop(position, available)
+
+    def _drop(self, position: int, available: set[int]) -> None:
+        """Lets go of tensors that are made once more for their next use, if that is far away."""
+        for t in [t for t in self.dropped if t in available]:
+            following = next((p for p in self.problem.direct_reads.get(t, ()) if p > position), position + NEAR + 1)
+            if following > position + NEAR:
+                available.discard(t)
 
     def _emit_fused(self, position: int, op: Op, fusion: Fusion, available: set[int], encoded: dict[int, int]) -> None:
         """The form of ``op`` that reads what its mask would be made from."""

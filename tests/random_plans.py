@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fxhybrid.codecs import get_codec
 from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.options import make_options
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
+from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Compress
 from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.problem import Problem
 from fxhybrid.runtime import StepFunction
@@ -18,8 +18,8 @@ from fxhybrid.timeline import simulate_actions
 
 
 def random_actions(problem: Problem, rng: random.Random, *, lossy: bool) -> dict[int, Action]:
-    """A valid action for each forward tensor; how much is recomputed and compressed is random as well."""
-    recompute_share, compress_share = rng.random(), rng.random()
+    """A valid action for each forward tensor; the shares recomputed, compressed and made again are random too."""
+    recompute_share, compress_share, again_share = rng.random(), rng.random(), rng.random()
     actions: dict[int, Action] = {}
 
     def exact(t: int) -> bool:
@@ -33,9 +33,9 @@ def random_actions(problem: Problem, rng: random.Random, *, lossy: bool) -> dict
                 continue
             codecs = [o.codec for o in problem.tensors[t].codecs if lossy or o.lossless]
             if op.recomputable and rng.random() < recompute_share and all(exact(s) for s in op.inputs):
-                actions[t] = RECOMPUTE
+                actions[t] = RECOMPUTE_AGAIN if rng.random() < again_share else RECOMPUTE
             elif codecs and rng.random() < compress_share:
-                actions[t] = Compress(rng.choice(codecs))
+                actions[t] = Compress(rng.choice(codecs), rng.random() < again_share)
     return actions
 
 
