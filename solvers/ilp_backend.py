@@ -54,8 +54,10 @@ def run_highs(lp: Any, start: Mapping[str, float], *, gap: float, gap_abs: float
         gapAbs=gap_abs,
         timeLimit=time_limit_s,
         presolve="off",
-        # Without presolve this heuristic's sub-problems can run for ever, past the time limit (seen on T5's root
-        # node: more than 4 minutes where 0.3 s do without it), in HiGHS 1.16.
+        # Its heuristics presolve their sub-problems all the same, and in HiGHS 1.16 that can loop for ever in
+        # HPresolve::strengthenInequalities, past any time limit (seen on T5 and ViT). So none of the three may run.
+        mip_heuristic_run_rins=False,
+        mip_heuristic_run_rens=False,
         mip_heuristic_run_root_reduced_cost=False,
     )
     solver.start = start
