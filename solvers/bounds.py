@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fxhybrid.errors import format_bytes
 from fxhybrid.problem import Op, Problem
+from fxhybrid.schedule import Schedule
+from fxhybrid.timeline import Timeline, describe_peak
 
 
 def peak_lower_bound(problem: Problem) -> tuple[int, str]:
@@ -23,6 +26,24 @@ def peak_lower_bound(problem: Problem) -> tuple[int, str]:
         if height > best:
             best, holder = height, words
     return best, holder
+
+
+def holder_in_words(problem: Problem, schedule: Schedule, timeline: Timeline, most: int = 3) -> str:
+    """The instruction at the peak and the largest tensors alive then: ``backward mm, with x (8 MiB) and 3 more``."""
+    at = timeline.peak_at
+    alive = [
+        value
+        for value, born, dies in zip(schedule.values, timeline.birth, timeline.death, strict=True)
+        if born <= at <= dies
+    ]
+    alive.sort(key=lambda value: -value.size_bytes)
+    named = [
+        f"{problem.tensors[v.tensor].name}{' encoded' if v.encoded else ''} ({format_bytes(v.size_bytes)})"
+        for v in alive[:most]
+    ]
+    more = [f"{len(alive) - most} more"] if len(alive) > most else []
+    words = describe_peak(problem, schedule, timeline)
+    return f"{words}, with {', '.join([*named, *more])}" if named else words
 
 
 def _sum(problem: Problem, tensors: set[int]) -> int:

@@ -20,23 +20,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxhybrid.errors import InvalidArgument, PlanError
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions
+from fxhybrid.plan import Action, Actions
 from fxhybrid.problem import Problem
 from fxhybrid.schedule import Schedule, lower
-from fxhybrid.solvers.base import GAP_FLOOR_SHARE, SolveResult, Status, default_action, plan_error
+from fxhybrid.solvers.base import GAP_FLOOR_SHARE, SolveResult, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp_backend import BACKENDS
-from fxhybrid.solvers.ilp_facts import facts_of
+from fxhybrid.solvers.ilp_facts import completed, facts_of, reached
 from fxhybrid.solvers.ilp_model import COST_SCALE, IlpModel
 from fxhybrid.solvers.ilp_rows import MemoryRows, Moment, moments_of
+from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
 from fxhybrid.timeline import Timeline, simulate
 
-__all__ = ["GAP_FLOOR_SHARE", "IlpSolver", "reached"]
+__all__ = ["GAP_FLOOR_SHARE", "IlpSolver"]
 
 PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
 LOOSE_GAP = 0.05  # of the rounds that only find out which rows matter
 ROWS_PER_ROUND = 12
 ROWS_APART = 3  # instructions between two rows of one round: neighbours say nearly the same
+LEAST_S = 1.0  # for the question how low plans go, where the time limit is used up
 SMALL = 16  # decided tensors up to which a wrong plan is forbidden rather than its row tightened
 
 
@@ -79,6 +81,7 @@ class _Search:
         self.budget_bytes = budget_bytes
         self.max_error = max_error
         self.best: _Tried | None = None
+        self.min_peak: MinPeak | None = None
         self.smallest: _Tried | None = None
         self.bound_s = 0.0
         self.impossible = False
@@ -96,7 +99,16 @@ class _Search:
         beaten = self.best is not None and self.best.timeline.added_s <= 0
         if not beaten and self.budget_bytes >= peak_lower_bound(self.problem)[0]:
             self.search(known)
+        if self.best is None:
+            self.look_lower()
         return self.result()
+
+    def look_lower(self) -> None:
+        """No plan fits so far: how low do plans go at all?"""
+        assert self.smallest is not None
+        solver = MinPeakSolver(time_limit_s=max(self.left_s(), LEAST_S), backend=self.solver.backend)
+        self.min_peak = solver.solve(self.problem, max_error=self.max_error, warm=self.smallest.actions)
+        self.tried(self.min_peak.actions)
 
     def tried(self, actions: Actions) -> _Tried | None:
         """Simulates a plan and remembers it if it is the best so far; None beyond the error limit."""
@@ -151,7 +163,7 @@ class _Search:
             found = self.solve_once(model, rows, gap, self.left_s() / 2 if loose else self.left_s())
             if found is None:
                 break
-            tried = self.tried(self.complete(found))
+            tried = self.tried(completed(self.problem, found))
             if tried is not None and tried.timeline.peak_bytes <= self.budget_bytes:
                 if not loose:
                     break
@@ -209,7 +221,7 @@ class _Search:
         """Rules out a plan that all rows allow but the simulator refuses."""
         if tried is None or (len(model.facts.decided) <= SMALL and not model.facts.pruned):
             self.counts["forbidden"] += 1
-            seen = reached(self.problem, self.complete(found))
+            seen = reached(self.problem, completed(self.problem, found))
             model.forbid(found, [t for t in model.facts.decided if t in seen])
             # With pruned tensors the plan forbidden stands for others, too, that may fit.
             self.blurred |= model.facts.pruned
@@ -229,12 +241,6 @@ class _Search:
             model.forbid(found, model.facts.decided)
             self.blurred = True
 
-    def complete(self, found: Mapping[int, Action]) -> dict[int, Action]:
-        """Pruned tensors are saved; what backward never comes to keeps its default."""
-        actions = {t: found.get(t, SAVE) for t in self.problem.candidates}
-        seen = reached(self.problem, actions)
-        return {t: a for t, a in seen.items() if a is not default_action(self.problem, t)}
-
     def gap(self) -> float:
         """The gap of the best plan so far; infinite without one."""
         if self.best is None:
@@ -247,7 +253,7 @@ class _Search:
         """What is known now."""
         if self.best is not None:
             status = Status.OPTIMAL if self.gap() <= self.solver.gap + 1e-9 else Status.FEASIBLE
-        elif self.budget_bytes < peak_lower_bound(self.problem)[0]:
+        elif self.impossible or (self.min_peak and self.budget_bytes < self.min_peak.lower_bound_bytes):
             status = Status.INFEASIBLE
         else:
             status = Status.UNKNOWN
@@ -263,20 +269,6 @@ class _Search:
             shown.error,
             "ilp",
             time.perf_counter() - self.started,
-            {**self.counts, "proven_impossible": float(self.impossible)},
+            self.counts,
+            str(self.min_peak) if status is Status.INFEASIBLE else "",
         )
-
-
-def reached(problem: Problem, actions: Actions) -> dict[int, Action]:
-    """The tensors that backward comes to, directly or through recomputation, with what is done to each."""
-    seen: dict[int, Action] = {}
-    stack = list(problem.backward_reads)
-    held = set(problem.outputs)
-    while stack:
-        t = stack.pop()
-        if t in seen or t in held:
-            continue
-        seen[t] = actions.get(t, default_action(problem, t))
-        if seen[t] is RECOMPUTE:
-            stack.extend(problem.forward[problem.producer[t]].inputs)
-    return seen

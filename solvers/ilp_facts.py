@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass
 from itertools import accumulate
 
+from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions
 from fxhybrid.problem import CodecOption, Op, Problem
+from fxhybrid.solvers.base import default_action
 
 NEVER = 1 << 60
 
@@ -261,3 +263,24 @@ def _credit_s(problem: Problem, needed: frozenset[int]) -> float:
         else:
             idle.append(op.seconds)
     return math.fsum(idle)
+
+
+def reached(problem: Problem, actions: Actions) -> dict[int, Action]:
+    """The tensors that backward comes to, directly or through recomputation, with what is done to each."""
+    seen: dict[int, Action] = {}
+    stack = list(problem.backward_reads)
+    held = set(problem.outputs)
+    while stack:
+        t = stack.pop()
+        if t in seen or t in held:
+            continue
+        seen[t] = actions.get(t, default_action(problem, t))
+        if seen[t] is RECOMPUTE:
+            stack.extend(problem.forward[problem.producer[t]].inputs)
+    return seen
+
+
+def completed(problem: Problem, found: Actions) -> dict[int, Action]:
+    """A plan of the program as actions: pruned tensors are saved; what backward never comes to keeps its default."""
+    seen = reached(problem, {t: found.get(t, SAVE) for t in problem.candidates})
+    return {t: a for t, a in seen.items() if a is not default_action(problem, t)}

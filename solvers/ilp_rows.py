@@ -66,10 +66,11 @@ def moments_of(problem: Problem, schedule: Schedule) -> list[Moment]:
 
 
 class MemoryRows:
-    """Adds memory rows to a model, and tightens them."""
+    """Adds memory rows to a model, and tightens them; ``spread`` is bytes on top of the budget, times a variable."""
 
-    def __init__(self, model: IlpModel, budget_bytes: int) -> None:
+    def __init__(self, model: IlpModel, budget_bytes: int, *, spread: Term = (0.0, 0)) -> None:
         self.model = model
+        self.spread = spread
         self.problem: Problem = model.problem
         self.facts: Facts = model.facts
         self.budget_bytes = budget_bytes
@@ -83,11 +84,8 @@ class MemoryRows:
 
     def add(self, at: Moment) -> None:
         """Adds the row of one moment."""
-        terms: list[Term] = []
-        if at.forward:
-            base = self._forward(terms, at)
-        else:
-            base = self._backward(terms, at)
+        terms: list[Term] = [(-self.spread[0], self.spread[1])]
+        base = self._forward(terms, at) if at.forward else self._backward(terms, at)
         scaled = [(b / self.unit, literal) for b, literal in terms]
         rhs = (self.budget_bytes - base - self._reserved(at)) / self.unit
         self.rows[at] = row = self.model.at_most(scaled, rhs)

@@ -27,7 +27,8 @@ from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.problem import CodecOption, Problem
 from fxhybrid.schedule import lower
 from fxhybrid.solvers.base import SolveResult, Status, default_action, plan_error
-from fxhybrid.timeline import describe_peak, simulate
+from fxhybrid.solvers.bounds import holder_in_words
+from fxhybrid.timeline import simulate
 
 
 @dataclass(frozen=True)
@@ -134,4 +135,4 @@ def _actions(problem: Problem, t: int) -> Iterator[tuple[Action, CodecOption | N
 def _tried(problem: Problem, actions: Mapping[int, Action]) -> Tried:
     schedule = lower(problem, actions)
     timeline = simulate(problem, schedule)
-    return Tried(actions, timeline.peak_bytes, timeline.added_s, describe_peak(problem, schedule, timeline))
+    return Tried(actions, timeline.peak_bytes, timeline.added_s, holder_in_words(problem, schedule, timeline))

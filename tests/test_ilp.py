@@ -13,7 +13,6 @@ from fxhybrid.problem import CodecOption, Op, Problem, Tensor
 from fxhybrid.solvers import ilp
 from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.base import SolveResult, Status, plan_error
-from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.timeline import simulate_actions
 from tests.problems import choices, random_actions, random_problem, small_problems
@@ -58,8 +57,8 @@ def check(problem: Problem, result: SolveResult, budget: int, max_error: float, 
     timeline = simulate_actions(problem, result.actions)
     assert (timeline.peak_bytes, timeline.added_s) == (result.peak_bytes, result.added_s)
     if optimum is None:
-        assert result.status in (Status.INFEASIBLE, Status.UNKNOWN)
-        assert (result.status is Status.INFEASIBLE) == (budget < peak_lower_bound(problem)[0])
+        assert result.status is Status.INFEASIBLE
+        assert "smallest reachable peak" in result.proof
         return
     assert result.lower_bound_s <= optimum + 1e-9 * problem.step_s
     assert result.status is Status.OPTIMAL
@@ -188,13 +187,16 @@ def test_more_room_never_costs_time(seed: int) -> None:
     assert added[-1] == 0.0
 
 
-def test_says_infeasible_only_below_the_bound() -> None:
+def test_says_infeasible_only_below_what_is_reachable() -> None:
+    # Dropping a leaves b and c in forward and at the start of backward: 210 (see the first test). Dropping b too
+    # makes it again from a beside c and g0, so all come together; the smallest peak of all plans is 210.
     problem = chain(seconds=(5.0, 2.0, 9.0))
-    bound, _ = peak_lower_bound(problem)
-    assert IlpSolver().solve(problem, bound - 1, max_error=0.0).status is Status.INFEASIBLE
-    between = IlpSolver().solve(problem, bound, max_error=0.0)
-    assert between.status is Status.UNKNOWN
-    assert between.details["proven_impossible"]
+    assert min(peak for peak, _, _ in every_plan(problem)) == 210
+    assert IlpSolver().solve(problem, 210, max_error=0.0).status is Status.OPTIMAL
+    refused = IlpSolver().solve(problem, 209, max_error=0.0)
+    assert refused.status is Status.INFEASIBLE
+    assert refused.proof.startswith("the smallest reachable peak is 210 bytes")
+    assert refused.peak_bytes == 210
 
 
 def test_auto_takes_the_better_plan() -> None:

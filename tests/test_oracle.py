@@ -9,6 +9,7 @@ import pytest
 from fxhybrid.errors import InvalidArgument, PlanError
 from fxhybrid.problem import Problem
 from fxhybrid.solvers.base import Status, plan_error
+from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.oracle import OracleSolver
 from fxhybrid.timeline import simulate_actions
 from tests.problems import choices, random_problem, small_problems
@@ -50,3 +51,23 @@ def test_refuses_large_problems() -> None:
     problem = random_problem(1, 30)
     with pytest.raises(InvalidArgument, match=f"{len(problem.candidates)} candidate"):
         OracleSolver().solve(problem, 0, max_error=0.0)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("first_seed", range(100_000, 600_000, 100_000))
+def test_the_integer_program_equals_the_oracle(first_seed: int) -> None:
+    # 100 problems each, at the smallest peak, one byte below it and two thirds of the way up
+    for number, problem in enumerate(small_problems(100, 10, first_seed)):
+        max_error = (0.0, 0.03, 0.1)[number % 3]
+        plans, _ = OracleSolver().best_plans(problem, max_error=max_error)
+        low, high = plans[-1].peak_bytes, plans[0].peak_bytes
+        for budget_bytes in (low - 1, low, low + 2 * (high - low) // 3):
+            optimum = min((plan.added_s for plan in plans if plan.peak_bytes <= budget_bytes), default=None)
+            result = IlpSolver(gap=0.0).solve(problem, budget_bytes, max_error=max_error)
+            assert result.status is (Status.INFEASIBLE if optimum is None else Status.OPTIMAL)
+            if optimum is None:
+                assert result.peak_bytes == low
+            else:
+                assert result.peak_bytes <= budget_bytes
+                assert result.lower_bound_s <= optimum + 1e-9 * problem.step_s
+                assert result.added_s == pytest.approx(optimum, rel=1e-6, abs=1e-12 * problem.step_s)
