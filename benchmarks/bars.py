@@ -42,7 +42,7 @@ def judge(records: Sequence[Record]) -> list[Bar]:
         *_reach_bars(_of(good, "reach")),
         *_cheap_bars(_of(good, "cheap")),
         *_technique_bars(_of(good, "techniques")),
-        _bar(
+        bar_of(
             "compile",
             f"first compile <= {COMPILE_S:.0f} s each",
             {r["model"]: r["compile_s"] for r in good if math.isfinite(r.get("compile_s", math.nan))},
@@ -70,7 +70,7 @@ def _of(records: Sequence[Record], part: str) -> list[Record]:
     return [r for r in records if r["part"] == part]
 
 
-def _bar(name: str, asked: str, values: dict[str, float], limit: float, form: str) -> Bar:
+def bar_of(name: str, asked: str, values: dict[str, float], limit: float, form: str) -> Bar:
     """A bar on the largest of ``values``; names those over it."""
     if not values:
         return Bar(name, asked, "", None)
@@ -90,10 +90,10 @@ def _budget_bars(records: list[Record]) -> list[Bar]:
     errors = {_name(r): r["gradient_error"] / r["max_grad_error"] for r in records}
     middle = {"all": statistics.median(off.values())} if off else {}
     return [
-        _bar("budget kept", "measured / budget <= 1, ten steps", over, 1.0, "{:.4f}"),
-        _bar("predicted, each", f"within {PREDICTED_EACH:.1%} of measured", off, PREDICTED_EACH, "{:.2%}"),
-        _bar("predicted, median", f"within {PREDICTED_MEDIAN:.1%}", middle, PREDICTED_MEDIAN, "{:.2%}"),
-        _bar("gradient error", "measured / max_grad_error <= 1", errors, 1.0, "{:.2f}"),
+        bar_of("budget kept", "measured / budget <= 1, ten steps", over, 1.0, "{:.4f}"),
+        bar_of("predicted, each", f"within {PREDICTED_EACH:.1%} of measured", off, PREDICTED_EACH, "{:.2%}"),
+        bar_of("predicted, median", f"within {PREDICTED_MEDIAN:.1%}", middle, PREDICTED_MEDIAN, "{:.2%}"),
+        bar_of("gradient error", "measured / max_grad_error <= 1", errors, 1.0, "{:.2f}"),
     ]
 
 
@@ -119,16 +119,16 @@ def _monotone_bars(records: list[Record]) -> list[Bar]:
         falls[model] = max((a - b for a, b in pairwise(added)), default=0.0) * 1e3
         moves[model] = max(p["set_budget_s"] for p in points)
     return [
-        _bar("monotone peak", f"never rises by more than {SLACK:.1%}", rises, SLACK, "{:.2%}"),
-        _bar("monotone added time", "never falls", falls, 0.0, "{:.2f} ms"),
-        _bar("set_budget", f"<= {SET_BUDGET_S:.0f} s, rewrite included", moves, SET_BUDGET_S, "{:.2f} s"),
+        bar_of("monotone peak", f"never rises by more than {SLACK:.1%}", rises, SLACK, "{:.2%}"),
+        bar_of("monotone added time", "never falls", falls, 0.0, "{:.2f} ms"),
+        bar_of("set_budget", f"<= {SET_BUDGET_S:.0f} s, rewrite included", moves, SET_BUDGET_S, "{:.2f} s"),
     ]
 
 
 def _reach_bars(records: list[Record]) -> list[Bar]:
     shares = {r["model"]: r["minimum_share"] for r in records}
     return [
-        _bar(
+        bar_of(
             f"reach {model}",
             f"<= {limit:.2f} of the unmodified peak",
             {model: shares[model]} if model in shares else {},
@@ -146,8 +146,8 @@ def _cheap_bars(records: list[Record]) -> list[Bar]:
     if ratios:
         mean["all"] = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
     return [
-        _bar("cheap, mean", f"geometric mean <= {MEAN_RATIO:.2f} x eager", mean, MEAN_RATIO, "{:.3f}"),
-        _bar("cheap, each", f"<= {EACH_RATIO:.2f} x eager", ratios, EACH_RATIO, "{:.3f}"),
+        bar_of("cheap, mean", f"geometric mean <= {MEAN_RATIO:.2f} x eager", mean, MEAN_RATIO, "{:.3f}"),
+        bar_of("cheap, each", f"<= {EACH_RATIO:.2f} x eager", ratios, EACH_RATIO, "{:.3f}"),
     ]
 
 
@@ -156,7 +156,7 @@ def _technique_bars(records: list[Record]) -> list[Bar]:
     for name in ("recompute", "compress"):
         reached = [r for r in records if r[f"{name}_s"] is not None]
         excess = {_name(r): (r["hybrid_s"] - r[f"{name}_s"]) * 1e3 for r in reached}
-        bars.append(_bar(f"hybrid against {name} only", "planned added time is not above", excess, 0.0, "+{:.2f} ms"))
+        bars.append(bar_of(f"hybrid against {name} only", "planned added time is not above", excess, 0.0, "+{:.2f} ms"))
     orders = {
         f"{_name(r)} {n}": r[f"{n}_order"] for r in records for n in ("recompute", "compress") if f"{n}_order" in r
     }

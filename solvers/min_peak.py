@@ -121,7 +121,7 @@ class _Search:
             self.search()
         schedule = lower(self.problem, self.actions)
         holder = holder_in_words(self.problem, schedule, simulate(self.problem, schedule))
-        bound = min(math.ceil(self.bound - ROUNDING * (self.high - self.low)), self.peak_bytes)
+        bound = math.ceil(min(self.bound, self.peak_bytes) - ROUNDING * (self.high - self.low))
         seconds = time.perf_counter() - self.started
         return MinPeak(dict(self.actions), self.peak_bytes, max(bound, self.low), holder, seconds, self.counts)
 

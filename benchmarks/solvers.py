@@ -1,0 +1,214 @@
+"""How good and how fast the solvers are: ``python -m benchmarks.solvers``.
+
+Part ``corpus``: the recorded problems of real models (``tests/corpus``), each at five budgets between the smallest peak
+of the heuristic's ladder (share 0) and the peak of the step that keeps everything (share 1). The heuristic (MPS) builds
+its ladder once; the integer program (ILP) starts from the ladder's plan and gets 20 seconds, and where that
+does not close the gap to 1 %, another 60. gap = (added - proven bound) / max(added, 0.1 % of the step).
+
+Part ``families``: made-up chains, U-nets, dense residual and random layered graphs of growing length; the seconds
+of the whole ladder against the number of ops.
+
+Records are appended to a JSON-lines file as they come, so that a run can be split (``--models``, ``--parts``) and
+continued; ``--summary FILE`` judges what is there. Times are wall-clock: run nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks import corpus
+from benchmarks.bars import Bar, bar_of, bars_table
+from benchmarks.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.families import FAMILIES
+from fxhybrid.problem import Problem
+from fxhybrid.solvers.base import GAP_FLOOR_SHARE
+from fxhybrid.solvers.ilp import IlpSolver
+from fxhybrid.solvers.mps import Ladder, build_ladder
+from fxhybrid.timeline import simulate_actions
+
+PARTS = ("corpus", "families")
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
+QUICK_S, LONG_S = 20.0, 60.0
+QUICK_GAP, LONG_GAP = 0.05, 0.01
+FAMILY_OPS = (500, 2_000, 8_000, 20_000)
+LADDER_S = {2_000: 2.0, 20_000: 20.0}
+MEAN_RATIO, WORST_RATIO = 1.05, 1.20
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the chosen parts, prints a table of each, then the bars."""
+    arguments = _parser().parse_args(argv)
+    console = wide_console()
+    if arguments.summary:
+        records = read_records(arguments.summary)
+    else:
+        records = []
+        for record in _run(arguments):
+            records.append(record)
+            append_record(arguments.json, record)
+            console.print(f"{record['model']}/{record['part']} {record['key']}", highlight=False)
+        records = read_records(arguments.json) if arguments.json else records
+    for part, table in (("corpus", corpus_table), ("families", family_table)):
+        own = [r for r in records if r["part"] == part]
+        if own:
+            console.print(table(own))
+    console.print(bars_table(judge(records)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.solvers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", metavar="LIST", help=f"default: all of {','.join(PARTS)}")
+    parser.add_argument("--models", metavar="LIST", help=f"for corpus; default: all of {','.join(corpus.names())}")
+    parser.add_argument("--families", metavar="LIST", help=f"default: all of {','.join(FAMILIES)}")
+    parser.add_argument("--backend", choices=("highs", "cbc"), default="highs", help="of the integer program")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="judge the records of a file; runs nothing")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> Iterator[Record]:
+    parts = names_of(arguments.parts, PARTS, "part")
+    for name in names_of(arguments.models, corpus.names(), "model") if "corpus" in parts else ():
+        for record in corpus_records(corpus.load(name), arguments.backend):
+            yield {"part": "corpus", "model": name, **record}
+    for name in names_of(arguments.families, FAMILIES, "family") if "families" in parts else ():
+        for n_ops in FAMILY_OPS:
+            yield {"part": "families", "model": name, "key": n_ops, **family_record(FAMILIES[name](n_ops, 0))}
+
+
+def n_nodes(problem: Problem) -> int:
+    """Forward and backward ops."""
+    return len(problem.forward) + len(problem.backward)
+
+
+def timed_ladder(problem: Problem) -> tuple[Ladder, float]:
+    """The heuristic's ladder and its seconds."""
+    start = time.perf_counter()
+    ladder = build_ladder(problem, max_error=corpus.MAX_ERROR)
+    return ladder, time.perf_counter() - start
+
+
+def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
+    """One record per budget."""
+    ladder, ladder_s = timed_ladder(problem)
+    low, high = ladder.rungs[-1].peak_bytes, simulate_actions(problem, {}).peak_bytes
+    for share in SHARES:
+        budget_bytes = int(low + share * (high - low))
+        rung = ladder.rung_for(budget_bytes)
+        assert rung is not None
+        record: Record = {
+            "key": share,
+            "nodes": n_nodes(problem),
+            "step_s": problem.step_s,
+            "save_all_bytes": high,
+            "budget_bytes": budget_bytes,
+            "backend": backend,
+            "ladder_s": ladder_s,
+            "mps_s": rung.added_s,
+        }
+        warm = rung.actions
+        for name, limit_s in (("quick", QUICK_S), ("long", LONG_S)):
+            if name == "long" and record["quick_gap"] <= LONG_GAP + 1e-9:
+                record |= {"long_gap": record["quick_gap"], "long_solve_s": record["quick_solve_s"]}
+                break
+            solver = IlpSolver(time_limit_s=limit_s, backend=backend)
+            result = solver.solve(problem, budget_bytes, max_error=corpus.MAX_ERROR, warm=warm)
+            record |= {
+                f"{name}_gap": result.gap(problem.step_s),
+                f"{name}_solve_s": result.solve_s,
+                "added_s": result.added_s,
+                "lower_bound_s": result.lower_bound_s,
+                "peak_bytes": result.peak_bytes,
+                "status": result.status.value,
+                "counts": dict(result.details),
+            }
+        yield record
+
+
+def family_record(problem: Problem) -> Record:
+    """The ladder of one made-up problem."""
+    ladder, ladder_s = timed_ladder(problem)
+    high = simulate_actions(problem, {}).peak_bytes
+    low = ladder.rungs[-1]
+    return {
+        "nodes": n_nodes(problem),
+        "candidates": len(problem.candidates),
+        "ladder_s": ladder_s,
+        "rungs": len(ladder.rungs),
+        "reach": low.peak_bytes / high,
+        "dearest": low.added_s / problem.step_s,
+    }
+
+
+def corpus_table(records: Sequence[Record]) -> Table:
+    """One row per model and budget."""
+    table = Table(title="corpus: integer program against heuristic")
+    for name in ("model", "nodes", "share", "budget", "MPS", "ILP", "bound", "gap 20 s", "gap 60 s", "solve", "rows"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for r in records:
+        table.add_row(
+            r["model"],
+            str(r["nodes"]),
+            f"{r['key']:.2f}",
+            f"{r['budget_bytes'] / r['save_all_bytes']:.3f}",
+            *(f"{r[name] * 1e3:.2f} ms" for name in ("mps_s", "added_s", "lower_bound_s")),
+            f"{r['quick_gap']:.2%}",
+            f"{r['long_gap']:.2%}",
+            f"{r['long_solve_s']:.1f} s",
+            str(int(r["counts"].get("rows", 0))),
+        )
+    return table
+
+
+def family_table(records: Sequence[Record]) -> Table:
+    """One row per made-up problem."""
+    table = Table(title="families: the whole ladder of the heuristic")
+    for name in ("family", "nodes", "candidates", "ladder", "rungs", "smallest peak", "its added time"):
+        table.add_column(name, justify="left" if name == "family" else "right")
+    for r in records:
+        numbers = (str(r["nodes"]), str(r["candidates"]), f"{r['ladder_s']:.2f} s", str(r["rungs"]))
+        table.add_row(r["model"], *numbers, f"{r['reach']:.3f}", f"{r['dearest']:.1%}")
+    return table
+
+
+def judge(records: Sequence[Record]) -> list[Bar]:
+    """The bars that these records speak to."""
+    solved = [r for r in records if r["part"] == "corpus"]
+    made_up = [r for r in records if r["part"] == "families"]
+
+    def values(field: str) -> dict[str, float]:
+        return {f"{r['model']} at {r['key']}": r[field] for r in solved}
+
+    floors = {f"{r['model']} at {r['key']}": GAP_FLOOR_SHARE * r["step_s"] for r in solved}
+    exact = values("added_s")
+    ratios = {name: (mps + floors[name]) / (exact[name] + floors[name]) for name, mps in values("mps_s").items()}
+    mean = {"all": math.exp(statistics.fmean(map(math.log, ratios.values())))} if ratios else {}
+    bars = [
+        bar_of("ILP, 20 s", f"gap <= {QUICK_GAP:.0%}", values("quick_gap"), QUICK_GAP, "{:.2%}"),
+        bar_of("ILP, 60 s", f"gap <= {LONG_GAP:.0%}", values("long_gap"), LONG_GAP + 1e-9, "{:.2%}"),
+        bar_of("MPS, mean", f"added + 0.1 % of step, / ILP <= {MEAN_RATIO}", mean, MEAN_RATIO, "{:.3f}"),
+        bar_of("MPS, each", f"added + 0.1 % of step, / ILP <= {WORST_RATIO}", ratios, WORST_RATIO, "{:.3f}"),
+    ]
+    for n_ops, limit_s in LADDER_S.items():
+        ladders = {r["model"]: r["ladder_s"] for r in made_up if r["key"] == n_ops}
+        bars.append(bar_of(f"ladder, {n_ops} ops", f"<= {limit_s:.0f} s", ladders, limit_s, "{:.2f} s"))
+    growth = {}
+    for small, large in ((r, s) for r in made_up for s in made_up if r["model"] == s["model"]):
+        if (small["key"], large["key"]) == (FAMILY_OPS[1], FAMILY_OPS[-1]):
+            n_log_n = [r["nodes"] * math.log(r["nodes"]) for r in (small, large)]
+            growth[small["model"]] = (large["ladder_s"] / small["ladder_s"]) / (n_log_n[1] / n_log_n[0])
+    bars.append(bar_of("ladder, growth", "2,000 to 20,000 ops: <= that of n log n", growth, 1.0, "{:.2f} of it"))
+    return bars
+
+
+if __name__ == "__main__":
+    main()
