@@ -264,6 +264,22 @@ def check_problem(problem: Problem) -> None:
         for t in getattr(problem, what):
             if t not in written:
                 raise ProblemError(f"{what} names tensor {t!r}, which no op writes")
+    _check_fusions(problem)
+
+
+def _check_fusions(problem: Problem) -> None:
+    readers: dict[int, int] = {}
+    for op in problem.forward + problem.backward:
+        for t in dict.fromkeys(op.inputs):
+            readers[t] = readers.get(t, 0) + 1
+    for op in problem.backward:
+        if op.fusion is None:
+            continue
+        if not 0 <= op.fusion.op < len(problem.forward):
+            raise ProblemError(f"op {op.name!r} is fused with forward op {op.fusion.op}, which there is not")
+        mask = problem.forward[op.fusion.op]
+        if any(t not in op.inputs or readers[t] > 1 for t in mask.outputs):
+            raise ProblemError(f"op {op.name!r} is fused with {mask.name!r}, but is not the only one to read its mask")
 
 
 def _check_numbers(problem: Problem) -> None:
@@ -281,6 +297,8 @@ def _check_numbers(problem: Problem) -> None:
             for field in ("encode_s", "decode_s", "error"):
                 check(owner, field, getattr(option, field), False)
     for op in problem.forward + problem.backward:
+        if op.fusion:
+            check(f"op {op.name!r}", "fusion's rise_bytes", op.fusion.rise_bytes, True)
         check(f"op {op.name!r}", "seconds", op.seconds, False)
         check(f"op {op.name!r}", "rise_bytes", op.rise_bytes, True)
     check("problem", "resident_bytes", problem.resident_bytes, True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from fxhybrid.problem import CodecOption
 from fxhybrid.solvers.footprint import Footprints
-from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED, State
+from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED
 
 Changes = dict[int, int]
 MAX_CHAIN = 12
@@ -23,11 +23,6 @@ class Choices:
         self.recompute = recompute
         self.codes: dict[int, list[int]] = {}
         self.lossless: dict[int, int] = {}  # smallest exact stored form
-        count = len(problem.tensors)
-        self.readers: list[list[int]] = [[] for _ in range(count)]
-        for i, op in enumerate(problem.forward):
-            for t in op.inputs:
-                self.readers[t].append(i)
         for t in problem.candidates:
             options = problem.tensors[t].codecs
             kept = [
@@ -49,26 +44,20 @@ class Choices:
         op = self.base.producer[t]
         return self.base.default[t] == RECOMPUTED or (self.recompute and self.base.problem.forward[op].recomputable)
 
-    def lossy(self, t: int, code: int) -> bool:
-        """Whether ``code`` gives back other bits."""
-        return code >= FIRST_CODEC and not self.base.problem.tensors[t].codecs[code - FIRST_CODEC].lossless
-
     def stored_bytes(self, t: int, code: int) -> int:
         """What the tensor occupies between forward and backward."""
         if code == SAVED:
-            return int(self.base.size[t])
+            return self.base.sizes[t]
         return 0 if code == RECOMPUTED else self.base.problem.tensors[t].codecs[code - FIRST_CODEC].encoded_bytes
 
     def error2(self, t: int, code: int) -> float:
         """Squared error that ``code`` adds."""
-        return self.base.problem.tensors[t].codecs[code - FIRST_CODEC].error ** 2 if self.lossy(t, code) else 0.0
+        return self.base.problem.tensors[t].codecs[code - FIRST_CODEC].error ** 2 if self.base.lossy(t, code) else 0.0
 
-    def complete(self, state: State, needed: bytearray, t: int, code: int, deep: bool) -> Changes | None:
+    def complete(self, t: int, code: int, deep: bool) -> Changes | None:
         """The change of ``t`` to ``code`` with all that must follow; None if impossible.
 
         Args:
-            state: present codes.
-            needed: which tensors backward wants at present.
             t: tensor to change.
             code: its new code.
             deep: recompute missing sources too (else keep them); let readers turn lossy too (else exact).
@@ -77,43 +66,42 @@ class Choices:
         todo = [t]
         while todo:
             u = todo.pop()
-            ok = self._free_readers(state, needed, u, changes, todo, deep)
-            if not ok or (changes[u] == RECOMPUTED and not self._fix_sources(state, needed, u, changes, todo, deep)):
+            ok = self._free_readers(u, changes, todo, deep)
+            if not ok or (changes[u] == RECOMPUTED and not self._fix_sources(u, changes, todo, deep)):
                 return None
             if len(changes) > MAX_CHAIN:
                 return None
         return changes
 
-    def _free_readers(
-        self, state: State, needed: bytearray, u: int, changes: Changes, todo: list[int], deep: bool
-    ) -> bool:
-        if not self.lossy(u, changes[u]):
+    def _free_readers(self, u: int, changes: Changes, todo: list[int], deep: bool) -> bool:
+        base = self.base
+        if not base.lossy(u, changes[u]):
             return True
-        for i in self.readers[u]:
-            for q in self.base.problem.forward[i].outputs:
-                if not needed[q] or changes.get(q, state[q]) != RECOMPUTED or q in self.base.held:
+        for i in base.readers[u]:
+            for q in base.made[i]:
+                if base.use[q] == NEVER or changes.get(q, base.state[q]) != RECOMPUTED or q in base.held:
                     continue
                 if q in changes:
                     return False
-                codes = [c for c in self.codes[q] if c >= FIRST_CODEC and self.lossy(q, c)] if deep else []
+                codes = [c for c in self.codes[q] if base.lossy(q, c)] if deep else []
                 changes[q] = min(codes, key=lambda c: self.error2(q, c)) if codes else self.lossless[q]
                 todo.append(q)
         return True
 
-    def _fix_sources(
-        self, state: State, needed: bytearray, u: int, changes: Changes, todo: list[int], deep: bool
-    ) -> bool:
-        for s in self.base.problem.forward[self.base.producer[u]].inputs:
-            if s in self.base.held:
+    def _fix_sources(self, u: int, changes: Changes, todo: list[int], deep: bool) -> bool:
+        base = self.base
+        for s in base.read[base.producer[u]]:
+            if s in base.held:
                 continue
-            code = changes.get(s, state[s])
-            if self.lossy(s, code):
+            needed = base.use[s] < NEVER
+            code = changes.get(s, base.state[s])
+            if base.lossy(s, code):
                 if s in changes:
                     return False
-            elif needed[s] or s in changes:
+            elif needed or s in changes:
                 continue
-            again = self.may_recompute(s) and (deep or self.base.default[s] == RECOMPUTED)
-            changes[s] = RECOMPUTED if again else self.lossless[s] if needed[s] else SAVED
+            again = self.may_recompute(s) and (deep or base.default[s] == RECOMPUTED)
+            changes[s] = RECOMPUTED if again else self.lossless[s] if needed else SAVED
             if again:
                 todo.append(s)
         return True

@@ -1,121 +1,227 @@
-"""Local search over plans: go down to a target peak, then take back what is not needed.
+"""Local search over plans, at a price for the peak or down to a target.
 
-Every limit is a number of measurements, so that the same input gives the same plans.
+``relax`` makes ``added_s + price * peak`` small, with the peak smoothed over the slots near it, so that several
+peaks that must fall together are seen together. ``descend`` and ``trim`` then meet a target exactly. Every limit is
+a number of moves made, so that the same input gives the same plans.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from fxhybrid.solvers.choices import Changes
 from fxhybrid.solvers.footprint import Footprint, Footprints
-from fxhybrid.solvers.grid import State
+from fxhybrid.solvers.grid import Ints, State
 from fxhybrid.solvers.moves import Floats, MoveTable
 
-SHAKEN = 4
+SHARPNESS = 200.0  # slots one part in so many below the peak weigh 1 / e of it
+NEARLY = 0.99  # of the target: slots above that count as overloaded, so that moves reach below it
+SCARCITY = 16  # power of height over target that says how scarce a slot's room is
+ROWS_PER_PICK = 2000  # moves picked between two scorings: one, and one more for so many rows
+FAILS = 16  # moves refused in a row before a search gives up
+NOTHING = 1e-9  # of the step: seconds below that are no gain
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured state."""
+    """A measured state; its codes as bytes."""
 
-    state: State
+    codes: bytes
     mark: Footprint
 
 
-@dataclass
 class Descent:
-    """The search and the points that it has seen.
+    """The search; it stands at the state of ``base``.
 
     Attributes:
-        base: measures states.
-        table: moves from the present state.
+        base: the present state, measured.
+        table: moves from it.
         max_error2: limit of the sum of squared errors.
         error_price_s: seconds that one unit of squared error is worth.
-        work: measurements left.
-        points: every point kept so far.
+        stop_at: moves made by then end the search.
     """
 
-    base: Footprints
-    table: MoveTable
-    max_error2: float
-    error_price_s: float = 0.0
-    work: int = 1000
-    points: list[Point] = field(default_factory=list)
+    def __init__(self, base: Footprints, table: MoveTable, max_error2: float) -> None:
+        self.base = base
+        self.table = table
+        self.max_error2 = max_error2
+        self.error_price_s = 0.0
+        self.stop_at = 0
+        self.most_at_once = max(32, len(table.row) // 100)
+        self.nothing_s = NOTHING * base.problem.step_s
 
-    def start(self, state: State) -> Point | None:
-        """Measures ``state`` and makes it the state that the table's moves start from."""
-        point = self.measure(state)
-        if point is not None:
-            self.table.refresh(point.state, point.mark)
-        return point
+    @property
+    def tired(self) -> bool:
+        """Whether the work is used up."""
+        return self.base.moves >= self.stop_at
 
-    def measure(self, state: State) -> Point | None:
-        """The measured state; None if invalid or above the error limit."""
-        self.work -= 1
-        mark = self.base.measure(state)
-        if mark is None or mark.error2 > self.max_error2 * (1 + 1e-9):
-            return None
-        return Point(state, mark)
+    @property
+    def cost_s(self) -> float:
+        """Added seconds and the error's price."""
+        return self.base.added_s + self.error_price_s * self.base.error2
 
-    def descend(self, point: Point, target: int) -> Point | None:
-        """A point with a peak of at most ``target``, or None; the table then stands at ``self.last``."""
-        blocked = np.zeros(len(self.table.row), bool)
-        batch = 4
-        self.last = point
-        while point.mark.peak_bytes > target:
-            if self.work <= 0:
-                return None
-            rows, state, changed = self._pick(point, target, blocked, batch)
+    @property
+    def costs(self) -> Floats:
+        """``cost_s`` that each move adds."""
+        cost: Floats = self.table.seconds + self.error_price_s * self.table.error2
+        return cost
+
+    def point(self) -> Point:
+        """The present state."""
+        return Point(bytes(self.base.state), self.base.footprint())
+
+    def stand_at(self, codes: bytes | State) -> bool:
+        """Moves to a state; whether it is a valid one within the error limit."""
+        state = self.base.state
+        self.table.age(self.base.move({t: c for t, c in enumerate(codes) if c != state[t]}))
+        return self.allowed()
+
+    def allowed(self) -> bool:
+        """Whether the present state is valid and within the error limit."""
+        return self.base.valid and self.base.error2 <= self.max_error2 * (1 + 1e-9)
+
+    # -- at a price ----------------------------------------------------------------------------------------
+
+    def relax(self, price: float) -> None:
+        """Makes moves until none makes ``cost_s + price * smooth peak`` smaller; ``price`` is seconds per byte."""
+        table = self.table
+        sharp = SHARPNESS / max(self.base.footprint().peak_bytes, 1)
+        banned = np.zeros(len(table.row), bool)
+        batch, fails = 8, 0
+        value = self._value(price, sharp)
+        while not self.tired and fails < FAILS:
+            rows, changes = self._improving(price, sharp, banned, batch)
             if not rows:
-                return None
-            new = self.measure(state)
-            if new is not None and _excess(new.mark, target) < _excess(point.mark, target):
-                point = self.last = new
-                self.table.refresh(point.state, point.mark, self.table.near(changed))
-                batch = min(2 * batch, 16)
-            elif len(rows) > 1:
-                batch = 1
-            else:
-                blocked[rows] = True
-        return point
+                if table.stale:
+                    table.refresh()
+                    continue
+                return
+            moved = self.base.move(changes)
+            lower = self._value(price, sharp)
+            if self.allowed() and lower < value:
+                value, fails = lower, 0
+                table.age(moved)
+                batch = min(2 * batch, self.most_at_once)
+                continue
+            self.base.undo()
+            fails += 1
+            if len(rows) == 1:
+                banned[rows] = True
+            batch = max(1, len(rows) // 4)
 
-    def _pick(self, point: Point, target: int, blocked: np.ndarray, batch: int) -> tuple[list[int], State, set[int]]:
+    def _value(self, price: float, sharp: float) -> float:
+        heights = self.base.heights()
+        top = int(heights.max())
+        smooth = top + math.log(float(np.exp(sharp * (heights - top)).sum())) / sharp
+        return self.cost_s + price * smooth
+
+    def _improving(self, price: float, sharp: float, banned: np.ndarray, batch: int) -> tuple[list[int], Changes]:
+        """Up to ``batch`` moves, the most useful first, that do not touch each other's tensors."""
+        table = self.table
+        heights = self.base.heights()
+        weights = np.concatenate([[0.0], np.cumsum(np.exp(sharp * (heights - heights.max())))])
+
+        def gains(rows: slice) -> Floats:
+            grown = np.expm1(np.clip(sharp * table.delta[rows], -700.0, 200.0))
+            grown *= weights[table.end[rows]] - weights[table.begin[rows]]
+            smooth = np.log(np.maximum(1.0 + grown.sum(1) / weights[-1], 1e-300)) / sharp
+            gain: Floats = -(self.costs[rows] + price * smooth)
+            gain[~table.valid[rows] | banned[rows] | (self.base.error2 + table.error2[rows] > self.max_error2)] = 0.0
+            return gain
+
+        gain = gains(slice(None))
+        picks: list[int] = []
+        for r in np.argsort(-gain, kind="stable")[: 4 * batch].tolist():
+            if gain[r] <= self.nothing_s or len(picks) == 2 * batch:
+                break
+            rows = table.rows_of[table.row[r][0]]
+            if table.row[r][0] in table.stale:
+                table.refresh((table.row[r][0],))
+                fresh = gains(slice(rows.start, rows.stop))
+                r = rows.start + int(fresh.argmax())
+                if fresh.max() <= self.nothing_s:
+                    continue
+            picks.append(r)
+        return self._together(picks, batch)
+
+    def _together(self, picks: list[int], batch: int) -> tuple[list[int], Changes]:
+        """As many of ``picks`` as stay clear of each other and within the error limit."""
+        table, error2 = self.table, self.base.error2
+        rows: list[int] = []
+        together: Changes = {}
+        for r in picks:
+            changes = table.changes[r]
+            fits = error2 + table.error2[r] <= self.max_error2
+            if fits and len(rows) < batch and together.keys().isdisjoint(self.base.near(changes, 1)):
+                together.update(changes)
+                error2 += float(table.error2[r])
+                rows.append(r)
+        return rows, together
+
+    # -- to a target ---------------------------------------------------------------------------------------
+
+    def descend(self, target: int) -> bool:
+        """Goes down to a peak of at most ``target``; False if it got stuck on the way."""
+        table = self.table
+        banned = np.zeros(len(table.row), bool)
+        heights = self.base.heights()
+        batch, fails = 4, 0
+        while heights.max() > target:
+            if self.tired or fails == FAILS:
+                return False
+            rows, changes = self._lowering(heights, target, banned, batch)
+            if not rows:
+                if not table.stale:
+                    return False
+                table.refresh()
+                continue
+            moved = self.base.move(changes)
+            lower = self.base.heights()
+            if self.allowed() and _excess(lower, target) < _excess(heights, target):
+                heights, fails = lower, 0
+                table.age(moved)
+                batch = min(2 * batch, self.most_at_once)
+                continue
+            self.base.undo()
+            fails += 1
+            if len(rows) == 1:
+                banned[rows] = True
+            batch = 1
+        return True
+
+    def _lowering(self, heights: Ints, target: int, banned: np.ndarray, batch: int) -> tuple[list[int], Changes]:
         """Up to ``batch`` moves of the highest score that do not touch each other's tensors."""
         table = self.table
-        height = point.mark.height.astype(np.float64)
-        error2 = point.mark.error2
+        height = heights.astype(np.float64)
+        error2 = self.base.error2
         rows: list[int] = []
-        state = point.state.copy()
-        changed: set[int] = set()
-        busy = blocked.copy()
-        checked: set[int] = set()
+        picked: Changes = {}
+        busy = banned.copy()
+        at_once = 1 + len(table.row) // ROWS_PER_PICK
         while table.row and len(rows) < batch and height.max() > target:
             score = self._scores(height, target, error2)
             score[busy] = 0.0
-            r = int(score.argmax())
-            if score[r] <= 0.0:
+            order = [int(score.argmax())] if at_once == 1 else np.argsort(-score, kind="stable")[:at_once].tolist()
+            if score[order[0]] <= 0.0:
                 break
-            t = table.row[r][0]
-            if t not in checked:
-                checked.add(t)
-                table.refresh(point.state, point.mark, (t,))
-                continue
-            changes = table.changes[r] or {}
-            near = table.near(changes)
-            if not changed.isdisjoint(near):
-                busy[r] = True
-                continue
-            for u, code in changes.items():
-                state[u] = code
-            changed.update(changes)
-            busy[table.rows_of[t]] = True
-            error2 += float(table.error2[r])
-            rows.append(r)
-            self._add(height, r)
-        return rows, state, changed
+            for r in order:
+                t = table.row[r][0]
+                if t in table.stale:
+                    table.refresh((t,))
+                elif score[r] > 0.0 and not busy[r]:
+                    changes = table.changes[r]
+                    busy[r] = True
+                    if picked.keys().isdisjoint(self.base.near(changes)):
+                        picked.update(changes)
+                        busy[table.rows_of[t].start : table.rows_of[t].stop] = True
+                        error2 += float(table.error2[r])
+                        rows.append(r)
+                        self._add(height, r)
+        return rows, picked
 
     def _add(self, height: Floats, r: int) -> None:
         table = self.table
@@ -126,107 +232,69 @@ class Descent:
     def _scores(self, height: Floats, target: int, error2: float) -> Floats:
         """Bytes freed at the overloaded slots per second of added delay, 0 where a move cannot be."""
         table = self.table
-        over = np.maximum(height - 0.99 * target, 0.0)
+        over = np.maximum(height - NEARLY * target, 0.0)
         top = float(over.max())
         total = np.concatenate([[0.0], np.cumsum(over / top)])
         freed = np.minimum(-table.delta, top)
         gain = (freed * (total[table.end] - total[table.begin])).sum(1)
-        cost = table.seconds + self.error_price_s * table.error2
-        score: Floats = gain / np.maximum(cost, 1e-6 * self.base.problem.step_s + 1e-30)
+        score: Floats = gain / np.maximum(self.costs, 1e-6 * self.base.problem.step_s + 1e-30)
         score[~table.valid | (gain <= 0) | (error2 + table.error2 > self.max_error2 * (1 + 1e-12))] = 0.0
         return score
 
-    def trim(self, point: Point, target: int, fails: int = 8) -> Point:
-        """Takes moves that save time while the peak stays at or below ``target``."""
+    def trim(self, target: int) -> None:
+        """Makes moves that save time while the peak stays at or below ``target``."""
         table = self.table
         banned = np.zeros(len(table.row), bool)
-        batch = 8
-        while fails > 0 and self.work > 0:
-            cost = table.seconds + self.error_price_s * table.error2
-            wanted = np.flatnonzero(table.valid & ~banned & (cost < -1e-9 * self.base.problem.step_s))
-            rows, state, changed = self._fitting(point, target, wanted[np.argsort(cost[wanted])], batch, banned)
+        batch, fails = 8, 0
+        while not self.tired and fails < FAILS:
+            rows, changes = self._fitting(target, self._savers(target, banned), batch)
             if not rows:
-                break
-            new = self.measure(state)
-            if new is not None and new.mark.peak_bytes <= target and self._cost(new) < self._cost(point):
-                point = new
-                table.refresh(point.state, point.mark, table.near(changed))
-                batch = min(2 * batch, 32)
-            elif len(rows) > 1:
-                batch = max(1, batch // 4)
-                fails -= 1
-            else:
-                banned[rows] = True
-                fails -= 1
-        return point
-
-    def shake(self, point: Point, target: int, turn: int) -> Point:
-        """Takes back some dear actions, goes down to ``target`` again and keeps the cheaper point."""
-        table = self.table
-        cost = table.seconds + self.error_price_s * table.error2
-        dear = np.flatnonzero(table.valid & (cost < 0))
-        dear = dear[np.argsort(cost[dear], kind="stable")]
-        state = point.state.copy()
-        changed: set[int] = set()
-        taken = 0
-        for r in dear[turn % 3 :: 3]:
-            changes = table.changes[r] or {}
-            if changed.isdisjoint(table.near(changes)):
-                for u, code in changes.items():
-                    state[u] = code
-                changed.update(changes)
-                taken += 1
-                if taken == SHAKEN:
-                    break
-        other = self.measure(state) if taken else None
-        if other is None:
-            return point
-        self.table.refresh(other.state, other.mark, table.near(changed))
-        lower = self.descend(other, target)
-        if lower is not None:
-            other = self.trim(lower, target, fails=4)
-            if self._cost(other) < self._cost(point):
-                return other
-        self.move(self.last if lower is None else other, point)
-        return point
-
-    def move(self, old: Point, new: Point) -> None:
-        """Makes the table stand at ``new`` instead of ``old``."""
-        differ = [t for t in self.table.rows_of if old.state[t] != new.state[t]]
-        self.table.refresh(new.state, new.mark, self.table.near(differ))
-
-    def _cost(self, point: Point) -> float:
-        return point.mark.added_s + self.error_price_s * point.mark.error2
-
-    def _fitting(
-        self, point: Point, target: int, order: Iterable[int], batch: int, banned: np.ndarray
-    ) -> tuple[list[int], State, set[int]]:
-        table = self.table
-        height = point.mark.height.astype(np.float64)
-        error2 = point.mark.error2
-        rows: list[int] = []
-        state = point.state.copy()
-        changed: set[int] = set()
-        for r in order:
-            changes = table.changes[r] or {}
-            if not changed.isdisjoint(changes) or error2 + table.error2[r] > self.max_error2:
+                return
+            before = self.cost_s
+            moved = self.base.move(changes)
+            if self.allowed() and self.base.heights().max() <= target and self.cost_s < before:
+                table.age(moved)
+                batch, fails = min(2 * batch, self.most_at_once), 0
                 continue
-            if self._fits(height, int(r), target):
-                table.refresh(point.state, point.mark, (table.row[r][0],))
-                changes = table.changes[r] or {}
-                if not table.valid[r] or (table.seconds[r] >= 0 and table.error2[r] >= 0):
-                    continue
-                if not self._fits(height, int(r), target) or not changed.isdisjoint(table.near(changes)):
-                    continue
-                for u, code in changes.items():
-                    state[u] = code
-                changed.update(changes)
+            self.base.undo()
+            fails += 1
+            if len(rows) == 1:
+                banned[rows] = True
+            batch = max(1, len(rows) // 4)
+
+    def _savers(self, target: int, banned: np.ndarray) -> Ints:
+        """Moves that save time, those first that save most per byte where the room is scarce."""
+        table, cost = self.table, self.costs
+        wanted = np.flatnonzero(table.valid & ~banned & (cost < -self.nothing_s))
+        total = np.concatenate([[0.0], np.cumsum((self.base.heights() / max(target, 1)) ** SCARCITY)])
+        weight = total[table.end[wanted]] - total[table.begin[wanted]]
+        taken = np.maximum((table.delta[wanted] * weight).sum(1), 1.0)
+        order: Ints = wanted[np.argsort(cost[wanted] / taken, kind="stable")]
+        return order
+
+    def _fitting(self, target: int, order: Iterable[int], batch: int) -> tuple[list[int], Changes]:
+        """Moves that should keep the target, apart from each other."""
+        table = self.table
+        height = self.base.heights().astype(np.float64)
+        error2 = self.base.error2
+        rows: list[int] = []
+        picked: Changes = {}
+        for r in map(int, order):
+            if not self._fits(height, r, target) or error2 + table.error2[r] > self.max_error2:
+                continue
+            table.refresh((table.row[r][0],))
+            cost = table.seconds[r] + self.error_price_s * table.error2[r]
+            if not table.valid[r] or cost >= 0.0 or not self._fits(height, r, target):
+                continue
+            changes = table.changes[r]
+            if picked.keys().isdisjoint(self.base.near(changes)):
+                picked.update(changes)
                 error2 += float(table.error2[r])
-                self._add(height, int(r))
-                rows.append(int(r))
+                self._add(height, r)
+                rows.append(r)
                 if len(rows) >= batch:
                     break
-        return rows, state, changed
+        return rows, picked
 
     def _fits(self, height: Floats, r: int, target: int) -> bool:
         table = self.table
@@ -236,7 +304,7 @@ class Descent:
         return True
 
 
-def _excess(mark: Footprint, target: int) -> float:
+def _excess(heights: Ints, target: int) -> float:
     """How far above the target, all slots counted."""
-    over = np.maximum(mark.height - 0.99 * target, 0.0)
+    over = np.maximum(heights - NEARLY * target, 0.0)
     return float((over * over).sum())

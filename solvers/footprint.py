@@ -1,18 +1,30 @@
-"""The heights of a plan on a fixed grid, fast enough to ask thousands of times.
+"""The heights of a plan, kept up to date as the plan changes.
 
-``Footprints.measure`` gives the very peak and added time of ``lower`` + ``simulate`` without building a
-schedule. Its grid has one slot per op (forward, then backward); encodings count to the slot of the op before
-them, decodings and recomputations to the slot of the backward op after them.
+``Footprints`` stands at one state at a time. Moving to another state settles only what differs: who is needed
+from when, who lives from where to where, and the few slots whose decodings and recomputations change. Its peak
+and added time are exactly those of ``lower`` + ``simulate``.
+
+Two facts of ``lower`` make this local. An op runs again at most once, where the first of its recomputed outputs
+is first needed: ``use[t] = min(first backward read, rerun[o] for readers o)``, ``rerun[o] = min use[t] over its
+recomputed outputs t``. And what happens between two ops of the grid (encodings after a forward op, decodings and
+reruns before a backward op: a group) is the same relative to the height after it, wherever that is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
-from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED, Grid, Ints, State
+from fxhybrid.problem import CodecOption, Problem
+from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, Grid, Ints, State
+
+NO_GROUP = -NEVER
+Interval = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -23,277 +35,333 @@ class Footprint:
         peak_bytes: highest point of the step.
         added_s: seconds beyond running every op once.
         error2: sum of squared lossy errors.
-        height: bytes per slot of the grid, the highest within the slot.
-        needed: per tensor, whether the backward program wants it, directly or through a chain.
-        use: per tensor, slot of its first backward use (there it is decoded or recomputed), or -1.
-        last_use: per tensor, slot of its last backward use, or -1.
-        last_read: per tensor, slot of its last forward use.
-        reruns: forward ops that run again (or only) in the backward pass.
     """
 
     peak_bytes: int
     added_s: float
     error2: float
-    height: Ints
-    needed: bytearray
-    use: list[int]
-    last_use: list[int]
-    last_read: list[int]
-    reruns: frozenset[int]
+
+
+class _Life(NamedTuple):
+    """Where a tensor is in one state.
+
+    Attributes:
+        intervals: slots and bytes: alive right before the slots' own ops.
+        code: the codec's code if it is stored encoded, else SAVED.
+        encoded_at: slot before which it is encoded, or -1.
+        decoded_at: slot before which it is decoded, or -1.
+        group_death: slot whose group reads it last, or -1.
+    """
+
+    intervals: tuple[Interval, ...] = ()
+    code: int = SAVED
+    encoded_at: int = -1
+    decoded_at: int = -1
+    group_death: int = -1
+
+
+_UNBORN = _Life()
 
 
 class Footprints(Grid):
-    """Measures states of one problem."""
+    """Measures states of one problem, each by what differs from the one before.
 
-    def actions(self, state: State, needed: bytearray) -> dict[int, Action]:
+    Attributes:
+        state: the present codes.
+        use: per tensor, backward op before which it is first needed, or NEVER.
+        rerun: per forward op, backward op before which it runs again, or NEVER.
+        last_use: per tensor, slot of its last backward use, or -1.
+        last_read: per tensor, slot of its last forward use, or -1.
+        moves: how many have been made so far.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        count = len(problem.tensors)
+        self.state: State = self.default.copy()
+        self.use = [NEVER] * count
+        self.rerun = [NEVER] * self.n_forward
+        self.last_use = [-1] * count
+        self.last_read = self.base_read.copy()
+        self._runs = [i not in self.optional for i in range(self.n_forward)]
+        self._lives = [_UNBORN] * count
+        self._members: dict[int, set[tuple[int, int]]] = {}  # slot -> (op, -1) for reruns, (producer, t) for codecs
+        self._live = self.base_live.copy()
+        self._top = self.base_top.copy()
+        self._group = np.full(self.n_slots, NO_GROUP, np.int64)
+        self._seconds, self._error2 = self.base_s, 0.0
+        self._lossy = self._invalid = 0
+        # what the last move changed, so that it can be taken back
+        self._moved: list[Interval] = []
+        self._old: list[tuple[Any, int, Any]] = []
+        self._put_or_taken: list[tuple[int, tuple[int, int], bool]] = []
+        self._sums = (self._seconds, self._error2, self._lossy, self._invalid)
+        self.moves = 0
+        self._settle(range(self.n_forward), set(problem.producer))
+
+    # -- what the present state costs ----------------------------------------------------------------------
+
+    @property
+    def valid(self) -> bool:
+        """Whether every recomputation is allowed and reads exact tensors."""
+        return self._invalid == 0
+
+    def heights(self) -> Ints:
+        """Bytes per slot of the grid, the highest within the slot."""
+        heights: Ints = self._live + np.maximum(self._top, self._group)
+        return heights
+
+    def footprint(self) -> Footprint:
+        """The figures of the present state."""
+        peak = int(self.heights().max()) if self.n_ops else self.problem.resident_bytes
+        return Footprint(peak, self.added_s, self.error2)
+
+    @property
+    def added_s(self) -> float:
+        """Seconds beyond running every op once; what rounding leaves of nothing is nothing."""
+        return self._seconds if self._seconds > 1e-12 * self.problem.step_s else 0.0
+
+    @property
+    def error2(self) -> float:
+        """Sum of squared lossy errors."""
+        return max(self._error2, 0.0) if self._lossy else 0.0
+
+    def measure(self, state: State) -> Footprint | None:
+        """Moves to ``state``; its footprint, or None if an op would be recomputed from a lossy tensor."""
+        self.move({t: code for t, (code, now) in enumerate(zip(state, self.state, strict=True)) if code != now})
+        return self.footprint() if self.valid else None
+
+    def actions(self) -> dict[int, Action]:
         """The state as actions; defaults and what backward does not want are left out."""
         named: dict[int, Action] = {}
         for t in self.problem.candidates:
-            code = state[t]
-            if needed[t] and code != self.default[t]:
-                named[t] = (
-                    (SAVE, RECOMPUTE)[code]
-                    if code < FIRST_CODEC
-                    else Compress(self.problem.tensors[t].codecs[code - FIRST_CODEC].codec)
-                )
+            code = self.state[t]
+            if self.use[t] < NEVER and code != self.default[t]:
+                named[t] = (SAVE, RECOMPUTE)[code] if code < FIRST_CODEC else Compress(self.option(t, code).codec)
         return named
 
-    def measure(self, state: State) -> Footprint | None:
-        """The footprint of ``state``; None if an op would be recomputed from a lossy tensor."""
-        run = _Measurement(self, state)
-        return run.finish() if run.walk() else None
+    def option(self, t: int, code: int) -> CodecOption:
+        """The codec option that ``code`` stands for."""
+        return self.problem.tensors[t].codecs[code - FIRST_CODEC]
 
+    # -- moving to another state ---------------------------------------------------------------------------
 
-class _Measurement:
-    def __init__(self, base: Grid, state: State) -> None:
-        self.base = base
-        self.state = state
-        self.seconds = base.base_s
-        self.error2 = 0.0
-        self.needed = bytearray(len(state))
-        self.stored: list[int] = []
-        self.recomputed: list[int] = []
-        # dynamic backward instructions: count per group, then one entry each
-        self.rows: list[tuple[int, int]] = []  # position, rise
-        self.values: list[tuple[int, int, int]] = []  # tensor, birth position, whether reads go to it
-        self.dynamic_last: dict[int, int] = {}  # position of the last rerun that reads a tensor
-        self.dynamic_group: dict[int, int] = {}  # its group
-        self.first_group: dict[int, int] = {}  # first group that makes or reads a tensor
-        self.reruns: set[int] = set()
+    def effect(self, changes: Mapping[int, int]) -> tuple[list[Interval], float, float] | None:
+        """What a move would do: bytes that come or go by slots, added seconds and squared error; None if invalid."""
+        seconds, error2 = self._seconds, self._error2
+        self.move(changes)
+        found = (self._moved, self._seconds - seconds, self._error2 - error2) if self.valid else None
+        self.undo()
+        return found
 
-    def walk(self) -> bool:
-        """Finds what is stored and what is recomputed; False if the state is invalid."""
-        state, forward, producer = self.state, self.base.problem.forward, self.base.producer
-        tensors = self.base.problem.tensors
-        lossy_sources: set[int] = set()
-        stack = list(self.base.roots)
-        for t in stack:
-            self.needed[t] = 1
-        while stack:
-            t = stack.pop()
-            code = state[t]
-            if code != RECOMPUTED:
-                self.stored.append(t)
-                if code >= FIRST_CODEC and not tensors[t].codecs[code - FIRST_CODEC].lossless:
-                    self.error2 += tensors[t].codecs[code - FIRST_CODEC].error ** 2
-                    lossy_sources.add(t)
-                continue
-            op = forward[producer[t]]
-            if not op.recomputable:
-                return False
-            self.recomputed.append(t)
-            for s in op.inputs:
-                if not self.needed[s]:
-                    self.needed[s] = 1
-                    stack.append(s)
-        return not lossy_sources or all(lossy_sources.isdisjoint(forward[producer[t]].inputs) for t in self.recomputed)
+    def move(self, changes: Mapping[int, int]) -> dict[int, int]:
+        """Gives the tensors in ``changes`` new codes; returns the changes that lead back."""
+        self.moves += 1
+        self._moved, self._old, self._put_or_taken = [], [], []
+        self._sums = (self._seconds, self._error2, self._lossy, self._invalid)
+        back = {t: self.state[t] for t, code in changes.items() if code != self.state[t]}
+        for t, old in back.items():
+            lossy = self.lossy(t, changes[t]) - self.lossy(t, old)
+            if lossy:
+                self._invalid += lossy * sum(self.rerun[o] < NEVER for o in self.readers[t])
+            self._set(self.state, t, changes[t])
+        self._settle({self.producer[t] for t in back}, set(back))
+        return back
 
-    def _forward_reads(self) -> tuple[list[int], Ints]:
-        """Last forward read per tensor and which forward ops run."""
-        base, forward = self.base, self.base.problem.forward
-        last_read = base.base_read.copy()
-        runs = np.ones(base.n_forward, np.int64)
-        wanted = set(self.stored)
-        for i in base.optional:
-            op = forward[i]
-            if wanted.isdisjoint(op.outputs):
-                runs[i] = 0
-                continue
-            wanted.update(op.inputs)
-            self.seconds += op.seconds
-            for t in (*op.inputs, *op.outputs):
-                if last_read[t] < i:
-                    last_read[t] = i
-        return last_read, runs
+    def undo(self) -> None:
+        """Takes the last move back."""
+        for begin, end, size in self._moved:
+            self._live[begin:end] -= size
+        for values, key, old in reversed(self._old):
+            values[key] = old
+        for slot, member, put in reversed(self._put_or_taken):
+            (self._members[slot].discard if put else self._members[slot].add)(member)
+        self._seconds, self._error2, self._lossy, self._invalid = self._sums
 
-    def finish(self) -> Footprint:
-        """Emits the dynamic instructions and adds everything up."""
-        base, state = self.base, self.state
-        last_read, runs = self._forward_reads()
-        encoded = sorted((last_read[t], t) for t in self.stored if state[t] >= FIRST_CODEC)
-        after = np.bincount([i for i, _ in encoded], minlength=base.n_forward) if encoded else None
-        forward_at = np.arange(base.n_forward)
-        if after is not None:
-            forward_at = forward_at + np.cumsum(after) - after
-        start = base.n_forward + len(encoded)
-        encode_at: dict[int, int] = {}
-        previous, offset = -1, 0
-        for i, t in encoded:
-            offset = offset + 1 if i == previous else 1
-            previous = i
-            encode_at[t] = int(forward_at[i]) + offset
-        groups = self._groups(start, encode_at)
-        backward_at = start + np.arange(len(base.problem.backward)) + np.cumsum(groups)
-        n = start + len(backward_at) + int(groups.sum())
-        during = self._during(n, start, forward_at, backward_at, last_read, runs, encode_at)
-        begins = np.concatenate([forward_at, backward_at - groups])
-        height = np.maximum.reduceat(during, begins) if n else np.zeros(0, np.int64)
-        peak = int(height.max()) if n else base.problem.resident_bytes
-        added_s = max(self.seconds, 0.0)
-        use, last_use = self._uses()
-        reruns = frozenset(self.reruns)
-        return Footprint(peak, added_s, self.error2, height, self.needed, use, last_use, last_read, reruns)
+    def _set(self, values: Any, key: int, new: object) -> None:
+        self._old.append((values, key, values[key]))
+        values[key] = new
 
-    def _groups(self, start: int, encode_at: dict[int, int]) -> Ints:
-        """Materialises group by group, in the order of ``lower``; gives the instructions per group."""
-        base = self.base
-        counts = np.zeros(len(base.problem.backward), np.int64)
-        wanted: dict[int, list[int]] = {}
-        for t in self.needed_roots():
-            wanted.setdefault(base.problem.backward_reads[t], []).append(t)
-        self.available = {t for t in self.stored if t not in encode_at}
-        self.decode_at: dict[int, int] = {}
-        for p in sorted(wanted):
-            missing = [t for t in wanted[p] if t not in self.available]
-            if missing:
-                first = start + p + len(self.rows)
-                self._materialise(missing, encode_at, p, first - len(self.rows))
-                counts[p] = len(self.rows) + start + p - first
-        return counts
+    def _settle(self, ops: Iterable[int], dirty: set[int]) -> None:
+        """Works out anew what depends on ``ops``, readers first, and on the tensors in ``dirty``."""
+        slots: set[int] = set()
+        heap = [-o for o in ops]
+        heapify(heap)
+        queued = set(heap)
+        while heap:
+            o = -heappop(heap)
+            for t in self.made[o]:
+                use = min((self.rerun[r] for r in self.readers[t]), default=NEVER)
+                use = min(use, self.first_run[t])
+                if use != self.use[t]:
+                    self._set(self.use, t, use)
+                    dirty.add(t)
+            if self._settle_rerun(o, slots) | (o in self.optional and self._settle_run(o)):
+                dirty.update(self.read[o])
+                dirty.update(self.made[o])
+                for t in self.read[o]:
+                    key = -self.producer[t]
+                    if key not in queued:
+                        queued.add(key)
+                        heappush(heap, key)
+        for t in dirty:
+            self._settle_life(t, slots)
+        for slot in slots:
+            self._set(self._group, slot, self._group_height(slot))
 
-    def needed_roots(self) -> list[int]:
-        """Tensors that backward ops read and that are not simply kept."""
-        return [t for t in self.base.roots if self.state[t] != SAVED]
+    def _settle_rerun(self, o: int, slots: set[int]) -> bool:
+        """Where ``o`` runs again; says whether that changed."""
+        at = min((self.use[t] for t in self.made[o] if self.state[t] == RECOMPUTED), default=NEVER)
+        old = self.rerun[o]
+        if at == old:
+            return False
+        self._set(self.rerun, o, at)
+        fused = o in self.fused_at
+        if fused:
+            slot = self.fused_at[o]
+            self._set(self._top, slot, self.fused_top[o] if at < NEVER else self.base_top[slot])
+        else:
+            for p, put in ((old, False), (at, True)):
+                if p < NEVER:
+                    self._put(self.slot(p), (o, -1), put, slots)
+        if (at < NEVER) != (old < NEVER):
+            sign = 1 if at < NEVER else -1
+            self._seconds += 0.0 if fused else sign * self.problem.forward[o].seconds
+            lossy = sum(self.lossy(t, self.state[t]) for t in self.read[o])
+            self._invalid += sign * (lossy + (not self.problem.forward[o].recomputable))
+        return True
 
-    def _materialise(self, wanted: list[int], encode_at: dict[int, int], p: int, origin: int) -> None:
-        base, forward, available = self.base, self.base.problem.forward, self.available
-        reruns: set[int] = set()
-        decodes: set[int] = set()
-        stack = wanted
-        while stack:
-            t = stack.pop()
-            if t in available or t in decodes:
-                continue
-            if t in encode_at:
-                decodes.add(t)
-            elif (op_index := base.producer[t]) not in reruns:
-                reruns.add(op_index)
-                stack.extend(forward[op_index].inputs)
-        pending = set(decodes)
-        for i in sorted(reruns):
-            op = forward[i]
-            for t in op.inputs:
+    def _settle_run(self, o: int) -> bool:
+        """Whether ``o``, which only serves the backward pass, runs in the forward pass; says whether that changed."""
+        stored = any(self.use[t] < NEVER and self.state[t] != RECOMPUTED for t in self.made[o])
+        runs = stored or any(self._runs[r] for t in self.made[o] for r in self.readers[t])
+        if runs == self._runs[o]:
+            return False
+        self._set(self._runs, o, runs)
+        self._seconds += (1 if runs else -1) * self.problem.forward[o].seconds
+        self._set(self._top, o, self.optional[o] if runs else 0)
+        return True
+
+    def _settle_life(self, t: int, slots: set[int]) -> None:
+        old, new = self._lives[t], self._life(t)
+        if old == new:
+            return
+        self._set(self._lives, t, new)
+        for life, other, sign in ((old, new, -1), (new, old, 1)):
+            for begin, end, size in life.intervals:
+                if (begin, end, size) not in other.intervals:
+                    self._live[begin:end] += sign * size
+                    self._moved.append((begin, end, sign * size))
+            if life.code >= FIRST_CODEC:
+                option = self.option(t, life.code)
+                self._seconds += sign * (option.encode_s + option.decode_s)
+                self._lossy += sign * (not option.lossless)
+                self._error2 += 0.0 if option.lossless else sign * option.error**2
+                self._put(life.encoded_at, (self.producer[t], t), sign > 0, slots)
+                self._put(life.decoded_at, (self.producer[t], t), sign > 0, slots)
+            if life.group_death >= 0:
+                slots.add(life.group_death)
+        rerun = self.rerun[self.producer[t]]
+        if rerun < NEVER:
+            slots.add(self.slot(rerun))
+
+    def _put(self, slot: int, member: tuple[int, int], put: bool, slots: set[int]) -> None:
+        members = self._members.setdefault(slot, set())
+        if put:
+            members.add(member)
+        else:
+            members.discard(member)
+        self._put_or_taken.append((slot, member, put))
+        slots.add(slot)
+
+    # -- lives and groups ----------------------------------------------------------------------------------
+
+    def _life(self, t: int) -> _Life:
+        """Where ``t`` is alive, from who uses it when."""
+        producer, size, code = self.producer[t], self.sizes[t], self.state[t]
+        read, last, in_group = self._last_uses(t)
+        if read != self.last_read[t]:
+            self._set(self.last_read, t, read)
+        if last != self.last_use[t]:
+            self._set(self.last_use, t, last)
+        used = self.use[t] < NEVER
+        encoded = used and code >= FIRST_CODEC
+        kept = used and code != RECOMPUTED
+        death = last if in_group else last + 1  # of what is alive in the backward pass
+        intervals: list[Interval] = []
+        if self._runs[producer]:
+            end = max(read + 1, death) if kept and not encoded else read + 1
+            if t in self.mutated:
+                end = max(end, self.n_forward + 1)
+            intervals.append((producer + 1, self.n_slots if t in self.held else end, size))
+        first = self.slot(self.use[t]) if encoded else NEVER
+        if encoded:
+            intervals.append((read + 1, first, self.option(t, code).encoded_bytes))
+        again = self._made_again(t)
+        if again:
+            first = min(first, self.slot(self.rerun[producer]))
+        stays = t in self.gradients and (again or encoded)
+        if first < NEVER and (stays or first < death):
+            intervals.append((first, self.n_slots if stays else death, size))
+        group_death = last if in_group and not stays and t not in self.held else -1
+        if encoded:
+            return _Life(tuple(intervals), code, read + 1, first, group_death)
+        return _Life(tuple(intervals), group_death=group_death)
+
+    def _made_again(self, t: int) -> bool:
+        """Whether a rerun of its op leaves a new value of ``t``: there is none yet, or the caller gets it."""
+        o = self.producer[t]
+        kept = self.use[t] < NEVER and self.state[t] != RECOMPUTED
+        return self.rerun[o] < NEVER and o not in self.fused_at and (not kept or t in self.gradients)
+
+    def _outlives(self, t: int, slot: int) -> bool:
+        """Whether a value of ``t`` made before a slot's own op is read after that."""
+        return self.last_use[t] >= slot or t in self.gradients
+
+    def _last_uses(self, t: int) -> tuple[int, int, bool]:
+        """Slots of the last forward and the last backward use, and whether a group is the last user."""
+        read, last = self.base_read[t], 2 * self.last_run[t] + 1
+        if self.producer[t] in self.optional and self._runs[self.producer[t]]:
+            read = max(read, self.producer[t])
+        for o in self.readers[t]:
+            if self.rerun[o] < NEVER:
+                last = max(last, 2 * self.rerun[o] + (o in self.fused_at))
+            if o in self.optional and self._runs[o]:
+                read = max(read, o)
+        return (read, self.slot(last // 2), last % 2 == 0) if last >= 0 else (read, -1, False)
+
+    def _group_height(self, slot: int) -> int:
+        """The highest point of the instructions before a slot's own op, relative to the height after them."""
+        level, highest = 0, NO_GROUP
+        encoding = slot <= self.n_forward
+        for top, change in self._encodings(slot) if encoding else self._instructions(slot):
+            highest = max(highest, level + top)
+            level += change
+        return highest - level if highest > NO_GROUP else NO_GROUP
+
+    def _encodings(self, slot: int) -> Iterator[tuple[int, int]]:
+        for t in sorted(t for _, t in self._members.get(slot, ())):
+            option = self.option(t, self.state[t])
+            freed = 0 if t in self.mutated else self.sizes[t]
+            yield max(option.encode_rise_bytes, option.encoded_bytes), option.encoded_bytes - freed
+
+    def _instructions(self, slot: int) -> Iterator[tuple[int, int]]:
+        """Per decoding and rerun of a slot: how high it reaches, and what it leaves behind."""
+        members = self._members.get(slot, set())
+        pending = {t for _, t in members if t >= 0}
+        order = sorted(o for o, t in members if t < 0)
+        last_reader = {t: o for o in order for t in self.read[o] if self._lives[t].group_death == slot}
+        for o in order:
+            for t in self.read[o]:
                 if t in pending:
                     pending.discard(t)
-                    self._decode(t, p, origin)
-            at = origin + len(self.rows)
-            for t in op.inputs:
-                self.dynamic_last[t] = at
-                self.dynamic_group[t] = p
-                self.first_group.setdefault(t, p)
-            for t in op.outputs:
-                fresh = t not in available and t not in encode_at
-                self.values.append((t, at, fresh))
-                if fresh:
-                    available.add(t)
-                    self.first_group.setdefault(t, p)
-            self.rows.append((at, op.rise_bytes))
-            self.seconds += 0.0 if i in base.problem.fused_masks else op.seconds
-            self.reruns.add(i)
+                    yield self._decoding(t)
+            left = sum(self.sizes[t] for t in self.made[o] if self._made_again(t) and self._outlives(t, slot))
+            gone = sum(self.sizes[t] for t in dict.fromkeys(self.read[o]) if last_reader.get(t) == o)
+            yield self.rerun_top[o], left - gone
         for t in sorted(pending):
-            self._decode(t, p, origin)
-        available |= decodes
+            yield self._decoding(t)
 
-    def _decode(self, t: int, p: int, origin: int) -> None:
-        option = self.base.problem.tensors[t].codecs[self.state[t] - FIRST_CODEC]
-        at = origin + len(self.rows)
-        self.rows.append((at, option.decode_rise_bytes))
-        self.values.append((t, at, True))
-        self.seconds += option.encode_s + option.decode_s
-        self.decode_at[t] = at
-        self.first_group.setdefault(t, p)
-
-    def _during(
-        self,
-        n: int,
-        start: int,
-        forward_at: Ints,
-        backward_at: Ints,
-        last_read: list[int],
-        runs: Ints,
-        encode_at: dict[int, int],
-    ) -> Ints:
-        base, problem = self.base, self.base.problem
-        ends = np.append(backward_at, n)
-        death_of = forward_at[np.array(last_read, np.int64)] if base.n_forward else ends[:0]
-        dynamic = np.full(len(last_read), -1, np.int64)
-        dynamic[list(self.dynamic_last)] = list(self.dynamic_last.values())
-        # index -1 (never read) falls on the trailing -1
-        read = np.maximum(np.append(backward_at, -1)[base.last_run], dynamic)
-        raw_stored = [t for t in self.stored if t not in encode_at]
-        death_of[raw_stored] = np.maximum(death_of[raw_stored], read[raw_stored])
-        death_of[list(encode_at)] = list(encode_at.values())
-        mutated = [t for t in problem.mutations if base.producer[t] >= 0]
-        death_of[mutated] = np.maximum(death_of[mutated], start - 1)
-        death_of[[t for t in base.held if base.producer[t] >= 0]] = n
-        read[list(base.gradients)] = n
-        options = {t: problem.tensors[t].codecs[self.state[t] - FIRST_CODEC] for t in encode_at}
-        raw = base.size[base.forward_tensors] * runs[base.made_by] if base.n_forward else ends[:0]
-        births = [
-            forward_at[base.made_by],
-            np.array(list(encode_at.values()), np.int64),
-            backward_at[base.back_birth],
-        ]
-        deaths = [
-            death_of[base.forward_tensors],
-            np.array([self.decode_at.get(t, at) for t, at in encode_at.items()], np.int64),
-            ends[base.back_death],
-        ]
-        sizes = [raw, np.array([o.encoded_bytes for o in options.values()], np.int64), base.back_size]
-        if self.values:
-            made_again, at, fresh = np.array(self.values, np.int64).T
-            births.append(at)
-            fresh = (fresh > 0) | (read[made_again] == n)
-            deaths.append(np.where(fresh, np.maximum(read[made_again], at), at))
-            sizes.append(base.size[made_again])
-        birth, death, size = np.concatenate(births), np.concatenate(deaths), np.concatenate(sizes)
-        change = np.bincount(birth + 1, size, n + 2) - np.bincount(death + 1, size, n + 2)
-        before = np.cumsum(change)[:n].astype(np.int64) + problem.resident_bytes
-        before[start:] += problem.tangent_bytes
-        made = np.bincount(birth, size, n + 1)[:n].astype(np.int64)
-        rise = np.zeros(n, np.int64)
-        rise[forward_at] = base.forward_rise * runs
-        rise[backward_at] = base.back_rise
-        for t, place in encode_at.items():
-            rise[place] = options[t].encode_rise_bytes
-        if self.rows:
-            places, rises = np.array(self.rows, np.int64).T
-            rise[places] = rises
-        during: Ints = before + np.maximum(rise, made)
-        return during
-
-    def _uses(self) -> tuple[list[int], list[int]]:
-        """First and last backward slot of every needed tensor."""
-        base = self.base
-        needed = np.frombuffer(self.needed, np.uint8) > 0
-        first, final = base.first_run.copy(), base.last_run.copy()
-        groups = list(self.dynamic_group.values())
-        again = list(self.dynamic_group)
-        final[again] = np.maximum(final[again], groups)
-        for t, p in self.first_group.items():
-            if first[t] < 0 or p < first[t]:
-                first[t] = p
-        unused = ~needed | (first < 0)
-        use, last_use = first + base.n_forward, final + base.n_forward
-        use[unused] = last_use[unused] = -1
-        return use.tolist(), last_use.tolist()
+    def _decoding(self, t: int) -> tuple[int, int]:
+        option = self.option(t, self.state[t])
+        return max(option.decode_rise_bytes, self.sizes[t]), self.sizes[t] - option.encoded_bytes

@@ -1,76 +1,127 @@
 """The fixed grid of slots and the tables of a problem that do not depend on the plan.
 
-There is one slot per op, forward then backward. A state is one code per tensor: 0 save, 1 recompute, 2 + j
-the tensor's j-th codec option.
+There is one slot per forward op, one for the moment between the passes, and one per backward op. A state is one
+code per tensor: 0 save, 1 recompute, 2 + j the tensor's j-th codec option.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
-from fxhybrid.problem import Problem
+from fxhybrid.problem import Op, Problem
 
 State = list[int]
 Ints = npt.NDArray[np.int64]
 SAVED, RECOMPUTED = 0, 1
 FIRST_CODEC = 2
+NEVER = 1 << 60
 
 
 class Grid:
-    """What every measurement of one problem needs, worked out once."""
+    """What every measurement of one problem needs, worked out once.
+
+    Attributes:
+        read, made: per forward op, the tensors read and made.
+        readers: per tensor, the forward ops that read it.
+        producer: per tensor, the forward op that makes it, or -1.
+        first_run, last_run: per tensor, the first and last backward op that reads it, or NEVER and -1.
+        base_read: per tensor, slot of the last use by a forward op that every plan runs, or -1.
+        optional: forward ops that some plans leave out, with the height of each while it runs.
+        fused_at: per fusable mask op, the slot of its reader; ``fused_top`` is the reader's height when fused.
+        base_live, base_top: bytes of what no plan decides, and how high each op reaches above what is alive.
+        rerun_top: per forward op, how high it reaches above what is alive.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.n_forward = len(problem.forward)
-        self.n_slots = self.n_forward + len(problem.backward)
+        self.n_ops = self.n_forward + len(problem.backward)
+        self.n_slots = self.n_ops + 1
         count = len(problem.tensors)
         self.producer = [problem.producer.get(t, -1) for t in range(count)]
-        self.size = np.fromiter((t.size_bytes for t in problem.tensors), np.int64, count)
-        self.held = set(problem.outputs)
-        self.gradients = set(problem.gradients)
+        self.sizes = [t.size_bytes for t in problem.tensors]
+        self.held, self.mutated = frozenset(problem.outputs), frozenset(problem.mutations)
+        self.gradients = frozenset(problem.gradients)
         self.default: State = [
             RECOMPUTED if o in problem.deferrable and t not in self.held else SAVED for t, o in enumerate(self.producer)
         ]
+        self.lossy_options = [tuple(not o.lossless for o in t.codecs) for t in problem.tensors]
+        self.base_top = np.zeros(self.n_slots, np.int64)
+        self.base_live = np.full(self.n_slots, problem.resident_bytes, np.int64)
         self._prepare_forward(count)
         self._prepare_backward(count)
 
+    def slot(self, backward_op: int) -> int:
+        """The slot of a backward op."""
+        return self.n_forward + 1 + backward_op
+
+    def lossy(self, t: int, code: int) -> bool:
+        """Whether ``code`` gives back other bits."""
+        return code >= FIRST_CODEC and self.lossy_options[t][code - FIRST_CODEC]
+
+    def top(self, op: Op, rise_bytes: int) -> int:
+        """How high an op reaches above what is alive before it."""
+        return max(rise_bytes, sum(self.sizes[t] for t in op.outputs))
+
     def _prepare_forward(self, count: int) -> None:
         problem = self.problem
+        self.read = [op.inputs for op in problem.forward]
+        self.made = [op.outputs for op in problem.forward]
+        self.readers: list[list[int]] = [[] for _ in range(count)]
+        for i, op in enumerate(problem.forward):
+            for t in dict.fromkeys(op.inputs):
+                self.readers[t].append(i)
+        self.rerun_top = [self.top(op, op.rise_bytes) for op in problem.forward]
         wanted = {*problem.outputs, *problem.mutations, *problem.gradients}
-        self.optional: list[int] = []
+        self.optional: dict[int, int] = {}
         self.base_read = [-1] * count
         self.base_s = sum(op.seconds for op in problem.backward) - problem.step_s
         for i in range(self.n_forward - 1, -1, -1):
             op = problem.forward[i]
             if not op.pinned and wanted.isdisjoint(op.outputs):
-                self.optional.append(i)
+                self.optional[i] = self.rerun_top[i]
                 continue
             wanted.update(op.inputs)
             self.base_s += op.seconds
+            self.base_top[i] = self.rerun_top[i]
             for t in (*op.inputs, *op.outputs):
                 self.base_read[t] = max(self.base_read[t], i)
-        self.forward_tensors = np.array([t for op in problem.forward for t in op.outputs], np.int64)
-        self.made_by = np.array([i for i, op in enumerate(problem.forward) for _ in op.outputs], np.int64)
-        self.forward_rise = np.array([op.rise_bytes for op in problem.forward], np.int64)
 
     def _prepare_backward(self, count: int) -> None:
         problem = self.problem
-        first_run, last_run = [-1] * count, [-1] * count
+        self.first_run, self.last_run = [NEVER] * count, [-1] * count
         death = [0] * count
+        self.fused_at: dict[int, int] = {}
+        self.fused_top: dict[int, int] = {}
+        self.base_live[self.n_forward + 1 :] += problem.tangent_bytes
         for p, op in enumerate(problem.backward):
+            self.base_top[self.slot(p)] = self.top(op, op.rise_bytes)
             for t in (*op.inputs, *op.outputs):
                 death[t] = p
+                self.last_run[t] = p
             for t in op.inputs:
-                if self.producer[t] >= 0:
-                    last_run[t] = p
-                    if first_run[t] < 0:
-                        first_run[t] = p
-        self.first_run, self.last_run = np.array(first_run, np.int64), np.array(last_run, np.int64)
-        made = [(p, t) for p, op in enumerate(problem.backward) for t in op.outputs]
-        n_backward = len(problem.backward)
-        self.back_birth = np.array([p for p, _ in made], np.int64)
-        self.back_death = np.array([n_backward if t in self.gradients else death[t] for _, t in made], np.int64)
-        self.back_size = self.size[[t for _, t in made]] if made else np.zeros(0, np.int64)
-        self.back_rise = np.array([op.rise_bytes for op in problem.backward], np.int64)
-        self.roots = sorted(problem.backward_reads, key=lambda t: problem.backward_reads[t])
+                self.first_run[t] = min(self.first_run[t], p)
+            if op.fusion:
+                self.fused_at[op.fusion.op] = self.slot(p)
+                self.fused_top[op.fusion.op] = self.top(op, op.fusion.rise_bytes)
+        for p, op in enumerate(problem.backward):
+            for t in op.outputs:
+                end = self.n_slots if t in self.gradients else self.slot(death[t]) + 1
+                self.base_live[self.slot(p) + 1 : end] += self.sizes[t]
+
+    def near(self, tensors: Iterable[int], steps: int = 2) -> set[int]:
+        """``tensors`` and those up to ``steps`` steps away along sources and readers."""
+        found = set(tensors)
+        edge = found
+        for _ in range(steps):
+            step: set[int] = set()
+            for t in edge:
+                step.update(self.read[self.producer[t]])
+                for i in self.readers[t][:8]:
+                    step.update(self.made[i])
+            edge = step - found
+            found |= edge
+        return found

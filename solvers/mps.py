@@ -7,6 +7,8 @@ everything small, and then back up. The plans that no other one beats form the l
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
@@ -23,6 +25,8 @@ from fxhybrid.solvers.grid import SAVED, State
 from fxhybrid.solvers.moves import MoveTable
 from fxhybrid.solvers.seeds import seed_states
 from fxhybrid.timeline import simulate_actions
+
+PRICES = (3e-4, 6.0)  # seconds for the whole peak, relative to the step
 
 
 @dataclass(frozen=True)
@@ -52,26 +56,24 @@ class Effort:
     """How much work a ladder may take; all are counts or ratios, none is a time.
 
     Attributes:
-        step: each target peak of the way down, relative to the one before.
-        shakes: tries per target to take back dear actions and go down another way.
+        moves: moves made at most, and as many more for each op of the problem.
+        price_step: each price of the peak, relative to the one before.
+        error_prices: seconds that the whole error limit is worth, relative to the step; one sweep each.
         seeds: coarse plans followed up.
-        op_measurements: measurements times ops of the problem (one measurement costs more with more ops).
-        both_starts: with at most so many candidates, go down from both forms of keep-everything.
         rungs: rungs kept at most.
-        error_prices: seconds that the whole error limit is worth, relative to the step; one way down each.
+        rung_step: neighbouring rungs differ by about so much in added time (plus 0.1 % of the step).
     """
 
-    step: float = 0.975
-    shakes: int = 1
-    seeds: int = 3
-    op_measurements: int = 600_000
-    both_starts: int = 100
-    rungs: int = 64
+    moves: tuple[int, int] = (10_000, 8)
+    price_step: float = 1.3
     error_prices: tuple[float, ...] = (0.02, 0.0)
+    seeds: int = 3
+    rungs: int = 160
+    rung_step: float = 1.02
 
-    def measurements(self, problem: Problem) -> int:
-        """Plans that may be measured for ``problem``."""
-        return min(max(self.op_measurements // max(len(problem.forward) + len(problem.backward), 1), 60), 2500)
+    def work(self, problem: Problem) -> int:
+        """Moves that may be made for ``problem``."""
+        return self.moves[0] + self.moves[1] * (len(problem.forward) + len(problem.backward))
 
 
 def build_ladder(
@@ -95,96 +97,131 @@ def build_ladder(
     base = Footprints(problem)
     choices = Choices(base, max_error, allow, recompute)
     search = Descent(base, MoveTable(choices), max_error**2)
-    first = search.measure(base.default)
-    assert first is not None
-    search.points.append(first)
-    share = effort.measurements(problem) // (2 + 2 * len(effort.error_prices))
-    prices = [price * problem.step_s / max(max_error, 1e-9) ** 2 for price in effort.error_prices]
-    # Shares of the work, so that a large problem still gets every part of its ladder.
-    search.error_price_s, search.work = prices[0], share
-    lowest = _lowest(search, seed_states(choices, max_error), effort)
-    kept = search.measure([SAVED] * len(base.default))
-    search.points += [] if kept is None else [kept]
-    start = _start(first, kept)
-    low = [] if lowest is None else [lowest]
-    for price in prices:
-        search.error_price_s = price
-        search.work += 2 * share
-        low.append(_way_down(search, start, effort))
-    other = kept if start is first else first
-    if other is not None and len(choices.codes) <= effort.both_starts:
-        low.append(_way_down(search, other, effort))
-    search.work += share
-    for point in sorted(low, key=lambda p: p.mark.peak_bytes)[:2]:
-        _way_up(search, point, effort)
-    return Ladder(_rungs(problem, base, search.points, effort.rungs))
+    climb = _Climb(search, effort, problem)
+    climb.run(choices, max_error)
+    return Ladder(_rungs(problem, base, climb.points, effort.rungs))
 
 
-def _start(first: Point, kept: Point | None) -> Point:
-    """Keep-everything, or the same with masks kept too if that is lower and adds no time.
+class _Climb:
+    """The parts of a ladder's search and the points that they came by."""
 
-    Made in the backward pass a mask is free, but it holds its source until then.
-    """
-    if kept is None or kept.mark.added_s > 0.0 or kept.mark.peak_bytes >= first.mark.peak_bytes:
-        return first
-    return kept
+    def __init__(self, search: Descent, effort: Effort, problem: Problem) -> None:
+        self.search = search
+        self.effort = effort
+        self.step_s = problem.step_s
+        self.work = effort.work(problem)
+        self.points: list[Point] = [search.point()]
+
+    def run(self, choices: Choices, max_error: float) -> None:
+        """Every part gets a share of the work, so that a large problem still gets every part of its ladder."""
+        search = self.search
+        self.add([SAVED] * len(search.base.state))
+        limit2 = max(max_error, 1e-9) ** 2
+        prices = [price * self.step_s / limit2 for price in self.effort.error_prices]
+        search.error_price_s = prices[0]
+        self.grant(0.25)
+        self.lowest(list(seed_states(choices, max_error)))
+        for price in prices:
+            search.error_price_s = price
+            self.grant(0.25 / len(prices))
+            self.sweep(self.points[0], self.prices())
+            self.grant(0.25 / len(prices))
+            lowest = min(self.points, key=lambda p: (p.mark.peak_bytes, p.mark.added_s))
+            self.sweep(lowest, reversed(self.prices()))
+        search.error_price_s = 0.0
+        self.grant(0.25)
+        self.refine()
+
+    def grant(self, share: float) -> None:
+        """Allows a share of all work from here on."""
+        self.search.stop_at = self.search.base.moves + int(share * self.work)
+
+    def add(self, state: State) -> Point | None:
+        """Takes a state to the points, if it is a valid one."""
+        if not self.search.stand_at(state):
+            return None
+        self.points.append(self.search.point())
+        return self.points[-1]
+
+    def prices(self) -> list[float]:
+        """Prices of the peak, from one that moves nothing to one that nothing is too dear for."""
+        lowest = PRICES[0] * self.step_s / max(self.points[0].mark.peak_bytes, 1)
+        count = int(math.log(PRICES[1] / PRICES[0]) / math.log(self.effort.price_step)) + 1
+        return [lowest * self.effort.price_step**i for i in range(count)]
+
+    def lowest(self, states: list[State]) -> None:
+        """The best of the coarse plans, taken as far down as moves lead."""
+        search = self.search
+        measured = [point for state in states if (point := self.add(state))]
+        for start in sorted(measured, key=lambda p: p.mark.peak_bytes)[: self.effort.seeds]:
+            search.stand_at(start.codes)
+            search.table.refresh()
+            while search.descend(int(search.base.footprint().peak_bytes * 0.99)):
+                pass
+            self.points.append(search.point())
+
+    def sweep(self, start: Point, prices: Iterable[float]) -> None:
+        """From one end to the other, with the price of the peak."""
+        self.search.stand_at(start.codes)
+        for price in prices:
+            self.search.relax(price)
+            self.points.append(self.search.point())
+
+    def refine(self) -> None:
+        """Puts rungs where neighbours are far apart, the widest gaps first."""
+        floor = 1e-3 * self.step_s + 1e-30
+        tried: set[int] = set()
+        while not self.search.tired:
+            best = _undominated(self.points)
+            gaps = [
+                (math.log((low.mark.added_s + floor) / (high.mark.added_s + floor)), high, low)
+                for high, low in itertools.pairwise([self.points[0], *best])
+            ]
+            wide = [
+                g for g in gaps if g[0] > math.log(self.effort.rung_step) and self._between(g[1], g[2]) not in tried
+            ]
+            if not wide:
+                return
+            for _, high, low in sorted(wide, key=lambda g: -g[0])[:8]:
+                target = self._between(high, low)
+                tried.add(target)
+                self.fill(target, high, low)
+
+    @staticmethod
+    def _between(high: Point, low: Point) -> int:
+        return (high.mark.peak_bytes + low.mark.peak_bytes) // 2
+
+    def fill(self, target: int, high: Point, low: Point) -> None:
+        """Looks for plans within ``target`` from both sides."""
+        search = self.search
+        for start in (low, high):
+            search.stand_at(start.codes)
+            search.table.refresh()
+            if search.descend(target):
+                search.trim(target)
+                self.points.append(search.point())
 
 
-def _way_down(search: Descent, point: Point, effort: Effort) -> Point:
-    """Rung by rung down from keep-everything; gives the lowest point."""
-    search.table.refresh(point.state, point.mark)
-    turn = 0
-    while True:
-        target = int(point.mark.peak_bytes * effort.step)
-        lower = search.descend(point, target)
-        if lower is None:
-            search.points.append(search.last)
-            return search.last
-        point = search.trim(lower, target)
-        for _ in range(effort.shakes):
-            point = search.shake(point, target, turn)
-            turn += 1
-        search.points.append(point)
-
-
-def _lowest(search: Descent, states: Iterable[State], effort: Effort) -> Point | None:
-    """The best of the coarse plans, taken as far down as single moves lead."""
-    measured = [found for state in states if (found := search.measure(state)) is not None]
-    search.points += measured
-    best: Point | None = None
-    for start in sorted(measured, key=lambda p: p.mark.peak_bytes)[: effort.seeds]:
-        point: Point | None = start
-        search.table.refresh(start.state, start.mark)
-        while point is not None:
-            point = search.descend(point, int(point.mark.peak_bytes * 0.99))
-        point = search.last
-        search.points.append(point)
-        if best is None or point.mark.peak_bytes < best.mark.peak_bytes:
-            best = point
-    return best
-
-
-def _way_up(search: Descent, point: Point, effort: Effort) -> None:
-    """From a low point back up, taking back the dearest actions as the target rises."""
-    search.table.refresh(point.state, point.mark)
-    target = point.mark.peak_bytes
-    while point.mark.added_s > 0 and search.work > 0 and target < search.points[0].mark.peak_bytes:
-        point = search.trim(point, target)
-        search.points.append(point)
-        target = int(target / effort.step) + 1
-
-
-def _rungs(problem: Problem, base: Footprints, points: list[Point], limit: int) -> tuple[Rung, ...]:
-    """The points that no other one beats, thinned to ``limit``, judged by the simulator."""
+def _undominated(points: list[Point]) -> list[Point]:
+    """The points that no other one beats, the cheapest first; the first of ``points`` is the start."""
     best: list[Point] = []
     for point in sorted(points[1:], key=lambda p: (p.mark.added_s, p.mark.peak_bytes, p.mark.error2)):
         if point.mark.peak_bytes < min(points[0].mark.peak_bytes, best[-1].mark.peak_bytes if best else 1 << 62):
             best.append(point)
+    return best
+
+
+def _rungs(problem: Problem, base: Footprints, points: list[Point], limit: int) -> tuple[Rung, ...]:
+    """The points that no other one beats, thinned to ``limit``, judged by the simulator."""
+    best = _undominated(points)
     while len(best) > limit:
         peaks = [points[0].mark.peak_bytes, *(p.mark.peak_bytes for p in best)]
         gaps = [peaks[i] / max(peaks[i + 2], 1) for i in range(len(best) - 1)]
         del best[gaps.index(min(gaps))]
-    rungs = [_judge(problem, base.actions(p.state, p.mark.needed)) for p in (points[0], *best)]
+    rungs = []
+    for point in (points[0], *best):
+        base.measure(list(point.codes))
+        rungs.append(_judge(problem, base.actions()))
     kept: list[Rung] = rungs[:1]
     for rung in rungs[1:]:
         if rung.peak_bytes < kept[-1].peak_bytes and rung.added_s >= kept[-1].added_s:

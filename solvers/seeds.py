@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxhybrid.solvers.choices import Choices
-from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED, State
+from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, State
 
 
 def seed_states(choices: Choices, max_error: float) -> Iterator[State]:
@@ -35,7 +35,7 @@ def seed_states(choices: Choices, max_error: float) -> Iterator[State]:
 def _speed(choices: Choices, t: int) -> float:
     """Bytes that recomputing the tensor's op makes per second."""
     op = choices.base.problem.forward[choices.base.producer[t]]
-    return float(choices.base.size[t]) / max(op.seconds, 1e-12)
+    return float(choices.base.sizes[t]) / max(op.seconds, 1e-12)
 
 
 def _small(choices: Choices, again: set[int], max_error: float) -> State:
@@ -49,21 +49,20 @@ def _small(choices: Choices, again: set[int], max_error: float) -> State:
             state[t] = RECOMPUTED
         else:
             state[t] = choices.lossless[t]
-    mark = base.measure(state)
-    if mark is None:
+    if base.measure(state) is None:
         return state
     exact = {
         s
         for t, code in enumerate(state)
-        if code == RECOMPUTED and mark.needed[t]
+        if code == RECOMPUTED and base.use[t] < NEVER
         for s in base.problem.forward[base.producer[t]].inputs
     }
     worth: list[tuple[float, int, int]] = []
     for t, codes in choices.codes.items():
-        if not mark.needed[t] or t in exact or t in base.held or state[t] == RECOMPUTED:
+        if base.use[t] == NEVER or t in exact or t in base.held or state[t] == RECOMPUTED:
             continue
         for code in codes:
-            if code >= FIRST_CODEC and choices.lossy(t, code):
+            if code >= FIRST_CODEC and base.lossy(t, code):
                 freed = choices.stored_bytes(t, state[t]) - choices.stored_bytes(t, code)
                 worth.append((freed / max(choices.error2(t, code), 1e-18), t, code))
     spent = 0.0

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from hypothesis import strategies as st
 
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
-from fxhybrid.problem import CodecOption, Op, Problem, Tensor
+from fxhybrid.problem import CodecOption, Fusion, Op, Problem, Tensor
 
 LOSSY = (("q8", 4, 0.01), ("q4", 8, 0.04), ("q2", 16, 0.2))
 
@@ -43,7 +43,7 @@ class _Builder:
 
 
 def random_problem(
-    seed: int, n_forward: int = 8, *, lossy: bool = True, mean_bytes: int = 4000, with_masks: bool = True
+    seed: int, n_forward: int = 8, *, lossy: bool = True, mean_bytes: int = 4000, with_masks: bool = True, fused: bool = False
 ) -> Problem:
     """A layered forward program with its mirrored backward program.
 
@@ -53,6 +53,7 @@ def random_problem(
         lossy: whether some tensors offer lossy codecs.
         mean_bytes: mean size of a tensor.
         with_masks: whether some ops have a mask that only the backward program reads (deferrable ops).
+        fused: whether the readers of masks have a form that reads the mask's source instead.
     """
     b = _Builder(seed)
     rnd = b.random
@@ -79,7 +80,7 @@ def random_problem(
             reads = (mask,)
         made.append(out)
         layers.append((inputs, out, reads))
-    _mirror(b, layers)
+    _mirror(b, layers, fused)
     outputs_held = (made[-1],) if made and rnd.random() < 0.5 else ()
     mutations = tuple(rnd.sample(made, 1)) if made and rnd.random() < 0.2 else ()
     if made and not outputs_held and not mutations:
@@ -96,8 +97,9 @@ def random_problem(
     )
 
 
-def _mirror(b: _Builder, layers: list[tuple[tuple[int, ...], int, tuple[int, ...]]]) -> None:
+def _mirror(b: _Builder, layers: list[tuple[tuple[int, ...], int, tuple[int, ...]]], fused: bool) -> None:
     grad: dict[int, int] = {}
+    masks = {op.outputs[0]: i for i, op in enumerate(b.forward) if op.name.startswith("mask")}
     for number, (inputs, out, reads) in enumerate(reversed(layers)):
         sources = (*reads, *((grad[out],) if out in grad else ()))
         results = [b.tensor("grad", b.tensors[t].size_bytes) for t in inputs]
@@ -105,19 +107,23 @@ def _mirror(b: _Builder, layers: list[tuple[tuple[int, ...], int, tuple[int, ...
             results.append(b.tensor("param", b.random.randint(1, 500)))
             b.gradients.append(results[-1])
         size = sum(b.tensors[t].size_bytes for t in results)
-        name = f"back{number}"
-        b.backward.append(Op(name, tuple(dict.fromkeys(sources)), tuple(results), size * 5e-4, b.rise(size)))
+        mask = masks.get(reads[0]) if fused and reads else None
+        fusion = None if mask is None else Fusion(mask, size)
+        inputs_read = tuple(dict.fromkeys(sources))
+        op = Op(f"back{number}", inputs_read, tuple(results), size * 5e-4, b.rise(size), fusion=fusion)
+        b.backward.append(op)
         grad.update(zip(inputs, results, strict=False))
 
 
-def problems(min_ops: int = 1, max_ops: int = 12) -> st.SearchStrategy[Problem]:
-    """Hypothesis strategy over ``random_problem``."""
+def problems(min_ops: int = 1, max_ops: int = 12, *, fused: bool = False) -> st.SearchStrategy[Problem]:
+    """Hypothesis strategy over ``random_problem``; ``fused`` adds problems with fusable masks."""
     return st.builds(
         random_problem,
         st.integers(0, 2**32 - 1),
         st.integers(min_ops, max_ops),
         lossy=st.booleans(),
         with_masks=st.booleans(),
+        fused=st.booleans() if fused else st.just(False),
     )
 
 
