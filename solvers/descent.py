@@ -8,7 +8,6 @@ a number of moves made, so that the same input gives the same plans.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,8 @@ SHARPNESS = 200.0  # slots one part in so many below the peak weigh 1 / e of it
 NEARLY = 0.99  # of the target: slots above that count as overloaded, so that moves reach below it
 SCARCITY = 16  # power of height over target that says how scarce a slot's room is
 ROWS_PER_PICK = 2000  # moves picked between two scorings: one, and one more for so many rows
-FAILS = 16  # moves refused in a row before a search gives up
+LOOKED_AT = 200  # moves looked at for one batch
+FAILS = 100  # moves refused in a row before a search gives up
 NOTHING = 1e-9  # of the step: seconds below that are no gain
 
 
@@ -241,11 +241,11 @@ class Descent:
         score[~table.valid | (gain <= 0) | (error2 + table.error2 > self.max_error2 * (1 + 1e-12))] = 0.0
         return score
 
-    def trim(self, target: int) -> None:
-        """Makes moves that save time while the peak stays at or below ``target``."""
+    def trim(self, target: int, seen: list[Point] | None = None) -> None:
+        """Makes moves that save time while the peak stays at or below ``target``; ``seen`` gets the points passed."""
         table = self.table
         banned = np.zeros(len(table.row), bool)
-        batch, fails = 8, 0
+        batch, fails = 8 if seen is None else 1, 0
         while not self.tired and fails < FAILS:
             rows, changes = self._fitting(target, self._savers(target, banned), batch)
             if not rows:
@@ -254,7 +254,9 @@ class Descent:
             moved = self.base.move(changes)
             if self.allowed() and self.base.heights().max() <= target and self.cost_s < before:
                 table.age(moved)
-                batch, fails = min(2 * batch, self.most_at_once), 0
+                batch, fails = 1 if seen is not None else min(2 * batch, self.most_at_once), 0
+                if seen is not None:
+                    seen.append(self.point())
                 continue
             self.base.undo()
             fails += 1
@@ -272,14 +274,14 @@ class Descent:
         order: Ints = wanted[np.argsort(cost[wanted] / taken, kind="stable")]
         return order
 
-    def _fitting(self, target: int, order: Iterable[int], batch: int) -> tuple[list[int], Changes]:
+    def _fitting(self, target: int, order: Ints, batch: int) -> tuple[list[int], Changes]:
         """Moves that should keep the target, apart from each other."""
         table = self.table
         height = self.base.heights().astype(np.float64)
         error2 = self.base.error2
         rows: list[int] = []
         picked: Changes = {}
-        for r in map(int, order):
+        for r in map(int, order[:LOOKED_AT]):
             if not self._fits(height, r, target) or error2 + table.error2[r] > self.max_error2:
                 continue
             table.refresh((table.row[r][0],))

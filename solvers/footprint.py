@@ -12,6 +12,7 @@ reruns before a backward op: a group) is the same relative to the height after i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -91,6 +92,7 @@ class Footprints(Grid):
         self._group = np.full(self.n_slots, NO_GROUP, np.int64)
         self._seconds, self._error2 = self.base_s, 0.0
         self._lossy = self._invalid = 0
+        self._trying = False  # nobody will look at the heights of this move
         # what the last move changed, so that it can be taken back
         self._moved: list[Interval] = []
         self._old: list[tuple[Any, int, Any]] = []
@@ -121,6 +123,18 @@ class Footprints(Grid):
         """Seconds beyond running every op once; what rounding leaves of nothing is nothing."""
         return self._seconds if self._seconds > 1e-12 * self.problem.step_s else 0.0
 
+    def exact_added_s(self) -> float:
+        """``added_s`` summed up from nothing, to the last bit as the simulator has it."""
+        forward = self.problem.forward
+        seconds = [op.seconds for op in self.problem.backward]
+        seconds += [op.seconds for op, runs in zip(forward, self._runs, strict=True) if runs]
+        seconds += [forward[o].seconds for o, at in enumerate(self.rerun) if at < NEVER and o not in self.fused_at]
+        for t, life in enumerate(self._lives):
+            if life.code >= FIRST_CODEC:
+                option = self.option(t, life.code)
+                seconds += [option.encode_s, option.decode_s]
+        return max(math.fsum(seconds) - self.problem.step_s, 0.0)
+
     @property
     def error2(self) -> float:
         """Sum of squared lossy errors."""
@@ -149,9 +163,11 @@ class Footprints(Grid):
     def effect(self, changes: Mapping[int, int]) -> tuple[list[Interval], float, float] | None:
         """What a move would do: bytes that come or go by slots, added seconds and squared error; None if invalid."""
         seconds, error2 = self._seconds, self._error2
+        self._trying = True
         self.move(changes)
         found = (self._moved, self._seconds - seconds, self._error2 - error2) if self.valid else None
         self.undo()
+        self._trying = False
         return found
 
     def move(self, changes: Mapping[int, int]) -> dict[int, int]:
@@ -170,7 +186,7 @@ class Footprints(Grid):
 
     def undo(self) -> None:
         """Takes the last move back."""
-        for begin, end, size in self._moved:
+        for begin, end, size in () if self._trying else self._moved:
             self._live[begin:end] -= size
         for values, key, old in reversed(self._old):
             values[key] = old
@@ -206,7 +222,7 @@ class Footprints(Grid):
                         heappush(heap, key)
         for t in dirty:
             self._settle_life(t, slots)
-        for slot in slots:
+        for slot in () if self._trying else slots:
             self._set(self._group, slot, self._group_height(slot))
 
     def _settle_rerun(self, o: int, slots: set[int]) -> bool:
@@ -250,7 +266,8 @@ class Footprints(Grid):
         for life, other, sign in ((old, new, -1), (new, old, 1)):
             for begin, end, size in life.intervals:
                 if (begin, end, size) not in other.intervals:
-                    self._live[begin:end] += sign * size
+                    if not self._trying:
+                        self._live[begin:end] += sign * size
                     self._moved.append((begin, end, sign * size))
             if life.code >= FIRST_CODEC:
                 option = self.option(t, life.code)
@@ -266,6 +283,8 @@ class Footprints(Grid):
             slots.add(self.slot(rerun))
 
     def _put(self, slot: int, member: tuple[int, int], put: bool, slots: set[int]) -> None:
+        if self._trying:
+            return
         members = self._members.setdefault(slot, set())
         if put:
             members.add(member)

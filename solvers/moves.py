@@ -76,7 +76,7 @@ class MoveTable:
 
     def age(self, changed: Iterable[int]) -> set[int]:
         """Marks as stale what a change of ``changed`` may alter."""
-        near = self.base.near(changed).intersection(self.rows_of)
+        near = self.base.near(changed, 1).intersection(self.rows_of)
         self.stale |= near
         return near
 

@@ -1,8 +1,9 @@
 """Memory saved per second: a heuristic that gives plans for every budget at once.
 
-From keep-everything it takes, again and again, the move that frees the most bytes at the peak per second of
-added delay, then takes back what became unnecessary. A second family of plans starts from the other end:
-everything small, and then back up. The plans that no other one beats form the ladder.
+A price per byte of the peak rises step by step from nothing: at each, all moves are made whose saving at the peak is
+worth more than the added delay, and those taken back whose saving is not. The same from the other end: from the
+lowest plan found, with a falling price. Between two plans that are far apart, moves of the most bytes per second fill
+the gap. The plans that no other one beats form the ladder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from fxhybrid.plan import Action, Actions
+from fxhybrid.plan import Actions
 from fxhybrid.problem import CodecOption, Problem
 from fxhybrid.solvers.base import SolveResult, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
@@ -24,7 +25,6 @@ from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import SAVED, State
 from fxhybrid.solvers.moves import MoveTable
 from fxhybrid.solvers.seeds import seed_states
-from fxhybrid.timeline import simulate_actions
 
 PRICES = (3e-4, 6.0)  # seconds for the whole peak, relative to the step
 
@@ -64,11 +64,11 @@ class Effort:
         rung_step: neighbouring rungs differ by about so much in added time (plus 0.1 % of the step).
     """
 
-    moves: tuple[int, int] = (10_000, 8)
-    price_step: float = 1.3
-    error_prices: tuple[float, ...] = (0.02, 0.0)
-    seeds: int = 3
-    rungs: int = 160
+    moves: tuple[int, int] = (18_000, 1)
+    price_step: float = 1.15
+    error_prices: tuple[float, ...] = (0.0, 0.02)
+    seeds: int = 2
+    rungs: int = 192
     rung_step: float = 1.02
 
     def work(self, problem: Problem) -> int:
@@ -118,16 +118,19 @@ class _Climb:
         self.add([SAVED] * len(search.base.state))
         limit2 = max(max_error, 1e-9) ** 2
         prices = [price * self.step_s / limit2 for price in self.effort.error_prices]
-        search.error_price_s = prices[0]
-        self.grant(0.25)
-        self.lowest(list(seed_states(choices, max_error)))
+        for state in seed_states(choices, max_error):
+            self.add(state)
+        seeds = sorted(self.points, key=_peak)[: self.effort.seeds]
         for price in prices:
             search.error_price_s = price
+            self.grant(0.15 / len(prices))
+            self.lowest(seeds)
             self.grant(0.25 / len(prices))
             self.sweep(self.points[0], self.prices())
             self.grant(0.25 / len(prices))
-            lowest = min(self.points, key=lambda p: (p.mark.peak_bytes, p.mark.added_s))
-            self.sweep(lowest, reversed(self.prices()))
+            self.sweep(min(self.points, key=_peak), reversed(self.prices()))
+            self.grant(0.1 / len(prices))
+            self.lowest(sorted(self.points, key=_peak)[:3])
         search.error_price_s = 0.0
         self.grant(0.25)
         self.refine()
@@ -149,15 +152,16 @@ class _Climb:
         count = int(math.log(PRICES[1] / PRICES[0]) / math.log(self.effort.price_step)) + 1
         return [lowest * self.effort.price_step**i for i in range(count)]
 
-    def lowest(self, states: list[State]) -> None:
-        """The best of the coarse plans, taken as far down as moves lead."""
+    def lowest(self, starts: list[Point]) -> None:
+        """Takes points as far down as moves lead."""
         search = self.search
-        measured = [point for state in states if (point := self.add(state))]
-        for start in sorted(measured, key=lambda p: p.mark.peak_bytes)[: self.effort.seeds]:
+        for start in starts:
+            if search.tired:
+                return
             search.stand_at(start.codes)
-            search.table.refresh()
-            while search.descend(int(search.base.footprint().peak_bytes * 0.99)):
-                pass
+            for step in (0.99, 0.999):
+                while search.descend(int(search.base.footprint().peak_bytes * step)):
+                    pass
             self.points.append(search.point())
 
     def sweep(self, start: Point, prices: Iterable[float]) -> None:
@@ -168,38 +172,39 @@ class _Climb:
             self.points.append(self.search.point())
 
     def refine(self) -> None:
-        """Puts rungs where neighbours are far apart, the widest gaps first."""
+        """Puts rungs between neighbours that are far apart, the widest gaps first."""
         floor = 1e-3 * self.step_s + 1e-30
-        tried: set[int] = set()
+        tried: set[tuple[int, int]] = set()
         while not self.search.tired:
-            best = _undominated(self.points)
-            gaps = [
-                (math.log((low.mark.added_s + floor) / (high.mark.added_s + floor)), high, low)
-                for high, low in itertools.pairwise([self.points[0], *best])
-            ]
-            wide = [
-                g for g in gaps if g[0] > math.log(self.effort.rung_step) and self._between(g[1], g[2]) not in tried
-            ]
-            if not wide:
+            gaps = []
+            for high, low in itertools.pairwise([self.points[0], *_undominated(self.points)]):
+                ratio = (low.mark.added_s + floor) / (high.mark.added_s + floor)
+                if ratio > self.effort.rung_step and (high.mark.peak_bytes, low.mark.peak_bytes) not in tried:
+                    gaps.append((ratio, high, low))
+            if not gaps:
                 return
-            for _, high, low in sorted(wide, key=lambda g: -g[0])[:8]:
-                target = self._between(high, low)
-                tried.add(target)
-                self.fill(target, high, low)
+            widest = sorted(gaps, key=lambda gap: -gap[0])[: max(8, len(gaps) // 2)]
+            for _, high, low in sorted(widest, key=lambda gap: gap[1].mark.peak_bytes):
+                tried.add((high.mark.peak_bytes, low.mark.peak_bytes))
+                self.fill(high, low)
 
-    @staticmethod
-    def _between(high: Point, low: Point) -> int:
-        return (high.mark.peak_bytes + low.mark.peak_bytes) // 2
-
-    def fill(self, target: int, high: Point, low: Point) -> None:
-        """Looks for plans within ``target`` from both sides."""
-        search = self.search
-        for start in (low, high):
-            search.stand_at(start.codes)
-            search.table.refresh()
+    def fill(self, high: Point, low: Point) -> None:
+        """Looks for plans between two points from both sides."""
+        search, points = self.search, self.points
+        middle = (high.mark.peak_bytes + low.mark.peak_bytes) // 2
+        search.stand_at(low.codes)
+        for target in (middle, high.mark.peak_bytes - 1):
+            search.trim(target, points)
+            points.append(search.point())
+        search.stand_at(high.codes)
+        for target in (high.mark.peak_bytes - 1, middle, low.mark.peak_bytes):
             if search.descend(target):
-                search.trim(target)
-                self.points.append(search.point())
+                search.trim(target, points)
+                points.append(search.point())
+
+
+def _peak(point: Point) -> tuple[int, float]:
+    return point.mark.peak_bytes, point.mark.added_s
 
 
 def _undominated(points: list[Point]) -> list[Point]:
@@ -212,26 +217,21 @@ def _undominated(points: list[Point]) -> list[Point]:
 
 
 def _rungs(problem: Problem, base: Footprints, points: list[Point], limit: int) -> tuple[Rung, ...]:
-    """The points that no other one beats, thinned to ``limit``, judged by the simulator."""
-    best = _undominated(points)
+    """The points that no other one beats, thinned to ``limit``."""
+    best = [points[0], *_undominated(points)]
+    floor = 1e-3 * problem.step_s + 1e-30
     while len(best) > limit:
-        peaks = [points[0].mark.peak_bytes, *(p.mark.peak_bytes for p in best)]
-        gaps = [peaks[i] / max(peaks[i + 2], 1) for i in range(len(best) - 1)]
-        del best[gaps.index(min(gaps))]
-    rungs = []
-    for point in (points[0], *best):
+        costs = [point.mark.added_s + floor for point in best]
+        losses = [after / cost for cost, after in itertools.pairwise(costs[1:])]
+        del best[1 + losses.index(min(losses))]
+    rungs: list[Rung] = []
+    for point in best:
         base.measure(list(point.codes))
-        rungs.append(_judge(problem, base.actions()))
-    kept: list[Rung] = rungs[:1]
-    for rung in rungs[1:]:
-        if rung.peak_bytes < kept[-1].peak_bytes and rung.added_s >= kept[-1].added_s:
-            kept.append(rung)
-    return tuple(kept)
-
-
-def _judge(problem: Problem, actions: dict[int, Action]) -> Rung:
-    line = simulate_actions(problem, actions)
-    return Rung(actions, line.peak_bytes, line.added_s, plan_error(problem, actions))
+        actions = base.actions()
+        rung = Rung(actions, point.mark.peak_bytes, base.exact_added_s(), plan_error(problem, actions))
+        if not rungs or (rung.peak_bytes < rungs[-1].peak_bytes and rung.added_s >= rungs[-1].added_s):
+            rungs.append(rung)
+    return tuple(rungs)
 
 
 @dataclass

@@ -43,7 +43,13 @@ class _Builder:
 
 
 def random_problem(
-    seed: int, n_forward: int = 8, *, lossy: bool = True, mean_bytes: int = 4000, with_masks: bool = True, fused: bool = False
+    seed: int,
+    n_forward: int = 8,
+    *,
+    lossy: bool = True,
+    mean_bytes: int = 4000,
+    with_masks: bool = True,
+    fused: bool = False,
 ) -> Problem:
     """A layered forward program with its mirrored backward program.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -174,22 +175,42 @@ def test_only_allowed_codecs_are_used(problem: Problem) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(problems(), st.integers(0, 2**32 - 1))
-def test_footprint_equals_simulation(problem: Problem, seed: int) -> None:
+@given(problems(fused=True), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4))
+def test_footprint_equals_simulation_however_it_came_there(problem: Problem, seeds: list[int]) -> None:
     base = Footprints(problem)
-    actions = random_actions(problem, seed)
-    state = base.default.copy()
-    for t, action in actions.items():
-        codecs = [o.codec for o in problem.tensors[t].codecs]
-        if isinstance(action, Compress):
-            state[t] = FIRST_CODEC + codecs.index(action.codec)
-        else:
-            state[t] = SAVED if action is SAVE else RECOMPUTED
-    mark, line = base.measure(state), simulate_actions(problem, actions)
-    assert mark is not None
-    assert mark.peak_bytes == line.peak_bytes
-    assert mark.added_s == pytest.approx(line.added_s, abs=1e-9)
-    assert simulate_actions(problem, base.actions(state, mark.needed)).peak_bytes == line.peak_bytes
+    for seed in seeds:
+        actions = random_actions(problem, seed)
+        state = base.default.copy()
+        for t, action in actions.items():
+            codecs = [o.codec for o in problem.tensors[t].codecs]
+            if isinstance(action, Compress):
+                state[t] = FIRST_CODEC + codecs.index(action.codec)
+            else:
+                state[t] = SAVED if action is SAVE else RECOMPUTED
+        mark, line = base.measure(state), simulate_actions(problem, actions)
+        assert mark is not None
+        assert mark.peak_bytes == line.peak_bytes
+        assert mark.added_s == pytest.approx(line.added_s, abs=1e-9)
+        assert base.exact_added_s() == line.added_s
+        assert mark.error2 == pytest.approx(plan_error(problem, base.actions()) ** 2)
+        assert simulate_actions(problem, base.actions()).peak_bytes == line.peak_bytes
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems(fused=True), st.integers(0, 2**32 - 1), st.data())
+def test_a_move_taken_back_leaves_nothing_behind(problem: Problem, seed: int, data: st.DataObject) -> None:
+    free = [t for t in problem.candidates if t not in problem.outputs]
+    base, rnd = Footprints(problem), random.Random(seed)
+    for t in data.draw(st.lists(st.sampled_from(free), max_size=6)) if free else ():
+        code = rnd.choice((SAVED, RECOMPUTED, *range(FIRST_CODEC, FIRST_CODEC + len(problem.tensors[t].codecs))))
+        before = (base.footprint(), base.valid, base.state.copy(), base.heights().tolist())
+        effect = base.effect({t: code})
+        assert (base.footprint(), base.valid, base.state, base.heights().tolist()) == before
+        base.move({t: code})
+        assert (effect is not None) == base.valid
+        base.undo()
+        assert (base.footprint(), base.valid, base.state, base.heights().tolist()) == before
+        base.move({t: code})
 
 
 @settings(max_examples=200, deadline=None)
