@@ -74,12 +74,14 @@ def _forward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
     """
     staying = {*problem.outputs, *problem.mutations}
     alive: set[int] = set()
+    alive_bytes = problem.resident_bytes
     for op, must in zip(problem.forward, _must_run(problem), strict=True):
         if not must:
             continue
-        height = problem.resident_bytes + _sum(problem, alive | set(op.inputs)) + _top(problem, op)
-        yield height, f"forward {op.name}"
-        alive |= staying.intersection(op.outputs)
+        yield alive_bytes + _sum(problem, set(op.inputs) - alive) + _top(problem, op), f"forward {op.name}"
+        made = staying.intersection(op.outputs)
+        alive |= made
+        alive_bytes += _sum(problem, made)
 
 
 def _backward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
@@ -88,12 +90,13 @@ def _backward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
     for p, op in enumerate(problem.backward):
         for t in (*op.inputs, *op.outputs):
             last[t] = p
-    floor = problem.resident_bytes + problem.tangent_bytes
     alive = {t for t in problem.outputs if t in problem.producer}
+    alive_bytes = problem.resident_bytes + problem.tangent_bytes + _sum(problem, alive)
     for p, op in enumerate(problem.backward):
         forward_inputs = {t for t in op.inputs if t in problem.producer}
-        height = floor + _sum(problem, alive | forward_inputs) + _top(problem, op)
-        yield height, f"backward {op.name}"
-        alive |= set(op.outputs)
-        dying = {t for t in (*op.inputs, *op.outputs) if last[t] == p and t not in problem.producer}
-        alive -= dying - gradients
+        yield alive_bytes + _sum(problem, forward_inputs - alive) + _top(problem, op), f"backward {op.name}"
+        made = set(op.outputs)
+        dying = {t for t in (*op.inputs, *op.outputs) if last[t] == p and t not in problem.producer} - gradients
+        alive_bytes += _sum(problem, made) - _sum(problem, dying)
+        alive.update(made)
+        alive -= dying
