@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fxhybrid.plan import Actions
-from fxhybrid.problem import CodecOption, Problem
+from fxhybrid.problem import CodecOption, Problem, check_problem
 from fxhybrid.solvers.base import SolveResult, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.choices import Choices
@@ -246,6 +246,7 @@ class MpsSolver:
         """The problem's ladder, from the cache if it was built before."""
         key = (id(problem), max_error)
         if key not in self._ladders:
+            check_problem(problem)
             built = build_ladder(problem, max_error=max_error, allow=self.allow, recompute=self.recompute)
             # the problem is kept beside its ladder, so that its id stays taken
             self._ladders[key] = (problem, built)

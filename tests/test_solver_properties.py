@@ -1,0 +1,140 @@
+"""What holds for every problem: budgets order plans, bounds order statuses, names and neighbours mean nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fxhybrid.errors import ProblemError
+from fxhybrid.problem import Op, Problem, Tensor
+from fxhybrid.solvers.auto import AutoSolver
+from fxhybrid.solvers.base import SolveResult, Status
+from fxhybrid.solvers.bounds import peak_lower_bound
+from fxhybrid.solvers.mps import MpsSolver
+from fxhybrid.timeline import simulate_actions
+from tests.problems import problems, small_problems
+
+MAX_ERROR = 0.1
+FITS = (Status.OPTIMAL, Status.FEASIBLE)
+
+
+def save_all_bytes(problem: Problem) -> int:
+    return simulate_actions(problem, {}).peak_bytes
+
+
+@settings(max_examples=15, deadline=None)
+@given(problems(2, 14, fused=True), st.lists(st.floats(0.0, 1.1), min_size=2, max_size=5))
+def test_a_larger_budget_never_gives_a_slower_plan(problem: Problem, shares: list[float]) -> None:
+    solver, top = MpsSolver(), save_all_bytes(problem)
+    results = [solver.solve(problem, int(top * share), max_error=MAX_ERROR) for share in sorted(shares)]
+    reached = [result.added_s for result in results if result.status in FITS]
+    assert reached == sorted(reached, reverse=True)
+    # what fits a budget fits every larger one
+    fits = [result.status in FITS for result in results]
+    assert fits == sorted(fits)
+
+
+@settings(max_examples=15, deadline=None)
+@given(problems(2, 14, fused=True), st.integers(0, 1000))
+def test_the_save_all_peak_is_enough_to_save_all(problem: Problem, more: int) -> None:
+    for solver in (MpsSolver(), AutoSolver(time_limit_s=5.0)):
+        result = solver.solve(problem, save_all_bytes(problem) + more, max_error=MAX_ERROR)
+        assert (result.status, dict(result.actions), result.added_s) == (Status.OPTIMAL, {}, 0.0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(problems(2, 14, fused=True), st.floats(0.0, 1.0))
+def test_status_follows_the_bound(problem: Problem, share: float) -> None:
+    budget = int(save_all_bytes(problem) * share)
+    result = MpsSolver().solve(problem, budget, max_error=MAX_ERROR)
+    if result.status in FITS:
+        assert simulate_actions(problem, result.actions).peak_bytes <= budget
+    else:
+        below = budget < peak_lower_bound(problem)[0]
+        assert result.status is (Status.INFEASIBLE if below else Status.UNKNOWN)
+
+
+@settings(max_examples=10, deadline=None)
+@given(problems(2, 14, fused=True), st.floats(0.2, 1.0))
+def test_the_same_input_gives_the_same_plan(problem: Problem, share: float) -> None:
+    budget = int(save_all_bytes(problem) * share)
+    results = [MpsSolver().solve(problem, budget, max_error=MAX_ERROR) for _ in range(2)]
+    first, again = (dataclasses.replace(result, solve_s=0.0) for result in results)
+    assert first == again
+
+
+def renamed(problem: Problem) -> Problem:
+    tensors = tuple(Tensor(f"other{i}", t.size_bytes, t.codecs) for i, t in enumerate(problem.tensors))
+    return dataclasses.replace(problem, tensors=tensors)
+
+
+def renumbered(problem: Problem) -> Problem:
+    """The same problem with its tensors listed the other way round."""
+    last = len(problem.tensors) - 1
+
+    def turned(tensors: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(last - t for t in tensors)
+
+    def op(old: Op) -> Op:
+        return dataclasses.replace(old, inputs=turned(old.inputs), outputs=turned(old.outputs))
+
+    return dataclasses.replace(
+        problem,
+        tensors=problem.tensors[::-1],
+        forward=tuple(map(op, problem.forward)),
+        backward=tuple(map(op, problem.backward)),
+        outputs=turned(problem.outputs),
+        mutations=turned(problem.mutations),
+        gradients=turned(problem.gradients),
+    )
+
+
+def test_names_and_numbers_do_not_change_the_best_plan() -> None:
+    def solved(problem: Problem, budget: int) -> SolveResult:
+        return AutoSolver(time_limit_s=5.0, gap=0.0).solve(problem, budget, max_error=MAX_ERROR)
+
+    compared = 0
+    for problem in small_problems(6, 6, first_seed=300):
+        low, top = MpsSolver().ladder(problem, MAX_ERROR).rungs[-1].peak_bytes, save_all_bytes(problem)
+        budget = (low + top) // 2
+        first = solved(problem, budget)
+        for other in (renamed(problem), renumbered(problem)):
+            again = solved(other, budget)
+            if Status.OPTIMAL is first.status is again.status:
+                compared += 1
+                assert again.added_s == pytest.approx(first.added_s, rel=1e-6, abs=1e-6 * problem.step_s)
+    assert compared >= 8
+
+
+@settings(max_examples=20, deadline=None)
+@given(problems(2, 8), st.sampled_from(("size", "seconds", "name", "reference", "cycle")), st.data())
+def test_hostile_problems_are_refused(problem: Problem, how: str, data: st.DataObject) -> None:
+    tensors, forward = list(problem.tensors), list(problem.forward)
+    at = data.draw(st.integers(0, len(tensors) - 1))
+    op = data.draw(st.integers(0, len(forward) - 1))
+    if how == "size":
+        tensors[at] = dataclasses.replace(tensors[at], size_bytes=data.draw(st.integers(max_value=-1)))
+    elif how == "seconds":
+        seconds = data.draw(st.sampled_from((math.nan, math.inf, -1.0)))
+        forward[op] = dataclasses.replace(forward[op], seconds=seconds)
+    elif how == "name":
+        assume(len(tensors) > 1)
+        tensors[at] = dataclasses.replace(tensors[at], name=tensors[at - 1].name)
+    elif how == "reference":
+        forward[op] = dataclasses.replace(forward[op], inputs=(len(tensors) + at,))
+    else:
+        forward[op] = dataclasses.replace(forward[op], inputs=forward[-1].outputs)
+    hostile = dataclasses.replace(problem, tensors=tuple(tensors), forward=tuple(forward))
+    for solver in (MpsSolver(), AutoSolver()):
+        with pytest.raises(ProblemError):
+            solver.solve(hostile, 1 << 40, max_error=MAX_ERROR)
+
+
+def test_the_empty_problem_has_the_empty_plan() -> None:
+    empty = Problem((), (), (), (), (), (), resident_bytes=7)
+    assert MpsSolver().solve(empty, 7, max_error=MAX_ERROR).status is Status.OPTIMAL
+    assert MpsSolver().solve(empty, 6, max_error=MAX_ERROR).status is Status.INFEASIBLE
