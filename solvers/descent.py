@@ -22,7 +22,7 @@ NEARLY = 0.99  # of the target: slots above that count as overloaded, so that mo
 SCARCITY = 16  # power of height over target that says how scarce a slot's room is
 ROWS_PER_PICK = 2000  # moves picked between two scorings: one, and one more for so many rows
 LOOKED_AT = 200  # moves looked at for one batch
-FAILS = 100  # moves refused in a row before a search gives up
+FAILS = 24  # moves refused in a row before a search gives up
 NOTHING = 1e-9  # of the step: seconds below that are no gain
 
 

@@ -142,16 +142,17 @@ class Footprints(Grid):
 
     def measure(self, state: State) -> Footprint | None:
         """Moves to ``state``; its footprint, or None if an op would be recomputed from a lossy tensor."""
-        self.move({t: code for t, (code, now) in enumerate(zip(state, self.state, strict=True)) if code != now})
+        now = self.state
+        self.move({t: code for t, code in enumerate(state) if code != now[t]})
         return self.footprint() if self.valid else None
 
     def actions(self) -> dict[int, Action]:
         """The state as actions; defaults and what backward does not want are left out."""
         named: dict[int, Action] = {}
-        for t in self.problem.candidates:
-            code = self.state[t]
-            if self.use[t] < NEVER and code != self.default[t]:
-                named[t] = (SAVE, RECOMPUTE)[code] if code < FIRST_CODEC else Compress(self.option(t, code).codec)
+        state, default, use = self.state, self.default, self.use
+        for t in [t for t in self.problem.candidates if state[t] != default[t] and use[t] < NEVER]:
+            code = state[t]
+            named[t] = (SAVE, RECOMPUTE)[code] if code < FIRST_CODEC else Compress(self.option(t, code).codec)
         return named
 
     def option(self, t: int, code: int) -> CodecOption:

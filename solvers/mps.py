@@ -60,7 +60,7 @@ class Effort:
         price_step: each price of the peak, relative to the one before.
         error_prices: seconds that the whole error limit is worth, relative to the step; one sweep each.
         seeds: coarse plans followed up.
-        rungs: rungs kept at most.
+        rungs: rungs kept at most; ``rung_ops`` bounds their number times the problem's ops.
         rung_step: neighbouring rungs differ by about so much in added time (plus 0.1 % of the step).
     """
 
@@ -69,7 +69,12 @@ class Effort:
     error_prices: tuple[float, ...] = (0.0, 0.02)
     seeds: int = 2
     rungs: int = 192
+    rung_ops: int = 320_000
     rung_step: float = 1.02
+
+    def rungs_for(self, problem: Problem) -> int:
+        """Rungs that may be kept for ``problem``."""
+        return min(self.rungs, max(24, self.rung_ops // max(len(problem.forward) + len(problem.backward), 1)))
 
     def work(self, problem: Problem) -> int:
         """Moves that may be made for ``problem``."""
@@ -99,7 +104,7 @@ def build_ladder(
     search = Descent(base, MoveTable(choices), max_error**2)
     climb = _Climb(search, effort, problem)
     climb.run(choices, max_error)
-    return Ladder(_rungs(problem, base, climb.points, effort.rungs))
+    return Ladder(_rungs(problem, base, climb.points, effort.rungs_for(problem)))
 
 
 class _Climb:
@@ -130,7 +135,7 @@ class _Climb:
             self.grant(0.25 / len(prices))
             self.sweep(min(self.points, key=_peak), reversed(self.prices()))
             self.grant(0.1 / len(prices))
-            self.lowest(sorted(self.points, key=_peak)[:3])
+            self.lowest(sorted(self.points, key=_peak)[:1])
         search.error_price_s = 0.0
         self.grant(0.25)
         self.refine()
