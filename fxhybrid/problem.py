@@ -17,6 +17,8 @@ from typing import Any
 
 from fxhybrid.errors import ProblemError
 
+MAX_TENSORS = 200_000  # a planner would work for hours on more, and no traced step comes near
+
 
 @dataclass(frozen=True)
 class CodecOption:
@@ -241,9 +243,11 @@ def check_problem(problem: Problem) -> None:
 
     Raises:
         ProblemError: unknown references, a read before the write, two writers, duplicate names,
-            or a number that is negative, not finite or not a number.
+            a number that is negative, not finite or not a number, or more than ``MAX_TENSORS`` tensors.
     """
     count = len(problem.tensors)
+    if count > MAX_TENSORS:
+        raise ProblemError(f"the problem has {count} tensors; at most {MAX_TENSORS} can be planned")
     _check_numbers(problem)
     if len(problem.index) != count:
         raise ProblemError("two tensors share a name")

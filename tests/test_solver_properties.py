@@ -138,3 +138,9 @@ def test_the_empty_problem_has_the_empty_plan() -> None:
     empty = Problem((), (), (), (), (), (), resident_bytes=7)
     assert MpsSolver().solve(empty, 7, max_error=MAX_ERROR).status is Status.OPTIMAL
     assert MpsSolver().solve(empty, 6, max_error=MAX_ERROR).status is Status.INFEASIBLE
+
+
+def test_a_million_tensors_are_refused_at_once() -> None:
+    huge = Problem((Tensor("t", 1),) * 1_000_000, (), (), (), (), (), resident_bytes=0)
+    with pytest.raises(ProblemError, match="1000000 tensors"):
+        MpsSolver().solve(huge, 1, max_error=MAX_ERROR)
