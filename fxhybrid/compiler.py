@@ -21,7 +21,7 @@ from fxhybrid.plan import Action, Actions, GradientError, Plan
 from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.problem import Problem
 from fxhybrid.runtime import StepFunction
-from fxhybrid.solvers.ilp import IlpSolver
+from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.mps import Rung, build_ladder
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged
 from fxhybrid.step import Step, StepCall
@@ -134,15 +134,15 @@ class Signature:
         """Adds the solver's own plan for this budget to those known."""
         solver, problem, limit = self.options.solver, self.prepared.problem, self._error_target
         if isinstance(solver, str):
-            known = plans.cheapest(budget_bytes)
-            pays = known is None or known.rung.added_s > ILP_PAYS * problem.step_s
-            if solver == "mps" or (solver == "auto" and not pays):
+            if solver == "mps":
                 return
-            ilp, warm = IlpSolver(time_limit_s=ILP_SECONDS), known.rung.actions if known else None
-            result = ilp.solve(problem, budget_bytes, max_error=limit, warm=warm)
+            auto = AutoSolver(time_limit_s=ILP_SECONDS, pays=ILP_PAYS if solver == "auto" else 0.0)
+            known = plans.cheapest(budget_bytes)
+            result = auto.improve(problem, budget_bytes, known.rung if known else None, max_error=limit)
         else:
             result = solver.solve(problem, budget_bytes, max_error=limit)
-        plans.add(result, budget_bytes)
+        if result is not None:
+            plans.add(result, budget_bytes)
 
     def _carry(self, plan: Plan, plans: PlanSet) -> bool:
         """Takes over a plan made elsewhere; says whether it fits the (smaller) budget on this device."""

@@ -8,7 +8,7 @@ import time
 from fxhybrid.problem import Problem
 from fxhybrid.solvers.base import SolveResult, Status
 from fxhybrid.solvers.ilp import GAP_FLOOR_SHARE, IlpSolver
-from fxhybrid.solvers.mps import MpsSolver
+from fxhybrid.solvers.mps import MpsSolver, Rung
 
 
 class AutoSolver:
@@ -18,9 +18,13 @@ class AutoSolver:
         time_limit_s: seconds for the integer program.
         gap: stop when the proven gap is at most this.
         backend: ``"highs"`` or ``"cbc"``.
+        pays: share of a step; a plan that adds less is not worth improving. By default what the gap ignores.
     """
 
-    def __init__(self, *, time_limit_s: float = 15.0, gap: float = 0.01, backend: str = "highs") -> None:
+    def __init__(
+        self, *, time_limit_s: float = 15.0, gap: float = 0.01, backend: str = "highs", pays: float | None = None
+    ) -> None:
+        self.pays = gap * GAP_FLOOR_SHARE if pays is None else pays
         self.mps = MpsSolver()
         self.ilp = IlpSolver(time_limit_s=time_limit_s, gap=gap, backend=backend)
 
@@ -28,15 +32,24 @@ class AutoSolver:
         """The better of both plans, with the integer program's bound."""
         started = time.perf_counter()
         quick = self.mps.solve(problem, budget_bytes, max_error=max_error)
+        if quick.status is Status.FEASIBLE and quick.added_s <= self.ilp.gap * GAP_FLOOR_SHARE * problem.step_s:
+            quick = dataclasses.replace(quick, status=Status.OPTIMAL)
         settled = quick.status in (Status.OPTIMAL, Status.INFEASIBLE)
-        nothing_s = self.ilp.gap * GAP_FLOOR_SHARE * problem.step_s
-        if quick.status is Status.FEASIBLE and quick.added_s <= nothing_s:
-            quick, settled = dataclasses.replace(quick, status=Status.OPTIMAL), True
-        if settled:
+        known = None if quick.status is Status.UNKNOWN else quick
+        exact = None if settled else self.improve(problem, budget_bytes, known, max_error=max_error)
+        if exact is None:
             return dataclasses.replace(quick, solver="auto: mps")
-        warm = quick.actions if quick.status is not Status.UNKNOWN else None
-        exact = self.ilp.solve(problem, budget_bytes, max_error=max_error, warm=warm)
         return dataclasses.replace(_better(quick, exact), solve_s=time.perf_counter() - started)
+
+    def improve(
+        self, problem: Problem, budget_bytes: int, known: SolveResult | Rung | None, *, max_error: float
+    ) -> SolveResult | None:
+        """What the integer program makes of the best plan known; None where looking for a better one does not pay."""
+        if known is None:
+            return self.ilp.solve(problem, budget_bytes, max_error=max_error)
+        if known.added_s <= self.pays * problem.step_s:
+            return None
+        return self.ilp.solve(problem, budget_bytes, max_error=max_error, warm=known.actions)
 
 
 def _better(quick: SolveResult, exact: SolveResult) -> SolveResult:
