@@ -1,0 +1,79 @@
+"""A lower bound of the added seconds by linear programming: cheap enough for every report.
+
+Problem
+    The program of ``ilp_model`` without whole numbers: every plan within budget and error limit is a point of it, so
+    its optimum is a bound for all of them.
+
+Data, variables, model
+    As in ``ilp_model`` and ``ilp_rows``, with all variables continuous and memory rows for the moments where keeping
+    everything and the known plan are highest. Each round relaxes nothing: more rows only raise the bound.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fxhybrid.plan import Actions
+from fxhybrid.problem import Problem
+from fxhybrid.schedule import lower
+from fxhybrid.solvers.base import plan_error
+from fxhybrid.solvers.bounds import peak_lower_bound
+from fxhybrid.solvers.ilp_backend import BACKENDS
+from fxhybrid.solvers.ilp_facts import facts_of
+from fxhybrid.solvers.ilp_model import IlpModel
+from fxhybrid.solvers.ilp_rows import MemoryRows, moments_of
+from fxhybrid.timeline import simulate
+
+PRUNED_SHARE = 0.02  # of the budget: what is left out only lowers the bound, and a small program is quick
+ROWS_PER_PLAN = 4
+ROWS_APART = 20  # instructions
+TIME_LIMIT_S = 10.0
+
+
+def added_lower_bound(
+    problem: Problem, budget_bytes: int, *, max_error: float, known: Actions | None = None, backend: str = "highs"
+) -> float:
+    """Seconds that every plan within budget and error limit adds at least; infinity where there is no such plan.
+
+    Args:
+        problem: the step.
+        budget_bytes: limit of the peak.
+        max_error: limit of the root of the sum of squared lossy errors.
+        known: a plan near the budget; its highest moments say where memory is short.
+        backend: ``"highs"`` or ``"cbc"``.
+    """
+    if budget_bytes < peak_lower_bound(problem)[0]:
+        return math.inf
+    known_line = simulate(problem, lower(problem, known or {}))
+    fits = known_line.peak_bytes <= budget_bytes and plan_error(problem, known or {}) <= max_error
+    cutoff_s = known_line.added_s if fits else math.inf
+    facts = facts_of(problem, max_error, pruned_bytes=PRUNED_SHARE * budget_bytes, cutoff_s=cutoff_s)
+    model = IlpModel(problem, facts, max_error)
+    rows = MemoryRows(model, budget_bytes)
+    for actions in ({}, known or {}):
+        _add_rows(rows, problem, actions, 0.97 * budget_bytes)
+    if model.contradiction:
+        return math.inf
+    for variable in model.lp.variables():
+        variable.cat = "Continuous"
+    answer = BACKENDS[backend](model.lp, {}, gap=0.0, gap_abs=0.0, time_limit_s=TIME_LIMIT_S)
+    if not math.isfinite(answer.bound):
+        return 0.0 if answer.bound < 0 else math.inf
+    bound_s = max(answer.bound * model.unit_s - facts.credit_s, 0.0)
+    return min(bound_s, cutoff_s)
+
+
+def _add_rows(rows: MemoryRows, problem: Problem, actions: Actions, above_bytes: float) -> None:
+    """Rows for the highest moments of a plan, some way apart."""
+    schedule = lower(problem, actions)
+    during = simulate(problem, schedule).during_bytes
+    moments = moments_of(problem, schedule)
+    chosen: list[int] = []
+    for at in np.argsort(-during, kind="stable").tolist():
+        if during[at] <= above_bytes or len(chosen) == ROWS_PER_PLAN:
+            return
+        if moments[at] not in rows.rows and all(abs(at - c) > ROWS_APART for c in chosen):
+            chosen.append(at)
+            rows.add(moments[at])
