@@ -170,7 +170,7 @@ class Signature:
             BudgetError: none fits.
         """
         beside = self._beside(accumulating)
-        known = self.plans.cheapest(budget_bytes - beside)
+        known = self.plans.checked(budget_bytes - beside)
         if known is None:
             raise self.plans.budget_error(budget_bytes, beside)
         return known

@@ -67,9 +67,17 @@ class PlanSet:
         rung = judged(self.problem, result.actions)
         self._take(KnownPlan(rung, result.solver, result.status, budget_bytes, result.lower_bound_s, result.solve_s))
 
-    def drop(self, plan: KnownPlan) -> None:
-        """Forgets a plan (its measured error turned out too large)."""
-        self.plans = [known for known in self.plans if known.rung.actions is not plan.rung.actions]
+    def checked(self, limit_bytes: int) -> KnownPlan | None:
+        """The cheapest plan that the simulator itself finds within the limit.
+
+        Rungs carry the heuristic's own figures, which tests hold equal to the simulator's. One that differs all
+        the same is forgotten here, before it can run.
+        """
+        while (known := self.cheapest(limit_bytes)) is not None:
+            if judged(self.problem, known.rung.actions).peak_bytes <= limit_bytes:
+                return known
+            self.plans = [plan for plan in self.plans if plan.rung.actions is not known.rung.actions]
+        return None
 
     def cheapest(self, limit_bytes: int) -> KnownPlan | None:
         """The cheapest plan that peaks at or under the limit, with the best bound known for that limit."""

@@ -17,7 +17,8 @@ from fxhybrid.solvers.base import Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED
-from fxhybrid.solvers.mps import Ladder, MpsSolver, build_ladder
+from fxhybrid.solvers.mps import Ladder, MpsSolver, Rung, build_ladder
+from fxhybrid.solvers.planset import PlanSet
 from fxhybrid.timeline import simulate_actions
 from tests.problems import choices, problems, random_actions, random_problem, small_problems
 
@@ -295,3 +296,16 @@ def test_close_to_the_oracle_on_small_problems() -> None:
     assert mean <= 1.1
     assert sum(ratio <= 1.0 for ratio in peaks) >= 0.9 * len(peaks)
     assert max(peaks) <= 1.1
+
+
+def test_a_rung_that_the_simulator_refuses_is_forgotten_before_it_can_run() -> None:
+    # keep-all peaks at 214 B and recomputing a at 200 B, for 1 s; a rung that claims 100 B for keep-all is a lie
+    problem = two_layers()
+    ladder = build_ladder(problem, max_error=0.0)
+    plans = PlanSet(problem, Ladder((*ladder.rungs, Rung({}, 100, 0.0, 0.0))))
+    assert plans.smallest.peak_bytes == 100
+    known = plans.checked(200)
+    assert known is not None
+    assert known.rung == ladder.rungs[1]
+    assert plans.checked(199) is None
+    assert plans.smallest.peak_bytes == 200
