@@ -44,7 +44,7 @@ from fxhybrid.timeline import simulate
 
 ROUNDS = 400
 ROWS_PER_ROUND = 12
-ROUNDING = 1e-6  # of the way from P_low to P_high: what the backend's tolerances may hide
+ROUNDING = 1e-6  # what the backend's tolerances may hide, of the way from P_low to P_high
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class MinPeak:
 
     @property
     def proven(self) -> bool:
-        """Whether no plan peaks lower."""
-        return self.lower_bound_bytes >= self.peak_bytes
+        """Whether no plan peaks lower, by more than the backend's tolerances (one part in a million)."""
+        return self.lower_bound_bytes >= self.peak_bytes * (1 - ROUNDING)
 
     def __str__(self) -> str:
         peak, bound = (f"{n} bytes ({format_bytes(n)})" for n in (self.peak_bytes, self.lower_bound_bytes))

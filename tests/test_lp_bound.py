@@ -14,7 +14,7 @@ from tests.test_corpus import independent
 
 
 def test_never_passes_the_optimum() -> None:
-    for number, problem in enumerate(small_problems(60, 8, 12_000)):
+    for number, problem in enumerate(small_problems(25, 8, 12_000)):
         max_error = (0.0, 0.03, 0.1)[number % 3]
         plans, _ = OracleSolver().best_plans(problem, max_error=max_error)
         low, high = plans[-1].peak_bytes, plans[0].peak_bytes
