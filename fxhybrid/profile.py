@@ -187,9 +187,11 @@ def _time_call(call: Call, recorded: Recording) -> float:
 def _real_arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if call.target is torch.ops.fxhybrid.compress.default:
         value, codec = call.args
-        example = get_codec(codec).example(TensorMeta.of(value), value.device)
-        if example is not None:
-            return (example, codec), {}
+        return (_encodable(codec, value), codec), {}
+    if call.target is torch.ops.fxhybrid.decompress.default:
+        qdata, _, codec, size, stride, dtype = call.args
+        value = qdata.new_empty_strided(size, stride, dtype=dtype)
+        return (*get_codec(codec).encode(_encodable(codec, value)), *call.args[2:]), {}
     schema = call.target._schema.arguments if hasattr(call.target, "_schema") else ()
     names = [argument.name for argument in schema] + [""] * len(call.args)
 
@@ -199,6 +201,12 @@ def _real_arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     args = tuple(real(value, name) for value, name in zip(call.args, names, strict=False))
     return args, {name: real(value, name) for name, value in call.kwargs.items()}
+
+
+def _encodable(codec: str, value: torch.Tensor) -> torch.Tensor:
+    """Made-up data like ``value`` that ``codec`` may encode."""
+    example = get_codec(codec).example(TensorMeta.of(value), value.device)
+    return _real(value, 1) if example is None else example
 
 
 def index_limit(call: Call, argument: str) -> int:

@@ -95,7 +95,7 @@ def _root_value(layout: Layout, storage: int) -> torch.Tensor:
 def _codec_calls(value: torch.Tensor, codec: str) -> tuple[Call, Call]:
     encode = call_of(torch.ops.fxhybrid.compress.default, (value, codec))
     qdata_bytes, header_bytes = get_codec(codec).encoded_bytes(TensorMeta.of(value))
-    parts = [torch.empty(n, dtype=torch.uint8, device="meta") for n in (qdata_bytes, header_bytes)]
+    parts = [value.new_empty(n, dtype=torch.uint8) for n in (qdata_bytes, header_bytes)]
     shape: tuple[Any, ...] = (list(value.shape), list(value.stride()), value.dtype)
     return encode, call_of(torch.ops.fxhybrid.decompress.default, (*parts, codec, *shape))
 

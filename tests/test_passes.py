@@ -19,7 +19,7 @@ from fxhybrid.passes.split import split
 from fxhybrid.passes.to_problem import calls_of, problem_of
 from fxhybrid.plan import RECOMPUTE, Action, Compress
 from fxhybrid.problem import Problem
-from fxhybrid.profile import profile_calls
+from fxhybrid.profile import _real_arguments, profile_calls
 from fxhybrid.schedule import lower
 from fxhybrid.step import Step
 from tests.graph_text import graph_text
@@ -225,3 +225,22 @@ def test_fingerprint_tells_structure_and_not_names() -> None:
     assert of(model, 64) == of(TwoLayers(), 64)
     assert of(model, 64) != of(model, 32)
     assert of(nn.Sequential(model.a, nn.Tanh(), model.b), 64) != of(nn.Sequential(model.a, nn.ReLU(), model.b), 64)
+
+
+def test_decoding_is_measured_on_real_data_of_the_tensors_own_device(
+    planned: tuple[JointGraph, Layout, Problem],
+) -> None:
+    _, layout, problem = planned
+    calls = calls_of(layout, codec_choices(layout, lossy=True, lossless=True))
+    decodes = [call for call in calls if call.target is torch.ops.fxhybrid.decompress.default]
+    assert decodes
+    assert not [call.key for call in calls if "meta" in call.key]
+    # run for real, decoding writes the whole tensor: 64 x 64 float32 are 16 KiB, a mask of bools 4 KiB (and the
+    # operators' scalars a few bytes)
+    rises = {o.codec: o.decode_rise_bytes for t in problem.tensors for o in t.codecs}
+    assert rises["rowwise4:64"] == 16 * 1024
+    assert 4 * 1024 <= rises["bitpack"] < 4 * 1024 + 64
+    arguments, _ = _real_arguments(next(call for call in decodes if "rowwise4" in call.key))
+    decoded = torch.ops.fxhybrid.decompress(*arguments)
+    assert decoded.isfinite().all()
+    assert decoded.std() > 0.1
