@@ -139,12 +139,7 @@ class Problem:
     @cached_property
     def backward_reads(self) -> dict[int, int]:
         """Forward tensors that the backward program reads, with the first backward op that does."""
-        first: dict[int, int] = {}
-        for position, op in enumerate(self.backward):
-            for t in op.inputs:
-                if t in self.producer:
-                    first.setdefault(t, position)
-        return first
+        return {t: positions[0] for t, positions in self.direct_reads.items()}
 
     @cached_property
     def direct_reads(self) -> dict[int, tuple[int, ...]]:

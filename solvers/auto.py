@@ -6,8 +6,8 @@ import dataclasses
 import time
 
 from fxhybrid.problem import Problem
-from fxhybrid.solvers.base import SolveResult, Status
-from fxhybrid.solvers.ilp import GAP_FLOOR_SHARE, IlpSolver
+from fxhybrid.solvers.base import GAP_FLOOR_SHARE, SolveResult, Status
+from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.mps import MpsSolver, Rung
 
 

@@ -32,8 +32,6 @@ from fxhybrid.solvers.ilp_rows import MemoryRows, Moment, moments_of
 from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
 from fxhybrid.timeline import Timeline, simulate
 
-__all__ = ["GAP_FLOOR_SHARE", "IlpSolver"]
-
 PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
 LOOSE_GAP = 0.05  # of the rounds that only find out which rows matter
 ROWS_PER_ROUND = 12

@@ -65,7 +65,8 @@ def facts_of(problem: Problem, max_error: float, *, pruned_bytes: float = 0.0, c
         pruned_bytes: the smallest tensors are pruned that occupy no more than this together.
         cutoff_s: added seconds of a known plan: what only dearer plans do is left out.
     """
-    first, last = _direct_reads(problem)
+    first = problem.backward_reads
+    last = {t: positions[-1] for t, positions in problem.direct_reads.items()}
     needed = _needed(problem, first)
     pruned = _pruned(problem, needed, pruned_bytes)
     decided = tuple(t for t in problem.candidates if t not in pruned)
@@ -167,13 +168,6 @@ def certain_backward(problem: Problem, decided: set[int]) -> list[int]:
     held = sum(problem.tensors[t].size_bytes for t in set(problem.outputs) if t in problem.producer)
     fixed = problem.resident_bytes + problem.tangent_bytes + held
     return [fixed + alive for alive in accumulate(change)]
-
-
-def _direct_reads(problem: Problem) -> tuple[dict[int, int], dict[int, int]]:
-    last: dict[int, int] = {}
-    for p, op in enumerate(problem.backward):
-        last.update((t, p) for t in op.inputs if t in problem.producer)
-    return problem.backward_reads, last
 
 
 def _needed(problem: Problem, first: dict[int, int]) -> frozenset[int]:

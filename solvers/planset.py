@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fxhybrid.errors import BudgetError, format_bytes
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions
+from fxhybrid.plan import SAVE, Action, Actions
 from fxhybrid.problem import Problem
 from fxhybrid.schedule import lower
-from fxhybrid.solvers.base import SolveResult, Status, plan_error
+from fxhybrid.solvers.base import SolveResult, Status, default_action, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.mps import Ladder, Rung
 from fxhybrid.timeline import describe_peak, simulate, simulate_actions
@@ -134,8 +134,7 @@ def without_needless_masks(problem: Problem, actions: Actions) -> dict[int, Acti
     """
 
     def is_saved(t: int) -> bool:
-        default = RECOMPUTE if problem.producer[t] in problem.deferrable else SAVE
-        return t in problem.outputs or actions.get(t, default) is SAVE
+        return t in problem.outputs or actions.get(t, default_action(problem, t)) is SAVE
 
     masks = (problem.forward[op.fusion.op] for op in problem.backward if op.fusion)
     needless = {t for mask in masks if all(map(is_saved, mask.inputs)) for t in mask.outputs}
