@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import fxhybrid
 from benchmarks.common import Bench, Record, Step, median_ratio, pair_ratios, seconds
 from fxhybrid import BudgetError, HybridModule, Plan
+from fxhybrid.carried import named_actions
 from fxhybrid.compiler import ERROR_MARGIN
 from fxhybrid.solvers.mps import Rung, build_ladder
 
@@ -225,9 +226,7 @@ def exact(session: Session) -> Iterator[Record]:
 
 
 def _technique_plan(hybrid: HybridModule, rung: Rung) -> Plan:
-    problem = hybrid.planning_problem
-    candidates = set(problem.candidates)
-    actions = {problem.tensors[t].name: a for t, a in rung.actions.items() if t in candidates}
+    actions = named_actions(hybrid.planning_problem, rung.actions)
     return dataclasses.replace(hybrid.plan, actions=actions, peak_bytes=rung.peak_bytes, added_s=rung.added_s)
 
 

@@ -10,16 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fxhybrid.budget import gradient_bytes
 from fxhybrid.calibration import calibrated_errors, measured_error
-from fxhybrid.errors import InvalidArgument, PlanMismatchError, format_bytes
+from fxhybrid.carried import carried_actions, named_actions, versions
+from fxhybrid.errors import InvalidArgument, format_bytes
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
-from fxhybrid.plan import Action, Actions, GradientError, Plan
-from fxhybrid.prepare import Prepared, build_graphs, prepare
-from fxhybrid.problem import Problem
+from fxhybrid.plan import GradientError, Plan
+from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.mps import Rung, build_ladder
@@ -27,7 +25,6 @@ from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
-from fxhybrid.version import __version__
 
 ILP_SECONDS = 15.0
 ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
@@ -146,7 +143,7 @@ class Signature:
 
     def _carry(self, plan: Plan, plans: PlanSet) -> bool:
         """Takes over a plan made elsewhere; says whether it fits the (smaller) budget on this device."""
-        actions = actions_of(plan, self.prepared)
+        actions = carried_actions(plan, self.prepared.problem, self.prepared.fingerprint)
         self.budget_bytes = min(self.budget_bytes, plan.budget_bytes)
         rung = judged(self.prepared.problem, actions)
         if rung.peak_bytes > self.budget_bytes:
@@ -208,7 +205,7 @@ class Signature:
             status=known.status.value,
             solver=known.solver,
             solve_s=known.solve_s,
-            actions=_named(problem, known.rung.actions),
+            actions=named_actions(problem, known.rung.actions),
             graph_fingerprint=self.prepared.fingerprint,
             versions=versions(),
             device=self.prepared.profile.device,
@@ -273,34 +270,3 @@ class Signature:
             save_all=lambda: build_graphs(self.prepared, {})[1],
             save_all_bytes=self.save_all_bytes,
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions that a plan depends on."""
-    return {"fxhybrid": __version__, "torch": torch.__version__.split("+")[0]}
-
-
-def _named(problem: Problem, actions: Actions) -> dict[str, Action]:
-    candidates = set(problem.candidates)
-    return {problem.tensors[t].name: actions[t] for t in sorted(actions) if t in candidates}
-
-
-def actions_of(plan: Plan, prepared: Prepared) -> dict[int, Action]:
-    """The actions of a plan from elsewhere on this graph.
-
-    Raises:
-        PlanMismatchError: another graph, other shapes or other versions.
-    """
-    if plan.graph_fingerprint != prepared.fingerprint:
-        raise PlanMismatchError(
-            f"the plan was made for graph {plan.graph_fingerprint}, this model with these inputs is "
-            f"{prepared.fingerprint}: other layers, shapes, types or options; plan again with fxhybrid.plan"
-        )
-    here = versions()
-    if dict(plan.versions) != here:
-        raise PlanMismatchError(f"the plan was made with {dict(plan.versions)}, here are {here}; plan again")
-    index = prepared.problem.index
-    unknown = [name for name in plan.actions if name not in index]
-    if unknown:
-        raise PlanMismatchError(f"the plan names tensors that this graph does not have: {unknown[:3]}")
-    return {index[name]: action for name, action in plan.actions.items()}
