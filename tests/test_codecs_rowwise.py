@@ -119,6 +119,14 @@ def test_every_scale_has_the_usual_error(bits: int, scale: float) -> None:
 
 
 @BITS
+def test_softmax_outputs_are_packed_as_they_are(bits: int) -> None:
+    torch.manual_seed(0)
+    x = torch.softmax(torch.randn(64, 4 * ROW) / 4, 1)  # about 1 / 256 each, all below 2^-6
+    header = get_codec(f"rowwise{bits}:{ROW}").encode(x)[1]
+    assert header[:8].view(torch.float32).tolist() == [1.0, 0.0]  # unit and shift: nothing done before packing
+
+
+@BITS
 @pytest.mark.parametrize("scale", [6e-5, 1e-2, 1e4])
 def test_every_scale_of_float16_has_the_usual_error(bits: int, scale: float) -> None:
     torch.manual_seed(0)

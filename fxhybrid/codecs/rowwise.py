@@ -33,9 +33,10 @@ _CHUNKS = 32
 # Rows looked at together: their parameters take 12 bytes each that no allocator of torch's counts.
 _LOOK_ROWS = 1 << 14
 _FIXED_HEADER_BYTES = 8  # unit and shift, float32 each
-# Largest |x| that is packed as it is. At 4 and 2 bits, float16 holds 6e-5 to 65504 in full precision;
-# at 8 bits the kernel adds 1e-8 to ranges, and 2^100 keeps code * scale far from overflow.
-_GOOD_RANGE = {8: (2.0**-6, 2.0**100), 4: (2.0**-9, 2.0**15), 2: (2.0**-9, 2.0**15)}
+# Largest |x| that is packed as it is. At 4 and 2 bits, float16 holds 6e-5 to 65504 in full precision.
+# At 8 bits the kernel adds 1e-8 to ranges, which stays under half a step (1/510) down to rows a fiftieth of 2^-12
+# (softmax outputs have such small values), and 2^100 keeps code * scale far from overflow.
+_GOOD_RANGE = {8: (2.0**-12, 2.0**100), 4: (2.0**-9, 2.0**15), 2: (2.0**-9, 2.0**15)}
 _TARGET_EXPONENT = 12  # elsewhere |x| / unit is brought to [2^11, 2^12)
 # A tensor this much farther from zero than it is wide loses its detail in a float16 bias.
 _OFFSET_LIMIT = 16.0
