@@ -1,7 +1,8 @@
 """Profile: seconds and allocator rise of every operator call of a graph, measured on this device.
 
 Each distinct call (operator, shapes, strides, dtypes, constants) runs alone a few times on made-up inputs; the
-smallest time counts, since noise only ever adds. Before each run the processor's caches are filled with other
+smallest time counts, since noise only ever adds. All calls are gone through twice, so that a busy moment of the
+machine does not make some of them look slow. Before each run the processor's caches are filled with other
 data, as they are in a step: on cached inputs every call bound by memory, codecs and masks first of all, looks
 cheaper than it is. Results are kept on disk per processor, thread count, torch version and flags.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -30,8 +32,9 @@ from fxhybrid.errors import ProfileError
 from fxhybrid.measure import Recording, recording
 
 aten = torch.ops.aten
-FEWEST_RUNS, MOST_RUNS = 3, 7
-LEAST_S = 0.02  # calls faster than this run more often: their smallest time is what noise has not touched
+ROUNDS = 2  # over all calls
+FEWEST_RUNS, MOST_RUNS = 2, 4  # of a call, in each round
+LEAST_S = 0.01  # calls faster than this run more often: their smallest time is what noise has not touched
 PATTERN = 4099  # prime, so that rows differ
 CACHE_FILES = "/sys/devices/system/cpu/cpu0/cache/index*/size"
 USUAL_CACHE_BYTES = 8 * 2**20  # where the system does not say
@@ -139,7 +142,7 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None, progr
     device = device_key()
     path = _cache_path(device, cache_dir)
     costs = _read_cache(path)
-    missing = {call.key: call for call in calls if call.key not in costs}
+    missing = list({call.key: call for call in calls if call.key not in costs}.values())
     if missing:
         bar = Progress(
             TextColumn("profiling operators"),
@@ -151,24 +154,30 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None, progr
             disable=not progress or not Console(stderr=True).is_terminal,
         )
         with bar:
-            costs.update(_measure(bar.track(list(missing.values()))))
+            costs.update(_measure(bar.track(missing * ROUNDS), len(missing)))
         _write_cache(path, costs)
     return Profile(device, costs)
 
 
-def _measure(calls: Iterable[Call]) -> dict[str, OpCost]:
-    """Runs each call alone on made-up inputs: smallest time of a few runs, and the allocator's rise."""
+def _measure(calls: Iterable[Call], n_distinct: int) -> dict[str, OpCost]:
+    """Runs each call alone on made-up inputs: smallest time of a few runs, and the allocator's rise.
+
+    Args:
+        calls: the distinct calls, several times over.
+        n_distinct: how many they are.
+    """
     seconds: dict[str, float] = {}
     other_data = torch.zeros(cache_bytes() // 4 + 1)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), recording() as recorded:
         torch.manual_seed(0)
         for call in calls:
             try:
-                seconds[call.key] = _time_call(call, recorded, other_data)
+                found_s = _time_call(call, recorded, other_data)
             except RuntimeError as error:
                 raise ProfileError(f"cannot measure {call.key}: {error}") from error
+            seconds[call.key] = min(found_s, seconds.get(call.key, math.inf))
     # segments: before the first mark, call 0, between, call 1, between ...
-    rises = (recorded.peak_rise_bytes(2 * i + 1) for i in range(len(seconds)))
+    rises = (recorded.peak_rise_bytes(2 * i + 1) for i in range(n_distinct))
     return {key: OpCost(s, rise) for (key, s), rise in zip(seconds.items(), rises, strict=True)}
 
 
@@ -176,7 +185,7 @@ def _time_call(call: Call, recorded: Recording, other_data: torch.Tensor) -> flo
     args, kwargs = _real_arguments(call)
     result = call.target(*args, **kwargs)  # warm-up: kernels and weight layouts are chosen at the first run
     del result
-    best, spent, runs = float("inf"), 0.0, 0
+    best, spent, runs = math.inf, 0.0, 0
     while runs < FEWEST_RUNS or (spent < LEAST_S and runs < MOST_RUNS):
         other_data.add_(1)
         if runs == 0:
