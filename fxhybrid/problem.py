@@ -237,12 +237,14 @@ def check_problem(problem: Problem) -> None:
     """Refuses malformed problems.
 
     Raises:
-        ProblemError: unknown references, a read before the write, two writers, duplicate names,
+        ProblemError: no ops at all, unknown references, a read before the write, two writers, duplicate names,
             a number that is negative, not finite or not a number, or more than ``MAX_TENSORS`` tensors.
     """
     count = len(problem.tensors)
     if count > MAX_TENSORS:
         raise ProblemError(f"the problem has {count} tensors; at most {MAX_TENSORS} can be planned")
+    if not problem.forward and not problem.backward:
+        raise ProblemError("the problem is empty: no op runs in forward or backward, so there is nothing to plan")
     _check_numbers(problem)
     if len(problem.index) != count:
         raise ProblemError("two tensors share a name")

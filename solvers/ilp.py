@@ -21,7 +21,7 @@ import numpy as np
 
 from fxhybrid.errors import InvalidArgument, PlanError
 from fxhybrid.plan import Action, Actions
-from fxhybrid.problem import Problem
+from fxhybrid.problem import Problem, check_problem
 from fxhybrid.schedule import Schedule, lower
 from fxhybrid.solvers.base import GAP_FLOOR_SHARE, SolveResult, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
@@ -67,7 +67,12 @@ class IlpSolver:
     def solve(
         self, problem: Problem, budget_bytes: int, *, max_error: float, warm: Actions | None = None
     ) -> SolveResult:
-        """The best actions found; ``warm`` is a plan to start from."""
+        """The best actions found; ``warm`` is a plan to start from.
+
+        Raises:
+            ProblemError: the problem is malformed.
+        """
+        check_problem(problem)
         return _Search(self, problem, budget_bytes, max_error).run(warm)
 
 

@@ -16,7 +16,7 @@ import math
 import numpy as np
 
 from fxhybrid.plan import Actions
-from fxhybrid.problem import Problem
+from fxhybrid.problem import Problem, check_problem
 from fxhybrid.schedule import lower
 from fxhybrid.solvers.base import plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
@@ -43,7 +43,11 @@ def added_lower_bound(
         max_error: limit of the root of the sum of squared lossy errors.
         known: a plan near the budget; its highest moments say where memory is short.
         backend: ``"highs"`` or ``"cbc"``.
+
+    Raises:
+        ProblemError: the problem is malformed.
     """
+    check_problem(problem)
     if budget_bytes < peak_lower_bound(problem)[0]:
         return math.inf
     known_line = simulate(problem, lower(problem, known or {}))

@@ -32,7 +32,7 @@ import pulp
 
 from fxhybrid.errors import format_bytes
 from fxhybrid.plan import Action, Actions
-from fxhybrid.problem import Problem
+from fxhybrid.problem import Problem, check_problem
 from fxhybrid.schedule import lower
 from fxhybrid.solvers.base import plan_error
 from fxhybrid.solvers.bounds import holder_in_words, peak_lower_bound
@@ -92,7 +92,12 @@ class MinPeakSolver:
         self.backend = backend
 
     def solve(self, problem: Problem, *, max_error: float, warm: Actions | None = None) -> MinPeak:
-        """The smallest peak; ``warm`` is a known plan within the error limit."""
+        """The smallest peak; ``warm`` is a known plan within the error limit.
+
+        Raises:
+            ProblemError: the problem is malformed.
+        """
+        check_problem(problem)
         return _Search(self, problem, max_error, warm or {}).run()
 
 

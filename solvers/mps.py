@@ -97,7 +97,11 @@ def build_ladder(
         allow: which codec options may be used.
         recompute: whether ops may run again (ops that only serve backward still run there).
         effort: work limits.
+
+    Raises:
+        ProblemError: the problem is malformed.
     """
+    check_problem(problem)
     effort = effort or Effort()
     base = Footprints(problem)
     choices = Choices(base, max_error, allow, recompute)
@@ -251,7 +255,6 @@ class MpsSolver:
         """The problem's ladder, from the cache if it was built before."""
         key = (id(problem), max_error)
         if key not in self._ladders:
-            check_problem(problem)
             built = build_ladder(problem, max_error=max_error, allow=self.allow, recompute=self.recompute)
             # the problem is kept beside its ladder, so that its id stays taken
             self._ladders[key] = (problem, built)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from fxhybrid.errors import InvalidArgument, format_bytes
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
-from fxhybrid.problem import CodecOption, Problem
+from fxhybrid.problem import CodecOption, Problem, check_problem
 from fxhybrid.schedule import lower
 from fxhybrid.solvers.base import SolveResult, Status, default_action, plan_error
 from fxhybrid.solvers.bounds import holder_in_words
@@ -55,6 +55,7 @@ class OracleSolver:
         """The best plan of all; see ``Solver``.
 
         Raises:
+            ProblemError: the problem is malformed.
             InvalidArgument: the problem has more candidates than ``max_tensors``.
         """
         started = time.perf_counter()
@@ -79,7 +80,13 @@ class OracleSolver:
         )
 
     def best_plans(self, problem: Problem, *, max_error: float) -> tuple[list[Tried], int]:
-        """The plans that none other beats in both peak and seconds, fastest first, and how many were tried."""
+        """The plans that none other beats in both peak and seconds, fastest first, and how many were tried.
+
+        Raises:
+            ProblemError: the problem is malformed.
+            InvalidArgument: the problem has more candidates than ``max_tensors``.
+        """
+        check_problem(problem)
         if len(problem.candidates) > self.max_tensors:
             raise InvalidArgument(
                 f"the problem has {len(problem.candidates)} candidate tensors; the oracle tries every plan for at "

@@ -251,11 +251,6 @@ def test_ladder_is_built_once_per_problem() -> None:
     assert solver.ladder(problem, MAX_ERROR) is not solver.ladder(problem, 0.0)
 
 
-def test_empty_problem() -> None:
-    ladder = build_ladder(Problem((), (), (), (), (), (), resident_bytes=7), max_error=0.1)
-    assert [(rung.peak_bytes, rung.added_s) for rung in ladder.rungs] == [(7, 0.0)]
-
-
 def all_plans(problem: Problem, max_error: float) -> list[tuple[int, float]]:
     """Peak and added seconds of every valid plan."""
     found: list[tuple[int, float]] = []

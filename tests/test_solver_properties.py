@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import assume, given, settings
@@ -14,7 +16,11 @@ from fxhybrid.problem import Op, Problem, Tensor
 from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.base import SolveResult, Status
 from fxhybrid.solvers.bounds import peak_lower_bound
-from fxhybrid.solvers.mps import MpsSolver
+from fxhybrid.solvers.ilp import IlpSolver
+from fxhybrid.solvers.lp_bound import added_lower_bound
+from fxhybrid.solvers.min_peak import MinPeakSolver
+from fxhybrid.solvers.mps import MpsSolver, build_ladder
+from fxhybrid.solvers.oracle import OracleSolver
 from fxhybrid.timeline import simulate_actions
 from tests.problems import problems, small_problems
 
@@ -110,6 +116,21 @@ def test_names_and_numbers_do_not_change_the_best_plan() -> None:
     assert compared >= 8
 
 
+ENTRIES: tuple[Callable[[Problem], object], ...] = (
+    *(partial(s.solve, budget_bytes=1 << 40, max_error=0.1) for s in (MpsSolver(), IlpSolver(), AutoSolver())),
+    partial(OracleSolver().solve, budget_bytes=1 << 40, max_error=0.1),
+    partial(MinPeakSolver().solve, max_error=0.1),
+    partial(build_ladder, max_error=0.1),
+    partial(added_lower_bound, budget_bytes=1 << 40, max_error=0.1),
+)
+
+
+def is_refused_everywhere(problem: Problem, match: str | None = None) -> None:
+    for entry in ENTRIES:
+        with pytest.raises(ProblemError, match=match):
+            entry(problem)
+
+
 @settings(max_examples=20, deadline=None)
 @given(problems(2, 8), st.sampled_from(("size", "seconds", "name", "reference", "cycle")), st.data())
 def test_hostile_problems_are_refused(problem: Problem, how: str, data: st.DataObject) -> None:
@@ -129,18 +150,13 @@ def test_hostile_problems_are_refused(problem: Problem, how: str, data: st.DataO
     else:
         forward[op] = dataclasses.replace(forward[op], inputs=forward[-1].outputs)
     hostile = dataclasses.replace(problem, tensors=tuple(tensors), forward=tuple(forward))
-    for solver in (MpsSolver(), AutoSolver()):
-        with pytest.raises(ProblemError):
-            solver.solve(hostile, 1 << 40, max_error=MAX_ERROR)
+    is_refused_everywhere(hostile)
 
 
-def test_the_empty_problem_has_the_empty_plan() -> None:
-    empty = Problem((), (), (), (), (), (), resident_bytes=7)
-    assert MpsSolver().solve(empty, 7, max_error=MAX_ERROR).status is Status.OPTIMAL
-    assert MpsSolver().solve(empty, 6, max_error=MAX_ERROR).status is Status.INFEASIBLE
+def test_the_empty_problem_is_refused() -> None:
+    is_refused_everywhere(Problem((), (), (), (), (), (), resident_bytes=7), "the problem is empty")
 
 
 def test_a_million_tensors_are_refused_at_once() -> None:
     huge = Problem((Tensor("t", 1),) * 1_000_000, (), (), (), (), (), resident_bytes=0)
-    with pytest.raises(ProblemError, match="1000000 tensors"):
-        MpsSolver().solve(huge, 1, max_error=MAX_ERROR)
+    is_refused_everywhere(huge, "1000000 tensors")
