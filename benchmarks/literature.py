@@ -21,7 +21,9 @@ import numpy as np
 
 from fxhybrid.plan import RECOMPUTE, SAVE, Action
 from fxhybrid.problem import Problem
-from fxhybrid.solvers.mps import Ladder, build_ladder
+from fxhybrid.solvers.base import Ladder
+from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.techniques import without_codecs
 from fxhybrid.timeline import simulate_actions
 
 Actions = dict[int, Action]
@@ -91,7 +93,7 @@ def main(paths: list[str]) -> int:
     for path in paths:
         problem = Problem.from_json(Path(path).read_text(encoding="utf-8"))
         hybrid = build_ladder(problem, max_error=0.05)
-        recompute_only = build_ladder(problem, max_error=0.0, allow=lambda option: False)
+        recompute_only = build_ladder(without_codecs(problem), max_error=0.0)
         for name, plans in (("knapsack", knapsack_plans(problem)), ("segments", segment_plans(problem))):
             lines = [simulate_actions(problem, actions) for actions in plans]
             beaten = [

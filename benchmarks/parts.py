@@ -13,7 +13,9 @@ from benchmarks.common import Bench, Record, Step, median_ratio, pair_ratios, se
 from fxhybrid import BudgetError, HybridModule, Plan
 from fxhybrid.carried import named_actions
 from fxhybrid.compiler import ERROR_MARGIN
-from fxhybrid.solvers.mps import Rung, build_ladder
+from fxhybrid.solvers.base import Rung
+from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.techniques import without_codecs, without_recomputation
 
 SHARES = (0.8, 0.65, 0.5, 0.4)
 CHEAP_SHARE = {"resnet50": 0.65}  # parameters and gradients alone are 0.38 of its peak
@@ -180,8 +182,8 @@ def techniques(session: Session) -> Iterator[Record]:
     # the same aim as the hybrid's own plans
     problem, limit = session.hybrid.planning_problem, ERROR_MARGIN * session.max_grad_error
     ladders = {
-        "recompute": build_ladder(problem, max_error=limit, allow=lambda option: False),
-        "compress": build_ladder(problem, max_error=limit, recompute=False),
+        "recompute": build_ladder(without_codecs(problem), max_error=limit),
+        "compress": build_ladder(without_recomputation(problem), max_error=limit),
     }
     for share in SHARES:
         budget_bytes = session.bytes_of(share)

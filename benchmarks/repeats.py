@@ -20,6 +20,7 @@ from fxhybrid.errors import format_bytes
 from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, Action, Actions, Compress
 from fxhybrid.problem import Problem
 from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.techniques import without_codecs
 from fxhybrid.timeline import Timeline, simulate_actions
 
 NEAR_PEAK = 0.98  # heights above this share of the peak count
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _row(problem: Problem, compression: bool) -> tuple[str, ...]:
-    ladder = build_ladder(problem, max_error=MAX_ERROR, allow=lambda option: compression)
+    ladder = build_ladder(problem if compression else without_codecs(problem), max_error=MAX_ERROR)
     once = ladder.rungs[-1]
     actions, often = made_again(problem, once.actions)
     count = sum(action is RECOMPUTE_AGAIN or getattr(action, "again", False) for action in actions.values())

@@ -27,10 +27,11 @@ from benchmarks import corpus
 from benchmarks.bars import Bar, bar_of, bars_table
 from benchmarks.common import Record, append_record, names_of, read_records, wide_console
 from benchmarks.families import FAMILIES
+from fxhybrid.plan import GAP_FLOOR_SHARE
 from fxhybrid.problem import Problem
-from fxhybrid.solvers.base import GAP_FLOOR_SHARE
+from fxhybrid.solvers.base import Ladder
 from fxhybrid.solvers.ilp import IlpSolver
-from fxhybrid.solvers.mps import Ladder, build_ladder
+from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.timeline import simulate_actions
 
 PARTS = ("corpus", "families")

@@ -20,7 +20,8 @@ from fxhybrid.plan import GradientError, Plan
 from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.auto import AutoSolver
-from fxhybrid.solvers.mps import Rung, build_ladder
+from fxhybrid.solvers.base import Rung, Status
+from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
@@ -105,8 +106,9 @@ class Signature:
     def _plan_set(self, carried: Plan | None) -> PlanSet:
         """The ladder and, for the budget, the solver's own plan or the one carried over."""
         start = time.perf_counter()
-        ladder = build_ladder(self.prepared.problem, max_error=self._error_target)
-        plans = PlanSet(self.prepared.problem, ladder, time.perf_counter() - start)
+        problem, limit = self.prepared.problem, self.error_target
+        ladder = build_ladder(problem, max_error=limit)
+        plans = PlanSet(problem, ladder, max_error=limit, solve_s=time.perf_counter() - start)
         if carried is None or not self._carry(carried, plans):
             self._solve(plans, self.budget_bytes)
         return plans
@@ -124,17 +126,18 @@ class Signature:
         return found / rung.error if found > self.options.max_grad_error else 0.0
 
     @property
-    def _error_target(self) -> float:
+    def error_target(self) -> float:
+        """The estimated error that plans aim at."""
         return ERROR_MARGIN * self.options.max_grad_error
 
     def _solve(self, plans: PlanSet, budget_bytes: int) -> None:
         """Adds the solver's own plan for this budget to those known."""
-        solver, problem, limit = self.options.solver, self.prepared.problem, self._error_target
+        solver, problem, limit = self.options.solver, self.prepared.problem, self.error_target
         if isinstance(solver, str):
-            if solver == "mps":
+            known = plans.checked(budget_bytes)
+            if solver == "mps" or (known is None and plans.unmet(budget_bytes) is Status.INFEASIBLE):
                 return
             auto = AutoSolver(time_limit_s=ILP_SECONDS, pays=ILP_PAYS if solver == "auto" else 0.0)
-            known = plans.cheapest(budget_bytes)
             result = auto.improve(problem, budget_bytes, known.rung if known else None, max_error=limit)
         else:
             result = solver.solve(problem, budget_bytes, max_error=limit)

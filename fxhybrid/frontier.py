@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -21,11 +22,13 @@ from fxhybrid.errors import BudgetError, InvalidArgument, format_bytes
 from fxhybrid.extras import require
 from fxhybrid.module import wrap
 from fxhybrid.options import make_options
-from fxhybrid.solvers.base import Status
-from fxhybrid.solvers.mps import Ladder, build_ladder
+from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.planset import PlanSet
+from fxhybrid.solvers.techniques import without_codecs, without_recomputation
 
 DEFAULT_COUNT = 12
-FRONTIER_FORMAT = 1
+FRONTIER_FORMAT = 2
+MIB = 1 << 20
 
 
 class Technique(Enum):
@@ -46,13 +49,17 @@ class FrontierRow:
         status: of the plan; UNKNOWN or INFEASIBLE where the technique does not reach the budget.
         peak_bytes: predicted peak; None where the budget is not reached.
         added_s: predicted seconds beyond the step that keeps everything; None where it is not reached.
+        lower_bound_s: no plan of this technique adds less; None where the budget is not reached.
+        saved_s_per_mib: about what one MiB more would save, by linear programming; None where it is not reached.
     """
 
     budget_bytes: int
     technique: Technique
     status: str
-    peak_bytes: int | None
-    added_s: float | None
+    peak_bytes: int | None = None
+    added_s: float | None = None
+    lower_bound_s: float | None = None
+    saved_s_per_mib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,9 @@ class Frontier:
             raise InvalidArgument(f"this is not a frontier written by fxhybrid (or it is cut off): {error}") from error
 
     def plot(self, path: str | Path) -> None:
-        """Writes a plot of added time against budget, one line per technique; the suffix says the format.
+        """Writes a plot of added time against budget, one line per technique with its lower bound dotted.
+
+        The suffix of ``path`` says the format.
 
         Raises:
             InvalidArgument: matplotlib is not installed.
@@ -118,8 +127,10 @@ class Frontier:
             reached = [row for row in self.line(technique) if row.added_s is not None]
             shares = [100 * row.budget_bytes / self.save_all_bytes for row in reached]
             added = [100 * (row.added_s or 0.0) / self.step_s for row in reached]
+            bounds = [100 * (row.lower_bound_s or 0.0) / self.step_s for row in reached]
             if reached:
-                axes.plot(shares, added, marker=marker, label=technique.value)
+                (line,) = axes.plot(shares, added, marker=marker, label=technique.value)
+                axes.plot(shares, bounds, linestyle=":", color=line.get_color())
         axes.set_xlabel(f"budget, % of {format_bytes(self.save_all_bytes)} (everything kept)")
         axes.set_ylabel(f"added time, % of a step of {self.step_s * 1e3:.0f} ms")
         axes.invert_xaxis()
@@ -138,8 +149,8 @@ class Frontier:
         for name in ("budget", "share", "predicted peak"):
             table.add_column(name, justify="right")
         shown = [t for t in Technique if lines[t]]
-        for technique in shown:
-            table.add_column(technique.value, justify="right")
+        for name in (*(t.value for t in shown), "lower bound", "saved by 1 MiB more"):
+            table.add_column(name, justify="right")
         table.add_column("status")
         for budget_bytes in self.budgets:
             best = lines[Technique.HYBRID][budget_bytes]
@@ -148,6 +159,8 @@ class Frontier:
                 f"{budget_bytes / self.save_all_bytes:.0%}",
                 "-" if best.peak_bytes is None else format_bytes(best.peak_bytes),
                 *(_ms(lines[t][budget_bytes].added_s) for t in shown),
+                "-" if best.lower_bound_s is None else _ms(best.lower_bound_s),
+                "-" if best.saved_s_per_mib is None else f"{best.saved_s_per_mib * 1e3:.2f} ms",
                 best.status,
             )
         return table
@@ -194,6 +207,7 @@ def frontier(
         raise InvalidArgument("budgets is empty; leave it out for 12 even steps")
     made = make_options(budget=1.0, solver=solver, **options)
     signature = _plan_now(wrap(model, made, None), example_inputs, loss_args)
+    signature.plans.look_lower()
     return _frontier_of(signature, _budget_bytes(signature, checked))
 
 
@@ -208,18 +222,20 @@ def _budget_bytes(signature: Signature, budgets: Sequence[int | float] | None) -
 
 
 def _frontier_of(signature: Signature, budgets: Sequence[int]) -> Frontier:
-    problem, options = signature.prepared.problem, signature.options
-    limit = options.max_grad_error
-    ladders = {
-        Technique.RECOMPUTE: build_ladder(problem, max_error=limit, allow=lambda option: False),
-        Technique.COMPRESS: build_ladder(problem, max_error=limit, recompute=False),
-    }
-    if options.compression == "off":
-        del ladders[Technique.COMPRESS]
-    rows = []
+    problem, plans = signature.prepared.problem, signature.plans
+    own = {Technique.RECOMPUTE: without_codecs(problem), Technique.COMPRESS: without_recomputation(problem)}
+    if signature.options.compression == "off":
+        del own[Technique.COMPRESS]
+    sets = {Technique.HYBRID: plans}
+    for technique, offered in own.items():
+        ladder = build_ladder(offered, max_error=plans.max_error)
+        sets[technique] = PlanSet(offered, ladder, max_error=plans.max_error)
+        plans.join(sets[technique])
     for budget_bytes in budgets:
-        rows.append(_hybrid_row(signature, budget_bytes))
-        rows += [_ladder_row(ladder, technique, budget_bytes) for technique, ladder in ladders.items()]
+        with contextlib.suppress(BudgetError):
+            signature.set_budget(budget_bytes)  # lets an asked for solver add its plan; not made so
+    # only now, so that plans found for one budget serve the others, too; the largest first: its bound holds below it
+    rows = [_row(plans, technique, budget_bytes) for budget_bytes in budgets for technique, plans in sets.items()]
     return Frontier(
         tuple(rows),
         signature.save_all_bytes,
@@ -229,20 +245,11 @@ def _frontier_of(signature: Signature, budgets: Sequence[int]) -> Frontier:
     )
 
 
-def _hybrid_row(signature: Signature, budget_bytes: int) -> FrontierRow:
-    try:
-        signature.set_budget(budget_bytes)  # lets an asked for solver add its plan; not made so
-        plan = signature.plan_for(budget_bytes)
-    except BudgetError as error:
-        ruled_out = budget_bytes < error.minimum_lower_bound_bytes
-        status = Status.INFEASIBLE if ruled_out else Status.UNKNOWN
-        return FrontierRow(budget_bytes, Technique.HYBRID, status.value, None, None)
-    return FrontierRow(budget_bytes, Technique.HYBRID, plan.status, plan.peak_bytes, plan.added_s)
-
-
-def _ladder_row(ladder: Ladder, technique: Technique, budget_bytes: int) -> FrontierRow:
-    rung = ladder.rung_for(budget_bytes)
-    if rung is None:
-        return FrontierRow(budget_bytes, technique, Status.UNKNOWN.value, None, None)
-    status = Status.OPTIMAL if rung.added_s <= 0.0 else Status.FEASIBLE
-    return FrontierRow(budget_bytes, technique, status.value, rung.peak_bytes, rung.added_s)
+def _row(plans: PlanSet, technique: Technique, budget_bytes: int) -> FrontierRow:
+    if plans.checked(budget_bytes) is None:
+        return FrontierRow(budget_bytes, technique, plans.unmet(budget_bytes).value)
+    price = plans.prove(budget_bytes).saved_s_per_byte * MIB
+    known = plans.cheapest(budget_bytes)
+    assert known is not None
+    figures = known.rung.peak_bytes, known.rung.added_s, known.lower_bound_s
+    return FrontierRow(budget_bytes, technique, known.status.value, *figures, price)

@@ -13,6 +13,7 @@ from typing import Any
 from fxhybrid.errors import PlanMismatchError, format_bytes
 
 PLAN_FORMAT = 1
+GAP_FLOOR_SHARE = 1e-3  # of the step: added seconds below that count as that in the gap
 
 
 AGAIN = " again"
@@ -76,6 +77,11 @@ class GradientError:
         return f"{self.value:.2g} ({self.source})"
 
 
+def relative_gap(added_s: float, lower_bound_s: float, step_s: float) -> float:
+    """(added - bound) / max(added, 0.1 % of the step)."""
+    return (added_s - lower_bound_s) / max(added_s, GAP_FLOOR_SHARE * step_s, 1e-12)
+
+
 @dataclass(frozen=True)
 class Plan:
     """All decisions for one graph and one budget.
@@ -112,8 +118,8 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """(added - bound) / max(added, 0.1 % of the step)."""
-        return (self.added_s - self.lower_bound_s) / max(self.added_s, 1e-3 * self.step_s, 1e-12)
+        """``relative_gap`` of this plan."""
+        return relative_gap(self.added_s, self.lower_bound_s, self.step_s)
 
     def counts(self) -> dict[str, int]:
         """How many tensors each kind of action was chosen for (codec parameters left out)."""

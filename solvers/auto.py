@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 
+from fxhybrid.plan import GAP_FLOOR_SHARE
 from fxhybrid.problem import Problem
-from fxhybrid.solvers.base import GAP_FLOOR_SHARE, SolveResult, Status
+from fxhybrid.solvers.base import Rung, SolveResult, Status
 from fxhybrid.solvers.ilp import IlpSolver
-from fxhybrid.solvers.mps import MpsSolver, Rung
+from fxhybrid.solvers.mps_solver import MpsSolver
 
 
 class AutoSolver:

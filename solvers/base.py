@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
+from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions, Compress, relative_gap
 from fxhybrid.problem import Problem
-
-GAP_FLOOR_SHARE = 1e-3  # of the step: added seconds below that count as that in the gap
 
 
 class Status(Enum):
@@ -56,8 +55,30 @@ class SolveResult:
     proof: str = ""
 
     def gap(self, step_s: float) -> float:
-        """(added - bound) / max(added, 0.1 % of a step of ``step_s`` seconds)."""
-        return (self.added_s - self.lower_bound_s) / max(self.added_s, GAP_FLOOR_SHARE * step_s, 1e-12)
+        """``relative_gap`` in a step of ``step_s`` seconds."""
+        return relative_gap(self.added_s, self.lower_bound_s, step_s)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One plan of a ladder, with its simulated figures."""
+
+    actions: Actions
+    peak_bytes: int
+    added_s: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Plans from keep-everything to the smallest peak found: the peak falls, the added time never does."""
+
+    rungs: tuple[Rung, ...]
+
+    def rung_for(self, budget_bytes: int) -> Rung | None:
+        """The cheapest plan with a peak of at most ``budget_bytes``."""
+        place = bisect_left(self.rungs, -budget_bytes, key=lambda rung: -rung.peak_bytes)
+        return self.rungs[place] if place < len(self.rungs) else None
 
 
 class Solver(Protocol):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fxhybrid.problem import CodecOption
 from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED
@@ -15,12 +13,9 @@ MAX_CHAIN = 12
 class Choices:
     """The codes that each tensor may take, dominated codecs left out."""
 
-    def __init__(
-        self, base: Footprints, max_error: float, allow: Callable[[CodecOption], bool], recompute: bool
-    ) -> None:
+    def __init__(self, base: Footprints, max_error: float) -> None:
         problem = base.problem
         self.base = base
-        self.recompute = recompute
         self.codes: dict[int, list[int]] = {}
         self.lossless: dict[int, int] = {}  # smallest exact stored form
         for t in problem.candidates:
@@ -28,7 +23,7 @@ class Choices:
             kept = [
                 j
                 for j, o in enumerate(options)
-                if o.encoded_bytes < problem.tensors[t].size_bytes and allow(o) and (o.lossless or o.error <= max_error)
+                if o.encoded_bytes < problem.tensors[t].size_bytes and (o.lossless or o.error <= max_error)
             ]
             kept = [j for j in kept if not any(_dominates(options[k], options[j], k < j) for k in kept if k != j)]
             exact = [j for j in kept if options[j].lossless]
@@ -42,7 +37,7 @@ class Choices:
     def may_recompute(self, t: int) -> bool:
         """Whether RECOMPUTE is offered at all."""
         op = self.base.producer[t]
-        return self.base.default[t] == RECOMPUTED or (self.recompute and self.base.problem.forward[op].recomputable)
+        return self.base.default[t] == RECOMPUTED or self.base.problem.forward[op].recomputable
 
     def stored_bytes(self, t: int, code: int) -> int:
         """What the tensor occupies between forward and backward."""

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxhybrid.errors import InvalidArgument, PlanError
-from fxhybrid.plan import Action, Actions
+from fxhybrid.plan import GAP_FLOOR_SHARE, Action, Actions, relative_gap
 from fxhybrid.problem import Problem, check_problem
 from fxhybrid.schedule import Schedule, lower
-from fxhybrid.solvers.base import GAP_FLOOR_SHARE, SolveResult, Status, plan_error
+from fxhybrid.solvers.base import SolveResult, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp_backend import BACKENDS
 from fxhybrid.solvers.ilp_facts import completed, facts_of, reached
@@ -249,8 +249,7 @@ class _Search:
         if self.best is None:
             return math.inf
         added = self.best.timeline.added_s
-        floor = max(GAP_FLOOR_SHARE * self.problem.step_s, 1e-12)
-        return (added - min(self.bound_s, added)) / max(added, floor)
+        return relative_gap(added, min(self.bound_s, added), self.problem.step_s)
 
     def result(self) -> SolveResult:
         """What is known now."""

@@ -92,6 +92,10 @@ class MemoryRows:
         if row is not None:
             self._rooms[at] = -row.constant * self.unit + self._reserved(at)
 
+    def duals(self) -> float:
+        """By how much the objective falls for one byte more in every row; after a linear solve."""
+        return -sum(row.pi or 0.0 for row in self.rows.values() if row is not None) / self.unit
+
     def tighten(self, at: Moment, excess_bytes: float) -> bool:
         """Takes room from a row; False where the row holds no variable."""
         row = self.rows[at]

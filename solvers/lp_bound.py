@@ -12,6 +12,7 @@ Data, variables, model
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,10 +33,23 @@ ROWS_APART = 20  # instructions
 TIME_LIMIT_S = 10.0
 
 
+@dataclass(frozen=True)
+class AddedBound:
+    """What the linear program says about one budget.
+
+    Attributes:
+        added_s: seconds that every plan within budget and error limit adds at least; infinity where there is none.
+        saved_s_per_byte: the shadow price of memory: by how much ``added_s`` falls for one byte more.
+    """
+
+    added_s: float
+    saved_s_per_byte: float = 0.0
+
+
 def added_lower_bound(
     problem: Problem, budget_bytes: int, *, max_error: float, known: Actions | None = None, backend: str = "highs"
-) -> float:
-    """Seconds that every plan within budget and error limit adds at least; infinity where there is no such plan.
+) -> AddedBound:
+    """A lower bound of the added seconds, with the shadow price of memory.
 
     Args:
         problem: the step.
@@ -49,7 +63,7 @@ def added_lower_bound(
     """
     check_problem(problem)
     if budget_bytes < peak_lower_bound(problem)[0]:
-        return math.inf
+        return AddedBound(math.inf)
     known_line = simulate(problem, lower(problem, known or {}))
     fits = known_line.peak_bytes <= budget_bytes and plan_error(problem, known or {}) <= max_error
     cutoff_s = known_line.added_s if fits else math.inf
@@ -59,14 +73,16 @@ def added_lower_bound(
     for actions in ({}, known or {}):
         _add_rows(rows, problem, actions, 0.97 * budget_bytes)
     if model.contradiction:
-        return math.inf
+        return AddedBound(math.inf)
     for variable in model.lp.variables():
         variable.cat = "Continuous"
     answer = BACKENDS[backend](model.lp, {}, gap=0.0, gap_abs=0.0, time_limit_s=TIME_LIMIT_S)
     if not math.isfinite(answer.bound):
-        return 0.0 if answer.bound < 0 else math.inf
-    bound_s = max(answer.bound * model.unit_s - facts.credit_s, 0.0)
-    return min(bound_s, cutoff_s)
+        return AddedBound(0.0 if answer.bound < 0 else math.inf)
+    bound_s = answer.bound * model.unit_s - facts.credit_s
+    if bound_s <= 0.0:
+        return AddedBound(0.0)
+    return AddedBound(min(bound_s, cutoff_s), rows.duals() * model.unit_s)
 
 
 def _add_rows(rows: MemoryRows, problem: Problem, actions: Actions, above_bytes: float) -> None:

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from fxhybrid.plan import Actions
-from fxhybrid.problem import CodecOption, Problem, check_problem
-from fxhybrid.solvers.base import SolveResult, Status, plan_error
-from fxhybrid.solvers.bounds import peak_lower_bound
+from fxhybrid.problem import Problem, check_problem
+from fxhybrid.solvers.base import Ladder, Rung, plan_error
 from fxhybrid.solvers.choices import Choices
 from fxhybrid.solvers.descent import Descent, Point
 from fxhybrid.solvers.footprint import Footprints
@@ -27,28 +23,6 @@ from fxhybrid.solvers.moves import MoveTable
 from fxhybrid.solvers.seeds import seed_states
 
 PRICES = (3e-4, 6.0)  # seconds for the whole peak, relative to the step
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One plan of the ladder, with its simulated figures."""
-
-    actions: Actions
-    peak_bytes: int
-    added_s: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """Plans from keep-everything to the smallest peak found: the peak falls, the added time never does."""
-
-    rungs: tuple[Rung, ...]
-
-    def rung_for(self, budget_bytes: int) -> Rung | None:
-        """The cheapest plan with a peak of at most ``budget_bytes``."""
-        place = bisect_left(self.rungs, -budget_bytes, key=lambda rung: -rung.peak_bytes)
-        return self.rungs[place] if place < len(self.rungs) else None
 
 
 @dataclass(frozen=True)
@@ -81,21 +55,12 @@ class Effort:
         return self.moves[0] + self.moves[1] * (len(problem.forward) + len(problem.backward))
 
 
-def build_ladder(
-    problem: Problem,
-    *,
-    max_error: float,
-    allow: Callable[[CodecOption], bool] = lambda option: True,
-    recompute: bool = True,
-    effort: Effort | None = None,
-) -> Ladder:
+def build_ladder(problem: Problem, *, max_error: float, effort: Effort | None = None) -> Ladder:
     """Plans for every budget.
 
     Args:
         problem: the step.
         max_error: limit of the root of the sum of squared lossy errors.
-        allow: which codec options may be used.
-        recompute: whether ops may run again (ops that only serve backward still run there).
         effort: work limits.
 
     Raises:
@@ -104,7 +69,7 @@ def build_ladder(
     check_problem(problem)
     effort = effort or Effort()
     base = Footprints(problem)
-    choices = Choices(base, max_error, allow, recompute)
+    choices = Choices(base, max_error)
     search = Descent(base, MoveTable(choices), max_error**2)
     climb = _Climb(search, effort, problem)
     climb.run(choices, max_error)
@@ -241,44 +206,3 @@ def _rungs(problem: Problem, base: Footprints, points: list[Point], limit: int) 
         if not rungs or (rung.peak_bytes < rungs[-1].peak_bytes and rung.added_s >= rungs[-1].added_s):
             rungs.append(rung)
     return tuple(rungs)
-
-
-@dataclass
-class MpsSolver:
-    """Looks budgets up in a problem's ladder, which is built at the first call."""
-
-    allow: Callable[[CodecOption], bool] = lambda option: True
-    recompute: bool = True
-    _ladders: dict[tuple[int, float], tuple[Problem, Ladder]] = field(default_factory=dict, repr=False)
-
-    def ladder(self, problem: Problem, max_error: float) -> Ladder:
-        """The problem's ladder, from the cache if it was built before."""
-        key = (id(problem), max_error)
-        if key not in self._ladders:
-            built = build_ladder(problem, max_error=max_error, allow=self.allow, recompute=self.recompute)
-            # the problem is kept beside its ladder, so that its id stays taken
-            self._ladders[key] = (problem, built)
-        return self._ladders[key][1]
-
-    def solve(self, problem: Problem, budget_bytes: int, *, max_error: float) -> SolveResult:
-        """The cheapest rung within the budget; see ``Solver``."""
-        started = time.perf_counter()
-        ladder = self.ladder(problem, max_error)
-        rung = ladder.rung_for(budget_bytes)
-        if rung is not None:
-            status = Status.OPTIMAL if rung.added_s <= 0.0 else Status.FEASIBLE
-        else:
-            rung = ladder.rungs[-1]
-            infeasible = budget_bytes < peak_lower_bound(problem)[0]
-            status = Status.INFEASIBLE if infeasible else Status.UNKNOWN
-        return SolveResult(
-            status,
-            rung.actions,
-            rung.peak_bytes,
-            rung.added_s,
-            0.0,
-            rung.error,
-            "mps",
-            time.perf_counter() - started,
-            {"rungs": len(ladder.rungs)},
-        )

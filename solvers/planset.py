@@ -2,23 +2,26 @@
 
 The choice for a budget is the cheapest known plan that fits. Over a fixed set this makes a sweep monotone: as
 the budget falls, the added time never falls, and since cheaper plans that fit are always taken, neither does
-the peak rise.
+the peak rise. Where none fits, the smallest reachable peak is looked for, once.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from fxhybrid.errors import BudgetError, format_bytes
-from fxhybrid.plan import SAVE, Action, Actions
+from fxhybrid.plan import SAVE, Action, Actions, relative_gap
 from fxhybrid.problem import Problem
 from fxhybrid.schedule import lower
-from fxhybrid.solvers.base import SolveResult, Status, default_action, plan_error
+from fxhybrid.solvers.base import Ladder, Rung, SolveResult, Status, default_action, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
-from fxhybrid.solvers.mps import Ladder, Rung
+from fxhybrid.solvers.lp_bound import AddedBound, added_lower_bound
+from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
 from fxhybrid.timeline import describe_peak, simulate, simulate_actions
 
 PROVEN = 0.01  # a plan this close to the bound counts as the best
+LOOK_LOWER_S = 5.0  # half of the recorded problems' smallest peaks are proven in a second, the rest not in 20
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,7 @@ class KnownPlan:
     Attributes:
         rung: actions, peak, added seconds and error.
         solver: which solver found it.
-        status: what that solver claims for the budget it was found for.
-        found_for_bytes: that budget; 0 for the ladder's.
+        status: how close to ``lower_bound_s`` it is; set when it is chosen for a budget.
         lower_bound_s: no plan for that budget adds less.
         solve_s: seconds spent on it.
     """
@@ -37,17 +39,27 @@ class KnownPlan:
     rung: Rung
     solver: str = "mps"
     status: Status = Status.FEASIBLE
-    found_for_bytes: int = 0
     lower_bound_s: float = 0.0
     solve_s: float = 0.0
 
 
 class PlanSet:
-    """Known plans of one problem."""
+    """Known plans of one problem.
 
-    def __init__(self, problem: Problem, ladder: Ladder, solve_s: float = 0.0) -> None:
+    Attributes:
+        plans: all of them.
+        bounds_s: per budget, what every plan for it adds at least.
+        lower_bound_bytes: no plan peaks below; the cheap bound until ``look_lower`` raises it.
+        min_peak: what ``look_lower`` found; None before.
+    """
+
+    def __init__(self, problem: Problem, ladder: Ladder, *, max_error: float, solve_s: float = 0.0) -> None:
         self.problem = problem
+        self.max_error = max_error
         self.plans: list[KnownPlan] = []
+        self.bounds_s: dict[int, float] = {}
+        self.lower_bound_bytes = peak_lower_bound(problem)[0]
+        self.min_peak: MinPeak | None = None
         for rung in ladder.rungs:
             self._take(KnownPlan(rung, solve_s=solve_s))
 
@@ -64,11 +76,29 @@ class PlanSet:
         """Takes in what a solver found for ``budget_bytes``, judged by the simulator; misses are ignored."""
         if result.status not in (Status.OPTIMAL, Status.FEASIBLE):
             return
-        rung = judged(self.problem, result.actions)
-        self._take(KnownPlan(rung, result.solver, result.status, budget_bytes, result.lower_bound_s, result.solve_s))
+        self._bound(budget_bytes, result.lower_bound_s)
+        self._take(KnownPlan(judged(self.problem, result.actions), result.solver, solve_s=result.solve_s))
+
+    def join(self, other: PlanSet) -> None:
+        """Takes in the plans of a problem that offers less of the same."""
+        self.plans += other.plans
+
+    def prove(self, budget_bytes: int) -> AddedBound:
+        """Bounds what any plan for a budget adds, by linear programming; ``cheapest`` knows it from then on."""
+        known = self.cheapest(budget_bytes)
+        actions = known.rung.actions if known else self.smallest.actions
+        bound = added_lower_bound(self.problem, budget_bytes, max_error=self.max_error, known=actions)
+        if math.isinf(bound.added_s):
+            self.lower_bound_bytes = max(self.lower_bound_bytes, budget_bytes + 1)
+        else:
+            self._bound(budget_bytes, bound.added_s)
+        return bound
+
+    def _bound(self, budget_bytes: int, added_s: float) -> None:
+        self.bounds_s[budget_bytes] = max(added_s, self.bounds_s.get(budget_bytes, 0.0))
 
     def checked(self, limit_bytes: int) -> KnownPlan | None:
-        """The cheapest plan that the simulator itself finds within the limit.
+        """The cheapest plan that the simulator itself finds within the limit; looks for one if none is known.
 
         Rungs carry the heuristic's own figures, which tests hold equal to the simulator's. One that differs all
         the same is forgotten here, before it can run.
@@ -77,20 +107,45 @@ class PlanSet:
             if judged(self.problem, known.rung.actions).peak_bytes <= limit_bytes:
                 return known
             self.plans = [plan for plan in self.plans if plan.rung.actions is not known.rung.actions]
+        if self.min_peak is None and limit_bytes >= self.lower_bound_bytes:
+            self.look_lower()
+            return self.checked(limit_bytes)
         return None
+
+    def look_lower(self) -> None:
+        """Takes in the smallest reachable peak, as far as that is found and proven in ``LOOK_LOWER_S``."""
+        if self.min_peak is not None:
+            return
+        solver = MinPeakSolver(time_limit_s=LOOK_LOWER_S)
+        found = solver.solve(self.problem, max_error=self.max_error, warm=self.smallest.actions)
+        self.min_peak, self.lower_bound_bytes = found, found.lower_bound_bytes
+        if found.peak_bytes < self.smallest.peak_bytes:
+            self._take(KnownPlan(judged(self.problem, found.actions), "min peak", solve_s=found.solve_s))
+
+    def unmet(self, limit_bytes: int) -> Status:
+        """What is known of a limit that no known plan meets."""
+        return Status.INFEASIBLE if limit_bytes < self.lower_bound_bytes else Status.UNKNOWN
 
     def cheapest(self, limit_bytes: int) -> KnownPlan | None:
         """The cheapest plan that peaks at or under the limit, with the best bound known for that limit."""
         fitting = [plan for plan in self.plans if plan.rung.peak_bytes <= limit_bytes]
         if not fitting:
             return None
-        best = min(fitting, key=lambda plan: (plan.rung.added_s, plan.rung.peak_bytes))
+        # of plans that cost nothing, the one that does nothing
+        best = min(fitting, key=lambda plan: (plan.rung.added_s, bool(plan.rung.actions), plan.rung.peak_bytes))
         # a bound for a larger budget holds for this one, too
-        bounds = [p.lower_bound_s for p in self.plans if p.found_for_bytes >= limit_bytes]
+        bounds = [bound_s for budget_bytes, bound_s in self.bounds_s.items() if budget_bytes >= limit_bytes]
         bound = min(max(bounds, default=0.0), best.rung.added_s)
-        gap = (best.rung.added_s - bound) / max(best.rung.added_s, 1e-3 * self.problem.step_s, 1e-12)
+        gap = relative_gap(best.rung.added_s, bound, self.problem.step_s)
         status = Status.OPTIMAL if gap <= PROVEN else Status.FEASIBLE
         return replace(best, lower_bound_s=bound, status=status)
+
+    def proof(self) -> str:
+        """Why no plan peaks lower than ``lower_bound_bytes``, in words."""
+        if self.min_peak is not None:
+            return str(self.min_peak)
+        bound, holder = peak_lower_bound(self.problem)
+        return f"no plan peaks below {bound} bytes ({format_bytes(bound)}), held by {holder}"
 
     @property
     def smallest(self) -> Rung:
@@ -107,7 +162,7 @@ class PlanSet:
         schedule = lower(self.problem, self.smallest.actions)
         holder = describe_peak(self.problem, schedule, simulate(self.problem, schedule))
         minimum = self.smallest.peak_bytes + beside_bytes
-        bound = peak_lower_bound(self.problem)[0] + beside_bytes
+        bound = self.lower_bound_bytes + beside_bytes
         state = " while gradients of an earlier backward pass exist" if beside_bytes else ""
         return BudgetError(
             f"the budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) cannot be met{state}: the "

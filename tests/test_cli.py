@@ -110,7 +110,7 @@ def test_frontier_command(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["frontier", "made_here:four", "--json", "frontier.json", "--plot", "frontier.png"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "recompute only" in printed
+    assert all(name in printed for name in ("recompute only", "compress only", "lower", "1 MiB"))
     found = Frontier.from_json(Path("frontier.json").read_text(encoding="utf-8"))
     assert Path("frontier.png").stat().st_size > 5000
     assert len(found.budgets) == 12
@@ -121,6 +121,15 @@ def test_frontier_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row.peak_bytes is not None and row.peak_bytes <= row.budget_bytes for row in hybrid)
     added = [row.added_s for row in hybrid if row.added_s is not None]
     assert added == sorted(added)
+    for best, *single in zip(*(found.line(technique) for technique in Technique), strict=True):
+        for row in (best, *single):
+            # what either technique reaches alone, both together reach no slower
+            assert row.added_s is None or best.added_s <= row.added_s
+            assert row.added_s is None or 0 <= row.lower_bound_s <= row.added_s
+            assert (row.saved_s_per_mib is None) == (row.added_s is None)
+    # at the smallest peak something must be added, and a little more memory would save some of it
+    assert hybrid[-1].lower_bound_s > 0
+    assert hybrid[-1].saved_s_per_mib > 0
 
 
 def test_frontier_with_budgets_out_of_reach() -> None:
@@ -129,6 +138,7 @@ def test_frontier_with_budgets_out_of_reach() -> None:
     assert {row.technique for row in found.rows} == {Technique.HYBRID, Technique.RECOMPUTE}
     last = found.line(Technique.HYBRID)[-1]
     assert (last.budget_bytes, last.status, last.added_s) == (1024, "INFEASIBLE", None)
+    assert last.lower_bound_s is None
     assert "not reached" in str(found)
     assert Frontier.from_json(found.to_json()) == found
 

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from fxhybrid.errors import PlanError
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.problem import CodecOption, Op, Problem, Tensor
-from fxhybrid.solvers.base import Status, plan_error
+from fxhybrid.solvers.base import Ladder, Rung, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED
-from fxhybrid.solvers.mps import Ladder, MpsSolver, Rung, build_ladder
+from fxhybrid.solvers.min_peak import MinPeakSolver
+from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.mps_solver import MpsSolver
 from fxhybrid.solvers.planset import PlanSet
+from fxhybrid.solvers.techniques import without_codecs, without_recomputation
 from fxhybrid.timeline import simulate_actions
 from tests.problems import choices, problems, random_actions, random_problem, small_problems
 
@@ -71,7 +74,7 @@ def test_a_codec_whose_encoding_is_the_peak_is_not_used() -> None:
     problem = two_layers(codecs=(quarter(100, 0.5, 0.05),))
     assert [r.actions for r in build_ladder(problem, max_error=0.1).rungs] == [{}, {0: RECOMPUTE}]
     # Without recomputation nothing helps.
-    assert len(build_ladder(problem, max_error=0.1, recompute=False).rungs) == 1
+    assert len(build_ladder(without_recomputation(problem), max_error=0.1).rungs) == 1
 
 
 def chain_with_wide_backward(error: float) -> Problem:
@@ -157,7 +160,8 @@ def check_ladder(problem: Problem, ladder: Ladder, max_error: float) -> None:
 @settings(max_examples=40, deadline=None)
 @given(problems(), st.sampled_from((0.0, 0.05, 0.3)), st.booleans())
 def test_rungs_are_what_they_say(problem: Problem, max_error: float, recompute: bool) -> None:
-    ladder = build_ladder(problem, max_error=max_error, recompute=recompute)
+    offered = problem if recompute else without_recomputation(problem)
+    ladder = build_ladder(offered, max_error=max_error)
     check_ladder(problem, ladder, max_error)
     assert ladder.rung_for(ladder.rungs[0].peak_bytes) == ladder.rungs[0]
     assert ladder.rung_for(1 << 60) == ladder.rungs[0]
@@ -170,9 +174,10 @@ def test_rungs_are_what_they_say(problem: Problem, max_error: float, recompute: 
 
 @settings(max_examples=10, deadline=None)
 @given(problems())
-def test_only_allowed_codecs_are_used(problem: Problem) -> None:
-    ladder = build_ladder(problem, max_error=1.0, allow=lambda option: option.lossless)
-    assert all(rung.error == 0.0 for rung in ladder.rungs)
+def test_without_codecs_nothing_is_compressed(problem: Problem) -> None:
+    ladder = build_ladder(without_codecs(problem), max_error=1.0)
+    check_ladder(problem, ladder, 0.0)
+    assert not any(isinstance(action, Compress) for rung in ladder.rungs for action in rung.actions.values())
 
 
 @settings(max_examples=100, deadline=None)
@@ -233,7 +238,7 @@ def test_solver_keeps_the_budget(problem: Problem, part: float) -> None:
     fits = result.status in (Status.OPTIMAL, Status.FEASIBLE)
     assert fits == (result.peak_bytes <= budget)
     if result.status is Status.INFEASIBLE:
-        assert budget < peak_lower_bound(problem)[0]
+        assert budget < MinPeakSolver().solve(problem, max_error=MAX_ERROR).lower_bound_bytes
     if part >= 1.0:
         assert (result.status, result.actions, result.added_s) == (Status.OPTIMAL, {}, 0.0)
 
@@ -247,8 +252,8 @@ def test_same_input_same_ladder() -> None:
 
 def test_ladder_is_built_once_per_problem() -> None:
     problem, solver = random_problem(3, 20), MpsSolver()
-    assert solver.ladder(problem, MAX_ERROR) is solver.ladder(problem, MAX_ERROR)
-    assert solver.ladder(problem, MAX_ERROR) is not solver.ladder(problem, 0.0)
+    assert solver.plans(problem, MAX_ERROR) is solver.plans(problem, MAX_ERROR)
+    assert solver.plans(problem, MAX_ERROR) is not solver.plans(problem, 0.0)
 
 
 def all_plans(problem: Problem, max_error: float) -> list[tuple[int, float]]:
@@ -297,7 +302,7 @@ def test_a_rung_that_the_simulator_refuses_is_forgotten_before_it_can_run() -> N
     # keep-all peaks at 214 B and recomputing a at 200 B, for 1 s; a rung that claims 100 B for keep-all is a lie
     problem = two_layers()
     ladder = build_ladder(problem, max_error=0.0)
-    plans = PlanSet(problem, Ladder((*ladder.rungs, Rung({}, 100, 0.0, 0.0))))
+    plans = PlanSet(problem, Ladder((*ladder.rungs, Rung({}, 100, 0.0, 0.0))), max_error=0.0)
     assert plans.smallest.peak_bytes == 100
     known = plans.checked(200)
     assert known is not None

@@ -1,0 +1,57 @@
+"""Known plans: what is done where none fits, and what bounds know of each other."""
+
+from __future__ import annotations
+
+from fxhybrid.plan import RECOMPUTE
+from fxhybrid.solvers.base import Ladder, Status
+from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.planset import PlanSet
+from tests.test_corpus import independent
+
+
+def keep_all_only() -> PlanSet:
+    """The set of ``independent`` with nothing but the plan that keeps everything, which peaks at 220 bytes."""
+    ladder = build_ladder(independent(), max_error=0.0)
+    return PlanSet(independent(), Ladder(ladder.rungs[:1]), max_error=0.0)
+
+
+def test_looks_lower_only_where_no_known_plan_fits() -> None:
+    plans = keep_all_only()
+    assert plans.checked(220) is not None
+    assert plans.min_peak is None
+    # b2 needs a (100) and g1 (10) and makes g2 (10): 120 is the smallest peak of all plans, by making a again
+    known = plans.checked(120)
+    assert known is not None
+    assert (known.rung.peak_bytes, known.solver) == (120, "min peak")
+    assert known.rung.actions[0] is RECOMPUTE
+    assert plans.smallest.peak_bytes == 120
+
+
+def test_below_the_smallest_peak_is_infeasible_with_the_same_number_in_the_error() -> None:
+    plans = keep_all_only()
+    assert plans.checked(119) is None
+    assert plans.unmet(119) is Status.INFEASIBLE
+    error = plans.budget_error(119, 0)
+    assert error.minimum_lower_bound_bytes == 120
+
+
+def test_a_bound_for_a_larger_budget_holds_for_a_smaller_one() -> None:
+    plans = PlanSet(independent(), build_ladder(independent(), max_error=0.0), max_error=0.0)
+    # for 190 of 220 bytes, half of b (60 bytes, 2 s) must go: 1 s, while every plan drops it or more as a whole
+    bound = plans.prove(190)
+    assert abs(bound.added_s - 1.0) < 1e-6
+    for budget_bytes in (190, 180):
+        known = plans.cheapest(budget_bytes)
+        assert known is not None
+        assert known.rung.added_s >= 2.0
+        assert (known.lower_bound_s, known.status) == (bound.added_s, Status.FEASIBLE)
+    loose = plans.cheapest(191)
+    assert loose is not None
+    assert loose.lower_bound_s == 0.0
+
+
+def test_joined_plans_are_chosen_from() -> None:
+    plans, other = keep_all_only(), PlanSet(independent(), build_ladder(independent(), max_error=0.0), max_error=0.0)
+    assert plans.cheapest(180) is None
+    plans.join(other)
+    assert plans.cheapest(180) == other.cheapest(180)
