@@ -18,3 +18,10 @@ def without_recomputation(problem: Problem) -> Problem:
         op if i in problem.deferrable else replace(op, recomputable=False) for i, op in enumerate(problem.forward)
     )
     return replace(problem, forward=once)
+
+
+def single_techniques(problem: Problem) -> tuple[Problem, ...]:
+    """Recomputing only and compressing only; nothing where ``problem`` offers no codecs."""
+    if not any(t.codecs for t in problem.tensors):
+        return ()
+    return without_codecs(problem), without_recomputation(problem)
