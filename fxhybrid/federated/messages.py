@@ -1,0 +1,95 @@
+"""What server and devices say to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Arrays = Mapping[str, Array]
+Facts = Mapping[str, Any]  # what JSON can hold
+
+
+class Kind(Enum):
+    """What a device is asked for: a report of its memory, or training."""
+
+    REPORT = "report"
+    TRAIN = "train"
+
+
+class Outcome(Enum):
+    """How a request ended.
+
+    OK: answered. OOM: the device ran out of memory. REFUSED: the device will not do it (its graph differs from the
+    plan's). FAILED: the device raised another error. LATE: no answer before the deadline. LOST: the device went away.
+    INVALID: an answer that the server refuses.
+    """
+
+    OK = "ok"
+    OOM = "oom"
+    REFUSED = "refused"
+    FAILED = "failed"
+    LATE = "late"
+    LOST = "lost"
+    INVALID = "invalid"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing asked of one device.
+
+    Attributes:
+        device: who is asked.
+        kind: what for.
+        round: the round it belongs to.
+        now_s: the server's clock.
+        deadline_s: seconds until an answer is too late.
+        facts: parameters.
+        arrays: the global model, for training.
+    """
+
+    device: str
+    kind: Kind
+    round: int
+    now_s: float
+    deadline_s: float
+    facts: Facts = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of one request.
+
+    Attributes:
+        device: who was asked.
+        round: the round it belongs to.
+        outcome: how it ended.
+        elapsed_s: seconds from request to answer, on the server's clock.
+        facts: what the device says beside arrays.
+        arrays: the trained model.
+        detail: an error in words.
+    """
+
+    device: str
+    round: int
+    outcome: Outcome
+    elapsed_s: float
+    facts: Facts = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=dict)
+    detail: str = ""
+
+
+def failed(request: Request, outcome: Outcome, elapsed_s: float, detail: str) -> Reply:
+    """A reply that holds no result."""
+    return Reply(request.device, request.round, outcome, elapsed_s, detail=detail)
+
+
+def n_bytes(arrays: Arrays) -> int:
+    """Bytes that arrays take on the wire."""
+    return sum(int(np.asarray(array).nbytes) for array in arrays.values())

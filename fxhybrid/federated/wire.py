@@ -1,0 +1,33 @@
+"""A model's state as arrays that any transport can carry, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from fxhybrid.federated.messages import Array, Arrays
+
+WIDENED = (torch.bfloat16,)  # numpy has no such type; float32 holds every one of its values
+
+
+def to_arrays(model: nn.Module) -> dict[str, Array]:
+    """Copies of all parameters and buffers that are part of the state."""
+    return {name: _array(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    plain = tensor.detach().cpu()
+    return np.array((plain.float() if plain.dtype in WIDENED else plain).numpy(), copy=True)
+
+
+def load_arrays(model: nn.Module, arrays: Arrays) -> None:
+    """Writes arrays into the model in place; types are narrowed back to the model's own."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(torch.from_numpy(np.array(arrays[name], copy=True)))
+
+
+def corner(arrays: Arrays, like: Arrays) -> dict[str, Array]:
+    """The leading corner of each array, in the shapes of ``like``: a narrow model's part of a wide one."""
+    return {name: arrays[name][tuple(slice(size) for size in part.shape)] for name, part in like.items()}
