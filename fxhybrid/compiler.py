@@ -13,7 +13,7 @@ from typing import Any
 from fxhybrid.budget import gradient_bytes
 from fxhybrid.calibration import calibrated_errors, measured_error
 from fxhybrid.carried import carried_actions, named_actions, versions
-from fxhybrid.errors import InvalidArgument, format_bytes
+from fxhybrid.errors import InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
 from fxhybrid.plan import GradientError, Plan
@@ -27,6 +27,7 @@ from fxhybrid.solvers.techniques import single_techniques
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
+from fxhybrid.work import StepWork, work_of
 
 ILP_SECONDS = 15.0
 ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
@@ -34,6 +35,7 @@ CALIBRATION_ROUNDS = 3
 UNUSABLE = 1e6  # an error that no limit allows
 # Plans aim lower than the limit: the error is measured on one batch, and later ones differ.
 ERROR_MARGIN = 0.5
+CARRIED_PLANS = 64  # whose graphs are kept, for a client that moves between plans from step to step
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,7 @@ class Signature:
         self.budget_bytes = budget_bytes or (share if isinstance(share, int) else int(share * self.save_all_bytes))
         self.measured: dict[int, float] = {}
         self.states: dict[bool, Active] = {}
+        self.carried: dict[str, dict[bool, Active]] = {}
         # the verifier holds the example arguments, so it lives only as long as planning does
         self.verifier: Verifier | None = self._verifier(step, call)
         self.check = self.verifier.check
@@ -192,12 +195,41 @@ class Signature:
         """
         if accumulating not in self.states:
             known = self.choose(self.budget_bytes, accumulating=accumulating)
-            joint, graphs = build_graphs(self.prepared, known.rung.actions)
-            captured = self.prepared.capture
-            function = StepFunction(graphs, self.prepared.joint, captured.metadata)
-            plan = self._plan(known, accumulating)
-            self.states[accumulating] = Active(plan, joint, function, captured.bind(function))
+            self.states[accumulating] = self._activate(known, accumulating)
         return self.states[accumulating]
+
+    def _activate(self, known: KnownPlan, accumulating: bool) -> Active:
+        joint, graphs = build_graphs(self.prepared, known.rung.actions)
+        captured = self.prepared.capture
+        function = StepFunction(graphs, self.prepared.joint, captured.metadata)
+        return Active(self._plan(known, accumulating), joint, function, captured.bind(function))
+
+    def use_plan(self, plan: Plan) -> None:
+        """Carries out this very plan while gradients are fresh; the graphs of the last few are kept.
+
+        Raises:
+            PlanMismatchError: it was made for another graph or version, or peaks above its own budget here.
+        """
+        actions = carried_actions(plan, self.prepared.problem, self.prepared.fingerprint)
+        key = f"{plan.budget_bytes} {sorted((name, str(action)) for name, action in plan.actions.items())}"
+        states = self.carried.pop(key, None)
+        self.budget_bytes = plan.budget_bytes
+        if states is None:
+            rung = judged(self.prepared.problem, actions)
+            if rung.peak_bytes > plan.budget_bytes:
+                raise PlanMismatchError(
+                    f"the plan peaks at {rung.peak_bytes} bytes ({format_bytes(rung.peak_bytes)}) here, above its "
+                    f"budget of {plan.budget_bytes}; plan again with fxhybrid.plan"
+                )
+            states = {False: self._activate(KnownPlan(rung, plan.solver, solve_s=plan.solve_s), False)}
+        while len(self.carried) >= CARRIED_PLANS:
+            del self.carried[next(iter(self.carried))]
+        self.carried[key] = self.states = states
+
+    @property
+    def work(self) -> StepWork:
+        """What each op of the problem computes and moves, for devices that it was not measured on."""
+        return work_of(self.prepared.layout)
 
     def _plan(self, known: KnownPlan, accumulating: bool) -> Plan:
         problem = self.prepared.problem
@@ -235,7 +267,7 @@ class Signature:
 
         def commit() -> None:
             self.budget_bytes = budget_bytes
-            self.states.clear()
+            self.states = {}
 
         return commit
 

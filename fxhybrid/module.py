@@ -19,6 +19,7 @@ from fxhybrid.plan import Plan
 from fxhybrid.problem import Problem
 from fxhybrid.report import Report, make_report
 from fxhybrid.step import Step, StepCall, check_call
+from fxhybrid.work import StepWork
 
 M = TypeVar("M", bound=nn.Module)
 MANY_SIGNATURES = 32  # more than a real model has shapes; a Python counter makes one a step
@@ -131,6 +132,11 @@ class HybridModule(nn.Module):
         return self._first().prepared.problem
 
     @property
+    def planning_work(self) -> StepWork:
+        """What each op of ``planning_problem`` computes and moves: what planning for another device needs."""
+        return self._first().work
+
+    @property
     def joint_graph(self) -> fx.GraphModule:
         """The rewritten joint graph of the last called signature."""
         return self._first().active(False).joint.module
@@ -157,6 +163,16 @@ class HybridModule(nn.Module):
             BudgetError: no known plan fits; the old budget stays.
         """
         self._fxhybrid_session.set_budget(budget)
+
+    def use_plan(self, plan: Plan) -> None:
+        """Carries out this very plan from now on, between steps; for the last called signature.
+
+        A plan that a server made for this device comes in this way. ``set_budget`` leaves it again.
+
+        Raises:
+            PlanMismatchError: it was made for another graph or version, or peaks above its own budget here.
+        """
+        self._first().use_plan(plan)
 
     def check_error(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> float:
         """Measures the relative gradient error of the current plan on another batch.
