@@ -1,0 +1,293 @@
+"""The client selectors: utility, the paper's product, and what they are compared with.
+
+Utility of candidate i, every factor a rank in (0, 1] among those that fit, so that no unit outweighs the others:
+
+    score_i = data_i * memory_i * compute_i + sqrt(0.1 * ln(round) / last_seen_i)
+
+    data     |B_i| * sqrt(mean squared sample loss)     (Oort's statistical utility)
+    memory   min(M_i / M_G, 1)                          M_G: peak of the unmodified step
+    compute  1 / predicted seconds of a step
+
+A client must pass the hard gate first: its smallest plan fits its forecast. Clients that never reported a loss are
+explored for a share of the places that falls from round to round. Among the others those within ``CUTOFF`` of the
+last winning score are drawn in proportion to their scores, so that a client just below it is not left out for ever.
+Who took part ``REPEAT_CAP`` times more often than the average rests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxhybrid.errors import InvalidArgument
+from fxhybrid.federated.selection import Candidate, ClientSelector, Selection
+
+CUTOFF = 0.95
+EXPLORATION, EXPLORATION_DECAY, LEAST_EXPLORATION = 0.9, 0.98, 0.2
+CONFIDENCE = 0.1
+REPEAT_CAP = 2.0
+CLIP_QUANTILE = 0.95  # Oort: outliers in utility count as much as this quantile
+DURATION_QUANTILE, PENALTY = 0.8, 2.0  # Oort: slower than this quantile of durations is penalised with this power
+
+Factors = dict[str, float]
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class RandomSelector:
+    """Draws evenly among all candidates; with ``gate`` only among those whose smallest plan fits."""
+
+    seed: int = 0
+    gate: bool = False
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """``random`` or ``memory-gate``."""
+        return "memory-gate" if self.gate else "random"
+
+    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
+        """See :class:`ClientSelector`."""
+        random = _generator(self.seed, round_index, count)
+        pool = [c for c in candidates if c.fits or not self.gate]
+        factors = {c.client: {"fits": float(c.fits), "score": 1.0} for c in pool}
+        order = random.permutation(len(pool))[:count]
+        return _selection(round_index, candidates, [pool[i].client for i in order], factors)
+
+
+@dataclass
+class UtilitySelector:
+    """Data, memory and compute utility, multiplied after normalising; explores and caps repeats.
+
+    Attributes:
+        with_memory: False leaves the memory factor (not the gate) out.
+        with_compute: False leaves the compute factor out.
+    """
+
+    seed: int = 0
+    with_memory: bool = True
+    with_compute: bool = True
+    state: dict[str, Any] = field(default_factory=dict)
+    name: str = "utility"
+
+    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
+        """See :class:`ClientSelector`."""
+        return _bandit(self.seed, candidates, count, round_index, self._rewards, gate=True)
+
+    def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
+        data = _ranks([_data_utility(c) for c in pool])
+        memory = _ranks([_memory_share(c) for c in pool]) if self.with_memory else np.ones(len(pool))
+        compute = _ranks([1 / c.predicted_step_s for c in pool]) if self.with_compute else np.ones(len(pool))
+        return [
+            {"data": float(d), "memory": float(m), "compute": float(s), "reward": float(d * m * s)}
+            for d, m, s in zip(data, memory, compute, strict=True)
+        ]
+
+
+@dataclass
+class ProductSelector:
+    """The paper's literal product: mean squared loss * min(M_i / M_G, 1) / seconds of a step, plus the bonus.
+
+    The paper prints its indicator both ways; either one, read literally, would zero the rich or the poor devices.
+    Here it is the gate that the smallest plan fits. The units are multiplied as they are.
+    """
+
+    seed: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    name: str = "product"
+
+    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
+        """See :class:`ClientSelector`: the ``count`` largest scores; whoever never took part comes first."""
+        _generator(self.seed, round_index, count)
+        factors = {}
+        for c in candidates:
+            if c.fits:
+                loss = c.mean_squared_loss or 0.0
+                own = {"data": loss, "memory": _memory_share(c), "compute": 1 / c.predicted_step_s}
+                own["reward"] = own["data"] * own["memory"] * own["compute"]
+                own["bonus"] = math.inf if c.mean_squared_loss is None else _bonus(c, round_index)
+                factors[c.client] = {**own, "score": own["reward"] + own["bonus"]}
+        order = sorted(factors, key=lambda client: (-factors[client]["score"], client))
+        return _selection(round_index, candidates, order[:count], factors)
+
+
+@dataclass
+class OortSelector:
+    """Oort (Lai et al., OSDI 2021): data utility, a penalty on slow clients, no look at memory.
+
+    The preferred duration is a fixed quantile of the predicted durations; Oort's pacer, which moves it, is left out.
+    """
+
+    seed: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    name: str = "oort"
+
+    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
+        """See :class:`ClientSelector`."""
+        return _bandit(self.seed, candidates, count, round_index, self._rewards, gate=False)
+
+    def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
+        utilities = np.array([_data_utility(c) for c in pool])
+        top = float(np.quantile(utilities, CLIP_QUANTILE, method="higher"))
+        low = float(utilities.min())
+        finite = [c.predicted_round_s for c in pool if math.isfinite(c.predicted_round_s)]
+        preferred_s = float(np.quantile(finite, DURATION_QUANTILE)) if finite else math.inf
+        found = []
+        for c, utility in zip(pool, utilities.tolist(), strict=True):
+            data = (min(utility, top) - low) / (top - low) if top > low else 1.0
+            system = min(1.0, preferred_s / c.predicted_round_s) ** PENALTY if finite else 1.0
+            found.append({"data": data, "system": system, "reward": data * system})
+        return found
+
+
+@dataclass
+class OracleSelector:
+    """Another selector that knows the round's real minimum in place of its forecast; simulations only."""
+
+    inner: ClientSelector = field(default_factory=UtilitySelector)
+
+    @property
+    def name(self) -> str:
+        """Says what is told the truth."""
+        return f"oracle-{self.inner.name}"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """That of the inner selector."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        self.inner.state = value
+
+    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
+        """See :class:`ClientSelector`.
+
+        Raises:
+            InvalidArgument: a candidate comes without ``true_available_bytes``.
+        """
+        told = []
+        for c in candidates:
+            if c.true_available_bytes is None:
+                raise InvalidArgument(f"the oracle needs true_available_bytes, {c.client} has none")
+            told.append(replace(c, available_bytes=c.true_available_bytes))
+        return self.inner.select(told, count, round_index=round_index)
+
+
+SELECTORS: Mapping[str, Callable[[int], ClientSelector]] = {
+    "utility": lambda seed: UtilitySelector(seed),
+    "product": lambda seed: ProductSelector(seed),
+    "random": lambda seed: RandomSelector(seed),
+    "memory-gate": lambda seed: RandomSelector(seed, gate=True),
+    "oort": lambda seed: OortSelector(seed),
+    "oracle": lambda seed: OracleSelector(UtilitySelector(seed)),
+}
+
+
+def _bandit(
+    seed: int,
+    candidates: Sequence[Candidate],
+    count: int,
+    round_index: int,
+    rewards: Callable[[Sequence[Candidate]], list[Factors]],
+    *,
+    gate: bool,
+) -> Selection:
+    """Exploration, then cut-off sampling of the highest upper confidence bounds, as Oort does it."""
+    random = _generator(seed, round_index, count)
+    pool = [c for c in candidates if c.fits or not gate]
+    known, new = [c for c in pool if c.mean_squared_loss is not None], [c for c in pool if c.mean_squared_loss is None]
+    factors: dict[str, Factors] = {}
+    if known:
+        for c, own in zip(known, rewards(known), strict=True):
+            bonus = _bonus(c, round_index)
+            factors[c.client] = {**own, "bonus": bonus, "score": own["reward"] + bonus, "explored": 0.0}
+    for c in new:
+        factors[c.client] = {"explored": 1.0, "score": c.n_examples / c.predicted_round_s}
+    mean_times = sum(c.times_selected for c in pool) / max(len(pool), 1)
+    for c in pool:
+        factors[c.client]["rested"] = float(c.times_selected > max(1.0, REPEAT_CAP * mean_times))
+    n_new = _places_to_explore(count, round_index, len(known), len(new))
+    chosen = _draw(random, [c.client for c in new], n_new, factors)
+    fresh = [c.client for c in known if not factors[c.client]["rested"]]
+    chosen += _draw(random, _above_cutoff(fresh, count - len(chosen), factors), count - len(chosen), factors)
+    left = [c.client for c in known if c.client not in chosen]  # the cap gives way where places would stay empty
+    chosen += sorted(left, key=lambda client: (-factors[client]["score"], client))[: count - len(chosen)]
+    return _selection(round_index, candidates, chosen, factors)
+
+
+def _places_to_explore(count: int, round_index: int, n_known: int, n_new: int) -> int:
+    share = max(EXPLORATION * EXPLORATION_DECAY ** (round_index - 1), LEAST_EXPLORATION)
+    return min(n_new, max(round(share * count), count - n_known))
+
+
+def _above_cutoff(clients: Sequence[str], places: int, factors: Mapping[str, Factors]) -> list[str]:
+    """All clients whose score is at least ``CUTOFF`` times that of the last winner."""
+    order = sorted(clients, key=lambda client: (-factors[client]["score"], client))
+    if places <= 0 or not order:
+        return []
+    last = factors[order[min(places, len(order)) - 1]]["score"]
+    return [client for client in order if factors[client]["score"] >= CUTOFF * last]
+
+
+def _draw(
+    random: np.random.Generator, clients: Sequence[str], places: int, factors: Mapping[str, Factors]
+) -> list[str]:
+    """``places`` of the clients without repetition, in proportion to their scores."""
+    places = min(places, len(clients))
+    if places <= 0:
+        return []
+    weights = np.array([factors[client]["score"] for client in clients])
+    weights = np.maximum(weights, 1e-9 * max(float(weights.max()), 1e-9))
+    drawn = random.choice(len(clients), size=places, replace=False, p=weights / weights.sum())
+    return [clients[i] for i in drawn]
+
+
+def _selection(
+    round_index: int, candidates: Sequence[Candidate], chosen: Sequence[str], factors: Mapping[str, Factors]
+) -> Selection:
+    if len({c.client for c in candidates}) != len(candidates):
+        raise InvalidArgument("every candidate must be named once")
+    shut_out = {"fits": 0.0, "score": 0.0}
+    every = {
+        c.client: {
+            **factors.get(c.client, shut_out),
+            "fits": float(c.fits),
+            "available_share": _memory_share(c),
+            "chosen": float(c.client in chosen),
+        }
+        for c in candidates
+    }
+    return Selection(round_index, tuple(chosen), every)
+
+
+def _generator(seed: int, round_index: int, count: int) -> np.random.Generator:
+    if count < 0 or round_index < 1:
+        raise InvalidArgument(f"count must not be negative and rounds count from 1, got {count} and {round_index}")
+    return np.random.default_rng((seed, round_index))
+
+
+def _data_utility(candidate: Candidate) -> float:
+    return candidate.n_examples * math.sqrt(candidate.mean_squared_loss or 0.0)
+
+
+def _memory_share(candidate: Candidate) -> float:
+    return min(candidate.available_bytes / candidate.full_bytes, 1.0)
+
+
+def _bonus(candidate: Candidate, round_index: int) -> float:
+    """The width of the confidence interval: the longer unseen, the wider."""
+    return math.sqrt(CONFIDENCE * math.log(round_index) / max(candidate.last_seen_round or 1, 1))
+
+
+def _ranks(values: Sequence[float]) -> Floats:
+    """Ranks in (0, 1]; equal values share the mean of their ranks."""
+    array = np.asarray(values, dtype=np.float64)
+    below = (array[None, :] < array[:, None]).sum(axis=1)
+    equal = (array[None, :] == array[:, None]).sum(axis=1)
+    return np.asarray((below + (equal + 1) / 2) / len(array))
