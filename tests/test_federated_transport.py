@@ -107,6 +107,7 @@ def test_average_weighs_by_examples() -> None:
     ]
     mean = average(MODEL, updates)
     assert mean["w"].tolist() == [[4, 4], [4, 4]]
+    assert isinstance(mean["n"], np.ndarray)
     assert (mean["n"], mean["n"].dtype, mean["w"].dtype) == (3, MODEL["n"].dtype, np.float32)
 
 

@@ -92,4 +92,4 @@ def _mean(name: str, current: Array, updates: Sequence[Update]) -> Array:
     mean = np.divide(total, weight, out=current.astype(np.float64), where=weight > 0)
     if current.dtype.kind in "iu":
         mean = np.rint(mean)  # counters, such as the number of batches that a batch norm has seen
-    return mean.astype(current.dtype)
+    return np.asarray(mean).astype(current.dtype)  # numpy turns what has no dimensions into scalars

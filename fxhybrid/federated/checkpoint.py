@@ -1,0 +1,65 @@
+"""Checkpoints: everything that a run needs to go on bit-exactly, in one file of arrays and JSON; no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fxhybrid.errors import InvalidArgument
+from fxhybrid.federated.messages import Array, Arrays
+
+FORMAT = 1
+_MODEL = "model/"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after a finished round.
+
+    Attributes:
+        arrays: the global model.
+        state: everything else, as JSON values; ``identity`` among them says which run it is.
+    """
+
+    arrays: Arrays
+    state: Mapping[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Writes the file in one stroke: whenever the process dies, the old one or the new one is whole."""
+        text = json.dumps({"format": FORMAT, **self.state}).encode()
+        entries: dict[str, Any] = {_MODEL + name: array for name, array in self.arrays.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        with temporary.open("wb") as file:
+            np.savez(file, state=np.frombuffer(text, np.uint8), **entries)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, identity: Mapping[str, Any]) -> Checkpoint:
+        """Reads a file of the run ``identity``.
+
+        Raises:
+            InvalidArgument: it cannot be read, or belongs to another run.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as entries:
+                state: dict[str, Any] = json.loads(bytes(entries["state"]))
+                arrays: dict[str, Array] = {
+                    name.removeprefix(_MODEL): entries[name] for name in entries.files if name.startswith(_MODEL)
+                }
+            if state.pop("format") != FORMAT:
+                raise ValueError(f"checkpoint format is not {FORMAT}")
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InvalidArgument(f"{path} is no checkpoint that can be read: {error}") from error
+        if state["identity"] != json.loads(json.dumps(identity)):
+            raise InvalidArgument(f"{path} belongs to another run: {state['identity']}, not {dict(identity)}")
+        return cls(arrays, state)

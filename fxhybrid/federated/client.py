@@ -1,0 +1,203 @@
+"""The device's side: local training by the plan that came, moving to a smaller one where memory falls."""
+
+from __future__ import annotations
+
+import functools
+import math
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from fxhybrid.errors import InvalidArgument
+from fxhybrid.federated.data import ClientData
+from fxhybrid.federated.messages import Arrays, Facts
+from fxhybrid.federated.planning import capture_step, make_optimizer
+from fxhybrid.federated.tasks import Task
+from fxhybrid.federated.wire import load_arrays, to_arrays
+from fxhybrid.plan import Plan
+
+
+class Gauge(Protocol):
+    """A device's memory and clock, real or simulated."""
+
+    def available_bytes(self) -> int:
+        """What a training step may take now."""
+        ...
+
+    def run_step(self, step: Callable[[], float], plan: Plan) -> float:
+        """Runs one step of ``plan``.
+
+        Raises:
+            MemoryError: memory ran out under it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What a device is asked to train.
+
+    Attributes:
+        plans: the one to start with, then smaller ones to move to; by falling peak.
+        n_steps: local steps.
+        mu: weight of FedProx's proximal term; 0 for none.
+        seed: of the order of the examples.
+        elastic: whether to move between the plans; else the first is used whatever memory does.
+        width: of the model.
+    """
+
+    plans: tuple[Plan, ...]
+    n_steps: int
+    mu: float
+    seed: tuple[int, ...]
+    elastic: bool
+    width: float = 1.0
+
+    @classmethod
+    def from_facts(cls, facts: Facts) -> LocalWork:
+        """The work that a request describes.
+
+        Raises:
+            InvalidArgument: it asks for something that is none.
+            PlanMismatchError: a plan cannot be read.
+        """
+        plans = tuple(_parsed(text) for text in facts["plans"])
+        n_steps, mu, width = facts["n_steps"], float(facts["mu"]), float(facts["width"])
+        if not plans or not isinstance(n_steps, int) or n_steps < 1 or not (math.isfinite(mu) and mu >= 0):
+            raise InvalidArgument(f"cannot train {n_steps!r} steps by {len(plans)} plans with mu {mu!r}")
+        seed = tuple(int(part) for part in facts["seed"])
+        return cls(plans, n_steps, mu, seed, bool(facts["elastic"]), width)
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed(text: str) -> Plan:
+    return Plan.from_json(text)
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What local training gave.
+
+    Attributes:
+        arrays: the trained model.
+        loss: mean over the local steps.
+        squared_loss: mean of the steps' squared losses: Oort's data utility, taken per batch instead of per example.
+        peak_bytes: the largest planned peak among the plans that ran.
+        n_moves: how often the plan changed.
+    """
+
+    arrays: Arrays
+    loss: float
+    squared_loss: float
+    peak_bytes: int
+    n_moves: int
+
+
+class Trainer:
+    """One model with its planned step; serves one device at a time."""
+
+    def __init__(self, task: Task, width: float = 1.0, *, reserve_bytes: int = 0) -> None:
+        """Captures and compiles the step.
+
+        Args:
+            task: what to train.
+            width: of the model.
+            reserve_bytes: as the server planned with.
+        """
+        self.task = task
+        self.model, self.hybrid = capture_step(task, width, reserve_bytes=reserve_bytes)
+
+    def train(self, arrays: Arrays, work: LocalWork, data: ClientData, gauge: Gauge) -> LocalResult:
+        """Trains ``arrays`` on the data.
+
+        Raises:
+            PlanMismatchError: a plan belongs to another graph.
+            MemoryError: memory ran out, or not even the smallest plan fits what is left.
+        """
+        load_arrays(self.model, arrays)
+        self.model.train()
+        optimizer = make_optimizer(self.task, self.model)
+        start = [p.detach().clone() for p in self.model.parameters()] if work.mu else []
+        batches = data.batches(self.task.batch_size, work.seed)
+        losses, current, peak_bytes, n_moves = [], work.plans[0], 0, 0
+        for _ in range(work.n_steps):
+            chosen = _plan_for(work, gauge.available_bytes()) if work.elastic else current
+            n_moves += chosen is not current
+            current, peak_bytes = chosen, max(peak_bytes, chosen.peak_bytes)
+            self.hybrid.use_plan(current)
+            inputs, targets = next(batches)
+            loss = gauge.run_step(lambda x=inputs, y=targets: self._gradients(x, y), current)  # type: ignore[misc]
+            self._update(optimizer, start, work.mu)
+            losses.append(loss)
+        squared = sum(loss * loss for loss in losses) / len(losses)
+        return LocalResult(to_arrays(self.model), sum(losses) / len(losses), squared, peak_bytes, n_moves)
+
+    def _gradients(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+        self.model.zero_grad(set_to_none=True)
+        loss = self.hybrid(inputs, loss_args=(targets,))
+        loss.backward()
+        return float(loss.detach())
+
+    def _update(self, optimizer: torch.optim.Optimizer, start: Sequence[torch.Tensor], mu: float) -> None:
+        with torch.no_grad():
+            for parameter, origin in zip(self.model.parameters(), start, strict=False):
+                if parameter.grad is not None:  # FedProx: the gradient of mu/2 ||w - origin||^2
+                    parameter.grad.add_(parameter - origin, alpha=mu)
+        optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+
+
+def _plan_for(work: LocalWork, available_bytes: int) -> Plan:
+    for plan in work.plans:
+        if plan.peak_bytes <= available_bytes:
+            return plan
+    smallest = work.plans[-1].peak_bytes
+    raise MemoryError(f"{available_bytes} bytes are left, the smallest plan takes {smallest}")
+
+
+class TrainerPool:
+    """Trainers that devices of one process share, one per width and worker."""
+
+    def __init__(self, make: Callable[[float], Trainer], workers: int = 1) -> None:
+        """Makes nothing yet.
+
+        Args:
+            make: a trainer of a width.
+            workers: trainers of one width at most.
+        """
+        self.make = make
+        self.workers = workers
+        self._free: dict[float, queue.Queue[Trainer | None]] = {}
+
+    def warm(self, width: float) -> None:
+        """Opens the pool for a width; call it before threads do."""
+        if width not in self._free:
+            self._free[width] = queue.Queue()
+            for _ in range(self.workers):
+                self._free[width].put(None)
+
+    @contextmanager
+    def trainer(self, width: float) -> Iterator[Trainer]:
+        """A free trainer; waits for one."""
+        free = self._free[width]
+        trainer = free.get()
+        try:
+            trainer = trainer or self.make(width)
+            yield trainer
+        finally:
+            free.put(trainer)
+
+
+def reply_facts(result: LocalResult, data: ClientData) -> dict[str, Any]:
+    """What a device says about its training beside the model."""
+    return {
+        "n_examples": data.n_examples,
+        "loss": result.loss,
+        "squared_loss": result.squared_loss,
+        "peak_bytes": result.peak_bytes,
+        "n_moves": result.n_moves,
+    }

@@ -1,0 +1,123 @@
+"""Runs of policies on simulated populations; captures and plans are made once and shared by all runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.progress import Progress
+
+from fxhybrid.federated.client import Trainer, TrainerPool
+from fxhybrid.federated.driver import Driver
+from fxhybrid.federated.forecast import Forecaster, LastReading
+from fxhybrid.federated.messages import Arrays
+from fxhybrid.federated.planning import FleetPlanner, Technique
+from fxhybrid.federated.policies import Policy, Settings
+from fxhybrid.federated.predictor import MemoryBudgetPredictor
+from fxhybrid.federated.preparation import Fleet
+from fxhybrid.federated.scenarios import KINDS, Scenario, population
+from fxhybrid.federated.selectors import SELECTORS
+from fxhybrid.federated.tasks import Score, Task, evaluate
+from fxhybrid.federated.transport import InProcessTransport
+from fxhybrid.federated.wire import load_arrays, to_arrays
+
+
+class Laboratory:
+    """Trainers and planners by task; results do not depend on what ran before."""
+
+    def __init__(self, workers: int = 1) -> None:
+        """Makes nothing yet.
+
+        Args:
+            workers: devices that train at the same time.
+        """
+        self.workers = workers
+        self._pools: dict[str, TrainerPool] = {}
+        self._planners: dict[tuple[str, float, Technique], FleetPlanner] = {}
+
+    def driver(
+        self,
+        scenario: Scenario,
+        policy: Policy,
+        settings: Settings,
+        *,
+        log: Path | None = None,
+        checkpoint: Path | None = None,
+    ) -> Driver:
+        """A run, ready to start."""
+        task = scenario.make_task()
+        pool = self._pool(task)
+        planners = {width: self._planner(task, width, policy.technique) for width in policy.widths}
+        hybrid = self._planner(task, 1.0, Technique.HYBRID)
+        devices = population(
+            scenario,
+            task,
+            smallest_bytes=max(hybrid.smallest_bytes(kind) for kind in KINDS),
+            full_bytes=hybrid.save_all_bytes,
+            is_limited=policy.is_limited,
+        )
+        transport = InProcessTransport(
+            {device.name: device.handler(pool, scenario.seed) for device in devices}, workers=self.workers
+        )
+        parts = {width: to_arrays(task.make_model(width)) for width in policy.widths}
+        model = task.make_model(1.0)
+
+        def score(arrays: Arrays) -> Score:
+            load_arrays(model, arrays)
+            return evaluate(task, model)
+
+        return Driver(
+            transport,
+            Fleet(planners, parts),
+            to_arrays(model),
+            policy=policy,
+            settings=settings,
+            forecaster=make_forecaster(policy),
+            selector=SELECTORS[policy.selector](settings.seed),
+            evaluate=score,
+            log=log,
+            checkpoint=checkpoint,
+        )
+
+    def _pool(self, task: Task) -> TrainerPool:
+        if task.name not in self._pools:
+            self._pools[task.name] = TrainerPool(lambda width: Trainer(task, width), self.workers)
+        return self._pools[task.name]
+
+    def _planner(self, task: Task, width: float, technique: Technique) -> FleetPlanner:
+        key = (task.name, width, technique)
+        if key not in self._planners:
+            pool = self._pool(task)
+            pool.warm(width)
+            with pool.trainer(width) as trainer:
+                self._planners[key] = FleetPlanner.of(trainer.hybrid, technique=technique)
+        return self._planners[key]
+
+
+def make_forecaster(policy: Policy) -> Forecaster:
+    """The policy's forecaster, without readings yet."""
+    return LastReading() if policy.forecast == "last" else MemoryBudgetPredictor()
+
+
+def run_policy(
+    laboratory: Laboratory,
+    scenario: Scenario,
+    policy: Policy,
+    settings: Settings,
+    *,
+    progress: Progress | None = None,
+    log: Path | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> Driver:
+    """Runs all rounds, or those that a checkpoint leaves; gives the driver after the last.
+
+    Raises:
+        InvalidArgument: ``resume`` without a checkpoint of this run.
+    """
+    driver = laboratory.driver(scenario, policy, settings, log=log, checkpoint=checkpoint)
+    if resume:
+        driver.resume()
+    elif log is not None:
+        log.unlink(missing_ok=True)
+    driver.run(progress)
+    return driver

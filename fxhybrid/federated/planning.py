@@ -1,0 +1,221 @@
+"""Planning for a fleet: one capture, one problem, costs per kind of device, one plan per budget bucket."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import nn
+
+from fxhybrid.api import compile
+from fxhybrid.errors import InvalidArgument
+from fxhybrid.federated.devices import DeviceProfile, problem_on
+from fxhybrid.federated.tasks import Task
+from fxhybrid.module import HybridModule
+from fxhybrid.plan import GradientError, Plan
+from fxhybrid.problem import CodecOption, Problem
+from fxhybrid.solvers.mps import Ladder, Rung, build_ladder
+from fxhybrid.solvers.planset import judged
+from fxhybrid.work import StepWork
+
+MAX_ERROR = 0.05  # of the gradient; plans of ``compile`` aim at the same
+N_BUCKETS = 50
+
+
+class Technique(Enum):
+    """Which plans a fleet's devices may get."""
+
+    SAVE_ALL = "unmodified"
+    RECOMPUTE = "recompute only"
+    COMPRESS = "compress only"
+    HYBRID = "hybrid"
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """A plan for one kind of device.
+
+    Attributes:
+        plan: what the device carries out.
+        text: the plan as JSON, as it is sent.
+        step_s: predicted seconds of one step on a device of that kind with slowdown 1.
+    """
+
+    plan: Plan
+    text: str
+    step_s: float
+
+
+def capture_step(task: Task, width: float = 1.0, *, reserve_bytes: int = 0) -> tuple[nn.Module, HybridModule]:
+    """The task's model at a width, and the same compiled without a limit: what plans are made from and run on.
+
+    Args:
+        task: model, loss and an example batch.
+        width: of the model.
+        reserve_bytes: kept free for copies that training holds beside the step.
+    """
+    model = task.make_model(width)
+    inputs, targets = task.example()
+    hybrid = compile(
+        model,
+        budget=1.0,
+        example_inputs=(inputs,),
+        loss_fn=task.loss_fn,
+        loss_args=(targets,),
+        optimizer=make_optimizer(task, model),
+        reserve_bytes=reserve_bytes,
+        solver="mps",
+    )
+    return model, hybrid
+
+
+def make_optimizer(task: Task, model: nn.Module) -> torch.optim.Optimizer:
+    """The task's optimizer with fresh state.
+
+    Raises:
+        InvalidArgument: the task names another one.
+    """
+    if task.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=task.learning_rate)
+    if task.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=task.learning_rate)
+    raise InvalidArgument(f'optimizer of task {task.name!r} is {task.optimizer!r}; it must be "sgd" or "adam"')
+
+
+class FleetPlanner:
+    """Plans for any device and budget; ladders and plans are made once and then looked up."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        work: StepWork,
+        base: Plan,
+        *,
+        technique: Technique = Technique.HYBRID,
+        n_buckets: int = N_BUCKETS,
+    ) -> None:
+        """Keeps what plans are made from.
+
+        Args:
+            problem: the captured step.
+            work: of the same step.
+            base: any plan for it; gives fingerprint and versions.
+            technique: which actions plans may use.
+            n_buckets: budgets are rounded down to so many even steps from the smallest to the largest useful one.
+        """
+        self.problem = problem
+        self.work = work
+        self.base = base
+        self.technique = technique
+        self.n_buckets = n_buckets
+        self.save_all = judged(problem, {})
+        self._ladders: dict[str, tuple[Problem, Ladder]] = {}
+        self._plans: dict[tuple[str, int], DevicePlan | None] = {}
+        self._grids: dict[str, list[int]] = {}
+        self._kinds: dict[int, tuple[DeviceProfile, str]] = {}
+
+    @classmethod
+    def of(cls, hybrid: HybridModule, **options: object) -> FleetPlanner:
+        """A planner for a compiled module's last called signature."""
+        return cls(hybrid.planning_problem, hybrid.planning_work, hybrid.plan, **options)  # type: ignore[arg-type]
+
+    @property
+    def save_all_bytes(self) -> int:
+        """Peak of the unmodified step."""
+        return self.save_all.peak_bytes
+
+    def smallest_bytes(self, profile: DeviceProfile) -> int:
+        """Peak of the smallest plan for this kind of device."""
+        return self._ladder(self._kind(profile), profile)[1].rungs[-1].peak_bytes
+
+    def plan(self, profile: DeviceProfile, budget_bytes: int) -> DevicePlan | None:
+        """The plan for a device at a budget; None where no known plan fits.
+
+        The plan's own budget is the bucket's lower end, so it holds for every budget of the bucket.
+        """
+        kind = self._kind(profile)
+        _, ladder = self._ladder(kind, profile)
+        place = bisect_right(self._grids[kind], budget_bytes) - 1
+        if place < 0:
+            return None
+        if (kind, place) not in self._plans:
+            self._plans[kind, place] = self._make(kind, ladder, self._grids[kind][place])
+        return self._plans[kind, place]
+
+    def unmodified_s(self, profile: DeviceProfile) -> float:
+        """Predicted seconds of one unmodified step on this very device."""
+        return self._ladder(self._kind(profile), profile)[0].step_s * profile.slowdown
+
+    def step_s(self, profile: DeviceProfile, planned: DevicePlan) -> float:
+        """Predicted seconds of one step on this very device."""
+        return planned.step_s * profile.slowdown
+
+    def smaller(self, profile: DeviceProfile, budget_bytes: int, count: int) -> list[DevicePlan]:
+        """Up to ``count`` plans with lower peaks, evenly down to the smallest: where an elastic client can go."""
+        lowest = self.smallest_bytes(profile)
+        budgets = (budget_bytes - (budget_bytes - lowest) * i // count for i in range(1, count + 1))
+        found: dict[int, DevicePlan] = {}
+        for budget in budgets:
+            planned = self.plan(profile, max(budget, lowest))
+            if planned is not None:
+                found.setdefault(planned.plan.peak_bytes, planned)
+        return [found[peak] for peak in sorted(found, reverse=True)]
+
+    def _kind(self, profile: DeviceProfile) -> str:
+        """A key that devices with the same plans share."""
+        known = self._kinds.get(id(profile))
+        if known is None:
+            # the profile is kept beside its key, so that its id stays taken
+            known = self._kinds[id(profile)] = (profile, profile.kind.to_json())
+        return known[1]
+
+    def _ladder(self, kind: str, profile: DeviceProfile) -> tuple[Problem, Ladder]:
+        if kind not in self._ladders:
+            problem = problem_on(self.problem, self.work, profile)
+            ladder = _build(problem, self.technique)
+            top, low = ladder.rungs[0].peak_bytes, ladder.rungs[-1].peak_bytes
+            steps = max(self.n_buckets - 1, 1)
+            self._grids[kind] = sorted({low + (top - low) * i // steps for i in range(steps + 1)})
+            self._ladders[kind] = (problem, ladder)
+        return self._ladders[kind]
+
+    def _make(self, kind: str, ladder: Ladder, budget_bytes: int) -> DevicePlan | None:
+        problem = self._ladders[kind][0]
+        rung = ladder.rung_for(budget_bytes)
+        if rung is None:
+            return None
+        rung = judged(problem, rung.actions)  # the simulator has the last word
+        if rung.peak_bytes > budget_bytes:
+            return None
+        plan = self._plan_of(problem, rung, budget_bytes)
+        return DevicePlan(plan, plan.to_json(), problem.step_s + rung.added_s)
+
+    def _plan_of(self, problem: Problem, rung: Rung, budget_bytes: int) -> Plan:
+        candidates = set(problem.candidates)
+        return Plan(
+            budget_bytes=budget_bytes,
+            peak_bytes=rung.peak_bytes,
+            added_s=rung.added_s,
+            lower_bound_s=0.0,
+            step_s=problem.step_s,
+            gradient_error=GradientError(rung.error, "estimated" if rung.error else "exact"),
+            status="FEASIBLE",
+            solver="mps",
+            solve_s=0.0,
+            actions={problem.tensors[t].name: rung.actions[t] for t in sorted(rung.actions) if t in candidates},
+            graph_fingerprint=self.base.graph_fingerprint,
+            versions=self.base.versions,
+            device="estimated for another device",
+        )
+
+
+def _build(problem: Problem, technique: Technique) -> Ladder:
+    if technique is Technique.SAVE_ALL:
+        return Ladder((judged(problem, {}),))
+    none: Callable[[CodecOption], bool] = lambda option: False  # noqa: E731
+    if technique is Technique.RECOMPUTE:
+        return build_ladder(problem, max_error=MAX_ERROR, allow=none)
+    return build_ladder(problem, max_error=MAX_ERROR, recompute=technique is Technique.HYBRID)

@@ -1,0 +1,108 @@
+"""Before a round: what each device could train, by which plan, in how much time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from fxhybrid.federated.ledger import DeviceRecord, Ledger
+from fxhybrid.federated.messages import Arrays, n_bytes
+from fxhybrid.federated.planning import DevicePlan, FleetPlanner
+from fxhybrid.federated.policies import Policy, Settings
+from fxhybrid.federated.selection import Candidate
+from fxhybrid.federated.wire import corner
+
+N_SMALLER = 3  # plans that an elastic client gets beside the first
+SLACK = 1.5  # a round may take so much longer than predicted for the unmodified step: what memory is forecast over
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one device could do in a round.
+
+    Attributes:
+        candidate: as selectors see it.
+        plans: the plan for it, then smaller ones.
+        width: of the model that it would train.
+    """
+
+    candidate: Candidate
+    plans: tuple[DevicePlan, ...]
+    width: float
+
+
+class Fleet:
+    """Plans for all devices, by the widths that a policy knows."""
+
+    def __init__(self, planners: Mapping[float, FleetPlanner], parts: Mapping[float, Arrays]) -> None:
+        """Keeps one planner and one example of the model's arrays for each width, the widest first."""
+        self.planners = dict(sorted(planners.items(), reverse=True))
+        self.parts = dict(parts)
+        self.model_bytes = {width: n_bytes(part) for width, part in self.parts.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the full model's graph."""
+        return self.planners[max(self.planners)].base.graph_fingerprint
+
+    def part(self, arrays: Arrays, width: float) -> Arrays:
+        """The global model's part for a width."""
+        return arrays if width == max(self.planners) else corner(arrays, self.parts[width])
+
+    def offers(
+        self,
+        ledger: Ledger,
+        policy: Policy,
+        settings: Settings,
+        forecast: Callable[[str, float], int],
+        devices: Iterable[str],
+    ) -> list[Offer]:
+        """One offer for each device that is there and has reported."""
+        known = [(device, ledger.records[device]) for device in devices if device in ledger.records]
+        return [self._offer(device, record, policy, settings, forecast) for device, record in known]
+
+    def _offer(
+        self,
+        device: str,
+        record: DeviceRecord,
+        policy: Policy,
+        settings: Settings,
+        forecast: Callable[[str, float], int],
+    ) -> Offer:
+        profile = record.device_profile
+        widest = next(iter(self.planners.values()))
+        full_s = settings.local_steps * widest.unmodified_s(profile)
+        horizon_s = SLACK * full_s + 2 * self.model_bytes[max(self.planners)] / record.bytes_per_s
+        available_bytes = forecast(device, min(horizon_s, settings.deadline_s))
+        width, planned = self._choice(record, available_bytes)
+        planner = self.planners[width]
+        if planned is None and not policy.gate:
+            planned = planner.plan(profile, planner.smallest_bytes(profile))
+        plans: tuple[DevicePlan, ...] = (planned,) if planned else ()
+        if planned and policy.elastic:
+            lower = planner.smaller(profile, planned.plan.budget_bytes, N_SMALLER)
+            plans = (planned, *(p for p in lower if p.plan.peak_bytes < planned.plan.peak_bytes))
+        step_s = planner.step_s(profile, planned) if planned else math.inf
+        transfer_s = 2 * self.model_bytes[width] / record.bytes_per_s
+        candidate = Candidate(
+            client=device,
+            n_examples=record.n_examples,
+            mean_squared_loss=record.squared_loss,
+            available_bytes=available_bytes,
+            smallest_plan_bytes=min(p.smallest_bytes(profile) for p in self.planners.values()),
+            full_bytes=widest.save_all_bytes,
+            predicted_step_s=step_s,
+            predicted_round_s=settings.local_steps * step_s + transfer_s,
+            last_seen_round=record.last_seen_round,
+            times_selected=record.times_selected,
+        )
+        return Offer(candidate, plans, width)
+
+    def _choice(self, record: DeviceRecord, available_bytes: int) -> tuple[float, DevicePlan | None]:
+        """The widest model for which there is a plan; without any, the narrowest model and None."""
+        for width, planner in self.planners.items():
+            planned = planner.plan(record.device_profile, available_bytes)
+            if planned is not None:
+                return width, planned
+        return min(self.planners), None

@@ -1,0 +1,172 @@
+"""Local training: inside its plan, moving down where memory falls, and a typed error where it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from fxhybrid.errors import InvalidArgument
+from fxhybrid.federated.client import LocalWork, Trainer, TrainerPool
+from fxhybrid.federated.devices import DeviceProfile
+from fxhybrid.federated.messages import Kind, Outcome, Request
+from fxhybrid.federated.planning import FleetPlanner
+from fxhybrid.federated.simulation import SimulatedDevice, SimulatedMemory
+from fxhybrid.federated.wire import to_arrays
+from fxhybrid.measure import measure_step
+from fxhybrid.plan import Plan
+from tests.federated_parts import PLENTY, tiny_task
+
+TASK = tiny_task()
+DATA = TASK.clients["client0"]
+PROFILE = DeviceProfile(flops_per_s=1e6, moved_bytes_per_s=1e6)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return Trainer(TASK)
+
+
+@pytest.fixture(scope="module")
+def plans(trainer: Trainer) -> tuple[Plan, ...]:
+    planner = FleetPlanner.of(trainer.hybrid)
+    found = [planner.plan(PROFILE, planner.save_all_bytes)]
+    found += planner.smaller(PROFILE, planner.save_all_bytes, 4)
+    kept = [planned.plan for planned in found if planned is not None]
+    return tuple(plan for i, plan in enumerate(kept) if i == 0 or plan.peak_bytes < kept[i - 1].peak_bytes)
+
+
+class Readings:
+    """A gauge with one reading for each step; notes the plans that ran."""
+
+    def __init__(self, readings: list[int]) -> None:
+        self.readings = iter(readings)
+        self.ran: list[int] = []
+
+    def available_bytes(self) -> int:
+        return next(self.readings)
+
+    def run_step(self, step: Callable[[], float], plan: Plan) -> float:
+        self.ran.append(plan.peak_bytes)
+        return step()
+
+
+def work(plans: tuple[Plan, ...], *, n_steps: int = 3, mu: float = 0.0, elastic: bool = True) -> LocalWork:
+    return LocalWork(plans, n_steps, mu, (1, 2), elastic)
+
+
+def test_training_lowers_the_loss_and_repeats_itself(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
+    start = to_arrays(TASK.make_model(1.0))
+    first, second = (trainer.train(start, work(plans, n_steps=40), DATA, Readings([PLENTY] * 40)) for _ in range(2))
+    assert all(np.array_equal(first.arrays[name], second.arrays[name]) for name in start)
+    later = trainer.train(first.arrays, work(plans), DATA, Readings([PLENTY] * 3))
+    assert later.loss < 0.5 * first.loss
+
+
+def test_measured_peaks_stay_within_the_plans(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
+    inputs, targets = next(DATA.batches(TASK.batch_size, (0,)))
+    assert len(plans) >= 3
+    for plan in plans:
+        trainer.hybrid.use_plan(plan)
+
+        def step(x: torch.Tensor = inputs, y: torch.Tensor = targets) -> None:
+            trainer._gradients(x, y)
+
+        measured = measure_step(step, modules=trainer.model, tensors=(inputs, targets), repeats=0)
+        assert measured.peak_bytes <= plan.peak_bytes
+
+
+def test_the_client_moves_down_as_memory_falls_and_up_again(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
+    high, low = plans[0].peak_bytes, plans[-1].peak_bytes
+    gauge = Readings([high, low, low + 1, high - 1, PLENTY])
+    result = trainer.train(to_arrays(TASK.make_model(1.0)), work(plans, n_steps=5), DATA, gauge)
+    assert gauge.ran[0] == gauge.ran[-1] == high
+    assert gauge.ran[1] == gauge.ran[2] == low
+    assert low < gauge.ran[3] < high
+    assert (result.n_moves, result.peak_bytes) == (3, high)
+
+
+def test_no_plan_small_enough_is_a_memory_error(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
+    with pytest.raises(MemoryError, match="smallest plan"):
+        trainer.train(to_arrays(TASK.make_model(1.0)), work(plans), DATA, Readings([plans[-1].peak_bytes - 1]))
+
+
+def test_the_proximal_term_pulls_to_the_start(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
+    start = to_arrays(TASK.make_model(1.0))
+
+    def distance(mu: float) -> float:
+        result = trainer.train(start, work(plans, n_steps=10, mu=mu), DATA, Readings([PLENTY] * 10))
+        return float(sum(((result.arrays[name] - start[name]) ** 2).sum() for name in start))
+
+    assert distance(3.0) < 0.5 * distance(0.0)
+
+
+@pytest.mark.parametrize("change", [{"n_steps": 0}, {"plans": []}, {"mu": float("nan")}, {"n_steps": "3"}])
+def test_impossible_work_is_refused(plans: tuple[Plan, ...], change: dict[str, object]) -> None:
+    facts = {"plans": [plans[0].to_json()], "n_steps": 1, "mu": 0.0, "seed": [1], "elastic": False, "width": 1.0}
+    assert LocalWork.from_facts(facts).plans[0] == plans[0]
+    with pytest.raises(InvalidArgument, match="cannot train"):
+        LocalWork.from_facts({**facts, **change})
+
+
+def simulated(trainer: Trainer, plans: tuple[Plan, ...], levels: list[int], *, elastic: bool) -> tuple[str, float]:
+    """One training of 4 steps on a device whose memory has these levels, one per 1,000 s; outcome and seconds."""
+    pool = TrainerPool(lambda width: trainer)
+    pool.warm(1.0)
+    step_s = plans[0].step_s + plans[0].added_s
+    profile = DeviceProfile(slowdown=1000.0 / step_s)  # one step of the largest plan takes 1,000 s
+    memory = SimulatedMemory(1000.0, np.array(levels))
+    device = SimulatedDevice("d", profile, memory, 1e12, 0.0, DATA)
+    texts = [plan.to_json() for plan in plans]
+    facts = {"plans": texts, "n_steps": 4, "mu": 0.0, "seed": [1], "elastic": elastic, "width": 1.0}
+    request = Request("d", Kind.TRAIN, 1, 0.0, 1e6, facts, to_arrays(TASK.make_model(1.0)))
+    reply = device.handler(pool, 0)(request)
+    return reply.outcome.value, reply.elapsed_s
+
+
+def test_a_simulated_device_dies_where_memory_falls_under_the_plan(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
+    high, low = plans[0].peak_bytes, plans[-1].peak_bytes
+    assert simulated(trainer, plans, [high] * 9, elastic=False)[0] == "ok"
+    # the second step, from 1,000 s on, meets too little
+    outcome, elapsed_s = simulated(trainer, plans, [high, high, low, low, low, low, low], elastic=False)
+    assert outcome == Outcome.OOM.value
+    assert elapsed_s == pytest.approx(1000.0, rel=0.01)
+    assert simulated(trainer, plans, [high] * 2 + [0] * 7, elastic=True)[0] == Outcome.OOM.value
+    assert simulated(trainer, plans, [low] * 9, elastic=True)[0] == "ok"
+
+
+def test_simulated_memory_repeats_itself() -> None:
+    memory = SimulatedMemory(10.0, np.array([5, 3, 8]))
+    assert [memory.at(t) for t in (0.0, 9.9, 10.0, 29.0, 30.0)] == [5, 5, 3, 8, 5]
+    assert memory.minimum(0.0, 5.0) == 5
+    assert memory.minimum(5.0, 12.0) == 3
+    assert memory.minimum(20.0, 35.0) == 5
+    assert memory.minimum(0.0, 1e9) == 3
+
+
+LIMITED = """
+import torch
+torch.set_num_threads(1)
+from fxhybrid.federated.guard import data_limit
+from fxhybrid.federated.transport import is_out_of_memory
+kept = torch.zeros(1)  # the allocator and its threads are there before the limit
+with data_limit(64 << 20):
+    torch.zeros(32 << 20, dtype=torch.uint8)
+    try:
+        torch.zeros(256 << 20, dtype=torch.uint8)
+    except Exception as error:
+        print("typed", is_out_of_memory(error))
+torch.zeros(256 << 20, dtype=torch.uint8)
+print("free again")
+"""
+
+
+def test_the_hard_guard_turns_a_kill_into_an_error() -> None:
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run([sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["typed True", "free again"]
