@@ -1,4 +1,4 @@
-"""The command line: ``fxhybrid plan``, ``fxhybrid frontier`` and ``fxhybrid demo``."""
+"""The command line: ``fxhybrid plan``, ``frontier``, ``demo`` and ``federated``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxhybrid.errors import FxHybridError, InvalidArgument
+from fxhybrid.federated.command import add_arguments as add_federated
 from fxhybrid.version import __version__
 
 FAILED = 2
@@ -26,6 +27,8 @@ examples:
       plan your own model: make() returns (model, inputs[, loss_fn[, loss_args]])
   fxhybrid frontier mobilenetv2 --plot frontier.png
       what each budget costs by recomputing, by compressing and by both
+  fxhybrid federated --policies fxhybrid,exclude,random
+      train one model on simulated devices, most of which cannot hold the unmodified step
 """
 _MODEL = "package.module:factory, or a suite model (resnet50, mobilenetv2, bert, gpt2, vit, t5, unet, gru, mlp)"
 
@@ -50,10 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     keep_lines = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("fxhybrid", description=_ABOUT, epilog=_EXAMPLES, formatter_class=keep_lines)
     parser.add_argument("--version", action="version", version=f"fxhybrid {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{demo,plan,frontier}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,plan,frontier,federated}")
     _add_demo(commands.add_parser("demo", help="train two models on real data inside budgets"))
     _add_plan(commands.add_parser("plan", help="plan one model for one budget"))
     _add_frontier(commands.add_parser("frontier", help="what each budget costs"))
+    add_federated(commands.add_parser("federated", help="train one model on simulated devices of unlike memory"))
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class Driver:
         self.ledger = Ledger()
         self.round = 0
         self.clock_s = 0.0
+        self.outcomes: Counter[str] = Counter()
 
     # -- running ------------------------------------------------------------------------------------------
 
@@ -113,6 +115,7 @@ class Driver:
             self.arrays, [Update(r.device, r.arrays, weight_of(r, self.policy.weighting)) for r in counted]
         )
         self.clock_s += elapsed_s
+        self.outcomes.update(r.outcome.value for r in replies)
         score = self.evaluate(self.arrays) if self._is_scored() else None
         record = RoundRecord(self.round, self.clock_s, {r.device: r.outcome.value for r in replies}, score)
         self._write(record, selection, replies, counted, refused)
@@ -224,6 +227,7 @@ class Driver:
             "identity": self._identity(),
             "round": self.round,
             "clock_s": self.clock_s,
+            "outcomes": dict(self.outcomes),
             "ledger": self.ledger.to_json(),
             "forecaster": self.forecaster.to_state(),
             "selector": self.selector.state,
@@ -246,7 +250,7 @@ class Driver:
         found = Checkpoint.load(self.checkpoint, self._identity())
         state = found.state
         self.arrays, self.round, self.clock_s = found.arrays, state["round"], state["clock_s"]
-        self.ledger = Ledger.from_json(state["ledger"])
+        self.ledger, self.outcomes = Ledger.from_json(state["ledger"]), Counter(state["outcomes"])
         self.forecaster = self.forecaster.from_state(state["forecaster"])
         self.selector.state = state["selector"]
         if self.log is not None and self.log.exists():

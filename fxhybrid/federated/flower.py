@@ -1,0 +1,193 @@
+"""Flower: the driver's requests over the Grid's push and pull, and the two apps of a deployment.
+
+The only module that imports flwr. A node's id is its device's name: start SuperNodes with a key of their own
+(``--auth-supernode-private-key``), then it survives restarts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fxhybrid.errors import InvalidArgument, PlanMismatchError
+from fxhybrid.federated.driver import Driver
+from fxhybrid.federated.messages import Arrays, Kind, Outcome, Reply, Request, failed
+from fxhybrid.federated.node import Node
+from fxhybrid.federated.server import build_driver
+from fxhybrid.federated.transport import is_out_of_memory
+
+POLL_S = 0.3
+MESSAGE_TYPES = {Kind.REPORT: "query", Kind.TRAIN: "train"}
+_FACTS, _ARRAYS = "facts", "arrays"
+_GONE = (5, 8)  # Flower's codes for a node that left and for a client process that was killed
+
+
+class FlowerTransport:
+    """Devices are the SuperNodes that the SuperLink knows."""
+
+    def __init__(self, grid: Grid, *, poll_s: float = POLL_S) -> None:
+        """Keeps the grid.
+
+        Args:
+            grid: what a ServerApp gets.
+            poll_s: seconds between two looks for replies.
+        """
+        self.grid = grid
+        self.poll_s = poll_s
+        self._nodes: dict[str, int] = {}
+
+    def devices(self) -> Sequence[str]:
+        """The nodes that are online; those of before where the SuperLink cannot be reached."""
+        with contextlib.suppress(Exception):  # transport errors of Flower have no common class
+            self._nodes = {str(node): node for node in sorted(self.grid.get_node_ids())}
+        return list(self._nodes)
+
+    def ask(self, requests: Sequence[Request], deadline_s: float) -> list[Reply]:
+        """Pushes all requests and pulls replies until the deadline; see ``Transport``."""
+        start = time.monotonic()
+        waiting = self._push(requests)
+        replies: dict[str, Reply] = {}
+        while waiting and time.monotonic() - start < deadline_s:
+            for message in self._pull(list(waiting)):
+                request = waiting.pop(message.metadata.reply_to_message_id, None)
+                if request is not None:
+                    replies[request.device] = decode_reply(message, request, time.monotonic() - start)
+            if waiting:
+                time.sleep(self.poll_s)
+        for request in waiting.values():
+            replies[request.device] = failed(request, Outcome.LATE, deadline_s, "no answer before the deadline")
+        lost = (failed(r, Outcome.LOST, 0.0, "could not be sent") for r in requests if r.device not in replies)
+        replies |= {reply.device: reply for reply in lost}
+        return [replies[request.device] for request in requests]
+
+    def _push(self, requests: Sequence[Request]) -> dict[str, Request]:
+        """Requests by the ids of their messages."""
+        messages = []
+        for request in requests:
+            kind = MESSAGE_TYPES[request.kind]
+            node, ttl = self._nodes[request.device], request.deadline_s
+            messages.append(self.grid.create_message(encode_request(request), kind, node, str(request.round), ttl))
+        try:
+            identities = list(self.grid.push_messages(messages))
+        except Exception:
+            return {}  # all of them are reported as lost
+        return {name: request for name, request in zip(identities, requests, strict=True) if name}
+
+    def _pull(self, identities: Sequence[str]) -> list[Message]:
+        try:
+            return list(self.grid.pull_messages(identities))
+        except Exception:
+            return []  # the SuperLink may be starting again; the deadline bounds the wait
+
+
+# -- messages ---------------------------------------------------------------------------------------------
+
+
+def _record(facts: Mapping[str, Any], arrays: Arrays) -> RecordDict:
+    held = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    return RecordDict({_FACTS: ConfigRecord({"json": json.dumps(dict(facts))}), _ARRAYS: held})
+
+
+def _opened(record: RecordDict) -> tuple[dict[str, Any], Arrays]:
+    facts: dict[str, Any] = json.loads(str(record[_FACTS]["json"]))
+    return facts, {name: array.numpy() for name, array in record[_ARRAYS].items()}
+
+
+def encode_request(request: Request) -> RecordDict:
+    """A request as Flower's records."""
+    head = {"round": request.round, "now_s": request.now_s, "deadline_s": request.deadline_s}
+    return _record({**head, "facts": dict(request.facts)}, request.arrays)
+
+
+def decode_request(message: Message, kind: Kind) -> Request:
+    """The request in a message that a device got."""
+    facts, arrays = _opened(message.content)
+    device = str(message.metadata.dst_node_id)
+    return Request(device, kind, facts["round"], facts["now_s"], facts["deadline_s"], facts["facts"], arrays)
+
+
+def decode_reply(message: Message, request: Request, elapsed_s: float) -> Reply:
+    """The reply in a message that the server got; whatever is wrong with it becomes its outcome."""
+    if message.has_error():
+        code, reason = message.error.code, str(message.error.reason or "")
+        return failed(request, _outcome(code, reason), elapsed_s, f"Flower error {code}: {reason}")
+    try:
+        facts, arrays = _opened(message.content)
+        outcome, detail = Outcome(facts["outcome"]), str(facts["detail"])
+        return Reply(request.device, request.round, outcome, elapsed_s, facts["facts"], arrays, detail)
+    except Exception as error:  # a foreign client may send anything
+        return failed(request, Outcome.INVALID, elapsed_s, f"not a reply: {error!r}")
+
+
+def _outcome(code: int, reason: str) -> Outcome:
+    if "MemoryError" in reason or is_out_of_memory(RuntimeError(reason)):
+        return Outcome.OOM
+    if PlanMismatchError.__name__ in reason:
+        return Outcome.REFUSED
+    return Outcome.LOST if code in _GONE else Outcome.FAILED
+
+
+# -- apps -------------------------------------------------------------------------------------------------
+
+
+def make_client_app(make_node: Callable[[Mapping[str, Any], Mapping[str, Any]], Node] = Node) -> ClientApp:
+    """A ClientApp whose devices are nodes made from node and run configuration."""
+    app = ClientApp()
+
+    def answer(message: Message, context: Context, kind: Kind) -> Message:
+        node = make_node(context.node_config, context.run_config)
+        reply = node.answer(decode_request(message, kind))
+        told = {"outcome": reply.outcome.value, "detail": reply.detail, "facts": dict(reply.facts)}
+        return message.create_reply(_record(told, reply.arrays))
+
+    @app.query()  # type: ignore[untyped-decorator]
+    def query(message: Message, context: Context) -> Message:
+        return answer(message, context, Kind.REPORT)
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def train(message: Message, context: Context) -> Message:
+        return answer(message, context, Kind.TRAIN)
+
+    return app
+
+
+def make_server_app(make_driver: Callable[[FlowerTransport, Mapping[str, Any]], Driver] = build_driver) -> ServerApp:
+    """A ServerApp that runs a driver made from the run configuration."""
+    app = ServerApp()
+
+    @app.main()  # type: ignore[untyped-decorator]
+    def main(grid: Grid, context: Context) -> None:
+        transport = FlowerTransport(grid)
+        config = dict(context.run_config)
+        driver = make_driver(transport, config)
+        wait_for_nodes(transport, int(config["min-nodes"]), float(config["wait-s"]))
+        if config["resume"]:
+            driver.resume()
+        driver.run()
+        if config["out"]:
+            score = driver.evaluate(driver.arrays)
+            told = {"rounds": driver.round, "outcomes": dict(driver.outcomes), "accuracy": score.accuracy}
+            Path(str(config["out"])).write_text(json.dumps(told), encoding="utf-8")
+
+    return app
+
+
+def wait_for_nodes(transport: FlowerTransport, count: int, limit_s: float) -> None:
+    """Returns as soon as there are ``count`` nodes.
+
+    Raises:
+        InvalidArgument: there are not in time.
+    """
+    end = time.monotonic() + limit_s
+    while len(transport.devices()) < count:
+        if time.monotonic() > end:
+            raise InvalidArgument(f"{len(transport.devices())} nodes are there after {limit_s:.0f} s, not {count}")
+        time.sleep(transport.poll_s)

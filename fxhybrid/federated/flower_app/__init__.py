@@ -1,0 +1,1 @@
+"""The folder that `flwr run` takes; see docs/FEDERATED.md."""

@@ -1,0 +1,87 @@
+"""A real device's side, in a process of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from fxhybrid.budget import available_bytes
+from fxhybrid.federated.client import LocalWork, Trainer, reply_facts
+from fxhybrid.federated.devices import DeviceProfile
+from fxhybrid.federated.guard import data_limit
+from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed
+from fxhybrid.federated.tasks import Task, digits_task, text_task
+from fxhybrid.federated.transport import is_out_of_memory
+from fxhybrid.plan import Plan
+
+GUARD_SLACK_BYTES = 64 << 20  # what libraries and the C library take beside the tensors of a step
+ASSUMED_BYTES_PER_S = 1e6
+
+
+def task_of(config: Mapping[str, Any], n_clients: int) -> Task:
+    """The task that a run's configuration names, on server and devices alike."""
+    make = text_task if config["task"] == "text" else digits_task
+    return make(n_clients, seed=int(config["seed"]))
+
+
+class RealGauge:
+    """This machine's memory, or what the device may use of it."""
+
+    def __init__(self, limit_bytes: int | None, *, is_guarded: bool) -> None:
+        """Keeps the limit.
+
+        Args:
+            limit_bytes: that training may use at most; None for all there is.
+            is_guarded: hold every step to its plan by a limit of the operating system.
+        """
+        self.limit_bytes = limit_bytes
+        self.is_guarded = is_guarded
+
+    def available_bytes(self) -> int:
+        """What a training step may take now."""
+        free = available_bytes()
+        return free if self.limit_bytes is None else min(free, self.limit_bytes)
+
+    def run_step(self, step: Callable[[], float], plan: Plan) -> float:
+        """Runs one step; under the guard, taking more than planned is an error instead of a kill."""
+        with data_limit(plan.peak_bytes + GUARD_SLACK_BYTES) if self.is_guarded else nullcontext():
+            return step()
+
+
+class Node:
+    """Answers requests from this process; made anew for every message, as Flower's clients are.
+
+    Node configuration: ``partition-id``, ``num-partitions``; optional ``budget-bytes`` (memory that training may use)
+    and ``hard-guard`` (1: every step is held to its plan). Operator times are cached on disk by the profile.
+    """
+
+    def __init__(self, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> None:
+        """Reads the configuration; loads nothing yet."""
+        self.node_config = node_config
+        self.run_config = run_config
+        limit = node_config.get("budget-bytes")
+        is_guarded = bool(node_config.get("hard-guard", 0))
+        self.gauge = RealGauge(None if limit is None else int(limit), is_guarded=is_guarded)
+
+    def answer(self, request: Request) -> Reply:
+        """The reply; running out of memory is one, too."""
+        start = time.monotonic()
+        task = task_of(self.run_config, int(self.node_config["num-partitions"]))
+        data = list(task.clients.values())[int(self.node_config["partition-id"])]
+        if request.kind is Kind.REPORT:
+            readings = [[request.now_s, self.gauge.available_bytes()]]
+            facts: dict[str, Any] = {"n_examples": data.n_examples, "readings": readings}
+            if request.facts["introduce"]:
+                facts |= {"bytes_per_s": ASSUMED_BYTES_PER_S, "profile": DeviceProfile().to_json()}
+            return Reply(request.device, request.round, Outcome.OK, time.monotonic() - start, facts)
+        work = LocalWork.from_facts(request.facts)
+        try:
+            result = Trainer(task, work.width).train(request.arrays, work, data, self.gauge)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return failed(request, Outcome.OOM, time.monotonic() - start, str(error))
+        facts = reply_facts(result, data)
+        return Reply(request.device, request.round, Outcome.OK, time.monotonic() - start, facts, result.arrays)

@@ -1,0 +1,148 @@
+"""Real training on simulated devices, the command line and the data that tasks are made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fxhybrid.cli import main
+from fxhybrid.errors import InvalidArgument
+from fxhybrid.federated.data import (
+    ArrayData,
+    capability_split,
+    dirichlet_split,
+    from_dataset,
+    library_packages,
+    windows,
+)
+from fxhybrid.federated.laboratory import Laboratory, run_policy
+from fxhybrid.federated.policies import Policy, Settings, policy_of
+from fxhybrid.federated.scenarios import Scenario
+from fxhybrid.federated.tasks import text_task
+from fxhybrid.federated.wire import corner, to_arrays
+
+SCENARIO = Scenario("text", n_devices=6, capable_share=0.34)
+SETTINGS = Settings(rounds=3, devices_per_round=3, local_steps=2)
+
+
+@pytest.fixture(scope="module")
+def laboratory() -> Laboratory:
+    return Laboratory()
+
+
+def test_a_run_learns_and_resumes_bit_exactly(laboratory: Laboratory, tmp_path: Path) -> None:
+    policy = policy_of("fxhybrid")
+    whole = run_policy(laboratory, SCENARIO, policy, SETTINGS, checkpoint=tmp_path / "whole")
+    assert whole.evaluate(whole.arrays).loss < whole.evaluate(to_arrays(text_task(6).make_model(1.0))).loss
+    shorter = Settings(2, devices_per_round=3, local_steps=2)
+    run_policy(laboratory, SCENARIO, policy, shorter, checkpoint=tmp_path / "cut")
+    resumed = run_policy(laboratory, SCENARIO, policy, SETTINGS, checkpoint=tmp_path / "cut", resume=True)
+    assert resumed.clock_s == whole.clock_s
+    assert all(np.array_equal(resumed.arrays[name], array) for name, array in whole.arrays.items())
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_without_a_limit_nobody_dies_and_with_one_the_unmodified_step_does(laboratory: Laboratory) -> None:
+    free = run_policy(laboratory, SCENARIO, policy_of("no-limit"), SETTINGS)
+    assert free.outcomes["oom"] == 0
+    dying = run_policy(laboratory, SCENARIO, policy_of("random"), SETTINGS)
+    assert dying.outcomes["oom"] > 0
+
+
+def test_narrow_models_train_a_corner_of_the_wide_one(laboratory: Laboratory) -> None:
+    policy = Policy("narrow", policy_of("heterofl").technique, "random", elastic=False, widths=(1.0, 0.5))
+    settings = Settings(1, devices_per_round=6, local_steps=1)
+    driver = laboratory.driver(SCENARIO, policy, settings)
+    before = dict(driver.arrays)
+    driver.run()
+    part = corner(before, driver.fleet.parts[0.5])
+    assert {name: array.shape for name, array in part.items()} == {
+        name: array.shape for name, array in driver.fleet.parts[0.5].items()
+    }
+    assert driver.outcomes["ok"] > 0
+    assert not np.array_equal(driver.arrays["head.weight"], before["head.weight"])
+
+
+def test_the_command_runs_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["federated", "--task", "text", "--devices", "4", "--rounds", "1", "--per-round", "2"]
+    arguments += ["--local-steps", "1", "--policies", "exclude", "--folder", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "exclude" in capsys.readouterr().out
+    assert json.loads((tmp_path / "exclude.jsonl").read_text())["policy"] == "exclude"
+    assert main([*arguments, "--resume"]) == 0
+    assert main(["federated", "--policies", "none"]) == 2
+    assert main(["federated", "--resume"]) == 2
+
+
+LABELS = np.arange(1000) % 10
+
+
+def test_splits_deal_out_every_example_once() -> None:
+    for parts in (dirichlet_split(LABELS, 7, 0.1, 0), capability_split(LABELS, [True] * 2 + [False] * 5, 0.7, 0.3, 0)):
+        assert sorted(np.concatenate(parts).tolist()) == list(range(1000))
+        assert min(len(part) for part in parts) >= 1
+
+
+def test_full_skew_keeps_weak_devices_classes_from_strong_ones() -> None:
+    strong, *weak = capability_split(LABELS, [True, False, False], 1.0, 1.0, 0)
+    assert set(LABELS[strong].tolist()) == {0, 1, 2, 3, 4}
+    assert set(LABELS[np.concatenate(weak)].tolist()) == {5, 6, 7, 8, 9}
+
+
+def test_small_alpha_skews_more() -> None:
+    def spread(alpha: float) -> float:
+        parts = dirichlet_split(LABELS, 10, alpha, 0)
+        return float(np.mean([len(set(LABELS[part].tolist())) for part in parts]))
+
+    assert spread(0.05) < 0.7 * spread(100.0)
+
+
+def test_batches_repeat_themselves_and_have_one_shape() -> None:
+    data = ArrayData(torch.arange(5).unsqueeze(1), torch.arange(5))
+    first, second = data.batches(4, (1,)), data.batches(4, (1,))
+    for _ in range(4):
+        x, y = next(first)
+        assert x.shape == (4, 1)
+        assert torch.equal(x, next(second)[0])
+        assert torch.equal(x[:, 0], y)
+    assert not torch.equal(next(data.batches(4, (1,)))[0], next(data.batches(4, (2,)))[0])
+    with pytest.raises(InvalidArgument, match="one target"):
+        ArrayData(torch.zeros(2), torch.zeros(3))
+
+
+def test_windows_are_followed_by_their_next_bytes() -> None:
+    data = windows(b"abcdefg", 3)
+    assert data.inputs.tolist() == [[97, 98, 99], [100, 101, 102]]
+    assert data.targets.tolist() == [[98, 99, 100], [101, 102, 103]]
+    packages = library_packages(5, 1000)
+    assert len(packages) == 5
+    assert {len(text) for text in packages.values()} == {1000}
+
+
+class Columns:
+    """What a Hugging Face ``Dataset`` offers here."""
+
+    column_names = ("image", "label")
+
+    def with_format(self, kind: str) -> dict[slice, object]:
+        assert kind == "torch"
+        return _All({"image": torch.full((3, 8, 8), 255, dtype=torch.uint8), "label": torch.arange(3)})
+
+
+class _All(dict):  # type: ignore[type-arg]
+    def __getitem__(self, key: object) -> object:
+        return dict(self) if key == slice(None) else super().__getitem__(key)
+
+
+def test_a_datasets_columns_become_tensors() -> None:
+    data = from_dataset(Columns(), "image", "label")
+    assert data.inputs.shape == (3, 1, 8, 8)
+    assert data.inputs.unique().tolist() == [1.0]
+    with pytest.raises(InvalidArgument, match="no column"):
+        from_dataset(Columns(), "img", "label")
+    with pytest.raises(InvalidArgument, match="no Hugging Face"):
+        from_dataset([1, 2], "image", "label")
