@@ -59,10 +59,12 @@ def _planning(planner: FleetPlanner, arrays: dict[str, np.ndarray], count: int) 
     for place in range(3):
         low, high = planner.smallest_bytes(KINDS[0]), planner.save_all_bytes
         budgets = dict(zip(records, random.integers(low, high, count).tolist(), strict=True))
+
+        def forecast(device: str, horizon_s: float, budgets: dict[str, int] = budgets) -> int:
+            return budgets[device]
+
         start = time.perf_counter()
-        offers = fleet.offers(
-            Ledger(records), policy_of("fxhybrid"), Settings(1, 10), lambda device, _: budgets[device], records
-        )
+        offers = fleet.offers(Ledger(records), policy_of("fxhybrid"), Settings(1, 10), forecast, records)
         seconds = time.perf_counter() - start
         plans = {id(offer.plans[0]) for offer in offers if offer.plans}
         told = f"planning round {place + 1}: {count} devices, {len(plans)} plans of {planner.n_buckets} buckets a kind"

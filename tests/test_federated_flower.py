@@ -65,11 +65,11 @@ def echo(message: Message) -> Message:
     facts = {"n_examples": 1, "loss": 0.0, "squared_loss": 0.0}
     told = {"outcome": "ok", "detail": "", "facts": facts}
     arrays = ArrayRecord({name: Array(array + 1) for name, array in request.arrays.items()})
-    return message.create_reply(RecordDict({"facts": ConfigRecord({"json": json.dumps(told)}), "arrays": arrays}))
+    return Message(RecordDict({"facts": ConfigRecord({"json": json.dumps(told)}), "arrays": arrays}), reply_to=message)
 
 
 def error(code: int, reason: str) -> Answer:
-    return lambda message: message.create_error_reply(Error(code=code, reason=reason))
+    return lambda message: Message(Error(code=code, reason=reason), reply_to=message)
 
 
 def test_every_way_to_fail_is_a_typed_reply() -> None:
@@ -81,7 +81,7 @@ def test_every_way_to_fail_is_a_typed_reply() -> None:
         15: error(5, "Node Unavailable"),
         16: error(2, "<class 'KeyError'>:<'x'>"),
         17: lambda message: None,
-        18: lambda message: message.create_reply(RecordDict({"other": ConfigRecord({"a": 1})})),
+        18: lambda message: Message(RecordDict({"other": ConfigRecord({"a": 1})}), reply_to=message),
     }
     transport = FlowerTransport(LocalGrid(nodes), poll_s=0.01)  # type: ignore[arg-type]
     arrays = {"w": np.zeros((2, 2), np.float32), "n": np.array(4)}

@@ -146,7 +146,7 @@ def make_client_app(make_node: Callable[[Mapping[str, Any], Mapping[str, Any]], 
         node = make_node(context.node_config, context.run_config)
         reply = node.answer(decode_request(message, kind))
         told = {"outcome": reply.outcome.value, "detail": reply.detail, "facts": dict(reply.facts)}
-        return message.create_reply(_record(told, reply.arrays))
+        return Message(_record(told, reply.arrays), reply_to=message)
 
     @app.query()  # type: ignore[untyped-decorator]
     def query(message: Message, context: Context) -> Message:
