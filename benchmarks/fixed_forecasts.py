@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -24,6 +25,7 @@ QUANTILE_ROUNDS = 50
 GRID = np.linspace(0.0, 1.0, 101)
 _MOST_READINGS = 500  # a plain quantile of more readings is the same number
 _BISECTIONS = 20
+_SMALLEST = 0.1
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,10 @@ def methods(fleet: Sequence[Rounds]) -> dict[str, Method]:
     }
     for width in TRAILING_ROUNDS:
         trailing = np.concatenate([_trailing(rounds, width) for rounds in fleet])
-        found[f"share of the minimum of {width} rounds"] = lambda s, trailing=trailing: s * trailing  # type: ignore[misc]
+        found[f"share of the minimum of {width} rounds"] = partial(np.multiply, trailing)
     for name, sample in (("minima", _minima_before), ("readings", _readings_before)):
         table = np.concatenate([_quantiles(rounds, sample) for rounds in fleet])
-        found[f"quantile of {QUANTILE_ROUNDS} rounds' {name}"] = lambda s, table=table: np.minimum(  # type: ignore[misc]
-            _at(table, s), now
-        )
+        found[f"quantile of {QUANTILE_ROUNDS} rounds' {name}"] = partial(_at, np.minimum(table, now[:, None]))
     return found
 
 
@@ -116,7 +116,7 @@ def tuned(method: Method, minima: Floats, miss_rate: float) -> float:
 
 def _trailing(rounds: Rounds, width: int) -> Floats:
     padded = np.concatenate([np.full(width, np.inf), rounds.minima[:-1]])
-    return np.minimum(sliding_window_view(padded, width).min(axis=1)[1:], rounds.now)
+    return np.minimum(sliding_window_view(padded, width).min(axis=1), rounds.now)
 
 
 def _minima_before(rounds: Rounds, first: int, index: int) -> Floats:
@@ -136,7 +136,10 @@ def _quantiles(rounds: Rounds, sample: Callable[[Rounds, int, int], Floats]) -> 
     return table
 
 
-def _at(table: Floats, level: float) -> Floats:
-    position = level * (len(GRID) - 1)
+def _at(table: Floats, parameter: float) -> Floats:
+    """A quantile, and for the lowest parameters a share of the smallest: so that every miss rate can be reached."""
+    if parameter < _SMALLEST:
+        return table[:, 0] * (parameter / _SMALLEST)
+    position = (parameter - _SMALLEST) / (1 - _SMALLEST) * (len(GRID) - 1)
     below = min(int(position), len(GRID) - 2)
     return table[:, below] + (position - below) * (table[:, below + 1] - table[:, below])

@@ -21,6 +21,7 @@ BASE_S = 5.0
 CAPACITY = 1024
 _TOP_LEVEL = 14  # blocks of 23 hours
 _BLOCKS_PER_HORIZON = 8
+_LONGEST = 4
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,10 @@ class ReadingHistory:
         # a block wider than a quarter of the horizon: its first reading may stand anywhere in it
         width = math.ceil(horizon_s / length_s) + (length_s > horizon_s / 4)
         numbers, firsts, lows = self._levels[level].recent()
+        if numbers.size and numbers[-1] - numbers[0] > _LONGEST * CAPACITY:  # long silence: forget what was before
+            numbers, firsts, lows = (
+                row[numbers > numbers[-1] - _LONGEST * CAPACITY] for row in (numbers, firsts, lows)
+            )
         n = int(numbers[-1] - numbers[0]) + 1 if numbers.size else 0
         if n <= width:
             return Windows(np.empty(0), np.empty(0), np.empty(0), 0.0)
@@ -123,17 +128,18 @@ class ReadingHistory:
         minima_before = sliding_window_view(low, width).min(axis=1)  # of the blocks [i - width, i)
         minima = minima_before[width:]
         count = len(minima)
-        good = np.isfinite(start[:count]) & (2 * (seen[width:] - seen[:-width]) >= width)
+        covered = 2 * (seen[width:] - seen[:-width]) >= width
+        good = covered & np.isfinite(start[:count])
         starts = start[:count][good]
         trailing = np.minimum(minima_before[:count][good], starts)
-        return Windows(starts, trailing, minima[good], len(starts) / width)
+        return Windows(starts, trailing, minima[good], int(covered.sum()) / width if good.any() else 0.0)
 
     def _level_for(self, horizon_s: float) -> int:
         """The widest blocks that divide the horizon well; wider ones where readings are too rare to fill those."""
         level = min(_finest(horizon_s), len(self._levels) - 1)
         while level + 1 < len(self._levels):
             numbers = self._levels[level].recent()[0]
-            if numbers.size > 1 and 2 * numbers.size >= numbers[-1] - numbers[0] + 1:
+            if numbers.size > 1 and np.median(np.diff(numbers)) <= 2:
                 break
             level += 1
         return level

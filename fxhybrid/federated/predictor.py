@@ -85,7 +85,9 @@ class MemoryBudgetPredictor:
             return
         own.history.observe(t_s, available_bytes)
         for forecast in own.waiting:
-            if t_s < forecast.end_s:
+            # a device that reports only between rounds: the next reading must do, unless it comes long after
+            alone = forecast.last_s <= forecast.start_s and t_s < 2 * forecast.end_s - forecast.start_s
+            if t_s < forecast.end_s or alone:
                 forecast.low_bytes = min(forecast.low_bytes, available_bytes)
                 forecast.last_s = t_s
         if any(forecast.end_s <= t_s for forecast in own.waiting):
