@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -360,3 +362,17 @@ def test_devices_that_are_not_there(device: str) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(InvalidArgument, match=device):
         read_memory(device)
+
+
+def test_cuda_adds_back_what_the_allocator_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mem_get_info(device: str) -> tuple[int, int]:
+        assert device == "cuda:1"
+        return 600, 1000
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        mem_get_info=mem_get_info,
+        memory_reserved=lambda device: 250 if device == "cuda:1" else 0,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert read_memory("cuda:1") == MemoryReading(850, 250, 1000)

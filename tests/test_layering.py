@@ -127,3 +127,19 @@ def test_folders_cannot_be_imported_from_the_top(folder: str) -> None:
     assert done.returncode != 0
     assert f"import fxhybrid.{folder}" in done.stderr.splitlines()[-1]
     assert done.stderr.splitlines()[-1].startswith("ImportError")
+
+
+def test_memory_forecast_and_selection_run_without_torch() -> None:
+    # a device reports its memory, and a server plans rounds, before either needs torch
+    light = ("history", "predictor", "readings", "recorder", "selection", "selectors", "traces")
+    names = [f"fxhybrid.federated.{name}" for name in light]
+    assert set(names) <= set(MODULES)
+    for name in names:
+        strangers = {i for i in IMPORTS[name] if i.startswith("fxhybrid.") and not i.startswith("fxhybrid.federated")}
+        assert {i.split(".")[1] for i in strangers} <= {"errors"}, name
+    assert not importing("torch") & set(names)
+
+
+def test_nothing_outside_imports_the_federated_layer() -> None:
+    above = ("fxhybrid.federated", "fxhybrid.cli")
+    assert not {name for name in importing("fxhybrid.federated") if not name.startswith(above)}
