@@ -86,19 +86,19 @@ def score(forecasts: Floats, minima: Floats, promised: float) -> Score:
 
 
 def methods(fleet: Sequence[Rounds]) -> dict[str, Method]:
-    """Every fixed method over the rounds of all devices, one after another."""
+    """Every fixed method over the rounds of all devices, one after another; ``/n`` is over the last n rounds."""
     now = np.concatenate([rounds.now for rounds in fleet])
     total = np.concatenate([np.full(len(rounds.now), float(rounds.total_bytes)) for rounds in fleet])
     found: dict[str, Method] = {
-        "share of the reading": lambda s: s * now,
-        "reading - share of total": lambda s: np.maximum(now - (1 - s) * total, 0.0),
+        "share of reading": lambda s: s * now,
+        "reading - margin": lambda s: np.maximum(now - (1 - s) * total, 0.0),
     }
     for width in TRAILING_ROUNDS:
         trailing = np.concatenate([_trailing(rounds, width) for rounds in fleet])
-        found[f"share of the minimum of {width} rounds"] = partial(np.multiply, trailing)
+        found[f"share of min/{width}"] = partial(_multiple, trailing, now)
     for name, sample in (("minima", _minima_before), ("readings", _readings_before)):
         table = np.concatenate([_quantiles(rounds, sample) for rounds in fleet])
-        found[f"quantile of {QUANTILE_ROUNDS} rounds' {name}"] = partial(_at, np.minimum(table, now[:, None]))
+        found[f"quantile of {name}/{QUANTILE_ROUNDS}"] = partial(_at, np.minimum(table, now[:, None]))
     return found
 
 
@@ -134,6 +134,11 @@ def _quantiles(rounds: Rounds, sample: Callable[[Rounds, int, int], Floats]) -> 
     for index in range(1, len(rounds.now)):
         table[index] = np.quantile(sample(rounds, max(0, index - QUANTILE_ROUNDS), index), GRID)
     return table
+
+
+def _multiple(trailing: Floats, now: Floats, parameter: float) -> Floats:
+    """Up to twice the trailing minimum, which alone may be more careful than asked."""
+    return np.minimum(2 * parameter * trailing, now)
 
 
 def _at(table: Floats, parameter: float) -> Floats:

@@ -153,6 +153,9 @@ POPULATIONS = {
     "shifting": Population(shift_every_s=8 * 3600.0),
     "bursty": Population(bursts_per_hour=40.0, burst_share=0.08, stay_s=240.0, pause_s=1500.0),
     "crowded": Population(n_apps=16, footprint_share=0.08, pause_s=1800.0, total_mib=(2048, 3072, 4096)),
+    "restless": Population(
+        n_apps=8, footprint_share=0.1, footprint_sigma=1.0, stay_s=1200.0, bursts_per_hour=15.0, shift_every_s=3600.0
+    ),
     "calm": Population(n_apps=5, stay_s=3600.0, pause_s=6 * 3600.0, bursts_per_hour=1.0),
 }
 

@@ -1,0 +1,54 @@
+"""The fixed methods that the memory forecast is compared with, and how forecasts are scored."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.fixed_forecasts import Rounds, methods, rounds_of, score, tuned
+from benchmarks.predictor import compare, forecasts_of, judge, table_of
+from fxhybrid.federated.traces import MIB, POPULATIONS, MemoryTrace, generate_fleet
+
+
+def test_rounds_are_cut_back_to_back() -> None:
+    trace = MemoryTrace("d", 100, np.arange(7) * 5.0, np.array([9, 8, 7, 6, 5, 4, 3]), "recorded")
+    rounds = rounds_of(trace, 10.0)
+    assert rounds.start_s.tolist() == [0.0, 10.0, 20.0]
+    assert rounds.now.tolist() == [9.0, 7.0, 5.0]
+    assert rounds.minima.tolist() == [8.0, 6.0, 4.0]  # the seventh reading begins a round that is not whole
+
+
+def test_score_by_hand() -> None:
+    found = score(np.array([6.0, 12.0]) * MIB, np.array([8.0, 10.0]) * MIB, 0.05)
+    # first: 6 of 8 used, 2 MiB unused cost 0.1; second: missed by 2 MiB, which cost 1.9, nothing used
+    assert (found.miss_rate, found.used, found.overshoot_mib) == (0.5, 0.375, 2.0)
+    assert found.pinball_mib == pytest.approx((0.1 + 1.9) / 2)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.2])
+def test_every_fixed_method_reaches_the_miss_rate_in_hindsight(share: float) -> None:
+    readings = np.random.default_rng(0).uniform(0.3, 1.0, (1000, 4)) * MIB
+    fleet = [Rounds(MIB, np.arange(1000.0), readings)]
+    minima = fleet[0].minima
+    for name, method in methods(fleet).items():
+        reached = float((minima < method(tuned(method, minima, share))).mean())
+        assert share - 0.005 <= reached <= share, name
+        grid = [float(method(s).sum()) for s in np.linspace(0, 1, 21)]
+        assert grid == sorted(grid), f"{name}: a larger parameter must be bolder"
+
+
+def test_a_forecast_knows_nothing_of_its_own_round() -> None:
+    trace = generate_fleet(POPULATIONS["steady"], 1, 0, duration_s=3600.0)[0]
+    rounds = rounds_of(trace, 60.0)
+    changed = Rounds(rounds.total_bytes, rounds.start_s, rounds.readings.copy())
+    changed.readings[30, 1:] = 1.0  # after the start of round 30
+    before, after = forecasts_of(rounds, 60.0), forecasts_of(changed, 60.0)
+    assert before[:31].tolist() == after[:31].tolist()
+    assert after[31] < before[31]
+
+
+def test_a_comparison_has_what_tables_and_bars_need() -> None:
+    fleet = [rounds_of(t, 60.0) for t in generate_fleet(POPULATIONS["calm"], 2, 0, duration_s=3600.0)]
+    record = {"model": "calm", "part": "predictor", "key": "0/60", "round_s": 60, **compare(fleet, 60.0)}
+    assert table_of([record]).row_count == 1
+    assert {bar.name for bar in judge([record])} >= {"missed at most", "missed at least", "memory used"}
