@@ -121,7 +121,7 @@ class MemoryBudgetPredictor:
             own.setback *= SETBACK
         for forecast in hit:
             forecast.missed = True
-        for _ in hit or [None]:
+        for _ in range(max(1, len(hit))):
             self._learn(own, missed=True)
 
     def _device(self, device: str) -> _Device:

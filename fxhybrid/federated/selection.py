@@ -89,12 +89,15 @@ class ClientSelector(Protocol):
     """Chooses the clients of a round.
 
     Attributes:
-        name: as logs and tables call it.
         state: everything that must survive a restart, as JSON values.
     """
 
-    name: str
     state: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """As logs and tables call it."""
+        ...
 
     def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
         """Up to ``count`` of the candidates, without repetition."""
