@@ -34,7 +34,7 @@ GRID = {
 }
 SEEDS = (0, 1, 2)
 N_DEVICES = 20
-ROUNDS = {"digits": 60, "text": 40}
+ROUNDS = {"digits": 40, "text": 30}
 MAIN = ("fxhybrid", "exclude", "random", "oort-fedprox", "no-limit")
 
 

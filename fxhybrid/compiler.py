@@ -35,7 +35,7 @@ CALIBRATION_ROUNDS = 3
 UNUSABLE = 1e6  # an error that no limit allows
 # Plans aim lower than the limit: the error is measured on one batch, and later ones differ.
 ERROR_MARGIN = 0.5
-CARRIED_PLANS = 64  # whose graphs are kept, for a client that moves between plans from step to step
+CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step
 
 
 @dataclass(frozen=True, eq=False)

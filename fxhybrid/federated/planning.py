@@ -17,12 +17,14 @@ from fxhybrid.federated.tasks import Task
 from fxhybrid.module import HybridModule
 from fxhybrid.plan import GradientError, Plan
 from fxhybrid.problem import CodecOption, Problem
-from fxhybrid.solvers.mps import Ladder, Rung, build_ladder
+from fxhybrid.solvers.mps import Effort, Ladder, Rung, build_ladder
 from fxhybrid.solvers.planset import judged
 from fxhybrid.work import StepWork
 
 MAX_ERROR = 0.05  # of the gradient; plans of ``compile`` aim at the same
 N_BUCKETS = 50
+# A fleet has many kinds of devices and 50 buckets for each: a coarser ladder than one device's own will do.
+FLEET_EFFORT = Effort(moves=(3_000, 1), price_step=1.3, seeds=1, rungs=64)
 
 
 class Technique(Enum):
@@ -217,5 +219,6 @@ def _build(problem: Problem, technique: Technique) -> Ladder:
         return Ladder((judged(problem, {}),))
     none: Callable[[CodecOption], bool] = lambda option: False  # noqa: E731
     if technique is Technique.RECOMPUTE:
-        return build_ladder(problem, max_error=MAX_ERROR, allow=none)
-    return build_ladder(problem, max_error=MAX_ERROR, recompute=technique is Technique.HYBRID)
+        return build_ladder(problem, max_error=MAX_ERROR, allow=none, effort=FLEET_EFFORT)
+    recompute = technique is Technique.HYBRID
+    return build_ladder(problem, max_error=MAX_ERROR, recompute=recompute, effort=FLEET_EFFORT)
