@@ -35,6 +35,7 @@ GRID = {
 SEEDS = (0, 1, 2)
 N_DEVICES = 20
 ROUNDS = {"digits": 40, "text": 30}
+DEADLINE_S = 1800.0  # in time for almost every device of the populations
 MAIN = ("fxhybrid", "exclude", "random", "oort-fedprox", "no-limit")
 
 
@@ -88,7 +89,9 @@ def _runs(arguments: argparse.Namespace) -> Iterable[Run]:
 def _run(laboratory: Laboratory, task: str, cell: str, policy: str, seed: int) -> Record:
     share, skew, contention = GRID[cell]
     scenario = Scenario(task, N_DEVICES, share, skew, contention, seed)
-    settings = Settings(ROUNDS[task], devices_per_round=5, local_steps=5, seed=seed, evaluate_every=2)
+    settings = Settings(
+        ROUNDS[task], devices_per_round=5, local_steps=5, deadline_s=DEADLINE_S, seed=seed, evaluate_every=2
+    )
     start = time.perf_counter()
     driver = laboratory.driver(scenario, policy_of(policy), settings)
     records = driver.run()

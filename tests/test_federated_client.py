@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,3 +171,42 @@ def test_the_hard_guard_turns_a_kill_into_an_error() -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run([sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["typed True", "free again"]
+
+
+PLANNED = """
+import dataclasses
+import torch
+torch.set_num_threads(1)
+from fxhybrid.federated.client import LocalWork, Trainer
+from fxhybrid.federated.devices import DeviceProfile
+from fxhybrid.federated.node import RealGauge
+from fxhybrid.federated.planning import FleetPlanner
+from fxhybrid.federated.transport import is_out_of_memory
+from fxhybrid.federated.wire import to_arrays
+from tests.federated_parts import tiny_task
+task = dataclasses.replace(tiny_task(), batch_size=32768)
+trainer = Trainer(task)
+planner, profile = FleetPlanner.of(trainer.hybrid), DeviceProfile()
+small = planner.plan(profile, planner.smallest_bytes(profile)).plan
+full = planner.plan(profile, planner.save_all_bytes).plan
+slack_bytes = (full.peak_bytes - small.peak_bytes) // 2
+class Believes(RealGauge):  # holds every step to the small plan, whatever it is
+    def run_step(self, step, plan):
+        return super().run_step(step, small)
+gauge = Believes(None, is_guarded=True, slack_bytes=slack_bytes)
+for name, plan in (("small", small), ("unmodified", full)):
+    work = LocalWork((plan,), 3, 0.0, (1,), False)
+    try:
+        trainer.train(to_arrays(task.make_model(1.0)), work, task.clients["client0"], gauge)
+        print(name, "trained")
+    except Exception as error:
+        print(name, "out of memory" if is_out_of_memory(error) else error)
+"""
+
+
+def test_under_a_real_limit_the_planned_step_trains_and_the_unmodified_one_cannot() -> None:
+    # the limit lies half-way between the two plans' peaks, tens of MiB from each
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", PLANNED], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["small trained", "unmodified out of memory"], done.stderr

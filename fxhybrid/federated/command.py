@@ -11,6 +11,8 @@ from rich.table import Table
 
 from fxhybrid.errors import InvalidArgument
 
+DEADLINE_S = 1800.0  # in time for almost every simulated device
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -55,7 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.contention,
         arguments.seed,
     )
-    settings = Settings(arguments.rounds, arguments.per_round, local_steps=arguments.local_steps, seed=arguments.seed)
+    settings = Settings(
+        arguments.rounds, arguments.per_round, local_steps=arguments.local_steps, deadline_s=1800.0, seed=arguments.seed
+    )
     policies = [policy_of(name) for name in arguments.policies.split(",")]
     console = Console()
     table = Table(title=f"{scenario.task}: {scenario.n_devices} devices, {scenario.capable_share:.0%} capable")

@@ -104,7 +104,7 @@ class Driver:
         self.round += 1
         refused = self._reports()
         offers = self.fleet.offers(self.ledger, self.policy, self.settings, self._forecast, self.transport.devices())
-        usable = [offer for offer in offers if offer.candidate.fits or not self.policy.gate]
+        usable = [offer for offer in offers if self._can_take_part(offer)]
         selection = self._select(usable)
         chosen = {offer.candidate.client: offer for offer in usable if offer.candidate.client in selection.chosen}
         replies = self._train([chosen[name] for name in selection.chosen])
@@ -120,6 +120,12 @@ class Driver:
         record = RoundRecord(self.round, self.clock_s, {r.device: r.outcome.value for r in replies}, score)
         self._write(record, selection, replies, counted, refused)
         return record
+
+    def _can_take_part(self, offer: Offer) -> bool:
+        """Whether a plan fits the device and its answer can be in time; without the gate, whatever it is."""
+        candidate = offer.candidate
+        in_time = candidate.predicted_round_s <= self.settings.deadline_s
+        return (candidate.fits and in_time and bool(offer.plans)) or not self.policy.gate
 
     def _is_scored(self) -> bool:
         return self.round % self.settings.evaluate_every == 0 or self.round == self.settings.rounds

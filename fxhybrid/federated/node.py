@@ -29,14 +29,16 @@ def task_of(config: Mapping[str, Any], n_clients: int) -> Task:
 class RealGauge:
     """This machine's memory, or what the device may use of it."""
 
-    def __init__(self, limit_bytes: int | None, *, is_guarded: bool) -> None:
+    def __init__(self, limit_bytes: int | None, *, is_guarded: bool, slack_bytes: int = GUARD_SLACK_BYTES) -> None:
         """Keeps the limit.
 
         Args:
             limit_bytes: that training may use at most; None for all there is.
             is_guarded: hold every step to its plan by a limit of the operating system.
+            slack_bytes: that the guard allows beside the plan.
         """
         self.limit_bytes = limit_bytes
+        self.slack_bytes = slack_bytes
         self.is_guarded = is_guarded
 
     def available_bytes(self) -> int:
@@ -46,7 +48,7 @@ class RealGauge:
 
     def run_step(self, step: Callable[[], float], plan: Plan) -> float:
         """Runs one step; under the guard, taking more than planned is an error instead of a kill."""
-        with data_limit(plan.peak_bytes + GUARD_SLACK_BYTES) if self.is_guarded else nullcontext():
+        with data_limit(plan.peak_bytes + self.slack_bytes) if self.is_guarded else nullcontext():
             return step()
 
 
