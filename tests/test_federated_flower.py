@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -231,3 +232,80 @@ def test_two_rounds_on_loopback(deployment: Deployment) -> None:
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     peaks = sorted(reply["peak_bytes"] for reply in lines[1]["replies"].values())
     assert peaks[0] <= 4_000_000 < peaks[1]
+
+
+@pytest.mark.slow
+def test_a_client_that_is_killed_costs_its_own_update_only(deployment: Deployment) -> None:
+    deployment.superlink()
+    time.sleep(3)
+    deployment.supernode(0)
+    deployment.supernode(1)
+    folder = deployment.folder / "run"
+    log = folder / "rounds.jsonl"
+
+    def kill_after_the_first_round() -> None:
+        end = time.monotonic() + 150
+        while not log.exists() and time.monotonic() < end:
+            time.sleep(0.3)
+        deployment.processes[2].kill()
+
+    watcher = threading.Thread(target=kill_after_the_first_round)
+    watcher.start()
+    found = deployment.run(250, num_server_rounds=3, folder=str(folder), report_deadline_s=20.0, deadline_s=60.0)
+    watcher.join()
+    assert found["rounds"] == 3
+    assert found["outcomes"]["ok"] >= 4, deployment.logs()  # two in the first round, then one in each
+
+
+CERTIFICATES = """set -e
+openssl ecparam -name prime256v1 -genkey -noout -out ca.key
+openssl req -x509 -new -key ca.key -sha256 -days 2 -subj /CN=test -out ca.crt \\
+    -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign
+openssl ecparam -name prime256v1 -genkey -noout -out server.key
+openssl req -new -key server.key -subj /CN=localhost -out server.csr
+printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\\nbasicConstraints=CA:FALSE\\nextendedKeyUsage=serverAuth\\n' > ext
+openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -sha256 -extfile ext -out server.pem
+for i in 0 1 2; do ssh-keygen -q -t ecdsa -b 384 -N "" -f node$i; done
+"""
+
+
+class TlsDeployment(Deployment):
+    """The same with certificates and registered node keys."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        subprocess.run(["bash", "-c", CERTIFICATES], cwd=folder, check=True, capture_output=True)
+        (folder / "flwr" / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\n'
+            f'root-certificates = "{folder / "ca.crt"}"\n'
+        )
+
+    def superlink(self) -> None:
+        files = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.pem", "--ssl-keyfile": "server.key"}
+        options = [text for pair in files.items() for text in pair]
+        where = ["--host", "127.0.0.1", "--port", str(self.port)]
+        self.start("flower-superlink", *options, "--enable-supernode-auth", *where)
+
+    def supernode(self, partition: int, **config: int) -> None:
+        key = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", f"node{partition}"]
+        where = ["--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1", "--port", str(free_port())]
+        told = f"partition-id={partition} num-partitions=2"
+        self.start("flower-supernode", *key, *where, "--max-retries", "20", "--node-config", told)
+
+
+@pytest.mark.slow
+def test_tls_with_keys_and_an_unregistered_node(tmp_path: Path) -> None:
+    deployment = TlsDeployment(tmp_path)
+    try:
+        deployment.superlink()
+        time.sleep(4)
+        for partition in (0, 1):
+            register = ["flwr", "supernode", "register", f"node{partition}.pub", "here"]
+            subprocess.run(register, env=deployment.environment, cwd=tmp_path, check=True, capture_output=True)
+            deployment.supernode(partition)
+        deployment.supernode(2)
+        stranger = deployment.processes[-1]
+        assert stranger.wait(60) != 0, "a node without a registered key must be turned away"
+        assert deployment.run(170, num_server_rounds=1)["outcomes"] == {"ok": 2}, deployment.logs()
+    finally:
+        deployment.stop()
