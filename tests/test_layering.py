@@ -143,3 +143,7 @@ def test_memory_forecast_and_selection_run_without_torch() -> None:
 def test_nothing_outside_imports_the_federated_layer() -> None:
     above = ("fxhybrid.federated", "fxhybrid.cli")
     assert not {name for name in importing("fxhybrid.federated") if not name.startswith(above)}
+
+
+def test_one_module_knows_flower() -> None:
+    assert importing("flwr") == {"fxhybrid.federated.flower"}
