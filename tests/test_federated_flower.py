@@ -65,7 +65,7 @@ def echo(message: Message) -> Message:
     request = decode_request(message, Kind.TRAIN)
     facts = {"n_examples": 1, "loss": 0.0, "squared_loss": 0.0}
     told = {"outcome": "ok", "detail": "", "facts": facts}
-    arrays = ArrayRecord({name: Array(array + 1) for name, array in request.arrays.items()})
+    arrays = ArrayRecord({name: Array(np.asarray(array + 1)) for name, array in request.arrays.items()})
     return Message(RecordDict({"facts": ConfigRecord({"json": json.dumps(told)}), "arrays": arrays}), reply_to=message)
 
 
