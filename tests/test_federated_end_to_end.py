@@ -53,6 +53,7 @@ def test_without_a_limit_nobody_dies_and_with_one_the_unmodified_step_does(labor
     assert dying.outcomes["oom"] > 0
 
 
+@pytest.mark.slow
 def test_narrow_models_train_a_corner_of_the_wide_one(laboratory: Laboratory) -> None:
     policy = Policy("narrow", policy_of("heterofl").technique, "random", elastic=False, widths=(1.0, 0.5))
     settings = Settings(1, devices_per_round=6, local_steps=1)
@@ -67,7 +68,10 @@ def test_narrow_models_train_a_corner_of_the_wide_one(laboratory: Laboratory) ->
     assert not np.array_equal(driver.arrays["head.weight"], before["head.weight"])
 
 
-def test_the_command_runs_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_runs_and_writes(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fxhybrid.federated.laboratory.Laboratory", lambda: laboratory)  # captured and planned already
     arguments = ["federated", "--task", "text", "--devices", "4", "--rounds", "1", "--per-round", "2"]
     arguments += ["--local-steps", "1", "--policies", "exclude", "--folder", str(tmp_path)]
     assert main(arguments) == 0
