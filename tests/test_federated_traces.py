@@ -45,11 +45,11 @@ def test_fleets_of_different_seeds_share_no_device() -> None:
 
 def test_the_low_memory_killer_keeps_the_floor() -> None:
     greedy = Population(n_apps=40, footprint_share=0.1, pause_s=60.0, kill_floor_share=0.1)
-    trace = generate_trace(greedy, 3, duration_s=24 * HOUR_S)
+    trace = generate_trace(greedy, 3, duration_s=8 * HOUR_S)
     share = trace.available_bytes / trace.total_bytes
     # demand is far above memory, so it stands near the floor: 0.1 by a log-normal factor (sd 0.25), plus the highest
     # minus the present bytes of the system
-    assert np.quantile(share, 0.001) > 0.1 * np.exp(-3.5 * 0.25)
+    assert np.quantile(share, 0.002) > 0.1 * np.exp(-3.5 * 0.25)
     assert np.median(share) < 0.3
 
 
