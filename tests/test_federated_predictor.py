@@ -139,8 +139,10 @@ def test_memory_that_never_moves_is_used_almost_whole_and_never_missed() -> None
     missed = play(predictor, [[800.0 * MIB] * 6] * 60)
     assert not any(missed)
     predictor.observe("d", 3600.0, 800.0 * MIB)
-    # ~59 stretches side by side: caution is 1 - 0.5 / 60
-    assert predictor.predict("d", now_s=3600.0, horizon_s=60.0) == pytest.approx(800 * MIB * (1 - 0.5 / 60), rel=0.005)
+    # ~59 stretches side by side: caution is 1 - 0.5 / 60^2
+    assert predictor.predict("d", now_s=3600.0, horizon_s=60.0) == pytest.approx(
+        800 * MIB * (1 - 0.5 / 60**2), rel=1e-4
+    )
 
 
 def test_a_longer_round_gets_less() -> None:

@@ -172,7 +172,8 @@ def _forecast(own: _Device, now_s: float, horizon_s: float, miss_rate: float) ->
     """Available bytes at the quantile level of the device; never above its last reading."""
     history = own.history
     past = history.windows(horizon_s)
-    caution = 1 - COLD_SHARE / (1 + past.independent)  # few stretches have hardly seen what happens in 1 of 20
+    # few stretches have hardly seen what happens in 1 of 20; soon nothing, or memory that hardly moves is never missed
+    caution = 1 - COLD_SHARE / (1 + past.independent) ** 2
     if not past.independent:
         return caution * history.last_bytes
     reference, shares = _reference(past, history, now_s - horizon_s, miss_rate)
