@@ -2,7 +2,7 @@
 
 Lossy candidates are grouped by what reads them in the backward pass. For each group, one step with the whole
 group at 4 bits shows how much the parameter gradients move; the group's tensors share that error evenly (errors
-add up as squares), and other widths follow from their step size.
+add up as squares), and other codecs follow from their noise.
 """
 
 from __future__ import annotations
@@ -17,15 +17,8 @@ from fxhybrid.passes.to_problem import CodecChoices
 # Relative gradient error of a whole group at 4 bits, for when nothing can be measured: a cautious guess, about the
 # worst group seen so far (the convolution inputs of a MobileNetV2 at random initialisation).
 DEFAULT_GROUP_ERROR = 0.09
-STEPS = {8: 255, 4: 15, 2: 3}
 ErrorTable = dict[tuple[int, str], float]
 Group = frozenset[str]
-
-
-def codec_bits(codec: str) -> int | None:
-    """Bits per element of a lossy row-wise codec; None for others."""
-    name = codec.split(":", 1)[0]
-    return int(name.removeprefix("rowwise")) if name.startswith("rowwise") else None
 
 
 def lossy_groups(layout: Layout, choices: CodecChoices) -> dict[Group, list[int]]:
@@ -44,19 +37,17 @@ def lossy_groups(layout: Layout, choices: CodecChoices) -> dict[Group, list[int]
 def error_table(
     groups: Mapping[Group, Iterable[int]], choices: CodecChoices, at_4_bits: Callable[[Group], float]
 ) -> ErrorTable:
-    """Error of each (storage, codec), from each group's error at 4 bits."""
+    """Error of each (storage, lossy codec), from each group's error at 4 bits."""
     errors: ErrorTable = {}
     for group, members in groups.items():
         storages = list(members)
         each = at_4_bits(group) / len(storages) ** 0.5
         for storage in storages:
-            for codec in choices[storage]:
-                bits = codec_bits(codec)
-                if bits is not None:
-                    errors[storage, codec] = each * STEPS[4] / STEPS[bits]
+            lossy = (codec for codec in map(get_codec, choices[storage]) if not codec.lossless)
+            errors |= {(storage, codec.spec): each * codec.noise for codec in lossy}
     return errors
 
 
 def four_bit_codec(codecs: Iterable[str]) -> str | None:
     """The 4-bit codec among ``codecs``, if there is one."""
-    return next((c for c in codecs if codec_bits(c) == 4), None)
+    return next((c for c in codecs if c.startswith("rowwise4:")), None)

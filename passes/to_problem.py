@@ -42,7 +42,7 @@ def problem_of(
 
     Args:
         choices: codecs offered per storage.
-        errors: relative gradient error of each (storage, codec); 0 where not named.
+        errors: relative gradient error of each (storage, lossy codec).
         resident_bytes: everything that is alive through the whole step.
     """
     tensors = tuple(
@@ -93,11 +93,17 @@ def _root_value(layout: Layout, storage: int) -> torch.Tensor:
 
 
 def _codec_calls(value: torch.Tensor, codec: str) -> tuple[Call, Call]:
-    encode = call_of(torch.ops.fxhybrid.compress.default, (value, codec))
+    encode = _by_kernels(call_of(torch.ops.fxhybrid.compress.default, (value, codec)), codec)
     qdata_bytes, header_bytes = get_codec(codec).encoded_bytes(TensorMeta.of(value))
     parts = [value.new_empty(n, dtype=torch.uint8) for n in (qdata_bytes, header_bytes)]
     shape: tuple[Any, ...] = (list(value.shape), list(value.stride()), value.dtype)
-    return encode, call_of(torch.ops.fxhybrid.decompress.default, (*parts, codec, *shape))
+    return encode, _by_kernels(call_of(torch.ops.fxhybrid.decompress.default, (*parts, codec, *shape)), codec)
+
+
+def _by_kernels(call: Call, codec: str) -> Call:
+    """The call, told apart from the same one by other kernels: costs are kept on disk by key."""
+    kernels = get_codec(codec).kernels_key
+    return replace(call, key=f"{call.key} by {kernels}") if kernels else call
 
 
 def _options(
@@ -120,7 +126,7 @@ def _options(
                 encode.rise_bytes + codec.spare_bytes(TensorMeta.of(value)),
                 decode.rise_bytes,
                 codec.lossless,
-                errors.get((storage, text), 0.0),
+                0.0 if codec.lossless else errors[storage, text],
             )
         )
     return tuple(options)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import max_pool2d
 
-from fxhybrid.codecs import Codec, TensorMeta, candidate_codecs, get_codec, register, registered_names
+from fxhybrid.codecs import Codec, TensorMeta, base, candidate_codecs, get_codec, register, registered_names
+from fxhybrid.codecs.rowwise import Rowwise
 from fxhybrid.errors import CodecError
 
 
@@ -142,6 +143,31 @@ def test_refuses_what_it_does_not_support(
     qdata, header = codec.encode(good)
     with pytest.raises(CodecError, match="is encoded in"):
         codec.decode(qdata[1:], header, TensorMeta.of(good))
+
+
+@pytest.mark.parametrize("spec", [spec for spec, make, _ in CASES if make(1, 1, 5, 5).is_floating_point()])
+def test_noise_is_that_of_ordinary_data(spec: str) -> None:
+    """Decoding errors on normal numbers of one scale, against 4 bits a row: within a factor of 1.5 of the claim."""
+    torch.manual_seed(0)
+    x = torch.randn(32, 5, 14, 14)
+    codec = get_codec(spec)
+    found = (round_trip(codec, x) - x).norm() / (round_trip(get_codec("rowwise4:196"), x) - x).norm()
+    assert not codec.lossless
+    assert codec.noise / 1.5 <= found <= codec.noise * 1.5
+
+
+class Silent(Rowwise):
+    """Lossy, but says that it makes no error."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 64)
+        self.spec, self.noise = "silent", 0.0
+
+
+def test_a_lossy_codec_must_claim_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(base._FACTORIES, "silent", lambda parameters: Silent())
+    with pytest.raises(CodecError, match=r"noise 0\.0, which is 0 for lossless codecs and only for them"):
+        get_codec("silent")
 
 
 def test_compress_of_a_tensor_that_requires_grad_records_nothing() -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxhybrid.capture import capture
+from fxhybrid.codecs import get_codec
+from fxhybrid.gradient_error import error_table, lossy_groups
 from fxhybrid.graph import JointGraph
 from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.choices import codec_choices
@@ -47,7 +49,8 @@ def planned() -> tuple[JointGraph, Layout, Problem]:
     layout = layout_of(joint)
     choices = codec_choices(layout, lossy=True, lossless=True)
     profile = profile_calls(calls_of(layout, choices))
-    return joint, layout, problem_of(joint, layout, profile, choices, {}, 0)
+    errors = error_table(lossy_groups(layout, choices), choices, lambda _: 0.09)
+    return joint, layout, problem_of(joint, layout, profile, choices, errors, 0)
 
 
 def rewritten(planned: tuple[JointGraph, Layout, Problem], actions: dict[str, Action]) -> JointGraph:
@@ -244,3 +247,22 @@ def test_decoding_is_measured_on_real_data_of_the_tensors_own_device(
     decoded = torch.ops.fxhybrid.decompress(*arguments)
     assert decoded.isfinite().all()
     assert decoded.std() > 0.1
+
+
+def test_codec_costs_are_kept_per_kernels(
+    planned: tuple[JointGraph, Layout, Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, layout, _ = planned
+    choices = codec_choices(layout, lossy=True, lossless=True)
+    before = {call.key for call in calls_of(layout, choices)}
+    monkeypatch.setattr(get_codec("rowwise4:64"), "kernels_key", "other")
+    changed = before ^ {call.key for call in calls_of(layout, choices)}
+    # encode and decode of the one codec, and nothing else: under the old key and under the new one
+    assert len(changed) == 2 * 2
+    assert all("rowwise4:64" in key for key in changed)
+
+
+def test_every_lossy_choice_counts_in_the_problem(planned: tuple[JointGraph, Layout, Problem]) -> None:
+    options = [option for tensor in planned[2].tensors for option in tensor.codecs]
+    assert {option.lossless for option in options} == {True, False}
+    assert all((option.error > 0) != option.lossless for option in options)

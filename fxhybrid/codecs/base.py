@@ -24,10 +24,15 @@ class Codec(ABC):
     Attributes:
         spec: full static text, such as ``"rowwise4:196"``; ``get_codec(spec)`` is this codec again.
         lossless: whether decoding gives back every bit.
+        noise: size of the error that a lossy codec makes on ordinary data, in units of that of 4 bits a row; the
+            gradient error is predicted from it.
+        kernels_key: names the code at work on this machine, where there is a choice: times depend on it.
     """
 
     spec: str
     lossless: bool
+    noise: float = 0.0
+    kernels_key: str = ""
 
     @abstractmethod
     def supports(self, meta: TensorMeta) -> bool:
@@ -139,6 +144,8 @@ def get_codec(spec: str) -> Codec:
         raise CodecError(f"bad parameters in codec {spec!r}: {error}") from error
     if codec.spec != spec:
         raise CodecError(f"codec {spec!r} must be written {codec.spec!r}")
+    if codec.lossless != (codec.noise == 0):  # a lossy plan would count as exact
+        raise CodecError(f"codec {spec!r} has noise {codec.noise}, which is 0 for lossless codecs and only for them")
     return codec
 
 

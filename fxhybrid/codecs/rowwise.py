@@ -81,6 +81,8 @@ class Rowwise(Codec):
         self.bits = bits
         self.row = row
         self.spec = f"rowwise{bits}:{row}"
+        self.noise = 15 / ((1 << bits) - 1)
+        self.kernels_key = "aten" if library_kernels(bits) is None else "library"
 
     def supports(self, meta: TensorMeta) -> bool:
         return meta.dtype in _FLOATS and meta.is_dense
