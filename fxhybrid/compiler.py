@@ -213,7 +213,6 @@ class Signature:
         actions = carried_actions(plan, self.prepared.problem, self.prepared.fingerprint)
         key = f"{plan.budget_bytes} {sorted((name, str(action)) for name, action in plan.actions.items())}"
         states = self.carried.pop(key, None)
-        self.budget_bytes = plan.budget_bytes
         if states is None:
             rung = judged(self.prepared.problem, actions)
             if rung.peak_bytes > plan.budget_bytes:
@@ -221,9 +220,11 @@ class Signature:
                     f"the plan peaks at {rung.peak_bytes} bytes ({format_bytes(rung.peak_bytes)}) here, above its "
                     f"budget of {plan.budget_bytes}; plan again with fxhybrid.plan"
                 )
+            self.budget_bytes = plan.budget_bytes  # part of the active plan
             states = {False: self._activate(KnownPlan(rung, plan.solver, solve_s=plan.solve_s), False)}
         while len(self.carried) >= CARRIED_PLANS:
             del self.carried[next(iter(self.carried))]
+        self.budget_bytes = plan.budget_bytes
         self.carried[key] = self.states = states
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,9 +15,11 @@ from fxhybrid.federated.devices import DeviceProfile, problem_on
 from fxhybrid.federated.tasks import Task
 from fxhybrid.module import HybridModule
 from fxhybrid.plan import GradientError, Plan
-from fxhybrid.problem import CodecOption, Problem
-from fxhybrid.solvers.mps import Effort, Ladder, Rung, build_ladder
+from fxhybrid.problem import Problem
+from fxhybrid.solvers.base import Ladder, Rung
+from fxhybrid.solvers.mps import Effort, build_ladder
 from fxhybrid.solvers.planset import judged
+from fxhybrid.solvers.techniques import without_codecs, without_recomputation
 from fxhybrid.work import StepWork
 
 MAX_ERROR = 0.05  # of the gradient; plans of ``compile`` aim at the same
@@ -217,8 +218,8 @@ class FleetPlanner:
 def _build(problem: Problem, technique: Technique) -> Ladder:
     if technique is Technique.SAVE_ALL:
         return Ladder((judged(problem, {}),))
-    none: Callable[[CodecOption], bool] = lambda option: False  # noqa: E731
     if technique is Technique.RECOMPUTE:
-        return build_ladder(problem, max_error=MAX_ERROR, allow=none, effort=FLEET_EFFORT)
-    recompute = technique is Technique.HYBRID
-    return build_ladder(problem, max_error=MAX_ERROR, recompute=recompute, effort=FLEET_EFFORT)
+        problem = without_codecs(problem)
+    elif technique is Technique.COMPRESS:
+        problem = without_recomputation(problem)
+    return build_ladder(problem, max_error=MAX_ERROR, effort=FLEET_EFFORT)
