@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import max_pool2d
 
 from fxhybrid.codecs import Codec, TensorMeta, base, candidate_codecs, get_codec, register, registered_names
-from fxhybrid.codecs.rowwise import Rowwise
+from fxhybrid.codecs.rowwise_library import LibraryRowwise
 from fxhybrid.errors import CodecError
 
 
@@ -50,6 +50,8 @@ CASES: list[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]]] = [
     ("rowwise4:98", floats(torch.float32), ROWWISE_SHAPES),
     ("rowwise2:64", floats(torch.float32), ROWWISE_SHAPES),
     ("rowwise2:64", floats(torch.float16), ROWWISE_SHAPES),
+    ("bf16", floats(torch.float32), ANY_SHAPES),
+    ("fp8", floats(torch.float32), [*ANY_SHAPES, (3000, 701)]),
 ]
 INPUTS = [
     pytest.param(spec, make, shape, id=f"{spec}-{make(*shape).dtype}-{'x'.join(map(str, shape))}")
@@ -156,7 +158,7 @@ def test_noise_is_that_of_ordinary_data(spec: str) -> None:
     assert codec.noise / 1.5 <= found <= codec.noise * 1.5
 
 
-class Silent(Rowwise):
+class Silent(LibraryRowwise):
     """Lossy, but says that it makes no error."""
 
     def __init__(self) -> None:
@@ -183,6 +185,8 @@ BAD_SPECS = [
     "zip",
     "zip:3",
     "bitpack:1",
+    "bf16:1",
+    "fp8:1",
     "narrow",
     "narrow:int64",
     "rowwise4",
@@ -207,7 +211,7 @@ def test_bad_spec_is_an_error(spec: str) -> None:
 
 
 def test_unknown_name_lists_the_registered_ones() -> None:
-    with pytest.raises(CodecError, match="bitpack, narrow, pool, rowwise2, rowwise4, rowwise8"):
+    with pytest.raises(CodecError, match="bf16, bitpack, fp8, narrow, pool, rowwise2, rowwise4, rowwise8"):
         get_codec("zip")
 
 

@@ -1,4 +1,4 @@
-"""Errors, extreme values and the reference of the row-wise codecs."""
+"""Errors, extreme values and the reference of the row-wise codecs on the library's kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxhybrid.codecs import Codec, ReferenceRowwise, TensorMeta, get_codec
-from fxhybrid.codecs import rowwise as rowwise_module
+from fxhybrid.codecs import Codec, TensorMeta, rowwise_library
+from fxhybrid.codecs.rowwise_library import LibraryRowwise, ReferenceLibraryRowwise
 
 ROW = 64
 BITS = pytest.mark.parametrize("bits", [8, 4, 2])
@@ -25,7 +25,7 @@ def round_trip(codec: Codec, x: Tensor) -> Tensor:
 
 
 def codec_pair(bits: int) -> tuple[Codec, Codec]:
-    return get_codec(f"rowwise{bits}:{ROW}"), ReferenceRowwise(bits, ROW)
+    return LibraryRowwise(bits, ROW), ReferenceLibraryRowwise(bits, ROW)
 
 
 def error_bound(x: Tensor, bits: int) -> Tensor:
@@ -122,7 +122,7 @@ def test_every_scale_has_the_usual_error(bits: int, scale: float) -> None:
 def test_softmax_outputs_are_packed_as_they_are(bits: int) -> None:
     torch.manual_seed(0)
     x = torch.softmax(torch.randn(64, 4 * ROW) / 4, 1)  # about 1 / 256 each, all below 2^-6
-    header = get_codec(f"rowwise{bits}:{ROW}").encode(x)[1]
+    header = LibraryRowwise(bits, ROW).encode(x)[1]
     assert header[:8].view(torch.float32).tolist() == [1.0, 0.0]  # unit and shift: nothing done before packing
 
 
@@ -174,7 +174,7 @@ def test_one_common_offset_costs_nothing(bits: int, offset: float) -> None:
 def test_one_outlier_does_not_overflow_float16() -> None:
     x = torch.randn(2000, ROW)
     x[7, 7] = 1e6
-    decoded = round_trip(get_codec(f"rowwise4:{ROW}"), x)
+    decoded = round_trip(LibraryRowwise(4, ROW), x)
     assert decoded.isfinite().all()
     assert relative_error(decoded[8:], x[8:]) < USUAL_ERROR[4]
 
@@ -183,22 +183,22 @@ def test_the_usual_tensor_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(self: Codec, body: Tensor) -> None:
         raise AssertionError("the slow exact look was taken")
 
-    monkeypatch.setattr(rowwise_module.Rowwise, "_find_transform", fail)
+    monkeypatch.setattr(LibraryRowwise, "_find_transform", fail)
     for x in (torch.randn(50, ROW), torch.randn(50, ROW).relu(), torch.rand(50, ROW) * 6, torch.eye(ROW)):
         for bits in (8, 4, 2):
-            get_codec(f"rowwise{bits}:{ROW}").encode(x)
+            LibraryRowwise(bits, ROW).encode(x)
 
 
 def test_the_tail_is_exact() -> None:
     x = torch.randn(2 * ROW + 5)
-    decoded = round_trip(get_codec(f"rowwise2:{ROW}"), x)
+    decoded = round_trip(LibraryRowwise(2, ROW), x)
     assert torch.equal(decoded[2 * ROW :], x[2 * ROW :])
     assert not torch.equal(decoded[: 2 * ROW], x[: 2 * ROW])
 
 
 def test_falls_back_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(10, ROW)
-    expected = get_codec(f"rowwise4:{ROW}").encode(x)
-    monkeypatch.setattr(rowwise_module, "library_kernels", lambda bits: None)
-    found = get_codec(f"rowwise4:{ROW}").encode(x)
+    expected = LibraryRowwise(4, ROW).encode(x)
+    monkeypatch.setattr(rowwise_library, "library_kernels", lambda bits: None)
+    found = LibraryRowwise(4, ROW).encode(x)
     assert torch.equal(found[0], expected[0])

@@ -7,20 +7,19 @@ spec                   lossless  for
 ``narrow:<dtype>``     yes       int64 and int32 whose range the caller has proven
 ``pool:kh,...,H,W``    yes       indices of a 2-d max pool: 1 byte each
 ``rowwise8:R`` (4, 2)  no        float32, bfloat16, float16: 8 (4, 2) bits each
+``bf16``, ``fp8``      no        float32: a cast, for fp8 with one scale per block
 =====================  ========  =================================================
 
 Importing this package defines ``torch.ops.fxhybrid.compress`` and ``.decompress``.
 """
 
-from fxhybrid.codecs import lossless, ops, pool, rowwise  # noqa: F401  registers codecs and operators
+from fxhybrid.codecs import casts, lossless, ops, pool, rowwise_compiled  # noqa: F401  they register themselves
 from fxhybrid.codecs.base import Codec, get_codec, register, registered_names
 from fxhybrid.codecs.candidates import candidate_codecs
 from fxhybrid.codecs.meta import TensorMeta
-from fxhybrid.codecs.rowwise import ReferenceRowwise
 
 __all__ = [
     "Codec",
-    "ReferenceRowwise",
     "TensorMeta",
     "candidate_codecs",
     "get_codec",

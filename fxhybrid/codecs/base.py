@@ -62,8 +62,8 @@ class Codec(ABC):
         Raises:
             CodecError: the codec does not support this tensor.
         """
-        meta = TensorMeta.of(x)
-        self.check_supports(meta)
+        meta = _meta_of(x.shape, x.stride(), x.dtype)
+        sizes_of(self, meta)
         return self._encode(x, meta)
 
     def decode(self, qdata: Tensor, header: Tensor, meta: TensorMeta) -> Tensor:
@@ -75,8 +75,7 @@ class Codec(ABC):
         Raises:
             CodecError: the meta is not supported, or qdata and header are not of its size.
         """
-        self.check_supports(meta)
-        expected, found = self.encoded_bytes(meta), (qdata.numel(), header.numel())
+        expected, found = sizes_of(self, meta), (qdata.numel(), header.numel())
         if found != expected:
             raise CodecError(
                 f"{self.spec}: a tensor of shape {meta.shape} and {meta.dtype} is encoded in "
@@ -99,6 +98,23 @@ class Codec(ABC):
 
     def __repr__(self) -> str:
         return f"<codec {self.spec}>"
+
+
+@lru_cache(maxsize=4096)
+def _meta_of(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> TensorMeta:
+    """The meta of a real tensor, kept: making one takes as long as packing 64 KiB."""
+    return TensorMeta(tuple(shape), tuple(stride), dtype)
+
+
+@lru_cache(maxsize=4096)
+def sizes_of(codec: Codec, meta: TensorMeta) -> tuple[int, int]:
+    """``encoded_bytes`` of a supported meta, kept: a step asks for the same ones again and again.
+
+    Raises:
+        CodecError: the meta is not supported.
+    """
+    codec.check_supports(meta)
+    return codec.encoded_bytes(meta)
 
 
 _FACTORIES: dict[str, Callable[[str], Codec]] = {}

@@ -26,8 +26,7 @@ class TensorMeta:
     @classmethod
     def of(cls, tensor: Tensor) -> TensorMeta:
         """The meta of a tensor, real or fake."""
-        shape = tuple(int(size) for size in tensor.shape)
-        return cls(shape, tuple(int(step) for step in tensor.stride()), tensor.dtype)
+        return cls(tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), tensor.dtype)
 
     @property
     def numel(self) -> int:

@@ -1,0 +1,102 @@
+"""Compiled kernels: built by the machine's C++ compiler at first use, kept on disk, None where that fails.
+
+Inductor was tried first: its row kernels were slower than the library's and took 10 to 48 s each to compile
+(docs/adr/0008). The kernels work on memory that the caller allocates, so torch's
+allocator sees every byte. Calls go through ``ctypes``, which lets other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from fxhybrid.codecs.native_casts import CASTS
+from fxhybrid.codecs.native_source import ROWS
+
+_SOURCE = ROWS + CASTS
+_BUILD_LIMIT_S = 120  # a build takes one second
+_FLAGS: tuple[str, ...] = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
+if platform.machine() in ("x86_64", "AMD64"):
+    _FLAGS = (*_FLAGS, "-mprefer-vector-width=512")
+_LINK = ("-fopenmp", "-shared", "-fPIC")
+_INT, _LONG, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_EACH = (_POINTER, _LONG, _FLOAT, _POINTER, _INT)
+_SIGNATURES = {
+    "pack_rows": (_INT, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
+    "unpack_rows": (_INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
+    "pack_channels": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT),
+    "unpack_channels": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
+    "pack_fp8": (_POINTER, _LONG, _POINTER, _POINTER, _INT),
+    "unpack_fp8": (_POINTER, _LONG, _POINTER, _POINTER, _INT),
+    "pack_bf16": _EACH,
+    "unpack_bf16": _EACH,
+}
+
+
+@lru_cache(maxsize=1)
+def native_kernels() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where there is no working compiler."""
+    found = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    if found is None:
+        return None
+    try:
+        compiler = tuple(shlex.split(found))  # CXX may hold more than a name
+        path = _cache_path(compiler)
+        if not path.exists():
+            _build(compiler, path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):  # no home, no room, no working compiler
+        return None
+    for name, types in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = types
+        function.restype = None
+    return library
+
+
+def kernels_key() -> str:
+    """Names what runs where there is a choice: the compiled kernels by their source and flags, or plain ATen."""
+    library = native_kernels()
+    return "aten" if library is None else Path(library._name).stem
+
+
+def kernels_for(device: torch.device) -> ctypes.CDLL | None:
+    """The compiled kernels where they work on this device's memory."""
+    return native_kernels() if device.type == "cpu" else None
+
+
+def _cache_path(compiler: tuple[str, ...]) -> Path:
+    """Where the library for this source, compiler, torch and processor is kept."""
+    # what -march=native means here: a cache on a shared disk serves machines of different kinds
+    command = [*compiler, *_FLAGS, "-E", "-dM", "-x", "c++", "-"]
+    run = subprocess.run(command, input="", check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S)
+    key = "\n".join((_SOURCE, *compiler, *_FLAGS, *_LINK, run.stdout, torch.__version__))
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fxhybrid"
+    return root / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+
+def _build(compiler: tuple[str, ...], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        source, built = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
+        source.write_text(_SOURCE, encoding="utf-8")
+        command = [*compiler, *_FLAGS, *_LINK, str(source), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_LIMIT_S)
+        built.replace(path)  # at once: another process may build the same

@@ -1,0 +1,87 @@
+"""The kernels' formats in plain ATen, on any device: the fallback without a compiler, and the reference in tests.
+
+A row of R elements becomes (8 / bits) equal parts of m bytes, m = ceil(R * bits / 8): code p * m + j stands in
+byte j, at bit p * bits; codes past R repeat the last element. An element decodes to code * scale + low, with one
+float32 pair (scale, low) per row; the pair is NaN where the row holds a NaN or an infinity.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_ROUND = 12582912.0  # 1.5 * 2^23: after adding it, the low bits are the nearest integer
+
+
+def code_bytes(row: int, bits: int) -> int:
+    """Bytes of one row's codes."""
+    return -(-row * bits // 8)
+
+
+def pack_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Float32 rows [n, R] as uint8 codes [n, m] and float32 parameters [n, 2]."""
+    parts, levels = 8 // bits, (1 << bits) - 1
+    padding = code_bytes(rows.shape[1], bits) * parts - rows.shape[1]
+    if padding:
+        rows = torch.cat([rows, rows[:, -1:].expand(-1, padding)], 1)
+    low, high = rows.aminmax(dim=1, keepdim=True)
+    share = torch.tensor(2 / levels, dtype=torch.float32, device=rows.device)
+    scale = (high * 0.5 - low * 0.5) * share  # high - low may overflow
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    rounded = _fused(rows, inverse, -(low * inverse).double()) + _ROUND
+    hard = (scale < 1e-30) | ((low * inverse).abs() > 2.0**18)  # no finite inverse, or its product is too coarse
+    if hard.any():
+        up = torch.where(scale < 1e-30, 2.0**60, 1.0)
+        exact = torch.where(scale == 0, 0.0, 1 / (scale * up))
+        rounded = torch.where(hard, _fused((rows - low) * up, exact, _ROUND), rounded)
+    codes = rounded.view(torch.int32).bitwise_and_(levels).view(rows.shape[0], parts, -1)
+    finite = low.isfinite() & high.isfinite()
+    joined = codes[:, 0] * finite
+    for part in range(1, parts):
+        joined |= (codes[:, part] << (bits * part)) * finite
+    parameters = torch.cat([scale, low], 1).masked_fill_(~finite, math.nan)
+    return joined.to(torch.uint8), parameters
+
+
+def _fused(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
+    """a * b + c with float32 rounding at the end only, as a fused multiply-add has it."""
+    return (a.double() * b.double() + c).float()
+
+
+def unpack_rows(codes: Tensor, parameters: Tensor, row: int, bits: int) -> Tensor:
+    """What :func:`pack_rows` made, as float32 [n, row]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    split = (codes[:, None, :] >> shifts[:, None]) & ((1 << bits) - 1)
+    scale, low = parameters[:, :1], parameters[:, 1:]
+    limit = torch.finfo(torch.float32).max
+    # near the end of float32 a row is restored at half its size, or the widest range would overflow
+    half = torch.where(scale * ((1 << bits) - 1) + low.abs() < 1.7e38, 1.0, 0.5)
+    codes_f = split.reshape(codes.shape[0], -1)[:, :row].float()
+    rows = _fused(codes_f, scale * half, (low * half).double())
+    return rows.mul_(1 / half).clamp_(-limit, limit)
+
+
+def pack_e4m3(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 blocks [n, B] as e4m3 bytes [n, B], ties away from zero, and the blocks' float32 units [n].
+
+    A unit is the power of two that brings a block's largest |x| into [128, 256); NaN where that is not finite.
+    """
+    largest = blocks.abs().amax(1, keepdim=True)
+    largest = torch.where(largest.isfinite() & ~blocks.isnan().any(1, keepdim=True), largest, math.nan)
+    exponent = ((largest.view(torch.int32) >> 23) - 7).clamp_(min=1)  # the unit's inverse must be a float32 too
+    unit = torch.where(largest.isnan(), math.nan, (exponent << 23).view(torch.float32))
+    y = (blocks * (1 / unit)).view(torch.int32)
+    magnitude = y & 0x7FFFFFFF
+    fine = (magnitude.view(torch.float32).double() * 2**9 + 0.5).int()  # below 2^-6 values are 2^-9 apart
+    coarse = ((magnitude + 0x80000) >> 20) - (120 << 3)
+    rounded = torch.where(magnitude < 0x3C800000, fine, coarse)
+    rounded = torch.minimum(rounded, torch.where(exponent == 247, 0x77, 0x7F))  # 256 units would be infinite there
+    codes = (rounded | ((y >> 24) & 0x80)) * ~largest.isnan()
+    return codes.to(torch.uint8), unit[:, 0]
+
+
+def unpack_e4m3(codes: Tensor, units: Tensor) -> Tensor:
+    """What :func:`pack_e4m3` made, as float32."""
+    return codes.view(torch.float8_e4m3fn).float().mul_(units[:, None])
