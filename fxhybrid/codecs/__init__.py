@@ -8,20 +8,25 @@ spec                   lossless  for
 ``pool:kh,...,H,W``    yes       indices of a 2-d max pool: 1 byte each
 ``rowwise8:R`` (4, 2)  no        float32, bfloat16, float16: 8 (4, 2) bits each
 ``bf16``, ``fp8``      no        float32: a cast, for fp8 with one scale per block
+``channelwise:<d...>`` no        float32 [N, C, ...]: 8, 4 or 2 bits, a digit per channel or group of them
 =====================  ========  =================================================
 
 Importing this package defines ``torch.ops.fxhybrid.compress`` and ``.decompress``.
 """
 
-from fxhybrid.codecs import casts, lossless, ops, pool, rowwise_compiled  # noqa: F401  they register themselves
+from fxhybrid.codecs import casts, channelwise, lossless, ops, pool, rowwise_compiled  # noqa: F401  they register themselves
 from fxhybrid.codecs.base import Codec, get_codec, register, registered_names
 from fxhybrid.codecs.candidates import candidate_codecs
 from fxhybrid.codecs.meta import TensorMeta
+from fxhybrid.codecs.widths import assign_widths, channel_weights, channels_per_row
 
 __all__ = [
     "Codec",
     "TensorMeta",
+    "assign_widths",
     "candidate_codecs",
+    "channel_weights",
+    "channels_per_row",
     "get_codec",
     "register",
     "registered_names",

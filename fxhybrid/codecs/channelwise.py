@@ -1,0 +1,128 @@
+"""Lossy codec: every channel, or group of neighbouring ones, at a width of its own, 8, 4 or 2 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from ctypes import CDLL
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fxhybrid.codecs import reference
+from fxhybrid.codecs.base import Codec, register, sizes_of
+from fxhybrid.codecs.meta import TensorMeta
+from fxhybrid.codecs.native import kernels_for, kernels_key
+from fxhybrid.codecs.rowwise_compiled import PARAMETER_BYTES
+from fxhybrid.codecs.widths import STEP_ERROR
+
+_LARGEST_PART = 4096  # elements; the kernels copy a longer row to the stack if it is not of whole bytes
+_WIDTHS = (8, 4, 2)
+
+
+class Channelwise(Codec):
+    """Planes of a tensor [N, C, ...] as rows: spec ``channelwise:`` and C digits of 8, 4 or 2.
+
+    With C / k digits, k neighbouring channels form one row: that is for small planes. qdata holds the rows' codes and
+    header their parameters, both in the tensor's own order, so that it is read and written from front to back.
+    ``widths.assign_widths`` finds the digits.
+    """
+
+    lossless = False
+
+    def __init__(self, parameters: str) -> None:
+        if not parameters or set(parameters) - set("248"):
+            raise ValueError("needs a digit of 2, 4 or 8 for every channel")
+        self.spec = f"channelwise:{parameters}"
+        self.widths = np.array([int(digit) for digit in parameters], dtype=np.int32)
+        # without knowing the channels: as if all were alike, which the widths were not chosen for
+        self.noise = 15 * float(np.sqrt(np.mean([STEP_ERROR[width] for width in self.widths])))
+        self.kernels_key = kernels_key()
+        self._widths_at: int = self.widths.ctypes.data
+
+    def supports(self, meta: TensorMeta) -> bool:
+        if meta.dtype != torch.float32 or len(meta.shape) < 3 or meta.shape[1] % len(self.widths):
+            return False
+        in_order = all(
+            meta.stride[dim] == math.prod(meta.shape[dim + 1 :]) for dim, size in enumerate(meta.shape) if size > 1
+        )
+        row = self._row(meta)
+        return meta.is_dense and (in_order or meta.numel == 0) and (row % 4 == 0 or row <= _LARGEST_PART)
+
+    def _row(self, meta: TensorMeta) -> int:
+        """Elements of one sample and digit."""
+        return math.prod(meta.shape[1:]) // len(self.widths)
+
+    def encoded_bytes(self, meta: TensorMeta) -> tuple[int, int]:
+        row, n_samples = self._row(meta), meta.shape[0]
+        n_rows = n_samples * len(self.widths) if row else 0
+        return n_samples * int(_offsets(self, row)[-1]), n_rows * PARAMETER_BYTES
+
+    def kernels(self, device: torch.device) -> CDLL | None:
+        """The compiled kernels; None stands for plain ATen."""
+        return kernels_for(device)
+
+    def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
+        qdata_bytes, header_bytes = sizes_of(self, meta)
+        qdata = torch.empty(qdata_bytes, dtype=torch.uint8, device=x.device)
+        header = torch.empty(header_bytes, dtype=torch.uint8, device=x.device)
+        kernels = self.kernels(x.device)
+        if kernels is None:
+            for planes, codes, parameters in self._samples(x.detach(), qdata, header):
+                for width, channels, places in self._groups(meta, x.device):
+                    packed, pair = reference.pack_rows(planes[channels], width)
+                    codes[places] = packed.view(-1)
+                    parameters[channels] = pair
+            return qdata, header
+        row = self._row(meta)
+        table = (self._widths_at, _offsets(self, row).ctypes.data)
+        geometry = (header_bytes // PARAMETER_BYTES, row, len(self.widths))
+        n_threads = torch.get_num_threads()
+        kernels.pack_channels(*table, x.data_ptr(), *geometry, qdata.data_ptr(), header.data_ptr(), n_threads)
+        return qdata, header
+
+    def _decode(self, qdata: Tensor, header: Tensor, meta: TensorMeta) -> Tensor:
+        out = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=qdata.device)
+        kernels, row = self.kernels(qdata.device), self._row(meta)
+        if kernels is None:
+            for planes, codes, parameters in self._samples(out, qdata, header):
+                for width, channels, places in self._groups(meta, qdata.device):
+                    packed = codes[places].view(len(channels), -1)
+                    planes[channels] = reference.unpack_rows(packed, parameters[channels], row, width)
+            return out
+        table = (self._widths_at, _offsets(self, row).ctypes.data)
+        geometry = (header.numel() // PARAMETER_BYTES, row, len(self.widths))
+        encoded = (qdata.data_ptr(), header.data_ptr())
+        kernels.unpack_channels(*table, *encoded, *geometry, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def _samples(self, x: Tensor, qdata: Tensor, header: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows [digits, row], codes and parameters of each sample; nothing for an empty tensor."""
+        if x.numel():
+            parameters = header.view(torch.float32).view(x.shape[0], -1, 2)
+            yield from zip(
+                x.view(x.shape[0], len(self.widths), -1), qdata.view(x.shape[0], -1), parameters, strict=True
+            )
+
+    def _groups(self, meta: TensorMeta, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each width, its digits' places, and the places of their codes in a sample's."""
+        row = self._row(meta)
+        for width in _WIDTHS:
+            channels = np.flatnonzero(self.widths == width)
+            if len(channels):
+                starts = _offsets(self, row)[channels]
+                places = (starts[:, None] + np.arange(reference.code_bytes(row, width))).reshape(-1)
+                yield width, torch.from_numpy(channels).to(device), torch.from_numpy(places).to(device)
+
+
+@lru_cache(maxsize=1024)
+def _offsets(codec: Channelwise, row: int) -> npt.NDArray[np.int64]:
+    """Where each digit's codes begin within a sample's, and their end."""
+    ends: npt.NDArray[np.int64] = np.cumsum(-(-codec.widths.astype(np.int64) * row // 8))
+    return np.concatenate([np.zeros(1, np.int64), ends])
+
+
+register("channelwise", Channelwise)
