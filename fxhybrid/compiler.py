@@ -18,6 +18,7 @@ from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
 from fxhybrid.plan import GradientError, Plan
 from fxhybrid.prepare import build_graphs, prepare
+from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.base import Rung, Status, best_of
@@ -283,6 +284,16 @@ class Signature:
         if needed <= self.budget_bytes:
             return "fits too while older gradients exist"
         return f"does not fit while older gradients exist: that takes {format_bytes(needed)}"
+
+    def error_price(self, more_error: float) -> ErrorPrice:
+        """What ``max_grad_error`` higher by ``more_error`` would save."""
+        problem, limit = self.prepared.problem, self.error_target + ERROR_MARGIN * more_error
+        looser = PlanSet(problem, build_ladder(problem, max_error=limit), max_error=limit)
+        looser.join(self.plans)  # all of them are within the looser limit too
+        cheapest = looser.cheapest(self.budget_bytes)
+        added_s = cheapest.rung.added_s if cheapest else self.plan.added_s
+        saved_bytes = self.minimum_bytes - looser.smallest.peak_bytes
+        return ErrorPrice(more_error, saved_bytes, self.plan.added_s - added_s)
 
     @property
     def plan(self) -> Plan:

@@ -151,9 +151,13 @@ class HybridModule(nn.Module):
         """The backward graph of the last called signature; call it boxed, with one list."""
         return self._first().active(False).function.graphs.backward
 
-    def report(self) -> Report:
-        """What was planned, checked, measured and left out, per signature."""
-        return make_report([signature for signature, _ in self._fxhybrid_session.signatures])
+    def report(self, *, more_error: float | None = None) -> Report:
+        """What was planned, checked, measured and left out, per signature.
+
+        Args:
+            more_error: also say what a ``max_grad_error`` higher by this would save; plans once more for that.
+        """
+        return make_report([signature for signature, _ in self._fxhybrid_session.signatures], more_error)
 
     def set_budget(self, budget: Budget) -> None:
         """Moves to another budget, between steps, without capturing or profiling again.

@@ -17,6 +17,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class ErrorPrice:
+    """What a higher limit of the gradient error would save, as far as the heuristic finds it.
+
+    Attributes:
+        more_error: by how much ``max_grad_error`` would be higher.
+        saved_bytes: how much smaller the smallest peak would be.
+        saved_s: how much less the plan for the present budget would add.
+    """
+
+    more_error: float
+    saved_bytes: int
+    saved_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"saves {format_bytes(self.saved_bytes)} of the smallest peak, {self.saved_s * 1e3:.1f} ms at this budget"
+        )
+
+
+@dataclass(frozen=True)
 class SignatureReport:
     """One kind of call.
 
@@ -26,6 +46,7 @@ class SignatureReport:
         minimum_bytes: smallest peak for which a plan is known.
         capture_check: how the captured graph compares with eager.
         accumulating: whether a plan fits while gradients of an earlier backward pass exist, in words.
+        error_price: what more gradient error would save; None if it was not asked for.
     """
 
     plan: Plan
@@ -33,6 +54,7 @@ class SignatureReport:
     minimum_bytes: int
     capture_check: str
     accumulating: str
+    error_price: ErrorPrice | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,7 @@ class Report:
 
 def _rows(report: SignatureReport) -> dict[str, str]:
     plan = report.plan
+    price = report.error_price
     counts = ", ".join(f"{count} {kind}" for kind, count in plan.counts().items()) or "everything saved"
     return {
         "budget": format_bytes(plan.budget_bytes),
@@ -72,14 +95,22 @@ def _rows(report: SignatureReport) -> dict[str, str]:
         "gradient error": str(plan.gradient_error),
         "captured graph": report.capture_check,
         "accumulating": report.accumulating,
+        **({} if price is None else {f"{price.more_error:g} more error": str(price)}),
     }
 
 
-def make_report(signatures: Sequence[Signature]) -> Report:
-    """The report of these signatures."""
+def make_report(signatures: Sequence[Signature], more_error: float | None) -> Report:
+    """The report of these signatures, with the price of the gradient error if asked for."""
     return Report(
         tuple(
-            SignatureReport(s.plan, s.save_all_bytes, s.minimum_bytes, s.check.note, s.accumulating_note())
+            SignatureReport(
+                s.plan,
+                s.save_all_bytes,
+                s.minimum_bytes,
+                s.check.note,
+                s.accumulating_note(),
+                s.error_price(more_error) if more_error else None,
+            )
             for s in signatures
         )
     )

@@ -80,6 +80,21 @@ def test_graphs_and_report(configured: HybridModule) -> None:
     assert str(configured.report())
 
 
+def test_report_says_what_more_error_would_save() -> None:
+    layers = [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.GELU())]
+    hybrid = fxhybrid.compile(
+        nn.Sequential(*layers), budget=0.8, example_inputs=(torch.randn(1024, 64),), solver="mps", max_grad_error=1e-6
+    )
+    assert hybrid.plan.gradient_error.value < 1e-6  # no codec is that precise
+    assert hybrid.report().signatures[0].error_price is None
+    report = hybrid.report(more_error=0.2)
+    price = report.signatures[0].error_price
+    assert price is not None
+    assert price.saved_bytes > 64 * 1024  # a quarter of a layer's input: several are kept encoded then
+    assert price.saved_s >= 0
+    assert "0.2 more error" in str(report)
+
+
 def test_attributes_that_do_not_exist(configured: HybridModule) -> None:
     with pytest.raises(AttributeError, match="nonsense"):
         _ = configured.nonsense
