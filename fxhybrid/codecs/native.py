@@ -1,7 +1,7 @@
 """Compiled kernels: built by the machine's C++ compiler at first use, kept on disk, None where that fails.
 
 Inductor was tried first: its row kernels were slower than the library's and took 10 to 48 s each to compile
-(docs/adr/0008). The kernels work on memory that the caller allocates, so torch's
+(docs/adr/0009). The kernels work on memory that the caller allocates, so torch's
 allocator sees every byte. Calls go through ``ctypes``, which lets other threads run meanwhile.
 """
 
