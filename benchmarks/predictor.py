@@ -24,7 +24,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.bars import Bar, bar_of, bars_table
-from benchmarks.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.common import Record, add_record_files, names_of, records_of, wide_console
 from benchmarks.fixed_forecasts import Floats, Rounds, methods, rounds_of, score, tuned
 from fxhybrid.extras import require
 from fxhybrid.federated.predictor import MemoryBudgetPredictor
@@ -42,15 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs every population at every round length, prints the table, then the bars."""
     arguments = _parser().parse_args(argv)
     console = wide_console()
-    if arguments.summary:
-        records = read_records(arguments.summary)
-    else:
-        records = []
-        for record in _run(arguments):
-            records.append(record)
-            append_record(arguments.json, record)
-            console.print(_line(record), highlight=False)
-        records = read_records(arguments.json) if arguments.json else records
+    records = records_of(arguments, lambda: _run(arguments), _line)
     console.print(table_of(records))
     console.print(bars_table(judge(records)))
     if arguments.plot:
@@ -65,8 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", metavar="LIST", help=f"seconds; default: {','.join(map(str, ROUND_S))}")
     parser.add_argument("--seeds", metavar="LIST", default=",".join(map(str, HELD_OUT_SEEDS)), help="of the fleets")
     parser.add_argument("--devices", type=int, default=8, help="per fleet")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="judge the records of a file; runs nothing")
+    add_record_files(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="miss rate and memory used over the round's length")
     return parser
 
