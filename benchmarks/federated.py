@@ -21,7 +21,7 @@ from benchmarks.common import Record, append_record, names_of, wide_console
 from fxhybrid.extras import require
 from fxhybrid.federated.laboratory import Laboratory
 from fxhybrid.federated.policies import POLICIES, Settings, policy_of
-from fxhybrid.federated.scenarios import Scenario
+from fxhybrid.federated.scenarios import DEADLINE_S, Scenario
 
 # capable share, label skew by device, contention
 GRID = {
@@ -35,7 +35,6 @@ GRID = {
 SEEDS = (0, 1, 2)
 N_DEVICES = 20
 ROUNDS = {"digits": 40, "text": 30}
-DEADLINE_S = 1800.0  # in time for almost every device of the populations
 MAIN = ("fxhybrid", "exclude", "random", "oort-fedprox", "no-limit")
 
 

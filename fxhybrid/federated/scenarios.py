@@ -25,6 +25,7 @@ KINDS = (
 STRONG_SHARES, WEAK_SHARES = (1.5, 3.0), (0.15, 0.9)
 BYTES_PER_S = 2e4
 DROP_RATE = 0.02
+DEADLINE_S = 1800.0  # of a round; in time for almost every device
 
 
 @dataclass(frozen=True)
