@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fxhybrid.devices import DeviceProfile
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.devices import DeviceProfile
 from fxhybrid.federated.simulation import SimulatedDevice, SimulatedMemory
 from fxhybrid.federated.tasks import Task, digits_task, text_task
 from fxhybrid.federated.traces import POPULATIONS, generate_fleet
