@@ -23,7 +23,7 @@ def test_two_rounds_with_a_device_that_cannot_hold_the_unmodified_step(deploymen
     deployment.supernode(0)
     deployment.supernode(1, budget_bytes=5_000_000, hard_guard=1)
     deployment.start_run(num_server_rounds=2)
-    assert deployment.result(150) | {"accuracy": 0} == {"rounds": 2, "outcomes": {"ok": 4}, "accuracy": 0}
+    assert deployment.result(240) | {"accuracy": 0} == {"rounds": 2, "outcomes": {"ok": 4}, "accuracy": 0}
     peaks = sorted(reply["peak_bytes"] for reply in deployment.rounds()[1]["replies"].values())
     assert peaks[0] <= 5_000_000 < peaks[1]
 
@@ -33,22 +33,19 @@ def test_a_node_that_is_killed_costs_its_own_updates_only(deployment: Deployment
     deployment.superlink()
     deployment.supernode(0)
     deployment.supernode(1)
-    deployment.start_run(num_server_rounds=3, report_deadline_s=20.0, deadline_s=60.0)
+    deployment.start_run(num_server_rounds=3)
     deployment.wait_for_round(1, 120)
     deployment.kill("node1")
     found = deployment.result(260)
     assert found["rounds"] == 3
-    assert found["outcomes"]["ok"] >= 4, deployment.logs()  # two in the first round, then at least one in each
+    assert found["outcomes"]["ok"] >= 4, deployment.logs()  # two in the first round, then one in each: it is noticed
 
 
 BAD = """
-import dataclasses
-import time
-
 import numpy as np
 
 from fxhybrid.federated.flower import make_client_app
-from fxhybrid.federated.messages import Kind
+from fxhybrid.federated.messages import Kind, Outcome, Reply
 from fxhybrid.federated.node import Node
 
 
@@ -58,14 +55,11 @@ class Bad(Node):
             return super().answer(request)
         if request.round == 1:
             raise MemoryError("no room")
-        if request.round == 4:
-            time.sleep(25)
-        spoil = {2: np.nan, 3: 1.0}.get(request.round, 0.0)
-        arrays = {name: array + np.asarray(spoil, array.dtype) for name, array in request.arrays.items()}
+        arrays = {name: array + np.asarray(np.nan, array.dtype) for name, array in request.arrays.items()}
         if request.round == 3:
             arrays = {name: np.zeros((7, 7), np.float32) for name in arrays}
         facts = {"n_examples": 1, "loss": 1.0, "squared_loss": 1.0}
-        return dataclasses.replace(super().answer(request), arrays=arrays, facts=facts)
+        return Reply(request.device, request.round, Outcome.OK, 0.0, facts, arrays)
 
 
 app = make_client_app(Bad)
@@ -78,11 +72,10 @@ def test_bad_replies_lose_no_round(deployment: Deployment) -> None:
     deployment.superlink()
     deployment.supernode(0)
     deployment.supernode(1)
-    deployment.start_run(num_server_rounds=5, deadline_s=40.0)
-    assert deployment.result(290)["rounds"] == 5
+    deployment.start_run(num_server_rounds=3)
+    assert deployment.result(270)["rounds"] == 3
     outcomes = [sorted(reply["outcome"] for reply in line["replies"].values()) for line in deployment.rounds()]
-    assert outcomes[:3] == [["ok", "oom"], ["invalid", "ok"], ["invalid", "ok"]], deployment.logs()
-    assert all("ok" in of_round for of_round in outcomes), deployment.logs()
+    assert outcomes == [["ok", "oom"], ["invalid", "ok"], ["invalid", "ok"]], deployment.logs()
 
 
 @pytest.mark.slow
