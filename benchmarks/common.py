@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import statistics
@@ -162,6 +163,26 @@ def read_records(path: Path) -> list[Record]:
         record = json.loads(line)
         kept[record["model"], record["part"], record.get("key")] = record
     return list(kept.values())
+
+
+def records_of(
+    arguments: argparse.Namespace, run: Callable[[], Iterable[Record]], told: Callable[[Record], str]
+) -> list[Record]:
+    """What ``--summary`` holds, else what runs now, each record kept in ``--json`` and told as it comes."""
+    if arguments.summary:
+        return read_records(arguments.summary)
+    console, records = wide_console(), []
+    for record in run():
+        records.append(record)
+        append_record(arguments.json, record)
+        console.print(told(record), highlight=False)
+    return read_records(arguments.json) if arguments.json else records
+
+
+def add_record_files(parser: argparse.ArgumentParser) -> None:
+    """The options that :func:`records_of` reads."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="judge the records of a file; runs nothing")
 
 
 def names_of(text: str | None, known: Iterable[str], what: str) -> list[str]:

@@ -24,33 +24,26 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.bars import Bar, bar_of, bars_table
-from benchmarks.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.common import Record, add_record_files, names_of, records_of, wide_console
 from benchmarks.fixed_forecasts import Floats, Rounds, methods, rounds_of, score, tuned
 from fxhybrid.extras import require
 from fxhybrid.federated.predictor import MemoryBudgetPredictor
-from fxhybrid.federated.traces import POPULATIONS, generate_fleet
+from fxhybrid.federated.traces import POPULATIONS, MemoryTrace, generate_fleet
 
 PROMISED = 0.05
 MISS_RATES = (0.03, 0.07)
 USED_OF_BEST = 0.9
 ROUND_S = (30, 60, 120, 300, 600, 1800)
-HELD_OUT_SEEDS = (101, 102)
+HELD_OUT_SEEDS = (103, 104)
 LEAST_ROUNDS, MOST_ROUNDS, SPAN_S = 336, 600, 86_400.0  # a day, but a week of the longest rounds
+LEAST_RECORDED_ROUNDS = 30
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs every population at every round length, prints the table, then the bars."""
     arguments = _parser().parse_args(argv)
     console = wide_console()
-    if arguments.summary:
-        records = read_records(arguments.summary)
-    else:
-        records = []
-        for record in _run(arguments):
-            records.append(record)
-            append_record(arguments.json, record)
-            console.print(_line(record), highlight=False)
-        records = read_records(arguments.json) if arguments.json else records
+    records = records_of(arguments, lambda: _run(arguments), _line)
     console.print(table_of(records))
     console.print(bars_table(judge(records)))
     if arguments.plot:
@@ -65,14 +58,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", metavar="LIST", help=f"seconds; default: {','.join(map(str, ROUND_S))}")
     parser.add_argument("--seeds", metavar="LIST", default=",".join(map(str, HELD_OUT_SEEDS)), help="of the fleets")
     parser.add_argument("--devices", type=int, default=8, help="per fleet")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="judge the records of a file; runs nothing")
+    parser.add_argument("--traces", type=Path, nargs="+", metavar="FILE", help="recorded ones, in place of populations")
+    add_record_files(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="miss rate and memory used over the round's length")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> Iterator[Record]:
     lengths = [int(text) for text in arguments.rounds.split(",")] if arguments.rounds else ROUND_S
+    return _recorded(arguments.traces, lengths) if arguments.traces else _generated(arguments, lengths)
+
+
+def _recorded(paths: Sequence[Path], lengths: Sequence[int]) -> Iterator[Record]:
+    """Traces of real machines, at the round lengths that they hold enough rounds of."""
+    for trace in map(MemoryTrace.load, paths):
+        for round_s in lengths:
+            rounds = rounds_of(trace, round_s)
+            if len(rounds.minima) >= LEAST_RECORDED_ROUNDS:
+                head = {"model": trace.device, "part": "predictor", "key": f"recorded/{round_s}", "round_s": round_s}
+                yield {**head, "n_rounds": len(rounds.minima), **compare([rounds], float(round_s))}
+
+
+def _generated(arguments: argparse.Namespace, lengths: Sequence[int]) -> Iterator[Record]:
     for name in names_of(arguments.populations, POPULATIONS, "population"):
         for seed in map(int, arguments.seeds.split(",")):
             for round_s in lengths:

@@ -19,13 +19,12 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich.table import Table
 
 from benchmarks import corpus
 from benchmarks.bars import Bar, bar_of, bars_table
-from benchmarks.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.common import Record, add_record_files, names_of, records_of, wide_console
 from benchmarks.families import FAMILIES
 from fxhybrid.plan import GAP_FLOOR_SHARE
 from fxhybrid.problem import Problem
@@ -47,15 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the chosen parts, prints a table of each, then the bars."""
     arguments = _parser().parse_args(argv)
     console = wide_console()
-    if arguments.summary:
-        records = read_records(arguments.summary)
-    else:
-        records = []
-        for record in _run(arguments):
-            records.append(record)
-            append_record(arguments.json, record)
-            console.print(f"{record['model']}/{record['part']} {record['key']}", highlight=False)
-        records = read_records(arguments.json) if arguments.json else records
+    records = records_of(arguments, lambda: _run(arguments), lambda r: f"{r['model']}/{r['part']} {r['key']}")
     for part, table in (("corpus", corpus_table), ("families", family_table)):
         own = [r for r in records if r["part"] == part]
         if own:
@@ -71,8 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", metavar="LIST", help=f"for corpus; default: all of {','.join(corpus.names())}")
     parser.add_argument("--families", metavar="LIST", help=f"default: all of {','.join(FAMILIES)}")
     parser.add_argument("--backend", choices=("highs", "cbc"), default="highs", help="of the integer program")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="judge the records of a file; runs nothing")
+    add_record_files(parser)
     return parser
 
 

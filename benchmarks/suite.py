@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bars import bars_table, judge
-from benchmarks.common import Bench, Record, append_record, names_of, read_records, wide_console
+from benchmarks.common import Bench, Record, add_record_files, names_of, records_of, wide_console
 from benchmarks.parts import PARTS, Session, run_parts
 from fxhybrid import suite
 from fxhybrid.errors import format_bytes
@@ -28,12 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the parts chosen and prints one table per part, then the bars."""
     arguments = _parser().parse_args(argv)
     console = wide_console()
-    if arguments.summary:
-        records = read_records(arguments.summary)
-    else:
-        records = _run(arguments, console)
-        if arguments.json:
-            records = read_records(arguments.json)
+    records = records_of(arguments, lambda: _run(arguments), lambda r: f"{r['model']}/{r['part']} {r['key'] or ''}")
     for part in PARTS:
         own = [r for r in records if r["part"] == part and "error" not in r]
         if own:
@@ -51,24 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--pairs", type=int, default=31, help="interleaved pairs per timing (default: 31)")
     parser.add_argument("--fresh", action="store_true", help="compile anew for every share, not set_budget")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="judge the records of a file; runs nothing")
+    add_record_files(parser)
     return parser
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> list[Record]:
-    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", highlight=False)
-    records = []
+def _run(arguments: argparse.Namespace) -> Iterator[Record]:
+    wide_console().print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", highlight=False)
     for name in names_of(arguments.models, suite.names(), "model"):
         session = Session(Bench(name, arguments.size), arguments.pairs, arguments.fresh)
-        for record in run_parts(session, names_of(arguments.parts, PARTS, "part")):
-            records.append(record)
-            append_record(arguments.json, record)
-            console.print(f"{record['model']}/{record['part']} {record['key'] or ''}", highlight=False)
+        yield from run_parts(session, names_of(arguments.parts, PARTS, "part"))
         torch._dynamo.reset()
         del session
         gc.collect()
-    return records
 
 
 def part_table(part: str, records: Sequence[Record]) -> Table:

@@ -6,6 +6,7 @@ model(x, loss_args=(y,)).backward()
 """
 
 from fxhybrid.api import compile, plan
+from fxhybrid.devices import DeviceProfile
 from fxhybrid.errors import (
     BudgetError,
     CaptureError,
@@ -27,6 +28,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "CodecError",
+    "DeviceProfile",
     "Frontier",
     "FxHybridError",
     "HybridModule",

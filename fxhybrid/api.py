@@ -9,6 +9,8 @@ from torch import nn
 
 from fxhybrid.budget import Budget
 from fxhybrid.compiler import Signature
+from fxhybrid.devices import DeviceProfile
+from fxhybrid.elsewhere import plan_elsewhere
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.module import HybridModule, wrap
 from fxhybrid.options import make_options
@@ -86,15 +88,23 @@ def plan(
     *,
     budget: Budget,
     loss_args: tuple[Any, ...] = (),
+    device_profile: DeviceProfile | None = None,
     **options: Any,
 ) -> Plan:
     """The plan that ``compile`` would carry out with the same arguments, without wrapping the model.
+
+    With a ``device_profile`` the plan is for that device, which need not be here: it carries the plan out by
+    ``compile(..., plan=plan)``. The heuristic plans it; bytes are those of this machine's operators.
 
     Raises:
         As ``compile`` does.
     """
     hybrid = wrap(model, make_options(budget=budget, **options), None)
-    return _plan_now(hybrid, example_inputs, loss_args).plan
+    found = _plan_now(hybrid, example_inputs, loss_args)
+    if device_profile is None:
+        return found.plan
+    problem, limit = found.prepared.problem, found.error_target
+    return plan_elsewhere(problem, found.work, found.plan, device_profile, found.budget_bytes, max_error=limit)
 
 
 def _plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any, ...]) -> Signature:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.text import Text
 
 from fxhybrid.errors import FxHybridError, InvalidArgument
-from fxhybrid.federated.command import add_arguments as add_federated
 from fxhybrid.version import __version__
 
 FAILED = 2
@@ -57,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="train two models on real data inside budgets"))
     _add_plan(commands.add_parser("plan", help="plan one model for one budget"))
     _add_frontier(commands.add_parser("frontier", help="what each budget costs"))
-    add_federated(commands.add_parser("federated", help="train one model on simulated devices of unlike memory"))
+    _add_federated(commands.add_parser("federated", help="train one model on simulated devices of unlike memory"))
     return parser
 
 
@@ -114,6 +113,28 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", choices=("mps", "ilp"), default="mps", help="of the hybrid (default: mps)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot; the suffix says the format")
     parser.set_defaults(run=_frontier)
+
+
+def _add_federated(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Trains one model on simulated devices, most of which cannot hold the unmodified training step. Training is "
+        "real; clock and memory are the devices' own."
+    )
+    parser.add_argument("--task", choices=("digits", "text"), default="digits", help="default: %(default)s")
+    parser.add_argument("--policies", default="fxhybrid,exclude", metavar="LIST", help="default: %(default)s")
+    parser.add_argument("--devices", type=int, default=20, metavar="N", help="default: %(default)s")
+    parser.add_argument("--capable-share", type=float, default=0.2, metavar="X", help="default: %(default)s")
+    parser.add_argument(
+        "--skew", type=float, default=0.8, metavar="X", help="of labels by device (default: %(default)s)"
+    )
+    parser.add_argument("--contention", default="steady", help="kind of memory traces (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default: %(default)s")
+    parser.add_argument("--per-round", type=int, default=5, metavar="N", help="updates a round waits for (default: 5)")
+    parser.add_argument("--local-steps", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="logs and checkpoints go there")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --folder")
+    parser.set_defaults(run=_federated)
 
 
 def parse_budget(text: str) -> int | float | str:
@@ -181,6 +202,12 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.steps is not None and arguments.steps < 1:
         raise InvalidArgument(f"--steps is {arguments.steps}; it must be at least 1")
     run_demo(_console(), shares=shares, steps=arguments.steps, plot=arguments.plot)
+
+
+def _federated(arguments: argparse.Namespace) -> None:
+    from fxhybrid.federated.command import run
+
+    run(arguments)
 
 
 def _console() -> Console:

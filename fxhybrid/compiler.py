@@ -16,7 +16,7 @@ from fxhybrid.carried import carried_actions, named_actions, versions
 from fxhybrid.errors import InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
-from fxhybrid.plan import GradientError, Plan
+from fxhybrid.plan import Actions, GradientError, Plan
 from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
@@ -213,20 +213,21 @@ class Signature:
         """
         actions = carried_actions(plan, self.prepared.problem, self.prepared.fingerprint)
         key = f"{plan.budget_bytes} {sorted((name, str(action)) for name, action in plan.actions.items())}"
-        states = self.carried.pop(key, None)
-        if states is None:
-            rung = judged(self.prepared.problem, actions)
-            if rung.peak_bytes > plan.budget_bytes:
-                raise PlanMismatchError(
-                    f"the plan peaks at {rung.peak_bytes} bytes ({format_bytes(rung.peak_bytes)}) here, above its "
-                    f"budget of {plan.budget_bytes}; plan again with fxhybrid.plan"
-                )
-            self.budget_bytes = plan.budget_bytes  # part of the active plan
-            states = {False: self._activate(KnownPlan(rung, plan.solver, solve_s=plan.solve_s), False)}
+        known = None if key in self.carried else self._fitting(plan, actions)
+        self.budget_bytes = plan.budget_bytes  # part of the active plan
+        states = self.carried.pop(key) if known is None else {False: self._activate(known, False)}
         while len(self.carried) >= CARRIED_PLANS:
             del self.carried[next(iter(self.carried))]
-        self.budget_bytes = plan.budget_bytes
         self.carried[key] = self.states = states
+
+    def _fitting(self, plan: Plan, actions: Actions) -> KnownPlan:
+        rung = judged(self.prepared.problem, actions)
+        if rung.peak_bytes > plan.budget_bytes:
+            raise PlanMismatchError(
+                f"the plan peaks at {rung.peak_bytes} bytes ({format_bytes(rung.peak_bytes)}) here, above its "
+                f"budget of {plan.budget_bytes}; plan again with fxhybrid.plan"
+            )
+        return KnownPlan(rung, plan.solver, solve_s=plan.solve_s)
 
     @property
     def work(self) -> StepWork:

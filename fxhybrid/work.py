@@ -54,21 +54,24 @@ def work_of(layout: Layout) -> StepWork:
 def _work(op: OpCall) -> OpWork:
     node = op.node
     call = call_of(node.target, node.args, node.kwargs)
-    tensors: list[Tensor] = []
-    fx.node.map_aggregate((call.args, call.kwargs, node.meta["val"]), lambda v: _collect(v, tensors))
-    return OpWork(call.key, _flops(node, call.args), sum(t.numel() * t.element_size() for t in tensors))
+    return OpWork(call.key, _flops(node, call.args), _n_bytes((call.args, call.kwargs, node.meta["val"])))
 
 
 def _mask_work(op: OpCall) -> OpWork:
-    tensors: list[Tensor] = []
-    fx.node.map_aggregate(op.node.meta["val"], lambda v: _collect(v, tensors))
-    return OpWork(f"mask {op.node.target}", 0, sum(t.numel() * t.element_size() for t in tensors))
+    return OpWork(f"mask {op.node.target}", 0, _n_bytes(op.node.meta["val"]))
 
 
-def _collect(value: Any, into: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        into.append(value)
-    return value
+def _n_bytes(values: Any) -> int:
+    """Bytes of all tensors in nested arguments."""
+    found: list[int] = []
+
+    def note(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            found.append(value.numel() * value.element_size())
+        return value
+
+    fx.node.map_aggregate(values, note)
+    return sum(found)
 
 
 def _flops(node: fx.Node, args: tuple[Any, ...]) -> int:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fxhybrid.devices import DeviceProfile
 from fxhybrid.federated.data import ArrayData
-from fxhybrid.federated.devices import DeviceProfile
 from fxhybrid.federated.driver import Driver
 from fxhybrid.federated.forecast import LastReading
 from fxhybrid.federated.messages import Arrays, Kind, Outcome, Reply, Request

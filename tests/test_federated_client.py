@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from fxhybrid.devices import DeviceProfile
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.client import LocalWork, Trainer, TrainerPool
-from fxhybrid.federated.devices import DeviceProfile
 from fxhybrid.federated.messages import Kind, Outcome, Request
 from fxhybrid.federated.planning import FleetPlanner
 from fxhybrid.federated.simulation import SimulatedDevice, SimulatedMemory
@@ -178,7 +178,7 @@ import dataclasses
 import torch
 torch.set_num_threads(1)
 from fxhybrid.federated.client import LocalWork, Trainer
-from fxhybrid.federated.devices import DeviceProfile
+from fxhybrid.devices import DeviceProfile
 from fxhybrid.federated.node import RealGauge
 from fxhybrid.federated.planning import FleetPlanner
 from fxhybrid.federated.transport import is_out_of_memory

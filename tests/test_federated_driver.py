@@ -194,6 +194,18 @@ def test_settings_and_policies_are_checked(planner: FleetPlanner) -> None:
     assert {"fxhybrid", "exclude", "random", "oort-fedprox", "recompute-only", "no-limit"} <= set(POLICIES)
 
 
+def test_devices_with_much_data_count_once(planner: FleetPlanner) -> None:
+    def trained(value: float, n_examples: int) -> Callable[[Request], Reply]:
+        facts = {"n_examples": n_examples, "loss": 1.0, "squared_loss": 1.0}
+        return device(changed(arrays={"w": np.full(3, value, np.float32)}, facts=facts))
+
+    handlers = {"much": trained(4.0, 30), "little": trained(0.0, 10)}
+    for selector, mean in (("random", 3.0), ("utility", 2.0)):  # 30 of 40 examples; one of two devices
+        driver = driver_of(planner, handlers, rounds=1, policy=Policy("test", forecast="last", selector=selector))
+        driver.run()
+        assert driver.arrays["w"].tolist() == [mean] * 3
+
+
 def test_requests_of_one_round_are_of_one_kind(planner: FleetPlanner) -> None:
     kinds: list[Kind] = []
 

@@ -71,7 +71,7 @@ def test_narrow_models_train_a_corner_of_the_wide_one(laboratory: Laboratory) ->
 def test_the_command_runs_and_writes(
     laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fxhybrid.federated.laboratory.Laboratory", lambda: laboratory)  # captured and planned already
+    monkeypatch.setattr("fxhybrid.federated.command.Laboratory", lambda: laboratory)  # captured and planned already
     arguments = ["federated", "--task", "text", "--devices", "4", "--rounds", "1", "--per-round", "2"]
     arguments += ["--local-steps", "1", "--policies", "exclude", "--folder", str(tmp_path)]
     assert main(arguments) == 0

@@ -1,36 +1,30 @@
-"""Flower: the same driver over a Grid in this process, and over a real SuperLink with SuperNodes on loopback."""
+"""Flower within this process: the driver over a Grid whose nodes are functions."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-pytest.importorskip("flwr", reason="needs the extra: pip install 'fxhybrid[federated]'")
+pytest.importorskip("flwr", reason="needs Flower: pip install 'fxhybrid[federated]'")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
 from fxhybrid.federated.flower import FlowerTransport, decode_request, encode_request
-from fxhybrid.federated.messages import Kind, Outcome, Request
+from fxhybrid.federated.messages import Kind, Outcome, Reply, Request
+from fxhybrid.federated.planning import FleetPlanner, capture_step
+from tests.federated_parts import Trained, adds_one, device, driver_of, tiny_task
 
-APP = Path(__file__).parents[1] / "fxhybrid" / "federated" / "flower_app"
 Answer = Callable[[Message], "Message | None"]
 
 
 class LocalGrid:
-    """A Grid whose nodes are functions; messages go through their byte form, errors as Flower's own."""
+    """A Grid whose nodes are functions; content goes through its byte form, errors are Flower's own."""
 
     def __init__(self, nodes: dict[int, Answer]) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
@@ -50,8 +44,11 @@ class LocalGrid:
         for number, message in enumerate(messages):
             name = f"m{len(self.waiting)}-{number}"
             message.metadata.__dict__["_message_id"] = name
+            message.content = through_bytes(message.content)
             reply = self.nodes[message.metadata.dst_node_id](message)
             if reply is not None:
+                if reply.has_content():
+                    reply.content = through_bytes(reply.content)
                 reply.metadata.__dict__["_reply_to_message_id"] = name
                 self.waiting[name] = reply
             names.append(name)
@@ -59,6 +56,12 @@ class LocalGrid:
 
     def pull_messages(self, names: list[str]) -> list[Message]:
         return [self.waiting.pop(name) for name in names if name in self.waiting]
+
+
+def through_bytes(content: RecordDict) -> RecordDict:
+    """As the other side gets it."""
+    proto = recorddict_to_proto(content)
+    return recorddict_from_proto(type(proto).FromString(proto.SerializeToString()))
 
 
 def echo(message: Message) -> Message:
@@ -132,180 +135,49 @@ def test_a_superlink_out_of_reach_loses_requests_and_nothing_else() -> None:
     assert [r.outcome for r in transport.ask(requests, 0.2)] == [Outcome.LOST]
 
 
-# -- a real deployment on loopback ---------------------------------------------------------------------------
+def node(train: Trained = adds_one) -> Answer:
+    """A made-up device behind Flower's messages; its errors are Flower's, its silence is None."""
 
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-class Deployment:
-    """One SuperLink and two SuperNodes as processes of this test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.processes: list[subprocess.Popen[bytes]] = []
-        home = folder / "flwr"
-        home.mkdir()
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
-        )
-        self.environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": f"{APP.parents[2]}:{os.environ.get('PYTHONPATH', '')}",
-            "FLWR_HOME": str(home),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-            "OMP_NUM_THREADS": "1",
-        }
-
-    def start(self, *command: str) -> subprocess.Popen[bytes]:
-        log = (self.folder / f"{len(self.processes)}.log").open("wb")
-        process = subprocess.Popen(command, env=self.environment, cwd=self.folder, stdout=log, stderr=log)
-        self.processes.append(process)
-        return process
-
-    def superlink(self) -> None:
-        self.start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.port))
-
-    def supernode(self, partition: int, **config: int) -> None:
-        own = {"partition-id": partition, "num-partitions": 2, **config}
-        told = " ".join(f"{name}={value}" for name, value in own.items())
-        address = f"127.0.0.1:{self.port}"
-        self.start(
-            *("flower-supernode", "--insecure", "--superlink", address, "--host", "127.0.0.1"),
-            *("--port", str(free_port()), "--max-retries", "20", "--node-config", told),
+    def answer(message: Message) -> Message | None:
+        kind = Kind.TRAIN if message.metadata.message_type == "train" else Kind.REPORT
+        try:
+            reply = device(train)(decode_request(message, kind))
+        except MemoryError as failure:
+            return Message(Error(code=2, reason=f"{type(failure)}:<{failure}>"), reply_to=message)
+        except TimeoutError:
+            return None
+        told = {"outcome": reply.outcome.value, "detail": reply.detail, "facts": dict(reply.facts)}
+        arrays = ArrayRecord({name: Array(array) for name, array in reply.arrays.items()})
+        return Message(
+            RecordDict({"facts": ConfigRecord({"json": json.dumps(told)}), "arrays": arrays}), reply_to=message
         )
 
-    def run(self, limit_s: float, **config: Any) -> dict[str, Any]:
-        out = self.folder / "out.json"
-        told = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in {**config, "out": str(out)}.items())
-        command = ["flwr", "run", str(APP), "here", "--run-config", told]
-        end = time.monotonic() + limit_s
-        while subprocess.run(command, env=self.environment, cwd=self.folder, capture_output=True).returncode:
-            assert time.monotonic() < end, "flwr run does not start"
-            time.sleep(1)
-        while not out.exists():
-            assert time.monotonic() < end, self.logs()
-            time.sleep(0.3)
-        time.sleep(0.2)
-        found: dict[str, Any] = json.loads(out.read_text())
-        return found
-
-    def logs(self) -> str:
-        return "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(self.folder.glob("*.log")))
-
-    def stop(self) -> None:
-        for process in reversed(self.processes):
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in self.processes:
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    return answer
 
 
-@pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    made = Deployment(tmp_path)
-    yield made
-    made.stop()
+def raising(failure: Exception) -> Trained:
+    def train(request: Request) -> Reply:
+        raise failure
+
+    return train
 
 
-@pytest.mark.slow
-def test_two_rounds_on_loopback(deployment: Deployment) -> None:
-    deployment.superlink()
-    time.sleep(3)
-    deployment.supernode(0)
-    deployment.supernode(1, **{"budget-bytes": 5_000_000, "hard-guard": 1})  # cannot hold the unmodified step
-    folder = deployment.folder / "run"
-    found = deployment.run(170, num_server_rounds=2, folder=str(folder))
-    assert found["rounds"] == 2
-    assert found["outcomes"] == {"ok": 4}, deployment.logs()
-    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    peaks = sorted(reply["peak_bytes"] for reply in lines[1]["replies"].values())
-    assert peaks[0] <= 5_000_000 < peaks[1]
+def changed(array: np.ndarray) -> Trained:
+    return lambda request: dataclasses.replace(adds_one(request), arrays={"w": array})
 
 
-@pytest.mark.slow
-def test_a_client_that_is_killed_costs_its_own_update_only(deployment: Deployment) -> None:
-    deployment.superlink()
-    time.sleep(3)
-    deployment.supernode(0)
-    deployment.supernode(1)
-    folder = deployment.folder / "run"
-    log = folder / "rounds.jsonl"
-
-    def kill_after_the_first_round() -> None:
-        end = time.monotonic() + 150
-        while not log.exists() and time.monotonic() < end:
-            time.sleep(0.3)
-        deployment.processes[2].kill()
-
-    watcher = threading.Thread(target=kill_after_the_first_round)
-    watcher.start()
-    found = deployment.run(250, num_server_rounds=3, folder=str(folder), report_deadline_s=20.0, deadline_s=60.0)
-    watcher.join()
-    assert found["rounds"] == 3
-    assert found["outcomes"]["ok"] >= 4, deployment.logs()  # two in the first round, then one in each
-
-
-CERTIFICATES = """set -e
-openssl ecparam -name prime256v1 -genkey -noout -out ca.key
-openssl req -x509 -new -key ca.key -sha256 -days 2 -subj /CN=test -out ca.crt \\
-    -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign
-openssl ecparam -name prime256v1 -genkey -noout -out server.key
-openssl req -new -key server.key -subj /CN=localhost -out server.csr
-printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\\nbasicConstraints=CA:FALSE\\nextendedKeyUsage=serverAuth\\n' > ext
-openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -sha256 -extfile ext -out server.pem
-for i in 0 1 2; do ssh-keygen -q -t ecdsa -b 384 -N "" -f node$i; done
-"""
-
-
-class TlsDeployment(Deployment):
-    """The same with certificates and registered node keys."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        subprocess.run(["bash", "-c", CERTIFICATES], cwd=folder, check=True, capture_output=True)
-        (folder / "flwr" / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\n'
-            f'root-certificates = "{folder / "ca.crt"}"\n'
-        )
-
-    def superlink(self) -> None:
-        files = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.pem", "--ssl-keyfile": "server.key"}
-        options = [text for pair in files.items() for text in pair]
-        where = ["--host", "127.0.0.1", "--port", str(self.port)]
-        self.start("flower-superlink", *options, "--enable-supernode-auth", *where)
-
-    def supernode(self, partition: int, **config: int) -> None:
-        key = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", f"node{partition}"]
-        where = ["--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1", "--port", str(free_port())]
-        told = f"partition-id={partition} num-partitions=2"
-        self.start("flower-supernode", *key, *where, "--max-retries", "20", "--node-config", told)
-
-
-@pytest.mark.slow
-def test_tls_with_keys_and_an_unregistered_node(tmp_path: Path) -> None:
-    deployment = TlsDeployment(tmp_path)
-    try:
-        deployment.superlink()
-        time.sleep(4)
-        for partition in (0, 1):
-            register = ["flwr", "supernode", "register", f"node{partition}.pub", "here"]
-            subprocess.run(register, env=deployment.environment, cwd=tmp_path, check=True, capture_output=True)
-            deployment.supernode(partition)
-        deployment.supernode(2)
-        stranger = deployment.processes[-1]
-        assert stranger.wait(60) != 0, "a node without a registered key must be turned away"
-        assert deployment.run(170, num_server_rounds=1)["outcomes"] == {"ok": 2}, deployment.logs()
-    finally:
-        deployment.stop()
+def test_bad_replies_lose_no_round_and_do_not_touch_the_model() -> None:
+    planner = FleetPlanner.of(capture_step(tiny_task())[1])
+    nodes = {
+        1: node(),
+        2: node(raising(MemoryError("no room"))),
+        3: node(changed(np.full(3, np.nan, np.float32))),
+        4: node(changed(np.ones(4, np.float32))),
+        5: node(raising(TimeoutError())),
+    }
+    driver = driver_of(planner, {}, rounds=3, devices_per_round=5, deadline_s=0.5)
+    driver.transport = FlowerTransport(LocalGrid(nodes), poll_s=0.01)  # type: ignore[arg-type]
+    records = driver.run()
+    outcomes = {"1": "ok", "2": "oom", "3": "invalid", "4": "invalid", "5": "late"}
+    assert [record.outcomes for record in records] == [outcomes] * 3
+    assert driver.arrays["w"].tolist() == [3, 3, 3]  # the good node adds 1 in every round

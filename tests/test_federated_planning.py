@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
+import fxhybrid
+from fxhybrid.devices import DeviceProfile, problem_on
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
-from fxhybrid.federated.devices import DeviceProfile, problem_on
 from fxhybrid.federated.planning import FleetPlanner, Technique, capture_step
 from fxhybrid.module import HybridModule
 from fxhybrid.plan import Plan
@@ -123,3 +124,22 @@ def test_a_plan_above_its_own_budget_is_refused(hybrid: HybridModule, planner: F
     assert planned is not None
     with pytest.raises(PlanMismatchError, match="above its budget"):
         hybrid.use_plan(dataclasses.replace(planned.plan, budget_bytes=planned.plan.peak_bytes - 1))
+
+
+def test_a_plan_for_another_device_counts_its_seconds_and_runs_there(hybrid: HybridModule) -> None:
+    task = tiny_task()
+    inputs, targets = task.example()
+    budget = int(0.9 * simulate_actions(hybrid.planning_problem, {}).peak_bytes)
+    asked = {"budget": budget, "loss_fn": task.loss_fn, "loss_args": (targets,)}
+    twice = dataclasses.replace(SLOW_COMPUTE, slowdown=2.0)
+    one, two = (
+        fxhybrid.plan(task.make_model(1.0), (inputs,), device_profile=profile, **asked)
+        for profile in (SLOW_COMPUTE, twice)
+    )
+    there = problem_on(hybrid.planning_problem, hybrid.planning_work, SLOW_COMPUTE)
+    assert one.step_s == pytest.approx(there.step_s)
+    assert (two.step_s, two.added_s) == pytest.approx((2 * one.step_s, 2 * one.added_s))
+    assert two.actions == one.actions
+    carried = fxhybrid.compile(task.make_model(1.0), example_inputs=(inputs,), plan=one, **asked)
+    assert carried.plan.actions == one.actions
+    assert carried.plan.peak_bytes == one.peak_bytes <= budget

@@ -1,27 +1,19 @@
-"""The memory forecast: history at every scale, the promised rate, cold start, misses, and readings of a machine."""
+"""The memory forecast: the promised rate, cold start, misses, and what a restart keeps."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fxhybrid.errors import FxHybridError, InvalidArgument
+from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated import MemoryBudgetPredictor
-from fxhybrid.federated.history import CAPACITY, ReadingHistory
 from fxhybrid.federated.predictor import SETBACK, pinball
-from fxhybrid.federated.readings import MemoryReading, read_memory
 
 MIB = 1 << 20
-KIB = 1024
 
 
 def play(predictor: MemoryBudgetPredictor, rounds: list[list[float]], round_s: float = 60.0) -> list[bool]:
@@ -35,64 +27,6 @@ def play(predictor: MemoryBudgetPredictor, rounds: list[list[float]], round_s: f
             predictor.observe("d", t_s, reading)
         missed.append(min(readings) < forecast)
     return missed
-
-
-# --- history
-
-
-@given(
-    readings=st.lists(st.integers(0, 10**9), min_size=2, max_size=120),
-    horizon_s=st.sampled_from([30.0, 60.0, 110.0, 200.0]),
-)
-@settings(max_examples=60, deadline=None)
-def test_windows_hold_the_true_minima(readings: list[int], horizon_s: float) -> None:
-    history = ReadingHistory()
-    for i, reading in enumerate(readings):
-        history.observe(5.0 * i, float(reading))
-    windows = history.windows(horizon_s)
-    # a stretch starts at a reading and covers the horizon and at most half of it more (blocks of up to an eighth
-    # of it, or single readings), so it must be found among the stretches cut from the readings directly
-    widths = range(math.ceil(horizon_s / 5), math.ceil(1.5 * horizon_s / 5) + 1)
-    cut = {(readings[i], min(readings[i : i + w])) for w in widths for i in range(len(readings) - w + 1)}
-    assert {(int(s), int(m)) for s, m in zip(windows.starts, windows.minima, strict=True)} <= cut
-    assert np.all(windows.trailing <= windows.starts)
-
-
-def test_history_stays_small_and_reaches_far_back() -> None:
-    history = ReadingHistory()
-    for i in range(6 * CAPACITY):
-        history.observe(5.0 * i, 7.0)
-    state = history.to_state()
-    assert max(len(level["closed"][0]) for level in state["levels"]) <= CAPACITY
-    # half an hour: blocks of 160 s (the widest under 225 s), 12 to a stretch; 6 * 1024 * 5 s hold 191 closed ones
-    assert history.windows(1800.0).independent == pytest.approx(191 / 12, abs=1.5)
-
-
-def test_stretches_that_a_device_was_silent_in_are_no_evidence() -> None:
-    history = ReadingHistory()
-    for t_s in [*range(0, 300, 5), *range(3000, 3300, 5)]:
-        history.observe(float(t_s), 100.0 if t_s < 300 else 10.0)
-    # the gap of 2,700 s must not join the two: no stretch of 60 s sees both values
-    windows = history.windows(60.0)
-    assert set(zip(windows.starts.tolist(), windows.minima.tolist(), strict=True)) == {(100.0, 100.0), (10.0, 10.0)}
-
-
-def test_rare_readings_are_looked_at_over_longer_blocks() -> None:
-    history = ReadingHistory()
-    for i in range(200):
-        history.observe(60.0 * i, 100.0 if i % 2 else 50.0)
-    # one reading a minute: a stretch of a minute must reach the next reading, or every fall would go unseen
-    windows = history.windows(60.0)
-    assert len(windows.starts) > 20
-    assert np.mean(windows.minima[windows.starts == 100.0] == 50.0) > 0.9
-
-
-def test_trailing_minimum_sees_the_blocks_that_are_still_open() -> None:
-    history = ReadingHistory()
-    for t_s, reading in ((0.0, 9.0), (100.0, 5.0), (301.0, 7.0), (302.0, 3.0), (303.0, 8.0)):
-        history.observe(t_s, reading)
-    assert history.trailing_minimum(290.0) == 3.0
-    assert history.trailing_minimum(0.0) == 3.0
 
 
 # --- the promise
@@ -290,91 +224,3 @@ def test_parameters_are_checked() -> None:
 def test_pinball_loss() -> None:
     # 10 bytes unused cost 0.05 each, 10 too many 0.95 each
     assert pinball(np.array([10.0, -10.0]), 0.05).tolist() == pytest.approx([0.5, 9.5])
-
-
-# --- readings of a machine
-
-
-def machine(
-    root: Path, *, cgroup: str = "0::/\n", status: str = "RssAnon: 300 kB\nRssShmem: 100 kB\nVmRSS: 900 kB\n"
-) -> Path:
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n")
-    (root / "proc/self/status").write_text(f"Name:\tpython\n{status}")
-    (root / "proc/self/cgroup").write_text(cgroup)
-    return root
-
-
-def group(folder: Path, limit: str, usage: int, stat: str = "") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory.max").write_text(f"{limit}\n")
-    (folder / "memory.current").write_text(f"{usage}\n")
-    (folder / "memory.stat").write_text(stat)
-
-
-def test_own_anonymous_pages_are_added_back(tmp_path: Path) -> None:
-    # 5000 kB available + 300 anonymous + 100 shared of our own; the other 500 resident are file pages
-    assert read_memory(root=machine(tmp_path)) == MemoryReading(5400 * KIB, 400 * KIB, 8000 * KIB)
-
-
-def test_old_kernels_give_only_the_whole_resident_set(tmp_path: Path) -> None:
-    assert read_memory(root=machine(tmp_path, status="VmRSS: 900 kB\n")).available_bytes == 5900 * KIB
-
-
-def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
-    root = machine(tmp_path, cgroup="0::/pod/train\n")
-    group(root / "sys/fs/cgroup/pod/train", "max", 900 * KIB)
-    group(root / "sys/fs/cgroup/pod", str(2000 * KIB), 1500 * KIB, f"inactive_file {200 * KIB}\nanon 7\n")
-    # 2000 - (1500 used - 200 reclaimable) = 700 left, + 400 of our own
-    assert read_memory(root=root) == MemoryReading(1100 * KIB, 400 * KIB, 2000 * KIB)
-
-
-def test_cgroup_version_1(tmp_path: Path) -> None:
-    root = machine(tmp_path, cgroup="7:cpu:/x\n5:memory:/docker/abc\n")
-    folder = root / "sys/fs/cgroup/memory"  # inside a container the path does not exist, the mount is the group
-    folder.mkdir(parents=True)
-    (folder / "memory.limit_in_bytes").write_text(str(3000 * KIB))
-    (folder / "memory.usage_in_bytes").write_text(str(1000 * KIB))
-    (folder / "memory.stat").write_text(f"total_inactive_file {100 * KIB}\ninactive_file 0\n")
-    assert read_memory(root=root).available_bytes == (3000 - 900 + 400) * KIB
-
-
-def test_no_proc_is_said(tmp_path: Path) -> None:
-    with pytest.raises(FxHybridError, match="only be read on Linux"):
-        read_memory(root=tmp_path)
-
-
-def test_this_machine_can_be_read() -> None:
-    reading = read_memory()
-    assert 0 < reading.own_bytes < reading.available_bytes <= reading.total_bytes
-
-
-def test_own_memory_does_not_lower_the_reading(tmp_path: Path) -> None:
-    before = read_memory()
-    block = np.ones(256 * MIB, dtype=np.uint8)
-    after = read_memory()
-    assert after.own_bytes - before.own_bytes > 0.9 * block.nbytes
-    assert before.available_bytes - after.available_bytes < 0.5 * block.nbytes
-
-
-@pytest.mark.parametrize("device", ["tpu", "cuda"])
-def test_devices_that_are_not_there(device: str) -> None:
-    torch = pytest.importorskip("torch")
-    if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(InvalidArgument, match=device):
-        read_memory(device)
-
-
-def test_cuda_adds_back_what_the_allocator_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mem_get_info(device: str) -> tuple[int, int]:
-        assert device == "cuda:1"
-        return 600, 1000
-
-    cuda = SimpleNamespace(
-        is_available=lambda: True,
-        mem_get_info=mem_get_info,
-        memory_reserved=lambda device: 250 if device == "cuda:1" else 0,
-    )
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    assert read_memory("cuda:1") == MemoryReading(850, 250, 1000)

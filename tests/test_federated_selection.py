@@ -106,17 +106,17 @@ def factor(selection: Selection, client: str, name: str) -> float:
     return selection.factors[client][name]
 
 
-def test_utility_multiplies_ranks() -> None:
+def test_utility_multiplies_ranks_and_the_memory_share() -> None:
     pool = [
         candidate("a", mean_squared_loss=4.0, available_bytes=400 * MIB, predicted_step_s=1.0),
         candidate("b", mean_squared_loss=1.0, available_bytes=500 * MIB, predicted_step_s=1e-6),
     ]
     selection = UtilitySelector().select(pool, 1, round_index=10)
-    # two clients: ranks are 1/2 and 1. a: data 1, memory 1/2, compute 1/2; b: data 1/2, memory 1, compute 1
-    assert factor(selection, "a", "reward") == pytest.approx(1 / 4)
-    assert factor(selection, "b", "reward") == pytest.approx(1 / 2)
+    # two clients: ranks are 1/2 and 1. a: data 1, memory 0.4, compute 1/2; b: data 1/2, memory 0.5, compute 1
+    assert factor(selection, "a", "reward") == pytest.approx(0.2)
+    assert factor(selection, "b", "reward") == pytest.approx(0.25)
     assert factor(selection, "a", "bonus") == pytest.approx(math.sqrt(0.1 * math.log(10) / 5))
-    assert factor(selection, "a", "score") == pytest.approx(1 / 4 + math.sqrt(0.1 * math.log(10) / 5))
+    assert factor(selection, "a", "score") == pytest.approx(0.2 + math.sqrt(0.1 * math.log(10) / 5))
 
 
 def test_ranks_ignore_the_unit_and_equal_values_share() -> None:

@@ -10,31 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fxhybrid.errors import InvalidArgument
-
-DEADLINE_S = 1800.0  # in time for almost every simulated device
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.description = (
-        "Trains one model on simulated devices, most of which cannot hold the unmodified training step. Training is "
-        "real; clock and memory are the devices' own."
-    )
-    parser.add_argument("--task", choices=("digits", "text"), default="digits", help="default: %(default)s")
-    parser.add_argument("--policies", default="fxhybrid,exclude", metavar="LIST", help="default: %(default)s")
-    parser.add_argument("--devices", type=int, default=20, metavar="N", help="default: %(default)s")
-    parser.add_argument("--capable-share", type=float, default=0.2, metavar="X", help="default: %(default)s")
-    parser.add_argument(
-        "--skew", type=float, default=0.8, metavar="X", help="of labels by device (default: %(default)s)"
-    )
-    parser.add_argument("--contention", default="steady", help="kind of memory traces (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default: %(default)s")
-    parser.add_argument("--per-round", type=int, default=5, metavar="N", help="updates a round waits for (default: 5)")
-    parser.add_argument("--local-steps", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="logs and checkpoints go there")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --folder")
-    parser.set_defaults(run=run)
+from fxhybrid.federated.laboratory import Laboratory, run_policy
+from fxhybrid.federated.policies import Settings, policy_of
+from fxhybrid.federated.scenarios import DEADLINE_S, Scenario
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -43,10 +21,6 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         InvalidArgument: an option cannot be used.
     """
-    from fxhybrid.federated.laboratory import Laboratory, run_policy
-    from fxhybrid.federated.policies import Settings, policy_of
-    from fxhybrid.federated.scenarios import Scenario
-
     if arguments.resume and arguments.folder is None:
         raise InvalidArgument("--resume needs --folder, where the checkpoints are")
     scenario = Scenario(
@@ -58,7 +32,11 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.seed,
     )
     settings = Settings(
-        arguments.rounds, arguments.per_round, local_steps=arguments.local_steps, deadline_s=1800.0, seed=arguments.seed
+        arguments.rounds,
+        arguments.per_round,
+        local_steps=arguments.local_steps,
+        deadline_s=DEADLINE_S,
+        seed=arguments.seed,
     )
     policies = [policy_of(name) for name in arguments.policies.split(",")]
     console = Console()

@@ -6,19 +6,13 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from fxhybrid.federated.assembly import make_driver
 from fxhybrid.federated.client import Trainer, TrainerPool
 from fxhybrid.federated.driver import Driver
-from fxhybrid.federated.forecast import Forecaster, LastReading
-from fxhybrid.federated.messages import Arrays
 from fxhybrid.federated.planning import FleetPlanner, Technique
 from fxhybrid.federated.policies import Policy, Settings
-from fxhybrid.federated.predictor import MemoryBudgetPredictor
-from fxhybrid.federated.preparation import Fleet
 from fxhybrid.federated.scenarios import KINDS, Scenario, population
-from fxhybrid.federated.selectors import SELECTORS
-from fxhybrid.federated.tasks import Score, Task, evaluate
 from fxhybrid.federated.transport import InProcessTransport
-from fxhybrid.federated.wire import load_arrays, to_arrays
 
 
 class Laboratory:
@@ -45,9 +39,9 @@ class Laboratory:
     ) -> Driver:
         """A run, ready to start."""
         task = scenario.make_task()
-        pool = self._pool(task)
-        planners = {width: self._planner(task, width, policy.technique) for width in policy.widths}
-        hybrid = self._planner(task, 1.0, Technique.HYBRID)
+        pool = self._pool(scenario.task)
+        planners = {width: self._planner(scenario.task, width, policy.technique) for width in policy.widths}
+        hybrid = self._planner(scenario.task, 1.0, Technique.HYBRID)
         devices = population(
             scenario,
             task,
@@ -58,44 +52,22 @@ class Laboratory:
         transport = InProcessTransport(
             {device.name: device.handler(pool, scenario.seed) for device in devices}, workers=self.workers
         )
-        parts = {width: to_arrays(task.make_model(width)) for width in policy.widths}
-        model = task.make_model(1.0)
+        return make_driver(transport, task, planners, policy, settings, log=log, checkpoint=checkpoint)
 
-        def score(arrays: Arrays) -> Score:
-            load_arrays(model, arrays)
-            return evaluate(task, model)
+    def _pool(self, name: str) -> TrainerPool:
+        if name not in self._pools:
+            task = Scenario(name).make_task()  # always the same: codecs' errors are measured on its example
+            self._pools[name] = TrainerPool(lambda width: Trainer(task, width), self.workers)
+        return self._pools[name]
 
-        return Driver(
-            transport,
-            Fleet(planners, parts),
-            to_arrays(model),
-            policy=policy,
-            settings=settings,
-            forecaster=make_forecaster(policy),
-            selector=SELECTORS[policy.selector](settings.seed),
-            evaluate=score,
-            log=log,
-            checkpoint=checkpoint,
-        )
-
-    def _pool(self, task: Task) -> TrainerPool:
-        if task.name not in self._pools:
-            self._pools[task.name] = TrainerPool(lambda width: Trainer(task, width), self.workers)
-        return self._pools[task.name]
-
-    def _planner(self, task: Task, width: float, technique: Technique) -> FleetPlanner:
-        key = (task.name, width, technique)
+    def _planner(self, name: str, width: float, technique: Technique) -> FleetPlanner:
+        key = (name, width, technique)
         if key not in self._planners:
-            pool = self._pool(task)
+            pool = self._pool(name)
             pool.warm(width)
             with pool.trainer(width) as trainer:
                 self._planners[key] = FleetPlanner.of(trainer.hybrid, technique=technique)
         return self._planners[key]
-
-
-def make_forecaster(policy: Policy) -> Forecaster:
-    """The policy's forecaster, without readings yet."""
-    return LastReading() if policy.forecast == "last" else MemoryBudgetPredictor()
 
 
 def run_policy(

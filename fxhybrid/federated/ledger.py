@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fxhybrid.devices import DeviceProfile
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.devices import DeviceProfile
 from fxhybrid.federated.messages import Reply
 
 

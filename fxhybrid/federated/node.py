@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from fxhybrid.budget import available_bytes
+from fxhybrid.devices import DeviceProfile
 from fxhybrid.federated.client import LocalWork, Trainer, reply_facts
-from fxhybrid.federated.devices import DeviceProfile
 from fxhybrid.federated.guard import data_limit
 from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.tasks import Task, digits_task, text_task

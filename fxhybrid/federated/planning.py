@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from fxhybrid.api import compile
+from fxhybrid.devices import DeviceProfile, problem_on
+from fxhybrid.elsewhere import plan_of
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.devices import DeviceProfile, problem_on
 from fxhybrid.federated.tasks import Task
 from fxhybrid.module import HybridModule
-from fxhybrid.plan import GradientError, Plan
+from fxhybrid.plan import Plan
 from fxhybrid.problem import Problem
-from fxhybrid.solvers.base import Ladder, Rung
+from fxhybrid.solvers.base import Ladder
 from fxhybrid.solvers.mps import Effort, build_ladder
 from fxhybrid.solvers.planset import judged
 from fxhybrid.solvers.techniques import without_codecs, without_recomputation
@@ -193,26 +194,8 @@ class FleetPlanner:
         rung = judged(problem, rung.actions)  # the simulator has the last word
         if rung.peak_bytes > budget_bytes:
             return None
-        plan = self._plan_of(problem, rung, budget_bytes)
+        plan = plan_of(problem, rung, self.base, budget_bytes)
         return DevicePlan(plan, plan.to_json(), problem.step_s + rung.added_s)
-
-    def _plan_of(self, problem: Problem, rung: Rung, budget_bytes: int) -> Plan:
-        candidates = set(problem.candidates)
-        return Plan(
-            budget_bytes=budget_bytes,
-            peak_bytes=rung.peak_bytes,
-            added_s=rung.added_s,
-            lower_bound_s=0.0,
-            step_s=problem.step_s,
-            gradient_error=GradientError(rung.error, "estimated" if rung.error else "exact"),
-            status="FEASIBLE",
-            solver="mps",
-            solve_s=0.0,
-            actions={problem.tensors[t].name: rung.actions[t] for t in sorted(rung.actions) if t in candidates},
-            graph_fingerprint=self.base.graph_fingerprint,
-            versions=self.base.versions,
-            device="estimated for another device",
-        )
 
 
 def _build(problem: Problem, technique: Technique) -> Ladder:

@@ -20,7 +20,6 @@ class Policy:
         gate: only devices that a plan fits are chosen; else those too, which then run the smallest there is.
         elastic: devices move between plans.
         mu: weight of FedProx's proximal term.
-        weighting: of the average, see ``weight_of``.
         widths: of the models that devices may train; below 1 a device trains the widest that fits (HeteroFL).
         is_limited: False for the bound that no memory limit gives.
     """
@@ -32,9 +31,13 @@ class Policy:
     gate: bool = True
     elastic: bool = True
     mu: float = 0.0
-    weighting: str = "examples"
     widths: tuple[float, ...] = (1.0,)
     is_limited: bool = True
+
+    @property
+    def weighting(self) -> str:
+        """Of the average, see ``weight_of``: selectors that prefer devices with much data have counted it already."""
+        return "examples" if self.selector in ("random", "memory-gate") else "uniform"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fxhybrid.devices import DeviceProfile
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.devices import DeviceProfile
 from fxhybrid.federated.simulation import SimulatedDevice, SimulatedMemory
 from fxhybrid.federated.tasks import Task, digits_task, text_task
 from fxhybrid.federated.traces import POPULATIONS, generate_fleet
@@ -25,6 +25,7 @@ KINDS = (
 STRONG_SHARES, WEAK_SHARES = (1.5, 3.0), (0.15, 0.9)
 BYTES_PER_S = 2e4
 DROP_RATE = 0.02
+DEADLINE_S = 1800.0  # of a round; in time for almost every device
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The client selectors: utility, the paper's product, and what they are compared with.
 
-Utility of candidate i, every factor a rank in (0, 1] among those that fit, so that no unit outweighs the others:
+Utility of candidate i; data and compute are ranks in (0, 1] among those that fit, so that no unit outweighs the other:
 
     score_i = data_i * memory_i * compute_i + sqrt(0.1 * ln(round) / last_seen_i)
 
@@ -81,7 +81,7 @@ class UtilitySelector:
 
     def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
         data = _ranks([_data_utility(c) for c in pool])
-        memory = _ranks([_memory_share(c) for c in pool]) if self.with_memory else np.ones(len(pool))
+        memory = [_memory_share(c) if self.with_memory else 1.0 for c in pool]
         compute = _ranks([1 / c.predicted_step_s for c in pool]) if self.with_compute else np.ones(len(pool))
         return [
             {"data": float(d), "memory": float(m), "compute": float(s), "reward": float(d * m * s)}

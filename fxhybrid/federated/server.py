@@ -6,18 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fxhybrid.federated.assembly import make_driver
 from fxhybrid.federated.client import Trainer
 from fxhybrid.federated.driver import Driver
-from fxhybrid.federated.laboratory import make_forecaster
-from fxhybrid.federated.messages import Arrays
 from fxhybrid.federated.node import task_of
 from fxhybrid.federated.planning import FleetPlanner
 from fxhybrid.federated.policies import Settings, policy_of
-from fxhybrid.federated.preparation import Fleet
-from fxhybrid.federated.selectors import SELECTORS
-from fxhybrid.federated.tasks import Score, evaluate
 from fxhybrid.federated.transport import Transport
-from fxhybrid.federated.wire import load_arrays, to_arrays
 
 
 def build_driver(transport: Transport, config: Mapping[str, Any]) -> Driver:
@@ -36,12 +31,6 @@ def build_driver(transport: Transport, config: Mapping[str, Any]) -> Driver:
     for width in policy.widths:
         trainer = Trainer(task, width)
         planners[width] = FleetPlanner.of(trainer.hybrid, technique=policy.technique)
-    model = task.make_model(1.0)
-
-    def score(arrays: Arrays) -> Score:
-        load_arrays(model, arrays)
-        return evaluate(task, model)
-
     settings = Settings(
         int(config["num-server-rounds"]),
         int(config["devices-per-round"]),
@@ -52,15 +41,5 @@ def build_driver(transport: Transport, config: Mapping[str, Any]) -> Driver:
         overhead_bytes=int(config["overhead-bytes"]),
     )
     folder = Path(str(config["folder"])) if config["folder"] else None
-    return Driver(
-        transport,
-        Fleet(planners, {width: to_arrays(task.make_model(width)) for width in policy.widths}),
-        to_arrays(model),
-        policy=policy,
-        settings=settings,
-        forecaster=make_forecaster(policy),
-        selector=SELECTORS[policy.selector](settings.seed),
-        evaluate=score,
-        log=folder / "rounds.jsonl" if folder else None,
-        checkpoint=folder / "checkpoint.npz" if folder else None,
-    )
+    files = {"log": folder / "rounds.jsonl", "checkpoint": folder / "checkpoint.npz"} if folder else {}
+    return make_driver(transport, task, planners, policy, settings, **files)

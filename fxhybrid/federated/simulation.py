@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fxhybrid.devices import DeviceProfile
 from fxhybrid.federated.client import LocalWork, TrainerPool, reply_facts
 from fxhybrid.federated.data import ClientData
-from fxhybrid.federated.devices import DeviceProfile
 from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed, n_bytes
 from fxhybrid.plan import Plan
 

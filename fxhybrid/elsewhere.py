@@ -1,0 +1,65 @@
+"""A plan for a device that is not here: bytes from this capture, seconds from the device's profile."""
+
+from __future__ import annotations
+
+from fxhybrid.devices import DeviceProfile, problem_on
+from fxhybrid.plan import GradientError, Plan
+from fxhybrid.problem import Problem
+from fxhybrid.solvers.base import Rung, best_of
+from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.planset import PlanSet
+from fxhybrid.solvers.techniques import single_techniques
+from fxhybrid.work import StepWork
+
+
+def plan_elsewhere(
+    problem: Problem, work: StepWork, base: Plan, profile: DeviceProfile, budget_bytes: int, *, max_error: float
+) -> Plan:
+    """The cheapest known plan for another device.
+
+    Args:
+        problem: the step as captured here.
+        work: of the same step.
+        base: any plan for it; gives fingerprint and versions.
+        profile: the other device.
+        budget_bytes: of its memory.
+        max_error: limit of the estimated gradient error.
+
+    Raises:
+        BudgetError: no known plan fits.
+    """
+    there = problem_on(problem, work, profile)
+    ladder = best_of(build_ladder(offered, max_error=max_error) for offered in (there, *single_techniques(there)))
+    plans = PlanSet(there, ladder, max_error=max_error, solve_s=0.0)
+    known = plans.checked(budget_bytes)
+    if known is None:
+        raise plans.budget_error(budget_bytes, 0)
+    return plan_of(there, known.rung, base, budget_bytes, slowdown=profile.slowdown)
+
+
+def plan_of(problem: Problem, rung: Rung, base: Plan, budget_bytes: int, *, slowdown: float = 1.0) -> Plan:
+    """A rung of a ladder for another device, as a plan that can be sent there.
+
+    Args:
+        problem: with the other device's seconds.
+        rung: of a ladder for it.
+        base: any plan for the same step.
+        budget_bytes: that the plan answers.
+        slowdown: seconds are multiplied by this.
+    """
+    candidates = set(problem.candidates)
+    return Plan(
+        budget_bytes=budget_bytes,
+        peak_bytes=rung.peak_bytes,
+        added_s=rung.added_s * slowdown,
+        lower_bound_s=0.0,
+        step_s=problem.step_s * slowdown,
+        gradient_error=GradientError(rung.error, "estimated" if rung.error else "exact"),
+        status="FEASIBLE",
+        solver="mps",
+        solve_s=0.0,
+        actions={problem.tensors[t].name: rung.actions[t] for t in sorted(rung.actions) if t in candidates},
+        graph_fingerprint=base.graph_fingerprint,
+        versions=base.versions,
+        device="estimated for another device",
+    )

@@ -1,0 +1,101 @@
+"""Readings of a machine's memory: what the kernel, control groups and CUDA say, from files made up and real."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fxhybrid.errors import FxHybridError, InvalidArgument
+from fxhybrid.federated.readings import MemoryReading, read_memory
+
+MIB = 1 << 20
+KIB = 1024
+
+
+def machine(
+    root: Path, *, cgroup: str = "0::/\n", status: str = "RssAnon: 300 kB\nRssShmem: 100 kB\nVmRSS: 900 kB\n"
+) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n")
+    (root / "proc/self/status").write_text(f"Name:\tpython\n{status}")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    return root
+
+
+def group(folder: Path, limit: str, usage: int, stat: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(stat)
+
+
+def test_own_anonymous_pages_are_added_back(tmp_path: Path) -> None:
+    # 5000 kB available + 300 anonymous + 100 shared of our own; the other 500 resident are file pages
+    assert read_memory(root=machine(tmp_path)) == MemoryReading(5400 * KIB, 400 * KIB, 8000 * KIB)
+
+
+def test_old_kernels_give_only_the_whole_resident_set(tmp_path: Path) -> None:
+    assert read_memory(root=machine(tmp_path, status="VmRSS: 900 kB\n")).available_bytes == 5900 * KIB
+
+
+def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
+    root = machine(tmp_path, cgroup="0::/pod/train\n")
+    group(root / "sys/fs/cgroup/pod/train", "max", 900 * KIB)
+    group(root / "sys/fs/cgroup/pod", str(2000 * KIB), 1500 * KIB, f"inactive_file {200 * KIB}\nanon 7\n")
+    # 2000 - (1500 used - 200 reclaimable) = 700 left, + 400 of our own
+    assert read_memory(root=root) == MemoryReading(1100 * KIB, 400 * KIB, 2000 * KIB)
+
+
+def test_cgroup_version_1(tmp_path: Path) -> None:
+    root = machine(tmp_path, cgroup="7:cpu:/x\n5:memory:/docker/abc\n")
+    folder = root / "sys/fs/cgroup/memory"  # inside a container the path does not exist, the mount is the group
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text(str(3000 * KIB))
+    (folder / "memory.usage_in_bytes").write_text(str(1000 * KIB))
+    (folder / "memory.stat").write_text(f"total_inactive_file {100 * KIB}\ninactive_file 0\n")
+    assert read_memory(root=root).available_bytes == (3000 - 900 + 400) * KIB
+
+
+def test_no_proc_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FxHybridError, match="only be read on Linux"):
+        read_memory(root=tmp_path)
+
+
+def test_this_machine_can_be_read() -> None:
+    reading = read_memory()
+    assert 0 < reading.own_bytes < reading.available_bytes <= reading.total_bytes
+
+
+def test_own_memory_does_not_lower_the_reading(tmp_path: Path) -> None:
+    before = read_memory()
+    block = np.ones(256 * MIB, dtype=np.uint8)
+    after = read_memory()
+    assert after.own_bytes - before.own_bytes > 0.9 * block.nbytes
+    assert before.available_bytes - after.available_bytes < 0.5 * block.nbytes
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda"])
+def test_devices_that_are_not_there(device: str) -> None:
+    torch = pytest.importorskip("torch")
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(InvalidArgument, match=device):
+        read_memory(device)
+
+
+def test_cuda_adds_back_what_the_allocator_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mem_get_info(device: str) -> tuple[int, int]:
+        assert device == "cuda:1"
+        return 600, 1000
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        mem_get_info=mem_get_info,
+        memory_reserved=lambda device: 250 if device == "cuda:1" else 0,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert read_memory("cuda:1") == MemoryReading(850, 250, 1000)
