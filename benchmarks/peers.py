@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,17 @@ def activation_budget(bench: Bench, ratio: float) -> Recipe:
     return Recipe("activation_memory_budget", f"{ratio}", loss)
 
 
-def compare(bench: Bench, pairs: int) -> Iterator[Record]:
+MAKERS: dict[str, Callable[[Bench], Recipe]] = {
+    "int8": int8_hooks,
+    **{f"budget-{ratio}": partial(activation_budget, ratio=ratio) for ratio in RATIOS},
+}
+
+
+def compare(bench: Bench, recipes: Sequence[str], pairs: int) -> Iterator[Record]:
     """One record per recipe and setting."""
-    makers: list[Callable[[], Recipe]] = [lambda: int8_hooks(bench)]
-    makers += [lambda ratio=ratio: activation_budget(bench, ratio) for ratio in RATIOS]
     expected = gradients(bench, bench.eager_step)
-    for make in makers:
-        recipe = make()
+    for name in recipes:
+        recipe = MAKERS[name](bench)
         loss = recipe.loss
 
         def step(loss: Callable[[], Tensor] = loss) -> None:
@@ -171,13 +176,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.peers", description=__doc__)
     known = [name for name in suite.names() if name not in SKIPPED]
     parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(known)}")
+    parser.add_argument("--recipes", metavar="LIST", help=f"default: all of {','.join(MAKERS)}")
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--pairs", type=int, default=11, help="interleaved pairs per timing (default: 11)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
     arguments = parser.parse_args(argv)
     console, records = wide_console(), []
+    recipes = names_of(arguments.recipes, MAKERS, "recipe")
     for name in names_of(arguments.models, known, "model"):
-        for record in compare(Bench(name, arguments.size), arguments.pairs):
+        for record in compare(Bench(name, arguments.size), recipes, arguments.pairs):
             records.append(record)
             append_record(arguments.json, record)
             console.print(f"{record['model']}: {record['key']}", highlight=False)
