@@ -34,7 +34,7 @@ from fxhybrid.step import Step, StepCall
 from fxhybrid.verify import Verifier
 
 TASKS: dict[str, Callable[[int, int], Task]] = {"digits": digits, "packages": packages, "language": language}
-WIDTHS = (4, 2)
+WIDTHS = (4,)  # the narrowest that plans are offered
 ROUNDINGS = ("nearest", "stochastic")
 SEEDS = 3
 
