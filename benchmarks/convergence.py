@@ -1,0 +1,199 @@
+"""Training to the end at the smallest reachable budget: ``python -m benchmarks.convergence``.
+
+Each run trains a model twice with the default settings, unmodified and inside the smallest budget in reach, from the
+same weights on the same batches. The digits are cross-validated: a seed has five runs, each with another fifth of all
+1,797 images held out. Judged are one-sided 95 % intervals of the seeds' paired differences; the spread of float32 over
+the seeds stands beside them. Records are appended as they come and those of the file are not made again, so a run can
+be cut into slices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+import fxhybrid
+from benchmarks.bars import Bar, bars_table
+from benchmarks.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.training_tasks import FOLDS, Task, digits, language, packages
+from fxhybrid.extras import require
+from fxhybrid.measure import measure_step
+
+MARGIN = 1.02  # over the smallest known peak
+POINTS, LOSS_SHARE = 0.3, 0.01
+CONFIDENCE = 0.95
+SEEDS = 5
+# how a task is made, its folds, and what is judged
+TASKS: dict[str, tuple[Callable[[int, int], Task], int, str]] = {
+    "digits": (digits, FOLDS, "accuracy"),
+    "packages": (packages, 1, "accuracy"),
+    "language": (language, 1, "loss"),
+}
+
+
+def train(task: Task, *, small: bool) -> Record:
+    """One run; ``small``: inside the smallest budget in reach."""
+    model, batches = task.make_model(), task.batches()
+    example = next(batches)
+    hybrid = at_smallest_budget(model, example, task) if small else None
+    optimizer = task.make_optimizer(model)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        found: Tensor = task.loss_fn(model(x), y) if hybrid is None else hybrid(x, loss_args=(y,))
+        return found
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        loss_of(x, y).backward()
+
+    for x, y in itertools.islice(itertools.chain([example], batches), task.steps):
+        step(x, y)
+        optimizer.step()
+        schedule.step()
+    peak = measure_step(lambda: step(*example), modules=model, tensors=example, repeats=0).peak_bytes
+    optimizer.zero_grad()
+    record: Record = {"peak_bytes": peak}
+    if hybrid is not None:
+        x, y = next(batches)
+        record |= {"error": hybrid.check_error(x, loss_args=(y,)), "planned_error": hybrid.plan.gradient_error.value}
+    return record | evaluated(model, task)
+
+
+def at_smallest_budget(model: nn.Module, example: tuple[Tensor, Tensor], task: Task) -> fxhybrid.HybridModule:
+    """The model compiled a little above the smallest peak for which there is a plan; default settings."""
+    x, y = example
+
+    def compiled(budget: int) -> fxhybrid.HybridModule:
+        return fxhybrid.compile(model, budget=budget, example_inputs=(x,), loss_fn=task.loss_fn, loss_args=(y,))
+
+    try:
+        return compiled(1)
+    except fxhybrid.BudgetError as error:
+        return compiled(int(error.minimum_bytes * MARGIN))
+
+
+def evaluated(model: nn.Module, task: Task) -> Record:
+    """Held-out loss, how many answers are right, and of how many."""
+    model.eval()
+    losses, right, n = [], 0, 0
+    with torch.no_grad():
+        for x, y in task.held_out:
+            output = model(x)
+            losses.append(float(task.loss_fn(output, y)) * len(y))
+            right += int((output.argmax(-1) == y).sum())
+            n += y.numel()
+    model.train()
+    return {"loss": sum(losses) / sum(len(y) for _, y in task.held_out), "right": right, "of": n}
+
+
+def bound(differences: Sequence[float]) -> float:
+    """Lower end of the one-sided interval of the mean."""
+    n = len(differences)
+    if n < 2:
+        return -math.inf
+    quantile = float(require("scipy.stats", "the interval").t.ppf(CONFIDENCE, n - 1))
+    return statistics.fmean(differences) - quantile * statistics.stdev(differences) / n**0.5
+
+
+def score(records: Sequence[Record], kind: str, measure: str) -> float:
+    """Accuracy in percent over all folds of a seed, or their mean loss."""
+    runs = [record[kind] for record in records]
+    if measure == "loss":
+        return statistics.fmean(run["loss"] for run in runs)
+    return 100 * sum(run["right"] for run in runs) / sum(run["of"] for run in runs)
+
+
+def complete_seeds(records: Sequence[Record], name: str) -> dict[int, list[Record]]:
+    """The records of each seed of which all folds are there."""
+    seeds: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        if record["model"] == name:
+            seeds[record["seed"]].append(record)
+    return {seed: own for seed, own in sorted(seeds.items()) if len(own) == TASKS[name][1]}
+
+
+def judge(records: Sequence[Record]) -> list[Bar]:
+    """One bar per task."""
+    bars = []
+    for name, (_, _, measure) in TASKS.items():
+        asked = f"not {POINTS} points lower" if measure == "accuracy" else f"not {LOSS_SHARE:.0%} higher"
+        seeds = complete_seeds(records, name)
+        if not seeds:
+            bars.append(Bar(name, asked, "", None))
+            continue
+        plain, ours = ([score(own, kind, measure) for own in seeds.values()] for kind in ("float32", "fxhybrid"))
+        spread = statistics.stdev(plain) if len(plain) > 1 else math.nan
+        if measure == "accuracy":
+            low = bound([b - a for a, b in zip(plain, ours, strict=True)])
+            text, met = f"at least {low:+.2f} points", low >= -POINTS
+        else:
+            low = bound([1 - b / a for a, b in zip(plain, ours, strict=True)])
+            text, met = f"at most {-low:+.2%}", -low <= LOSS_SHARE
+        means = f"{statistics.fmean(plain):.3f} float32 (spread {spread:.3f}), {statistics.fmean(ours):.3f} fxhybrid"
+        bars.append(Bar(f"{name}, {len(plain)} seeds", asked, f"{text}; {measure} {means}", met))
+    return bars
+
+
+def runs_table(records: Sequence[Record]) -> Table:
+    """One row per task and seed."""
+    table = Table(title="Training to the end")
+    for name in ("task", "seed", "peak share", "loss", "accuracy", "ours: loss", "accuracy", "error planned", "at end"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for name in TASKS:
+        for seed, own in complete_seeds(records, name).items():
+            share = max(r["fxhybrid"]["peak_bytes"] / r["float32"]["peak_bytes"] for r in own)
+            scores = [
+                f"{score(own, kind, measure):.{digits}f}"
+                for kind in ("float32", "fxhybrid")
+                for measure, digits in (("loss", 4), ("accuracy", 2))
+            ]
+            errors = [f"{max(r['fxhybrid'][key] for r in own):.4f}" for key in ("planned_error", "error")]
+            table.add_row(name, str(seed), f"{share:.2f}", *scores, *errors)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains what is missing, prints the runs and judges them."""
+    arguments = _parser().parse_args(argv)
+    console = wide_console()
+    records = read_records(arguments.json) if arguments.json and arguments.json.exists() else []
+    done = {(record["model"], record["key"]) for record in records}
+    until = time.monotonic() + arguments.seconds
+    for name in names_of(arguments.tasks, TASKS, "task"):
+        make, n_folds, _ = TASKS[name]
+        for seed, fold in itertools.product(range(arguments.seeds), range(n_folds)):
+            key = f"{seed}/{fold}"
+            if (name, key) in done or time.monotonic() > until:
+                continue
+            task = make(seed, fold)
+            runs = {kind: train(task, small=kind == "fxhybrid") for kind in ("float32", "fxhybrid")}
+            records.append({"model": name, "part": "convergence", "key": key, "seed": seed, **runs})
+            append_record(arguments.json, records[-1])
+            console.print(f"{name} {key}: {runs}", highlight=False)
+            torch._dynamo.reset()
+    console.print(runs_table(records))
+    console.print(bars_table(judge(records)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.convergence", description=__doc__)
+    parser.add_argument("--tasks", metavar="LIST", help=f"default: all of {','.join(TASKS)}")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many (default: {SEEDS})")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run later than that")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file, and read it")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Gradient error on batches that no plan was made on: ``python -m benchmarks.held_back``.
+
+Each suite model is compiled at its smallest reachable peak for each error limit, on one batch of real data. Its error
+is measured on that batch and on 40 others: at the start, after training with that plan, and with a plan made anew after
+the training. Records are appended as they come and those of the file are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+import fxhybrid
+from benchmarks.bars import Bar, bars_table
+from benchmarks.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.real_batches import real_batch
+from fxhybrid import suite
+from fxhybrid.targets import suite_target
+
+LIMITS = (0.02, 0.1, 0.3)
+MARGIN = 1.02  # over the smallest known peak
+HELD_BACK = 40
+QUANTILE, SLACK = 0.95, 1.25
+TRAINING_STEPS = 100
+
+
+@dataclass
+class Trial:
+    """One model with a sequence of real batches; number 0 is the one that plans are made on."""
+
+    case: suite.SuiteCase
+    size: suite.Size
+
+    def compile(self, limit: float) -> fxhybrid.HybridModule:
+        """The model at its smallest reachable peak."""
+        target = suite_target(real_batch(self.case, self.size, 0))
+
+        def compiled(budget: int) -> fxhybrid.HybridModule:
+            return fxhybrid.compile(
+                target.model,
+                budget=budget,
+                example_inputs=target.inputs,
+                loss_fn=target.loss_fn,
+                loss_args=target.loss_args,
+                max_grad_error=limit,
+                solver="mps",  # at the smallest peak there is little to choose
+            )
+
+        try:
+            return compiled(1)
+        except fxhybrid.BudgetError as error:
+            return compiled(int(error.minimum_bytes * MARGIN))
+
+    def errors(self, hybrid: fxhybrid.HybridModule) -> Record:
+        """Measured errors on the planned batch and on those held back."""
+
+        def on(number: int) -> float:
+            batch = real_batch(self.case, self.size, number)
+            return hybrid.check_error(*batch.inputs, **batch.kwargs, loss_args=batch.loss_args)
+
+        return {"example": on(0), "held_back": [on(number) for number in range(1, 1 + HELD_BACK)]}
+
+    def train(self, hybrid: fxhybrid.HybridModule) -> tuple[float, float]:
+        """Trains within the plan; the first loss and the mean of the last ten."""
+        optimizer = torch.optim.AdamW(self.case.model.parameters(), lr=1e-3)
+        losses = []
+        for step in range(TRAINING_STEPS):
+            batch = real_batch(self.case, self.size, 1 + HELD_BACK + step)
+            optimizer.zero_grad()
+            loss = hybrid(*batch.inputs, **batch.kwargs, loss_args=batch.loss_args)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        optimizer.zero_grad()
+        return losses[0], sum(losses[-10:]) / 10
+
+
+def run(name: str, size: suite.Size, limit: float) -> Record:
+    """Errors of one model under one limit."""
+    trial = Trial(suite.load(name, size), size)
+    hybrid = trial.compile(limit)
+    record: Record = {"model": name, "part": "held back", "key": limit, "peak_bytes": hybrid.plan.peak_bytes}
+    record["start"] = trial.errors(hybrid)
+    record["losses"] = trial.train(hybrid)
+    record["trained"] = trial.errors(hybrid)
+    record["planned anew"] = trial.errors(trial.compile(limit))
+    return record
+
+
+def quantile(errors: Sequence[float]) -> float:
+    """The smallest value that 95 % do not exceed."""
+    return sorted(errors)[math.ceil(QUANTILE * len(errors)) - 1]
+
+
+WHEN = ("start", "trained", "planned anew")
+
+
+def judge(records: Sequence[Record]) -> list[Bar]:
+    """On the planned batch under the limit, later ones mostly under 1.25 x it, and peaks fall with the limit."""
+    bars = []
+    for when in WHEN:
+        shares = {f"{r['model']} {r['key']}": r[when]["example"] / r["key"] for r in records}
+        if when != "trained":  # there the batch is as new to the plan as the others
+            bars.append(_bar(f"{when}: example batch / limit", "at most 1", shares, 1.0))
+        shares = {f"{r['model']} {r['key']}": quantile(r[when]["held_back"]) / r["key"] for r in records}
+        bars.append(_bar(f"{when}: 95 % quantile / limit", f"at most {SLACK}", shares, SLACK))
+    rises = []
+    for name in dict.fromkeys(r["model"] for r in records):
+        peaks = [r["peak_bytes"] for r in sorted(records, key=lambda r: r["key"]) if r["model"] == name]
+        rises += [name] if peaks != sorted(peaks, reverse=True) else []
+    bars.append(Bar("smallest peak as the limit grows", "falls or stays", ", ".join(rises) or "in all", not rises))
+    return bars
+
+
+def _bar(name: str, asked: str, shares: dict[str, float], most: float) -> Bar:
+    over = {key: share for key, share in shares.items() if share > most}
+    worst = ", ".join(f"{key}: {share:.2f}" for key, share in over.items()) or "none above"
+    return Bar(name, asked, f"largest {max(shares.values(), default=math.nan):.2f} of {len(shares)}; {worst}", not over)
+
+
+def errors_table(records: Sequence[Record]) -> Table:
+    """One row per model and limit."""
+    table = Table(title=f"Gradient error at the smallest peak: planned batch, and 95 % quantile of {HELD_BACK} others")
+    for name in (
+        "model",
+        "limit",
+        "peak, MiB",
+        *(f"{when}{part}" for when in WHEN for part in ("", ": others")),
+        "loss",
+    ):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for r in records:
+        errors = (f"{x:.4f}" for when in WHEN for x in (r[when]["example"], quantile(r[when]["held_back"])))
+        losses = "{:.2f} to {:.2f}".format(*r["losses"])
+        table.add_row(r["model"], f"{r['key']:g}", f"{r['peak_bytes'] / 2**20:.1f}", *errors, losses)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures what is missing, prints all and judges it."""
+    parser = argparse.ArgumentParser("python -m benchmarks.held_back", description=__doc__)
+    parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(suite.names())}")
+    parser.add_argument("--size", choices=("full", "small"), default="full")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run later than that")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file, and read it")
+    arguments = parser.parse_args(argv)
+    console = wide_console()
+    records = read_records(arguments.json) if arguments.json and arguments.json.exists() else []
+    done = {(record["model"], record["key"]) for record in records}
+    until = time.monotonic() + arguments.seconds
+    for name in names_of(arguments.models, suite.names(), "model"):
+        for limit in LIMITS:
+            if (name, limit) in done or time.monotonic() > until:
+                continue
+            records.append(run(name, arguments.size, limit))
+            append_record(arguments.json, records[-1])
+            console.print(f"{name} at {limit}", highlight=False)
+            torch._dynamo.reset()
+    console.print(errors_table(records))
+    console.print(bars_table(judge(records)))
+
+
+if __name__ == "__main__":
+    main()
