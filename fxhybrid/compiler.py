@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxhybrid.budget import gradient_bytes
-from fxhybrid.calibration import calibrated_errors, measured_error
+from fxhybrid.calibration import ErrorPair, calibrate, measured_error
 from fxhybrid.carried import carried_actions, named_actions, versions
 from fxhybrid.errors import InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.graph import JointGraph
@@ -72,10 +72,14 @@ class Signature:
         self.options = options
         self.gradient_bytes = gradient_bytes(step.model)
         self.prepared = prepare(step, call, options)
+        if carried is not None:
+            actions = carried_actions(carried, self.prepared.problem, self.prepared.fingerprint)
+            self.prepared = self.prepared.offering(actions)
         self.save_all_bytes = simulate_actions(self.prepared.problem, {}).peak_bytes
         share = options.budget
         self.budget_bytes = budget_bytes or (share if isinstance(share, int) else int(share * self.save_all_bytes))
         self.measured: dict[int, float] = {}
+        self.error_pairs: list[ErrorPair] = []
         self.states: dict[bool, Active] = {}
         self.carried: dict[str, dict[bool, Active]] = {}
         # the verifier holds the example arguments, so it lives only as long as planning does
@@ -96,7 +100,10 @@ class Signature:
         verifier = self.verifier
         if verifier is None or verifier.reference is None:
             return self._plan_set(carried)
-        errors = calibrated_errors(self.prepared, verifier)
+        calibration = calibrate(self.prepared, verifier)
+        errors = calibration.errors
+        self.error_pairs += calibration.pairs
+        self.prepared = self.prepared.with_choices(calibration.choices)
         for _ in range(CALIBRATION_ROUNDS):
             self.prepared = self.prepared.with_errors(errors)
             plans = self._plan_set(carried)
@@ -130,6 +137,7 @@ class Signature:
             return 0.0
         found = measured_error(self.prepared, verifier, rung.actions)
         self.measured[id(rung.actions)] = found
+        self.error_pairs.append(ErrorPair(f"plan of {format_bytes(rung.peak_bytes)}", "", rung.error, found))
         return found / rung.error if found > self.options.max_grad_error else 0.0
 
     @property
@@ -212,6 +220,8 @@ class Signature:
             PlanMismatchError: it was made for another graph or version, or peaks above its own budget here.
         """
         actions = carried_actions(plan, self.prepared.problem, self.prepared.fingerprint)
+        self.prepared = self.prepared.offering(actions)
+        self.plans.problem = self.prepared.problem
         key = f"{plan.budget_bytes} {sorted((name, str(action)) for name, action in plan.actions.items())}"
         states = self.carried.pop(key, None)
         if states is None:
