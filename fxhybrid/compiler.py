@@ -13,7 +13,7 @@ from typing import Any
 from fxhybrid.budget import gradient_bytes
 from fxhybrid.calibration import ErrorPair, calibrate, measured_error
 from fxhybrid.carried import carried_actions, named_actions, versions
-from fxhybrid.errors import InvalidArgument, PlanMismatchError, format_bytes
+from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
 from fxhybrid.plan import GradientError, Plan
@@ -78,16 +78,43 @@ class Signature:
         self.save_all_bytes = simulate_actions(self.prepared.problem, {}).peak_bytes
         share = options.budget
         self.budget_bytes = budget_bytes or (share if isinstance(share, int) else int(share * self.save_all_bytes))
-        self.measured: dict[int, float] = {}
-        self.error_pairs: list[ErrorPair] = []
         self.states: dict[bool, Active] = {}
         self.carried: dict[str, dict[bool, Active]] = {}
+        self.choices = self.prepared.choices  # before calibration adds channel-wise codecs
+        verifier = self._verifier(step, call)
+        self.check = verifier.check
+        self._plan_on(verifier, carried)
+
+    def _plan_on(self, verifier: Verifier, carried: Plan | None) -> None:
+        """Plans by the errors on the verifier's batch."""
+        self.measured: dict[int, float] = {}
+        self.error_pairs: list[ErrorPair] = []
         # the verifier holds the example arguments, so it lives only as long as planning does
-        self.verifier: Verifier | None = self._verifier(step, call)
-        self.check = self.verifier.check
-        self.plans = self._plans_within_error(carried)
-        self.active(accumulating=False)
-        self.verifier = None
+        self.verifier: Verifier | None = verifier
+        try:
+            self.plans = self._plans_within_error(carried)
+            self.active(accumulating=False)
+        finally:
+            self.verifier = None
+
+    def recalibrate(self, step: Step, call: StepCall) -> None:
+        """Measures errors and chooses channel widths anew on another batch, and plans by them.
+
+        Raises:
+            InvalidArgument: memory does not allow the step that keeps everything.
+            BudgetError: no plan fits any more; the old one stays.
+        """
+        verifier = self._verifier(step, call)
+        if verifier.reference is None:
+            raise InvalidArgument(verifier.check.note)
+        before = dict(vars(self))
+        self.prepared = self.prepared.with_choices(self.choices)
+        self.states, self.carried = {}, {}
+        try:
+            self._plan_on(verifier, None)
+        except BudgetError:
+            vars(self).update(before)
+            raise
 
     # -- planning -----------------------------------------------------------------------------------------
 

@@ -163,3 +163,41 @@ def test_the_report_holds_predicted_and_measured_errors() -> None:
     report = hybrid.report()
     assert {pair.codec for pair in report.signatures[0].error_pairs} >= {"rowwise8", "channelwise"}
     assert "measured error over predicted" in str(report)
+
+
+def test_recalibrating_chooses_widths_anew() -> None:
+    call = batch()
+    hybrid = fxhybrid.compile(
+        net(), budget=0.9, loss_fn=F.cross_entropy, example_inputs=call.args, loss_args=call.loss_args
+    )
+
+    def widths() -> dict[str, str]:
+        options = ((t.name, option) for t in hybrid.planning_problem.tensors for option in t.codecs)
+        return {name: option.codec for name, option in options if option.codec.startswith("channelwise:")}
+
+    before, graph = widths(), hybrid.plan.graph_fingerprint
+    with torch.no_grad():
+        hybrid[1].weight[::2] *= 100  # half of the channels now carry nearly all of the error
+    later = batch(2)
+    hybrid.recalibrate(*later.args, loss_args=later.loss_args)
+    assert all(parameter.grad is None for parameter in hybrid.parameters())
+    assert widths() != before
+    assert hybrid.plan.graph_fingerprint == graph
+    assert hybrid.check_error(*later.args, loss_args=later.loss_args) <= 0.1
+    hybrid(*later.args, loss_args=later.loss_args).backward()
+
+
+def test_recalibrating_keeps_the_plan_where_none_fits_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = batch()
+    hybrid = fxhybrid.compile(
+        net(), budget=0.9, loss_fn=F.cross_entropy, example_inputs=call.args, loss_args=call.loss_args
+    )
+    before, problem = hybrid.plan, hybrid.planning_problem
+    with monkeypatch.context() as patch:
+        patch.setattr("fxhybrid.compiler.CALIBRATION_ROUNDS", 0)  # as if no lossy plan kept the error
+        patch.setattr(hybrid._fxhybrid_session.signatures[0][0], "budget_bytes", hybrid.plan.peak_bytes // 2)
+        with pytest.raises(fxhybrid.BudgetError):
+            hybrid.recalibrate(*call.args, loss_args=call.loss_args)
+    assert hybrid.plan == before
+    assert hybrid.planning_problem is problem
+    hybrid(*call.args, loss_args=call.loss_args).backward()
