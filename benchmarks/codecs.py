@@ -19,17 +19,9 @@ from torch.nn.functional import max_pool2d
 
 from benchmarks.bars import Bar, bars_table
 from benchmarks.common import Record, append_record, seconds, wide_console
-from fxhybrid.codecs import (
-    Codec,
-    TensorMeta,
-    assign_widths,
-    channel_weights,
-    channels_per_row,
-    get_codec,
-    registered_names,
-)
+from fxhybrid.channel_choices import channelwise_specs
+from fxhybrid.codecs import Codec, TensorMeta, channels_per_row, get_codec, registered_names
 from fxhybrid.codecs.candidates import row_length
-from fxhybrid.codecs.reference import code_bytes
 
 ROWS = (16, 48, 64, 196, 256, 784, 3136)
 PLANES = (7, 14, 28, 56)
@@ -103,12 +95,11 @@ def lossy_codecs(x: Tensor) -> tuple[Codec, ...]:
 
 
 def channelwise_codec(x: Tensor) -> Codec:
-    """The best widths at 4 bits in the mean."""
-    plane = x[0, 0].numel()
-    per_row = channels_per_row(x.shape[1], plane)
-    row_bytes = {width: code_bytes(per_row * plane, width) for width in (2, 4, 8)}
-    widths = assign_widths(channel_weights(x, per_row), row_bytes, x.shape[1] // per_row * row_bytes[4])
-    return get_codec("channelwise:" + "".join(map(str, widths)))
+    """The widths of least error in x itself at the bytes of 4 bits a row."""
+    meta, per_row = TensorMeta.of(x), channels_per_row(x.shape[1], x[0, 0].numel())
+    low, high = x.view(x.shape[0], x.shape[1] // per_row, -1).aminmax(dim=2)
+    errors = {0: (high - low).double().square().sum(0)}
+    return get_codec(channelwise_specs({0: meta}, errors, {0: f"rowwise4:{row_length(meta, 4)}"})[0])
 
 
 def measure(case: Case, codec: Codec, pairs: int) -> Record:

@@ -1,15 +1,66 @@
-"""Calibration: what lossy choices do to the gradient, by running them on the example batch."""
+"""Calibration: what lossy choices do to the gradient, by running them on the example batch.
+
+Steps at 4 bits, a few for each group of lossy candidates, tell the error of each tensor and how it spreads over its
+channels. From that the widths of the channel-wise codecs follow. Then one step for each group and each other kind of
+codec says by how much the prediction from 4 bits is off there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
-from fxhybrid.gradient_error import ErrorTable, Group, error_table, four_bit_codec, lossy_groups
-from fxhybrid.plan import SAVE, Action, Actions, Compress
+from torch import Tensor
+
+from fxhybrid.attribution import neighbours, tensor_errors
+from fxhybrid.channel_choices import channelwise_choices
+from fxhybrid.codecs import get_codec
+from fxhybrid.codecs.channelwise import Channelwise
+from fxhybrid.codecs.widths import STEP_ERROR
+from fxhybrid.gradient_error import ErrorTable, lossy_groups
+from fxhybrid.lossy_step import LossyStep
+from fxhybrid.passes.to_problem import CodecChoices
+from fxhybrid.plan import Actions
 from fxhybrid.prepare import Prepared, build_graphs
+from fxhybrid.progress import tracked
 from fxhybrid.verify import Verifier
 
+PART, MOST_PARTS = 8, 5  # tensors in a step where errors travel, unless that made more steps
 MEASURED_ZERO = 1e-6  # a lossy codec never counts as exact, even if one batch does not show it
+
+
+@dataclass(frozen=True)
+class ErrorPair:
+    """A predicted and a measured gradient error, of the same lossy tensors.
+
+    Attributes:
+        what: the operators that read the tensors, or which plan it is.
+        codec: their kind of codec; empty for a plan.
+        predicted: from the same tensors at 4 bits, or the root of the sum of squares over a plan.
+        measured: on the example batch.
+    """
+
+    what: str
+    codec: str
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Codecs to offer, with the error of each.
+
+    Attributes:
+        choices: the given ones and channel-wise codecs.
+        errors: of each (storage, lossy codec).
+        pairs: groups of tensors whose error was both predicted and measured.
+    """
+
+    choices: CodecChoices
+    errors: ErrorTable
+    pairs: tuple[ErrorPair, ...]
 
 
 def measured_error(prepared: Prepared, verifier: Verifier, actions: Actions) -> float:
@@ -17,23 +68,109 @@ def measured_error(prepared: Prepared, verifier: Verifier, actions: Actions) -> 
     return verifier.gradient_error(build_graphs(prepared, actions)[1])
 
 
-def calibrated_errors(prepared: Prepared, verifier: Verifier) -> ErrorTable:
-    """Errors per tensor and codec, from one measured step for each group of lossy candidates."""
-    groups = lossy_groups(prepared.layout, prepared.choices)
+def calibrate(prepared: Prepared, verifier: Verifier) -> Calibration:
+    """Measures all groups on the verifier's batch; it must have a reference."""
+    groups = _groups_at_4_bits(prepared, LossyStep(prepared, verifier))
+    offered = channelwise_choices(prepared, [group.channels for group in groups.values()])
+    choices = {t: _sorted(prepared, t, [*specs, *offered.get(t, [])]) for t, specs in prepared.choices.items()}
+    runs = [run for name, group in groups.items() for run in group.runs_of_others(name, choices)]
+    for run in tracked(runs, "measuring gradient errors"):
+        run()
+    errors = {key: max(error, 0.0) ** 0.5 for group in groups.values() for key, error in group.errors.items()}
+    pairs = tuple(pair for group in groups.values() for pair in group.pairs)
+    return Calibration(choices, {key: max(error, MEASURED_ZERO) for key, error in errors.items()}, pairs)
 
-    def at_4_bits(group: Group) -> float:
-        found = measured_error(prepared, verifier, _all_at_4_bits(prepared, groups[group]))
-        return max(found, MEASURED_ZERO)
 
-    return error_table(groups, prepared.choices, at_4_bits)
+def channels_at_4_bits(prepared: Prepared, step: LossyStep) -> dict[str, dict[int, Tensor]]:
+    """Squared error of each tensor's rows of channels at 4 bits, by groups of tensors."""
+    return {name: group.channels for name, group in _groups_at_4_bits(prepared, step).items()}
 
 
-def _all_at_4_bits(prepared: Prepared, storages: Iterable[int]) -> dict[int, Action]:
-    """4 bits for these storages; masks are kept, so that what they derive from may be lossy."""
-    problem = prepared.problem
-    actions: dict[int, Action] = {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
-    for storage in storages:
-        codec = four_bit_codec(prepared.choices[storage])
-        if codec is not None:
-            actions[storage] = Compress(codec)
-    return actions
+def _groups_at_4_bits(prepared: Prepared, step: LossyStep) -> dict[str, _GroupRuns]:
+    found = lossy_groups(prepared.layout, prepared.choices)
+    groups = {", ".join(sorted(group)): _GroupRuns(prepared, step, members) for group, members in found.items()}
+    runs = [run for group in groups.values() for run in group.runs_at_4_bits()]
+    for run in tracked(runs, "measuring gradient errors"):
+        run()
+    return groups
+
+
+def _sorted(prepared: Prepared, storage: int, specs: Iterable[str]) -> tuple[str, ...]:
+    """The largest first."""
+    meta = prepared.meta(storage)
+    return tuple(sorted(dict.fromkeys(specs), key=lambda spec: -sum(get_codec(spec).encoded_bytes(meta))))
+
+
+class _GroupRuns:
+    """The measured steps of one group of lossy candidates.
+
+    Attributes:
+        at_4_bits: squared error of each tensor.
+        channels: the same of its rows of channels, where they were seen.
+        errors: squared error of each (storage, lossy codec).
+        pairs: what was both predicted and measured.
+    """
+
+    def __init__(self, prepared: Prepared, step: LossyStep, members: Iterable[int]) -> None:
+        self.prepared, self.step = prepared, step
+        self.members = sorted(members)
+        self.near = neighbours(prepared.joint, prepared.layout, self.members)
+        self.at_4_bits: dict[int, float] = {}
+        self.channels: dict[int, Tensor] = {}
+        self.errors: dict[tuple[int, str], float] = {}
+        self.pairs: list[ErrorPair] = []
+
+    def runs_at_4_bits(self) -> list[Callable[[], None]]:
+        """One step for all, or for each part of similar depth where errors travel."""
+        four = next(iter(self._of_kind("rowwise4", self.prepared.choices)), {})
+        travels = any(self.near[t].travels for t in four)
+        n_parts = min(MOST_PARTS, -(-len(four) // PART)) if travels else min(1, len(four))
+        ends = [len(four) * part // n_parts for part in range(n_parts + 1)] if four else [0]
+        parts = [sorted(four)[start:end] for start, end in itertools.pairwise(ends)]
+        return [partial(self._run_at_4_bits, {t: four[t] for t in part}) for part in parts]
+
+    def _run_at_4_bits(self, specs: Mapping[int, str]) -> None:
+        near = {t: self.near[t] for t in specs}
+        by_parameter = self.step.differences(specs, near)
+        for t, error in tensor_errors(by_parameter, near).items():
+            self.at_4_bits[t] = self.errors[t, specs[t]] = error
+            seen = self.step.watch.channel_errors(t, by_parameter, error)
+            if seen is not None:
+                self.channels[t] = seen
+
+    def runs_of_others(self, name: str, choices: CodecChoices) -> list[Callable[[], None]]:
+        """One step for each other kind of codec."""
+        kinds = {_kind(spec) for t in self.members for spec in choices[t]} - {"rowwise4"}
+        rounds = ((kind, specs) for kind in sorted(kinds) for specs in self._of_kind(kind, choices))
+        return [partial(self._run_other, name, kind, specs) for kind, specs in rounds]
+
+    def _run_other(self, name: str, kind: str, specs: Mapping[int, str]) -> None:
+        """All tensors with codecs of one kind: by how much the prediction from 4 bits is off."""
+        each = {t: predicted_error(spec, self.at_4_bits.get(t, 0.0), self.channels.get(t)) for t, spec in specs.items()}
+        predicted, measured = sum(each.values()), sum(self.step.differences(specs).values())
+        self.pairs.append(ErrorPair(name, kind, predicted**0.5, measured**0.5))
+        for t, error in each.items():
+            self.errors[t, specs[t]] = error * measured / predicted if predicted else measured / len(each)
+
+    def _of_kind(self, kind: str, choices: CodecChoices) -> list[dict[int, str]]:
+        """The members' lossy codecs of one kind: one for each that has any, then a second one for each that has two."""
+        found = {
+            t: [spec for spec in choices[t] if _kind(spec) == kind and not get_codec(spec).lossless]
+            for t in self.members
+        }
+        rounds = range(max(map(len, found.values()), default=0))
+        return [{t: specs[n] for t, specs in found.items() if n < len(specs)} for n in rounds]
+
+
+def predicted_error(spec: str, at_4_bits: float, channels: Tensor | None) -> float:
+    """Squared error of a codec, from that of 4 bits a row, whole or by rows of channels."""
+    codec = get_codec(spec)
+    if isinstance(codec, Channelwise) and channels is not None:
+        return float(
+            sum(225 * STEP_ERROR[w] * e for w, e in zip(codec.widths.tolist(), channels.tolist(), strict=True))
+        )
+    return at_4_bits * codec.noise**2
+
+
+def _kind(spec: str) -> str:
+    return spec.partition(":")[0]

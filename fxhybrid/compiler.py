@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from fxhybrid.budget import gradient_bytes
-from fxhybrid.calibration import calibrated_errors, measured_error
+from fxhybrid.calibration import ErrorPair, calibrate, measured_error
 from fxhybrid.carried import carried_actions, named_actions, versions
-from fxhybrid.errors import InvalidArgument, PlanMismatchError, format_bytes
+from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
 from fxhybrid.passes.split import SplitGraphs
@@ -74,18 +74,49 @@ class Signature:
         self.options = options
         self.gradient_bytes = gradient_bytes(step.model)
         self.prepared = prepare(step, call, options)
+        if carried is not None:
+            actions = carried_actions(carried, self.prepared.problem, self.prepared.fingerprint)
+            self.prepared = self.prepared.offering(actions)
         self.save_all_bytes = simulate_actions(self.prepared.problem, {}).peak_bytes
         share = options.budget
         self.budget_bytes = budget_bytes or (share if isinstance(share, int) else int(share * self.save_all_bytes))
-        self.measured: dict[int, float] = {}
         self.states: dict[bool, Active] = {}
         self.carried: dict[str, dict[bool, Active]] = {}
+        self.choices = self.prepared.choices  # before calibration adds channel-wise codecs
+        verifier = self._verifier(step, call)
+        self.check = verifier.check
+        self._plan_on(verifier, carried)
+
+    def _plan_on(self, verifier: Verifier, carried: Plan | None) -> None:
+        """Plans by the errors on the verifier's batch."""
+        self.measured: dict[int, float] = {}
+        self.error_pairs: list[ErrorPair] = []
         # the verifier holds the example arguments, so it lives only as long as planning does
-        self.verifier: Verifier | None = self._verifier(step, call)
-        self.check = self.verifier.check
-        self.plans = self._plans_within_error(carried)
-        self.active(accumulating=False)
-        self.verifier = None
+        self.verifier: Verifier | None = verifier
+        try:
+            self.plans = self._plans_within_error(carried)
+            self.active(accumulating=False)
+        finally:
+            self.verifier = None
+
+    def recalibrate(self, step: Step, call: StepCall) -> None:
+        """Measures errors and chooses channel widths anew on another batch, and plans by them.
+
+        Raises:
+            InvalidArgument: memory does not allow the step that keeps everything.
+            BudgetError: no plan fits any more; the old one stays.
+        """
+        verifier = self._verifier(step, call)
+        if verifier.reference is None:
+            raise InvalidArgument(verifier.check.note)
+        before = dict(vars(self))
+        self.prepared = self.prepared.with_choices(self.choices)
+        self.states, self.carried = {}, {}
+        try:
+            self._plan_on(verifier, None)
+        except BudgetError:
+            vars(self).update(before)
+            raise
 
     # -- planning -----------------------------------------------------------------------------------------
 
@@ -98,7 +129,10 @@ class Signature:
         verifier = self.verifier
         if verifier is None or verifier.reference is None:
             return self._plan_set(carried)
-        errors = calibrated_errors(self.prepared, verifier)
+        calibration = calibrate(self.prepared, verifier)
+        errors = calibration.errors
+        self.error_pairs += calibration.pairs
+        self.prepared = self.prepared.with_choices(calibration.choices)
         for _ in range(CALIBRATION_ROUNDS):
             self.prepared = self.prepared.with_errors(errors)
             plans = self._plan_set(carried)
@@ -132,6 +166,7 @@ class Signature:
             return 0.0
         found = measured_error(self.prepared, verifier, rung.actions)
         self.measured[id(rung.actions)] = found
+        self.error_pairs.append(ErrorPair(f"plan of {format_bytes(rung.peak_bytes)}", "", rung.error, found))
         return found / rung.error if found > self.options.max_grad_error else 0.0
 
     @property
@@ -214,6 +249,8 @@ class Signature:
             PlanMismatchError: it was made for another graph or version, or peaks above its own budget here.
         """
         actions = carried_actions(plan, self.prepared.problem, self.prepared.fingerprint)
+        self.prepared = self.prepared.offering(actions)
+        self.plans.problem = self.prepared.problem
         key = f"{plan.budget_bytes} {sorted((name, str(action)) for name, action in plan.actions.items())}"
         known = None if key in self.carried else self._fitting(plan, actions)
         self.budget_bytes = plan.budget_bytes  # part of the active plan

@@ -1,8 +1,8 @@
-"""Gradient error of lossy choices: an estimate per tensor and codec, calibrated by measurement where it fits.
+"""Gradient error of lossy choices where nothing is measured: an estimate per tensor and codec.
 
-Lossy candidates are grouped by what reads them in the backward pass. For each group, one step with the whole
-group at 4 bits shows how much the parameter gradients move; the group's tensors share that error evenly (errors
-add up as squares), and other codecs follow from their noise.
+Lossy candidates are grouped by what reads them in the backward pass. The group's tensors share the error of the
+whole group at 4 bits evenly (errors add up as squares), and other codecs follow from their noise. Where memory allows
+a step that keeps everything, ``calibration.py`` measures instead.
 """
 
 from __future__ import annotations
@@ -46,8 +46,3 @@ def error_table(
             lossy = (codec for codec in map(get_codec, choices[storage]) if not codec.lossless)
             errors |= {(storage, codec.spec): each * codec.noise for codec in lossy}
     return errors
-
-
-def four_bit_codec(codecs: Iterable[str]) -> str | None:
-    """The 4-bit codec among ``codecs``, if there is one."""
-    return next((c for c in codecs if c.startswith("rowwise4:")), None)

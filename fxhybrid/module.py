@@ -187,6 +187,20 @@ class HybridModule(nn.Module):
         call = StepCall(args, kwargs, tuple(loss_args))
         return session.signature(call).measure_error(session.step, call.detached())
 
+    def recalibrate(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> None:
+        """Measures gradient errors on another batch, chooses channel widths by them and plans again, between steps.
+
+        Neither captures nor profiles again. It runs steps that keep everything, so it takes more than the budget. The
+        model, its gradients and the random generator are left as they were.
+
+        Raises:
+            InvalidArgument: memory does not allow a step that keeps everything.
+            BudgetError: no plan within the budget keeps the error any more; the old plan stays.
+        """
+        session = self._fxhybrid_session
+        call = StepCall(args, kwargs, tuple(loss_args))
+        session.signature(call).recalibrate(session.step, call.detached())
+
     def _first(self) -> Signature:
         signatures = self._fxhybrid_session.signatures
         if not signatures:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxhybrid.budget import optimizer_bytes, storage_bytes
 from fxhybrid.capture import Capture, capture
+from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.gradient_error import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
@@ -19,7 +20,7 @@ from fxhybrid.passes.layout import Layout, layout_of
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.passes.to_problem import CodecChoices, calls_of, problem_of
-from fxhybrid.plan import Actions
+from fxhybrid.plan import Actions, Compress
 from fxhybrid.problem import Problem
 from fxhybrid.profile import Profile, profile_calls
 from fxhybrid.schedule import lower
@@ -37,6 +38,29 @@ class Prepared:
     choices: CodecChoices
     problem: Problem
     fingerprint: str
+
+    def meta(self, storage: int) -> TensorMeta:
+        """Shape, strides and type of a storage that some node reads whole."""
+        root = self.layout.storages[storage].root
+        assert root is not None, "codecs are offered only for storages that are read"
+        return TensorMeta.of(root.meta["val"])
+
+    def with_choices(self, choices: CodecChoices) -> Prepared:
+        """The same with other codecs offered, their times measured; ``with_errors`` makes a problem of it."""
+        return dataclasses.replace(self, choices=choices, profile=profile_calls(calls_of(self.layout, choices)))
+
+    def offering(self, actions: Actions) -> Prepared:
+        """The same with the channel-wise codecs of a plan from elsewhere offered too: widths differ from run to run."""
+        choices, errors = dict(self.choices), dict[tuple[int, str], float]()
+        for t, tensor in enumerate(self.problem.tensors):
+            lossy = [option for option in tensor.codecs if not option.lossless]
+            errors |= {(t, option.codec): option.error for option in lossy}
+            action = actions.get(t)
+            spec = action.codec if isinstance(action, Compress) and action.codec.startswith("channelwise:") else None
+            if spec and lossy and spec not in choices[t] and get_codec(spec).supports(self.meta(t)):
+                choices[t] = (*choices[t], spec)
+                errors[t, spec] = max(o.error / get_codec(o.codec).noise for o in lossy) * get_codec(spec).noise
+        return self if choices == self.choices else self.with_choices(choices).with_errors(errors)
 
     def with_errors(self, errors: ErrorTable) -> Prepared:
         """The same with other gradient errors."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from fxhybrid.calibration import ErrorPair
 from fxhybrid.errors import format_bytes
 from fxhybrid.plan import Plan
 
@@ -47,6 +48,7 @@ class SignatureReport:
         capture_check: how the captured graph compares with eager.
         accumulating: whether a plan fits while gradients of an earlier backward pass exist, in words.
         error_price: what more gradient error would save; None if it was not asked for.
+        error_pairs: gradient errors that were both predicted and measured: of groups of tensors and of plans.
     """
 
     plan: Plan
@@ -55,6 +57,7 @@ class SignatureReport:
     capture_check: str
     accumulating: str
     error_price: ErrorPrice | None = None
+    error_pairs: tuple[ErrorPair, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,16 @@ def _rows(report: SignatureReport) -> dict[str, str]:
         "status": f"{plan.status} ({plan.solver}, gap {plan.gap:.1%})",
         "actions": counts,
         "gradient error": str(plan.gradient_error),
+        "measured error over predicted": _pairs_text(report.error_pairs),
         "captured graph": report.capture_check,
         "accumulating": report.accumulating,
         **({} if price is None else {f"{price.more_error:g} more error": str(price)}),
     }
+
+
+def _pairs_text(pairs: Sequence[ErrorPair]) -> str:
+    ratios = [pair.measured / pair.predicted for pair in pairs if pair.predicted > 0]
+    return f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} comparisons" if ratios else "nothing measured"
 
 
 def make_report(signatures: Sequence[Signature], more_error: float | None) -> Report:
@@ -110,6 +119,7 @@ def make_report(signatures: Sequence[Signature], more_error: float | None) -> Re
                 s.check.note,
                 s.accumulating_note(),
                 s.error_price(more_error) if more_error else None,
+                tuple(s.error_pairs),
             )
             for s in signatures
         )

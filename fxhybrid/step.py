@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -187,12 +188,18 @@ def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 def relative_difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> float:
     """||found - expected|| / ||expected|| over all tensors together; inf where only one of two is None."""
-    difference = norm = 0.0
+    return float(sum(squared_differences(found, expected).values()) ** 0.5)
+
+
+def squared_differences(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> dict[str, float]:
+    """Each tensor's part of the square of :func:`relative_difference`."""
+    differences: dict[str, float] = {}
+    norm = 0.0
     for name, reference in expected.items():
         value = found[name]
-        if (value is None) != (reference is None):
-            return float("inf")
         if value is not None and reference is not None:
-            difference += float((value - reference).double().square().sum())
+            differences[name] = float((value - reference).double().square().sum())
             norm += float(reference.double().square().sum())
-    return float((difference / max(norm, 1e-30)) ** 0.5)
+        else:
+            differences[name] = 0.0 if value is None and reference is None else math.inf
+    return {name: difference / max(norm, 1e-30) for name, difference in differences.items()}

@@ -13,7 +13,7 @@ from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.graph import InputKind, JointGraph
 from fxhybrid.passes.layout import Layout, OpCall, fused_form
 from fxhybrid.problem import CodecOption, Fusion, Op, Problem, Tensor
-from fxhybrid.profile import Call, Profile, call_of
+from fxhybrid.profile import Call, OpCost, Profile, call_of
 
 CodecChoices = Mapping[int, tuple[str, ...]]
 
@@ -27,7 +27,7 @@ def calls_of(layout: Layout, choices: CodecChoices) -> Iterable[Call]:
             yield call_of(*form)
     for storage, codecs in choices.items():
         for codec in codecs:
-            yield from _codec_calls(_root_value(layout, storage), codec)
+            yield from _codec_calls(_root_value(layout, storage), get_codec(codec).profiled_as().spec)
 
 
 def problem_of(
@@ -100,6 +100,14 @@ def _codec_calls(value: torch.Tensor, codec: str) -> tuple[Call, Call]:
     return encode, _by_kernels(call_of(torch.ops.fxhybrid.decompress.default, (*parts, codec, *shape)), codec)
 
 
+def _codec_costs(profile: Profile, value: torch.Tensor, codec: str) -> tuple[OpCost, OpCost]:
+    """What encode and decode cost: the seconds of the codec that stands in for it, and its own bytes."""
+    stand_in, meta = get_codec(codec).profiled_as(), TensorMeta.of(value)
+    encode, decode = (profile.cost(call) for call in _codec_calls(value, stand_in.spec))
+    more = sum(get_codec(codec).encoded_bytes(meta)) - sum(stand_in.encoded_bytes(meta))
+    return replace(encode, rise_bytes=encode.rise_bytes + more), decode
+
+
 def _by_kernels(call: Call, codec: str) -> Call:
     """The call, told apart from the same one by other kernels: costs are kept on disk by key."""
     kernels = get_codec(codec).kernels_key
@@ -116,7 +124,7 @@ def _options(
     options = []
     for text in codecs:
         value, codec = _root_value(layout, storage), get_codec(text)
-        encode, decode = (profile.cost(call) for call in _codec_calls(value, text))
+        encode, decode = _codec_costs(profile, value, text)
         options.append(
             CodecOption(
                 text,

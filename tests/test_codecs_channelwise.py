@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxhybrid.channel_choices import channelwise_specs
 from fxhybrid.codecs import (
     Codec,
     TensorMeta,
-    assign_widths,
-    channel_weights,
     channels_per_row,
     channelwise,
     get_codec,
+    lowest_price,
+    widths_at,
 )
 from fxhybrid.codecs.widths import STEP_ERROR
-from fxhybrid.errors import CodecError
 
 
 def round_trip(codec: Codec, x: Tensor) -> Tensor:
@@ -76,42 +76,56 @@ def test_channelwise_gives_each_channel_its_own_width() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.floats(0, 100), min_size=1, max_size=6),
+    st.lists(st.floats(1e-3, 100), min_size=1, max_size=6),
     st.sampled_from([{2: 13, 4: 25, 8: 49}, {2: 49, 4: 98, 8: 196}, {2: 1, 4: 3, 8: 4}]),
-    st.floats(0, 1),
+    st.floats(1e-6, 1.0),
 )
-def test_widths_are_the_best_of_all(weights: list[float], row_bytes: dict[int, int], share: float) -> None:
-    n = len(weights)
-    total = int(n * (row_bytes[2] + share * (row_bytes[8] - row_bytes[2])))
-
+def test_widths_at_a_price_are_the_best_for_their_bytes(
+    errors: list[float], row_bytes: dict[int, int], price: float
+) -> None:
     def error(widths: tuple[int, ...]) -> float:
-        return sum(v * STEP_ERROR[w] for v, w in zip(weights, widths, strict=True))
+        return sum(225 * v * STEP_ERROR[w] for v, w in zip(errors, widths, strict=True))
 
-    found = assign_widths(weights, row_bytes, total)
-    assert sum(row_bytes[w] for w in found) <= total
-    fitting = [w for w in itertools.product((2, 4, 8), repeat=n) if sum(row_bytes[k] for k in w) <= total]
-    assert error(found) == pytest.approx(min(map(error, fitting)), abs=1e-12)
+    found = widths_at(price, torch.tensor(errors, dtype=torch.float64), row_bytes)
+    total = sum(row_bytes[w] for w in found)
+    every = itertools.product((2, 4, 8), repeat=len(errors))
+    assert error(found) <= min(error(w) for w in every if sum(row_bytes[k] for k in w) <= total) * (1 + 1e-9)
 
 
-def test_widths_that_cannot_fit_are_an_error() -> None:
-    with pytest.raises(CodecError, match="3 channels take 30 bytes at 2 bits each, more than 29"):
-        assign_widths([1, 2, 3], {2: 10, 4: 20, 8: 40}, 29)
+def test_the_lowest_price_at_which_bytes_fit() -> None:
+    """200 bytes below a price of 1e-9, 100 from there to 1e-3, then 50."""
+
+    def n_bytes(price: float) -> int:
+        return 200 if price < 1e-9 else 100 if price < 1e-3 else 50
+
+    assert lowest_price(n_bytes, 100) == pytest.approx(1e-9)
+    assert lowest_price(n_bytes, 99) == pytest.approx(1e-3)
+    assert lowest_price(n_bytes, 49) is None
 
 
 def test_widths_beat_uniform_4_bits_at_equal_bytes() -> None:
     """Channels of scales 1, 1/2, 1/4, ... 1/128: a few carry nearly all of the error."""
     torch.manual_seed(0)
     x = torch.randn(16, 8, 8, 8) * 0.5 ** torch.arange(8).view(8, 1, 1)
-    widths = assign_widths(channel_weights(x), {2: 16, 4: 32, 8: 64}, 8 * 32)
-    mixed, uniform = get_codec("channelwise:" + "".join(map(str, widths))), get_codec("rowwise4:64")
-    assert sum(mixed.encoded_bytes(TensorMeta.of(x))) <= sum(uniform.encoded_bytes(TensorMeta.of(x)))
+    low, high = x.flatten(2).aminmax(dim=2)
+    meta, four = TensorMeta.of(x), "rowwise4:64"
+    spec = channelwise_specs({0: meta}, {0: (high - low).square().sum(0)}, {0: four})[0]
+    mixed, uniform = get_codec(spec), get_codec(four)
+    assert sum(mixed.encoded_bytes(meta)) <= sum(uniform.encoded_bytes(meta))
     assert (round_trip(mixed, x) - x).norm() < 0.4 * (round_trip(uniform, x) - x).norm()
 
 
-def test_channel_weights_are_mean_squared_ranges() -> None:
-    x = torch.zeros(2, 2, 2, 2)
-    x[0, 0, 0, 0], x[1, 0, 1, 1], x[1, 1, 0, 1] = 2, -4, 3
-    assert channel_weights(x) == ((4 + 16) / 2, 9 / 2)
+def test_tensors_share_bytes_by_what_their_error_costs() -> None:
+    """Equal tensors, one with a millionfold squared error: it gets 8 bits and the others pay for it with 2."""
+    meta = TensorMeta((2, 4, 16, 16), (1024, 256, 16, 1), torch.float32)
+    errors = {t: torch.full((4,), 1.0 if t == 0 else 1e-6, dtype=torch.float64) for t in range(3)}
+    specs = channelwise_specs(dict.fromkeys(range(3), meta), errors, dict.fromkeys(range(3), "rowwise4:256"))
+    assert specs == {0: "channelwise:8888", 1: "channelwise:2222", 2: "channelwise:2222"}  # 8 + 2 + 2 = 3 * 4
+
+
+def test_one_measurement_stands_for_all_widths() -> None:
+    assert get_codec("channelwise:88882").profiled_as() is get_codec("channelwise:48424")
+    assert get_codec("rowwise4:64").profiled_as() is get_codec("rowwise4:64")
 
 
 def test_neighbouring_channels_form_rows_where_planes_are_small() -> None:
@@ -122,4 +136,3 @@ def test_neighbouring_channels_form_rows_where_planes_are_small() -> None:
     assert channels_per_row(3, 49) == 1  # 147 elements are no whole bytes
     x = torch.randn(2, 8, 7, 7)
     assert torch.equal(round_trip(get_codec("channelwise:44"), x), round_trip(get_codec("rowwise4:196"), x))
-    assert len(channel_weights(x, 4)) == 2

@@ -18,16 +18,16 @@ from fxhybrid.codecs import casts, channelwise, lossless, ops, pool, rowwise_com
 from fxhybrid.codecs.base import Codec, get_codec, register, registered_names
 from fxhybrid.codecs.candidates import candidate_codecs
 from fxhybrid.codecs.meta import TensorMeta
-from fxhybrid.codecs.widths import assign_widths, channel_weights, channels_per_row
+from fxhybrid.codecs.widths import channels_per_row, lowest_price, widths_at
 
 __all__ = [
     "Codec",
     "TensorMeta",
-    "assign_widths",
     "candidate_codecs",
-    "channel_weights",
     "channels_per_row",
     "get_codec",
+    "lowest_price",
     "register",
     "registered_names",
+    "widths_at",
 ]

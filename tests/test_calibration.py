@@ -1,0 +1,203 @@
+"""Calibration: errors of tensors and channels against steps in which each is lossy alone, and what plans make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxhybrid
+from fxhybrid.attribution import Neighbours, neighbours, tensor_errors
+from fxhybrid.calibration import calibrate
+from fxhybrid.codecs import get_codec
+from fxhybrid.lossy_step import LossyStep
+from fxhybrid.options import make_options
+from fxhybrid.plan import SAVE, Compress
+from fxhybrid.prepare import Prepared, build_graphs, prepare
+from fxhybrid.step import Step, StepCall
+from fxhybrid.verify import Verifier
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    second = [nn.Conv2d(16, 32, 3, 2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32 * 64, 10))
+
+
+def batch(seed: int = 1) -> StepCall:
+    torch.manual_seed(seed)
+    return StepCall((torch.randn(8, 3, 16, 16),), {}, (torch.randint(10, (8,)),))
+
+
+@pytest.fixture(scope="module")
+def captured() -> tuple[Prepared, Verifier]:
+    step, call = Step(net(), F.cross_entropy, False), batch()
+    prepared = prepare(step, call, make_options(budget=1.0, loss_fn=F.cross_entropy))
+    save_all = build_graphs(prepared, {})[1]
+    return prepared, Verifier(prepared.capture, prepared.joint, step, call, save_all=lambda: save_all, save_all_bytes=0)
+
+
+def by_reader(prepared: Prepared) -> dict[str, int]:
+    """The net's lossy candidates: inputs of both batch norms, of the second convolution and of the linear layer."""
+    found = {}
+    for storage in prepared.choices:
+        readers = {str(op.node.target) for op in prepared.layout.backward if storage in op.inputs}
+        shape = prepared.meta(storage).shape
+        if any("batch_norm" in reader for reader in readers):
+            found[f"batch norm {shape[1]}"] = storage
+        elif any("convolution" in reader for reader in readers):
+            found["convolution"] = storage
+        elif any("mm" in reader for reader in readers):
+            found["linear"] = storage
+    return found
+
+
+def test_neighbours_are_the_parameters_that_feel_a_tensor_first(captured: tuple[Prepared, Verifier]) -> None:
+    prepared, _ = captured
+    tensors = by_reader(prepared)
+    near = neighbours(prepared.joint, prepared.layout, tensors.values())
+    assert near[tensors["convolution"]] == Neighbours(("3.weight",), (), False)
+    assert near[tensors["linear"]] == Neighbours(("7.weight",), (), False)
+    assert near[tensors["batch norm 16"]] == Neighbours(("1.bias", "1.weight"), ("0.weight",), True)
+    assert near[tensors["batch norm 32"]] == Neighbours(("4.bias", "4.weight"), ("3.weight",), True)
+
+
+def test_charges_add_up() -> None:
+    near = {
+        0: Neighbours(("a",), (), False),
+        1: Neighbours(("b",), ("c",), True),
+        2: Neighbours((), ("c",), True),
+    }
+    found = tensor_errors({"a": 1.0, "b": 2.0, "c": 4.0, "far": 8.0}, near)
+    # c is next to two; what is far may be the doing of the two whose errors travel
+    assert found == {0: 1.0, 1: 2.0 + 2.0 + 4.0, 2: 2.0 + 4.0}
+    assert sum(found.values()) == 15.0
+
+
+def test_a_lossy_step_is_that_of_a_plan_with_these_codecs(captured: tuple[Prepared, Verifier]) -> None:
+    prepared, verifier = captured
+    step = LossyStep(prepared, verifier)
+    specs = {t: next(s for s in prepared.choices[t] if s.startswith("rowwise4")) for t in by_reader(prepared).values()}
+    masks = {t: SAVE for i in prepared.problem.deferrable for t in prepared.problem.forward[i].outputs}
+    actions = masks | {t: Compress(spec) for t, spec in specs.items()}
+    planned = verifier.gradient_error(build_graphs(prepared, actions)[1])
+    assert step.error(specs) == pytest.approx(planned, rel=1e-6)
+    assert step.error({}) == 0.0
+
+
+def test_channel_errors_are_those_of_the_convolution(captured: tuple[Prepared, Verifier]) -> None:
+    """The input gradient's share of each input channel is what the weight's gradient shows of it."""
+    prepared, verifier = captured
+    conv = by_reader(prepared)["convolution"]
+    near = neighbours(prepared.joint, prepared.layout, [conv])
+    step = LossyStep(prepared, verifier)
+    by_parameter = step.differences({conv: "rowwise4:256"}, near)
+    total = sum(by_parameter.values())
+    assert by_parameter["3.weight"] == pytest.approx(total)
+    assert total > 0
+    spread = step.watch.channel_errors(conv, by_parameter, total)
+    assert spread is not None
+    step.specs = {conv: "rowwise4:256"}
+    gradients = verifier.run(step.graphs).gradients
+    found, expected = gradients["3.weight"], step.expected["3.weight"]
+    assert found is not None
+    assert expected is not None
+    by_channel = (found - expected).double().square().sum((0, 2, 3))
+    ratio = (spread / spread.sum()) / (by_channel / by_channel.sum())
+    assert 0.5 < ratio.min() <= ratio.max() < 2  # one draw of the rounding against its mean
+
+
+def test_calibration_prices_every_lossy_codec(captured: tuple[Prepared, Verifier]) -> None:
+    prepared, verifier = captured
+    found = calibrate(prepared, verifier)
+    lossy = {(t, spec) for t, specs in found.choices.items() for spec in specs if not get_codec(spec).lossless}
+    assert found.errors.keys() == lossy
+    assert any(spec.startswith("channelwise:") for _, spec in lossy)
+    for t, specs in prepared.choices.items():
+        assert set(specs) <= set(found.choices[t])
+    pairs = {(pair.what, pair.codec): pair for pair in found.pairs}
+    assert {codec for _, codec in pairs} == {"rowwise8", "channelwise"}
+    for pair in pairs.values():
+        assert 0.5 < pair.measured / pair.predicted < 2
+
+
+def test_a_second_codec_of_a_kind_is_measured_too(captured: tuple[Prepared, Verifier]) -> None:
+    prepared, verifier = captured
+    conv = by_reader(prepared)["convolution"]
+    choices = {conv: (*prepared.choices[conv], "rowwise8:64")}
+    two = dataclasses.replace(prepared, choices={**prepared.choices, **choices})
+    found = calibrate(two, verifier)
+    assert found.errors[conv, "rowwise8:64"] > 0
+    assert len([pair for pair in found.pairs if pair.codec == "rowwise8" and "convolution" in pair.what]) == 2
+
+
+def test_a_plan_with_widths_of_its_own_is_carried() -> None:
+    """Widths come from the data, so another capture has others: a plan brings its own along."""
+    model, call = net(), batch()
+    compiled = partial(
+        fxhybrid.compile, loss_fn=F.cross_entropy, example_inputs=call.args, loss_args=call.loss_args, budget=1.0
+    )
+    hybrid = compiled(model, max_grad_error=0.5)
+    problem = hybrid.planning_problem
+    tensor = next(t for t in problem.tensors if any(o.codec.startswith("rowwise4:256") for o in t.codecs))
+    codec = "channelwise:" + "28" * 8
+    assert codec not in [o.codec for o in tensor.codecs]
+    plan = dataclasses.replace(hybrid.plan, actions={tensor.name: Compress(codec)})
+    hybrid.use_plan(plan)
+    assert str(hybrid.plan.actions[tensor.name]) == f"compress({codec})"
+    hybrid(*call.args, loss_args=call.loss_args).backward()
+    again = compiled(net(), max_grad_error=0.5, plan=plan)
+    assert str(again.plan.actions[tensor.name]) == f"compress({codec})"
+
+
+def test_the_report_holds_predicted_and_measured_errors() -> None:
+    call = batch()
+    hybrid = fxhybrid.compile(
+        net(), budget=0.9, loss_fn=F.cross_entropy, example_inputs=call.args, loss_args=call.loss_args
+    )
+    report = hybrid.report()
+    assert {pair.codec for pair in report.signatures[0].error_pairs} >= {"rowwise8", "channelwise"}
+    assert "measured error over predicted" in str(report)
+
+
+def test_recalibrating_chooses_widths_anew() -> None:
+    call = batch()
+    hybrid = fxhybrid.compile(
+        net(), budget=0.9, loss_fn=F.cross_entropy, example_inputs=call.args, loss_args=call.loss_args
+    )
+
+    def widths() -> dict[str, str]:
+        options = ((t.name, option) for t in hybrid.planning_problem.tensors for option in t.codecs)
+        return {name: option.codec for name, option in options if option.codec.startswith("channelwise:")}
+
+    before, graph = widths(), hybrid.plan.graph_fingerprint
+    with torch.no_grad():
+        hybrid[1].weight[::2] *= 100  # half of the channels now carry nearly all of the error
+    later = batch(2)
+    hybrid.recalibrate(*later.args, loss_args=later.loss_args)
+    assert all(parameter.grad is None for parameter in hybrid.parameters())
+    assert widths() != before
+    assert hybrid.plan.graph_fingerprint == graph
+    assert hybrid.check_error(*later.args, loss_args=later.loss_args) <= 0.1
+    hybrid(*later.args, loss_args=later.loss_args).backward()
+
+
+def test_recalibrating_keeps_the_plan_where_none_fits_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = batch()
+    hybrid = fxhybrid.compile(
+        net(), budget=0.9, loss_fn=F.cross_entropy, example_inputs=call.args, loss_args=call.loss_args
+    )
+    before, problem = hybrid.plan, hybrid.planning_problem
+    with monkeypatch.context() as patch:
+        patch.setattr("fxhybrid.compiler.CALIBRATION_ROUNDS", 0)  # as if no lossy plan kept the error
+        patch.setattr(hybrid._fxhybrid_session.signatures[0][0], "budget_bytes", hybrid.plan.peak_bytes // 2)
+        with pytest.raises(fxhybrid.BudgetError):
+            hybrid.recalibrate(*call.args, loss_args=call.loss_args)
+    assert hybrid.plan == before
+    assert hybrid.planning_problem is problem
+    hybrid(*call.args, loss_args=call.loss_args).backward()
