@@ -8,6 +8,7 @@ a number of moves made, so that the same input gives the same plans.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from fxhybrid.solvers.choices import Changes
 from fxhybrid.solvers.footprint import Footprint, Footprints
 from fxhybrid.solvers.grid import Ints, State
-from fxhybrid.solvers.moves import Floats, MoveTable
+from fxhybrid.solvers.moves import ALL, Floats, MoveTable, Pace
 
 SHARPNESS = 200.0  # slots one part in so many below the peak weigh 1 / e of it
 NEARLY = 0.99  # of the target: slots above that count as overloaded, so that moves reach below it
@@ -77,41 +78,63 @@ class Descent:
     def stand_at(self, codes: bytes | State) -> bool:
         """Moves to a state; whether it is a valid one within the error limit."""
         state = self.base.state
-        self.table.age(self.base.move({t: c for t, c in enumerate(codes) if c != state[t]}))
+        moved = self.base.move({t: c for t, c in enumerate(codes) if c != state[t]})
+        self.table.age(moved.keys())
         return self.allowed()
 
     def allowed(self) -> bool:
         """Whether the present state is valid and within the error limit."""
         return self.base.valid and self.base.error2 <= self.max_error2 * (1 + 1e-9)
 
+    def _improve(
+        self,
+        pace: Pace,
+        pick: Callable[[], tuple[list[int], Changes]],
+        figure: Callable[[], float],
+        *,
+        until: Callable[[], bool] = lambda: False,
+        patient: bool = True,
+        accept: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Makes the moves picked, and takes those back that do not lower the figure.
+
+        Args:
+            pace: how many are made at once.
+            pick: rows and changes to make together; none where there is nothing to gain.
+            figure: what falls.
+            until: ends the search.
+            patient: measures stale moves anew before it gives up.
+            accept: is told of moves made.
+        """
+        value = figure()
+        while not self.tired and pace.fails < FAILS and not until():
+            rows, changes = pick()
+            if not rows:
+                if not (patient and self.table.stale):
+                    return
+                self.table.refresh()
+                continue
+            moved = self.base.move(changes)
+            lower = figure()
+            if self.allowed() and lower < value:
+                value = lower
+                self.table.age(moved.keys())
+                pace.quicken()
+                accept()
+            else:
+                self.base.undo()
+                pace.slow_down(rows)
+
+    def _pace(self, batch: int, most: int | None = None) -> Pace:
+        return Pace(np.zeros(len(self.table.row), bool), batch, self.most_at_once if most is None else most)
+
     # -- at a price ----------------------------------------------------------------------------------------
 
     def relax(self, price: float) -> None:
         """Makes moves until none makes ``cost_s + price * smooth peak`` smaller; ``price`` is seconds per byte."""
-        table = self.table
         sharp = SHARPNESS / max(self.base.footprint().peak_bytes, 1)
-        banned = np.zeros(len(table.row), bool)
-        batch, fails = 8, 0
-        value = self._value(price, sharp)
-        while not self.tired and fails < FAILS:
-            rows, changes = self._improving(price, sharp, banned, batch)
-            if not rows:
-                if table.stale:
-                    table.refresh()
-                    continue
-                return
-            moved = self.base.move(changes)
-            lower = self._value(price, sharp)
-            if self.allowed() and lower < value:
-                value, fails = lower, 0
-                table.age(moved)
-                batch = min(2 * batch, self.most_at_once)
-                continue
-            self.base.undo()
-            fails += 1
-            if len(rows) == 1:
-                banned[rows] = True
-            batch = max(1, len(rows) // 4)
+        pace = self._pace(8)
+        self._improve(pace, lambda: self._improving(price, sharp, pace), lambda: self._value(price, sharp))
 
     def _value(self, price: float, sharp: float) -> float:
         heights = self.base.heights()
@@ -119,21 +142,22 @@ class Descent:
         smooth = top + math.log(float(np.exp(sharp * (heights - top)).sum())) / sharp
         return self.cost_s + price * smooth
 
-    def _improving(self, price: float, sharp: float, banned: np.ndarray, batch: int) -> tuple[list[int], Changes]:
-        """Up to ``batch`` moves, the most useful first, that do not touch each other's tensors."""
-        table = self.table
+    def _improving(self, price: float, sharp: float, pace: Pace) -> tuple[list[int], Changes]:
+        """A batch of moves, the most useful first, that do not touch each other's tensors."""
+        table, batch = self.table, pace.batch
         heights = self.base.heights()
         weights = np.concatenate([[0.0], np.cumsum(np.exp(sharp * (heights - heights.max())))])
 
         def gains(rows: slice) -> Floats:
-            grown = np.expm1(np.clip(sharp * table.delta[rows], -700.0, 200.0))
-            grown *= weights[table.end[rows]] - weights[table.begin[rows]]
-            smooth = np.log(np.maximum(1.0 + grown.sum(1) / weights[-1], 1e-300)) / sharp
+            grown = table.weighed(lambda delta: np.expm1(np.clip(sharp * delta, -700.0, 200.0)), weights, rows)
+            smooth = np.log(np.maximum(1.0 + grown / weights[-1], 1e-300)) / sharp
             gain: Floats = -(self.costs[rows] + price * smooth)
-            gain[~table.valid[rows] | banned[rows] | (self.base.error2 + table.error2[rows] > self.max_error2)] = 0.0
+            gain[~table.valid[rows] | pace.banned[rows] | (self.base.error2 + table.error2[rows] > self.max_error2)] = (
+                0.0
+            )
             return gain
 
-        gain = gains(slice(None))
+        gain = gains(ALL)
         picks: list[int] = []
         for r in np.argsort(-gain, kind="stable")[: 4 * batch].tolist():
             if gain[r] <= self.nothing_s or len(picks) == 2 * batch:
@@ -166,43 +190,26 @@ class Descent:
 
     def descend(self, target: int) -> bool:
         """Goes down to a peak of at most ``target``; False if it got stuck on the way."""
-        table = self.table
-        banned = np.zeros(len(table.row), bool)
-        heights = self.base.heights()
-        batch, fails = 4, 0
-        while heights.max() > target:
-            if self.tired or fails == FAILS:
-                return False
-            rows, changes = self._lowering(heights, target, banned, batch)
-            if not rows:
-                if not table.stale:
-                    return False
-                table.refresh()
-                continue
-            moved = self.base.move(changes)
-            lower = self.base.heights()
-            if self.allowed() and _excess(lower, target) < _excess(heights, target):
-                heights, fails = lower, 0
-                table.age(moved)
-                batch = min(2 * batch, self.most_at_once)
-                continue
-            self.base.undo()
-            fails += 1
-            if len(rows) == 1:
-                banned[rows] = True
-            batch = 1
-        return True
 
-    def _lowering(self, heights: Ints, target: int, banned: np.ndarray, batch: int) -> tuple[list[int], Changes]:
-        """Up to ``batch`` moves of the highest score that do not touch each other's tensors."""
+        def reached() -> bool:
+            return bool(self.base.heights().max() <= target)
+
+        pace = self._pace(4)
+        self._improve(
+            pace, lambda: self._lowering(target, pace), lambda: _excess(self.base.heights(), target), until=reached
+        )
+        return reached()
+
+    def _lowering(self, target: int, pace: Pace) -> tuple[list[int], Changes]:
+        """A batch of moves of the highest score that do not touch each other's tensors."""
         table = self.table
-        height = heights.astype(np.float64)
+        height = self.base.heights().astype(np.float64)
         error2 = self.base.error2
         rows: list[int] = []
         picked: Changes = {}
-        busy = banned.copy()
+        busy = pace.banned.copy()
         at_once = 1 + len(table.row) // ROWS_PER_PICK
-        while table.row and len(rows) < batch and height.max() > target:
+        while table.row and len(rows) < pace.batch and height.max() > target:
             score = self._scores(height, target, error2)
             score[busy] = 0.0
             order = [int(score.argmax())] if at_once == 1 else np.argsort(-score, kind="stable")[:at_once].tolist()
@@ -224,10 +231,8 @@ class Descent:
         return rows, picked
 
     def _add(self, height: Floats, r: int) -> None:
-        table = self.table
-        for a, b, d in zip(table.begin[r], table.end[r], table.delta[r], strict=True):
-            if d:
-                height[a:b] += d
+        for begin, end, size in self.table.segments[r]:
+            height[begin:end] += size
 
     def _scores(self, height: Floats, target: int, error2: float) -> Floats:
         """Bytes freed at the overloaded slots per second of added delay, 0 where a move cannot be."""
@@ -235,42 +240,32 @@ class Descent:
         over = np.maximum(height - NEARLY * target, 0.0)
         top = float(over.max())
         total = np.concatenate([[0.0], np.cumsum(over / top)])
-        freed = np.minimum(-table.delta, top)
-        gain = (freed * (total[table.end] - total[table.begin])).sum(1)
+        gain = table.weighed(lambda delta: np.minimum(-delta, top), total)
         score: Floats = gain / np.maximum(self.costs, 1e-6 * self.base.problem.step_s + 1e-30)
         score[~table.valid | (gain <= 0) | (error2 + table.error2 > self.max_error2 * (1 + 1e-12))] = 0.0
         return score
 
     def trim(self, target: int, seen: list[Point] | None = None) -> None:
         """Makes moves that save time while the peak stays at or below ``target``; ``seen`` gets the points passed."""
-        table = self.table
-        banned = np.zeros(len(table.row), bool)
-        batch, fails = 8 if seen is None else 1, 0
-        while not self.tired and fails < FAILS:
-            rows, changes = self._fitting(target, self._savers(target, banned), batch)
-            if not rows:
-                return
-            before = self.cost_s
-            moved = self.base.move(changes)
-            if self.allowed() and self.base.heights().max() <= target and self.cost_s < before:
-                table.age(moved)
-                batch, fails = 1 if seen is not None else min(2 * batch, self.most_at_once), 0
-                if seen is not None:
-                    seen.append(self.point())
-                continue
-            self.base.undo()
-            fails += 1
-            if len(rows) == 1:
-                banned[rows] = True
-            batch = max(1, len(rows) // 4)
+
+        def cost() -> float:
+            return self.cost_s if self.base.heights().max() <= target else math.inf
+
+        pace = self._pace(8) if seen is None else self._pace(1, 1)
+        self._improve(
+            pace,
+            lambda: self._fitting(target, self._savers(target, pace.banned), pace.batch),
+            cost,
+            patient=False,
+            accept=lambda: None if seen is None else seen.append(self.point()),
+        )
 
     def _savers(self, target: int, banned: np.ndarray) -> Ints:
         """Moves that save time, those first that save most per byte where the room is scarce."""
         table, cost = self.table, self.costs
         wanted = np.flatnonzero(table.valid & ~banned & (cost < -self.nothing_s))
         total = np.concatenate([[0.0], np.cumsum((self.base.heights() / max(target, 1)) ** SCARCITY)])
-        weight = total[table.end[wanted]] - total[table.begin[wanted]]
-        taken = np.maximum((table.delta[wanted] * weight).sum(1), 1.0)
+        taken = np.maximum(table.weighed(lambda delta: delta, total, wanted), 1.0)
         order: Ints = wanted[np.argsort(cost[wanted] / taken, kind="stable")]
         return order
 
@@ -299,11 +294,8 @@ class Descent:
         return rows, picked
 
     def _fits(self, height: Floats, r: int, target: int) -> bool:
-        table = self.table
-        for a, b, d in zip(table.begin[r], table.end[r], table.delta[r], strict=True):
-            if d > 0 and height[a:b].max() + d > target:
-                return False
-        return True
+        segments = self.table.segments[r]
+        return all(size <= 0 or height[begin:end].max() + size <= target for begin, end, size in segments)
 
 
 def _excess(heights: Ints, target: int) -> float:

@@ -13,19 +13,17 @@ reruns before a backward op: a group) is the same relative to the height after i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
-from fxhybrid.problem import CodecOption, Problem
-from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, Grid, Ints, State
-
-NO_GROUP = -NEVER
-Interval = tuple[int, int, int]
+from fxhybrid.problem import Problem
+from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, Ints, State
+from fxhybrid.solvers.lives import NO_GROUP, Interval, Lives
 
 
 @dataclass(frozen=True)
@@ -43,50 +41,19 @@ class Footprint:
     error2: float
 
 
-class _Life(NamedTuple):
-    """Where a tensor is in one state.
-
-    Attributes:
-        intervals: slots and bytes: alive right before the slots' own ops.
-        code: the codec's code if it is stored encoded, else SAVED.
-        encoded_at: slot before which it is encoded, or -1.
-        decoded_at: slot before which it is decoded, or -1.
-        group_death: slot whose group reads it last, or -1.
-    """
-
-    intervals: tuple[Interval, ...] = ()
-    code: int = SAVED
-    encoded_at: int = -1
-    decoded_at: int = -1
-    group_death: int = -1
-
-
-_UNBORN = _Life()
-
-
-class Footprints(Grid):
+class Footprints(Lives):
     """Measures states of one problem, each by what differs from the one before.
 
     Attributes:
-        state: the present codes.
-        use: per tensor, backward op before which it is first needed, or NEVER.
-        rerun: per forward op, backward op before which it runs again, or NEVER.
-        last_use: per tensor, slot of its last backward use, or -1.
-        last_read: per tensor, slot of its last forward use, or -1.
         moves: how many have been made so far.
     """
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        count = len(problem.tensors)
-        self.state: State = self.default.copy()
-        self.use = [NEVER] * count
-        self.rerun = [NEVER] * self.n_forward
-        self.last_use = [-1] * count
-        self.last_read = self.base_read.copy()
-        self._runs = [i not in self.optional for i in range(self.n_forward)]
-        self._lives = [_UNBORN] * count
-        self._members: dict[int, set[tuple[int, int]]] = {}  # slot -> (op, -1) for reruns, (producer, t) for codecs
+        self._default = np.asarray(self.default, np.uint8)
+        self._named: dict[int, list[Action]] = {
+            t: [SAVE, RECOMPUTE, *(Compress(o.codec) for o in problem.tensors[t].codecs)] for t in problem.candidates
+        }
         self._live = self.base_live.copy()
         self._top = self.base_top.copy()
         self._group = np.full(self.n_slots, NO_GROUP, np.int64)
@@ -148,21 +115,18 @@ class Footprints(Grid):
 
     def actions(self) -> dict[int, Action]:
         """The state as actions; defaults and what backward does not want are left out."""
-        named: dict[int, Action] = {}
-        state, default, use = self.state, self.default, self.use
-        for t in [t for t in self.problem.candidates if state[t] != default[t] and use[t] < NEVER]:
-            code = state[t]
-            named[t] = (SAVE, RECOMPUTE)[code] if code < FIRST_CODEC else Compress(self.option(t, code).codec)
-        return named
-
-    def option(self, t: int, code: int) -> CodecOption:
-        """The codec option that ``code`` stands for."""
-        return self.problem.tensors[t].codecs[code - FIRST_CODEC]
+        state, use, named = self.state, self.use, self._named
+        changed = np.flatnonzero(np.asarray(state, np.uint8) != self._default).tolist()
+        return {t: named[t][state[t]] for t in changed if t in named and use[t] < NEVER}
 
     # -- moving to another state ---------------------------------------------------------------------------
 
     def effect(self, changes: Mapping[int, int]) -> tuple[list[Interval], float, float] | None:
         """What a move would do: bytes that come or go by slots, added seconds and squared error; None if invalid."""
+        if len(changes) == 1:
+            ((t, code),) = changes.items()
+            if RECOMPUTED not in (code, self.state[t]) and self.use[t] < NEVER:
+                return self._swap(t, code)
         seconds, error2 = self._seconds, self._error2
         self._trying = True
         self.move(changes)
@@ -170,6 +134,24 @@ class Footprints(Grid):
         self.undo()
         self._trying = False
         return found
+
+    def _swap(self, t: int, code: int) -> tuple[list[Interval], float, float] | None:
+        """``effect`` of storing ``t`` in another form: nothing else is needed earlier or later for it."""
+        before = self.state[t]
+        lossy = self.lossy(t, code) - self.lossy(t, before)
+        if self._invalid + lossy * sum(self.rerun[o] < NEVER for o in self.readers[t]):
+            return None
+        self.state[t] = code
+        old, new = self._lives[t], self._life(t, *self._last_uses(t))
+        self.state[t] = before
+        intervals = [(begin, end, -size) for begin, end, size in old.intervals] + list(new.intervals)
+        seconds = error2 = 0.0
+        for sign, form in ((-1, before), (1, code)):
+            if form >= FIRST_CODEC:
+                option = self.option(t, form)
+                seconds += sign * (option.encode_s + option.decode_s)
+                error2 += 0.0 if option.lossless else sign * option.error**2
+        return intervals, seconds, error2
 
     def move(self, changes: Mapping[int, int]) -> dict[int, int]:
         """Gives the tensors in ``changes`` new codes; returns the changes that lead back."""
@@ -260,7 +242,12 @@ class Footprints(Grid):
         return True
 
     def _settle_life(self, t: int, slots: set[int]) -> None:
-        old, new = self._lives[t], self._life(t)
+        uses = read, last, _ = self._last_uses(t)
+        if read != self.last_read[t]:
+            self._set(self.last_read, t, read)
+        if last != self.last_use[t]:
+            self._set(self.last_use, t, last)
+        old, new = self._lives[t], self._life(t, *uses)
         if old == new:
             return
         self._set(self._lives, t, new)
@@ -293,95 +280,3 @@ class Footprints(Grid):
             members.discard(member)
         self._put_or_taken.append((slot, member, put))
         slots.add(slot)
-
-    # -- lives and groups ----------------------------------------------------------------------------------
-
-    def _life(self, t: int) -> _Life:
-        """Where ``t`` is alive, from who uses it when."""
-        producer, size, code = self.producer[t], self.sizes[t], self.state[t]
-        read, last, in_group = self._last_uses(t)
-        if read != self.last_read[t]:
-            self._set(self.last_read, t, read)
-        if last != self.last_use[t]:
-            self._set(self.last_use, t, last)
-        used = self.use[t] < NEVER
-        encoded = used and code >= FIRST_CODEC
-        kept = used and code != RECOMPUTED
-        death = last if in_group else last + 1  # of what is alive in the backward pass
-        intervals: list[Interval] = []
-        if self._runs[producer]:
-            end = max(read + 1, death) if kept and not encoded else read + 1
-            if t in self.mutated:
-                end = max(end, self.n_forward + 1)
-            intervals.append((producer + 1, self.n_slots if t in self.held else end, size))
-        first = self.slot(self.use[t]) if encoded else NEVER
-        if encoded:
-            intervals.append((read + 1, first, self.option(t, code).encoded_bytes))
-        again = self._made_again(t)
-        if again:
-            first = min(first, self.slot(self.rerun[producer]))
-        stays = t in self.gradients and (again or encoded)
-        if first < NEVER and (stays or first < death):
-            intervals.append((first, self.n_slots if stays else death, size))
-        group_death = last if in_group and not stays and t not in self.held else -1
-        if encoded:
-            return _Life(tuple(intervals), code, read + 1, first, group_death)
-        return _Life(tuple(intervals), group_death=group_death)
-
-    def _made_again(self, t: int) -> bool:
-        """Whether a rerun of its op leaves a new value of ``t``: there is none yet, or the caller gets it."""
-        o = self.producer[t]
-        kept = self.use[t] < NEVER and self.state[t] != RECOMPUTED
-        return self.rerun[o] < NEVER and o not in self.fused_at and (not kept or t in self.gradients)
-
-    def _outlives(self, t: int, slot: int) -> bool:
-        """Whether a value of ``t`` made before a slot's own op is read after that."""
-        return self.last_use[t] >= slot or t in self.gradients
-
-    def _last_uses(self, t: int) -> tuple[int, int, bool]:
-        """Slots of the last forward and the last backward use, and whether a group is the last user."""
-        read, last = self.base_read[t], 2 * self.last_run[t] + 1
-        if self.producer[t] in self.optional and self._runs[self.producer[t]]:
-            read = max(read, self.producer[t])
-        for o in self.readers[t]:
-            if self.rerun[o] < NEVER:
-                last = max(last, 2 * self.rerun[o] + (o in self.fused_at))
-            if o in self.optional and self._runs[o]:
-                read = max(read, o)
-        return (read, self.slot(last // 2), last % 2 == 0) if last >= 0 else (read, -1, False)
-
-    def _group_height(self, slot: int) -> int:
-        """The highest point of the instructions before a slot's own op, relative to the height after them."""
-        level, highest = 0, NO_GROUP
-        encoding = slot <= self.n_forward
-        for top, change in self._encodings(slot) if encoding else self._instructions(slot):
-            highest = max(highest, level + top)
-            level += change
-        return highest - level if highest > NO_GROUP else NO_GROUP
-
-    def _encodings(self, slot: int) -> Iterator[tuple[int, int]]:
-        for t in sorted(t for _, t in self._members.get(slot, ())):
-            option = self.option(t, self.state[t])
-            freed = 0 if t in self.mutated else self.sizes[t]
-            yield max(option.encode_rise_bytes, option.encoded_bytes), option.encoded_bytes - freed
-
-    def _instructions(self, slot: int) -> Iterator[tuple[int, int]]:
-        """Per decoding and rerun of a slot: how high it reaches, and what it leaves behind."""
-        members = self._members.get(slot, set())
-        pending = {t for _, t in members if t >= 0}
-        order = sorted(o for o, t in members if t < 0)
-        last_reader = {t: o for o in order for t in self.read[o] if self._lives[t].group_death == slot}
-        for o in order:
-            for t in self.read[o]:
-                if t in pending:
-                    pending.discard(t)
-                    yield self._decoding(t)
-            left = sum(self.sizes[t] for t in self.made[o] if self._made_again(t) and self._outlives(t, slot))
-            gone = sum(self.sizes[t] for t in dict.fromkeys(self.read[o]) if last_reader.get(t) == o)
-            yield self.rerun_top[o], left - gone
-        for t in sorted(pending):
-            yield self._decoding(t)
-
-    def _decoding(self, t: int) -> tuple[int, int]:
-        option = self.option(t, self.state[t])
-        return max(option.decode_rise_bytes, self.sizes[t]), self.sizes[t] - option.encoded_bytes

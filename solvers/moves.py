@@ -1,22 +1,31 @@
 """Moves between plans, and what each does to the heights, the added time and the error.
 
 A move changes one tensor's action and whatever must follow (``Choices.complete``). Its effect is measured by
-making it and taking it back: exact chain costs at the present state, a good guess at a later one.
+making it and taking it back: exact chain costs at the present state, a good guess at a later one. What was measured
+is kept for when the tensor's surroundings are the same again, which in a search they often are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fxhybrid.solvers.choices import Changes, Choices
-from fxhybrid.solvers.grid import NEVER, RECOMPUTED, SAVED
+from fxhybrid.solvers.grid import NEVER, RECOMPUTED, SAVED, Ints
+from fxhybrid.solvers.lives import Interval
 
 MAX_SEGMENTS = 10
+NARROW = 3  # segments of most rows
+FEW = 64  # tensors changed at once, whose moves are measured again at once
 SMALL_SHARE = 1e-6  # of all bytes: tensors below that are left as they are
 Floats = npt.NDArray[np.float64]
+ALL = slice(None)
 
 
 class MoveTable:
@@ -26,6 +35,7 @@ class MoveTable:
         row: tensor, code and variant of each row.
         rows_of: rows of each tensor.
         begin, end, delta: slots and bytes that come or go there, several segments per row.
+        segments: the same as lists.
         seconds: added seconds of each row.
         error2: squared error that each row adds.
         valid: whether the row is a move at all.
@@ -56,45 +66,123 @@ class MoveTable:
         self.error2 = np.zeros(n)
         self.valid = np.zeros(n, bool)
         self.changes: list[Changes] = [{}] * n
+        self.segments: list[list[Interval]] = [[]] * n
+        self._wide = np.zeros(n, bool)
+        self._columns: tuple[np.ndarray, ...] = (
+            self.begin,
+            self.end,
+            self.delta,
+            self.seconds,
+            self.error2,
+            self.valid,
+            self._wide,
+        )
         self.stale = set(self.rows_of)
+        # one more than the neighbours, as itemgetter gives no tuple for one alone
+        self._near = {t: itemgetter(*sorted(self.base.near((t,), 1)), t) for t in self.rows_of}
+        self._context: dict[int, Any] = {}
+        self._known: dict[tuple[int, Any], Any] = {}
 
     def refresh(self, tensors: Iterable[int] | None = None) -> None:
         """Measures the moves of those of ``tensors`` (all if None) that are stale."""
-        base = self.base
         for t in [t for t in (self.rows_of if tensors is None else tensors) if t in self.stale]:
             self.stale.discard(t)
-            seen: list[Changes] = []
-            for r in self.rows_of[t]:
-                _, code, deep = self.row[r]
-                self.valid[r] = False
-                if base.use[t] == NEVER or base.state[t] == code:
-                    continue
-                changes = self.choices.complete(t, code, deep)
-                if changes is not None and changes not in seen:
-                    seen.append(changes)
-                    self._measure(r, changes)
+            near = self._near[t]
+            context = near(self.base.state), near(self.base.use)
+            if context == self._context.get(t):
+                continue
+            self._context[t] = context
+            rows = slice(self.rows_of[t].start, self.rows_of[t].stop)
+            if (t, context) not in self._known:
+                self._measure(t)
+                measured = [column[rows].copy() for column in self._columns]
+                self._known[t, context] = measured, self.changes[rows], self.segments[rows]
+                continue
+            measured, self.changes[rows], self.segments[rows] = self._known[t, context]
+            for column, numbers in zip(self._columns, measured, strict=True):
+                column[rows] = numbers
 
-    def age(self, changed: Iterable[int]) -> set[int]:
-        """Marks as stale what a change of ``changed`` may alter."""
-        near = self.base.near(changed, 1).intersection(self.rows_of)
-        self.stale |= near
-        return near
+    def age(self, changed: AbstractSet[int]) -> None:
+        """Marks as stale what a change of ``changed`` may alter.
 
-    def _measure(self, r: int, changes: Changes) -> None:
+        The moves of ``changed`` themselves are others now, and would not be seen if they were only marked; after a
+        jump to another plan nearly all are.
+        """
+        self.stale |= self.base.near(changed, 1).intersection(self.rows_of)
+        if len(changed) <= FEW:
+            self.refresh(sorted(self.rows_of.keys() & changed))
+
+    def weighed(self, change: Callable[[Floats], Floats], total: Floats, rows: slice | Ints = ALL) -> Floats:
+        """Per row: the sum over its slots of ``change(delta)`` times the slot's weight; ``total`` is cumulative."""
+
+        def part(rows: slice | Ints, columns: slice) -> Floats:
+            weight = total[self.end[rows, columns]] - total[self.begin[rows, columns]]
+            sums: Floats = (change(self.delta[rows, columns]) * weight).sum(1)
+            return sums
+
+        sums = part(rows, slice(NARROW))
+        wide = np.flatnonzero(self._wide[rows])
+        if len(wide):
+            sums[wide] += part(np.arange(len(self.row))[rows][wide], slice(NARROW, None))
+        return sums
+
+    def _measure(self, t: int) -> None:
+        base = self.base
+        seen: list[Changes] = []
+        for r in self.rows_of[t]:
+            _, code, deep = self.row[r]
+            self.valid[r] = False
+            if base.use[t] == NEVER or base.state[t] == code:
+                continue
+            changes = self.choices.complete(t, code, deep)
+            if changes is not None and changes not in seen:
+                seen.append(changes)
+                self._measure_row(r, changes)
+
+    def _measure_row(self, r: int, changes: Changes) -> None:
         effect = self.base.effect(changes)
         if effect is None:
             return
         intervals, self.seconds[r], self.error2[r] = effect
         segments = _segments(intervals)
-        self.begin[r] = self.end[r] = 0
         self.delta[r] = 0.0
-        for k, (a, b, d) in enumerate(segments):
-            self.begin[r, k], self.end[r, k], self.delta[r, k] = a, b, d
+        for k, (begin, end, size) in enumerate(segments):
+            self.begin[r, k], self.end[r, k], self.delta[r, k] = begin, end, size
+        self._wide[r] = len(segments) > NARROW
+        self.segments[r] = segments
         self.changes[r] = changes
         self.valid[r] = True
 
 
-def _segments(intervals: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+@dataclass
+class Pace:
+    """How many moves are made at once, and when to give up.
+
+    Attributes:
+        banned: rows that were refused alone.
+        batch: moves made at once.
+        most: of them.
+        fails: moves refused in a row.
+    """
+
+    banned: npt.NDArray[np.bool_]
+    batch: int
+    most: int
+    fails: int = 0
+
+    def quicken(self) -> None:
+        """After moves that were made."""
+        self.fails, self.batch = 0, min(2 * self.batch, self.most)
+
+    def slow_down(self, rows: list[int]) -> None:
+        """After moves that were taken back."""
+        self.fails += 1
+        if len(rows) == 1:
+            self.banned[rows] = True
+        self.batch = max(1, len(rows) // 4)
+
+
+def _segments(intervals: list[Interval]) -> list[Interval]:
     """The sum of ``intervals`` as few segments; where they are too many, neighbours join at the higher one."""
     jumps: dict[int, int] = {}
     for begin, end, size in intervals:
@@ -102,7 +190,7 @@ def _segments(intervals: list[tuple[int, int, int]]) -> list[tuple[int, int, int
             jumps[begin] = jumps.get(begin, 0) + size
             jumps[end] = jumps.get(end, 0) - size
     places = sorted(at for at, jump in jumps.items() if jump)
-    segments: list[tuple[int, int, int]] = []
+    segments: list[Interval] = []
     level = 0
     for i, at in enumerate(places[:-1]):
         level += jumps[at]

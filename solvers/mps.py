@@ -22,6 +22,7 @@ from fxhybrid.solvers.grid import SAVED, State
 from fxhybrid.solvers.moves import MoveTable
 from fxhybrid.solvers.seeds import seed_states
 
+STEPS_DOWN = (0.95, 0.99, 0.999)  # of the peak, on the way to the lowest
 PRICES = (3e-4, 6.0)  # seconds for the whole peak, relative to the step
 
 
@@ -30,7 +31,7 @@ class Effort:
     """How much work a ladder may take; all are counts or ratios, none is a time.
 
     Attributes:
-        moves: moves made at most, and as many more for each op of the problem.
+        moves: moves made or tried at most, and so many more for each op of the problem.
         price_step: each price of the peak, relative to the one before.
         error_prices: seconds that the whole error limit is worth, relative to the step; one sweep each.
         seeds: coarse plans followed up.
@@ -38,10 +39,10 @@ class Effort:
         rung_step: neighbouring rungs differ by about so much in added time (plus 0.1 % of the step).
     """
 
-    moves: tuple[int, int] = (18_000, 1)
-    price_step: float = 1.15
+    moves: tuple[int, float] = (6_000, 0.5)
+    price_step: float = 1.3
     error_prices: tuple[float, ...] = (0.0, 0.02)
-    seeds: int = 2
+    seeds: int = 4
     rungs: int = 192
     rung_ops: int = 320_000
     rung_step: float = 1.02
@@ -52,7 +53,7 @@ class Effort:
 
     def work(self, problem: Problem) -> int:
         """Moves that may be made for ``problem``."""
-        return self.moves[0] + self.moves[1] * (len(problem.forward) + len(problem.backward))
+        return self.moves[0] + int(self.moves[1] * (len(problem.forward) + len(problem.backward)))
 
 
 def build_ladder(problem: Problem, *, max_error: float, effort: Effort | None = None) -> Ladder:
@@ -97,16 +98,16 @@ class _Climb:
         seeds = sorted(self.points, key=_peak)[: self.effort.seeds]
         for price in prices:
             search.error_price_s = price
-            self.grant(0.15 / len(prices))
+            self.grant(0.3 / len(prices))
             self.lowest(seeds)
-            self.grant(0.25 / len(prices))
+            self.grant(0.2 / len(prices))
             self.sweep(self.points[0], self.prices())
-            self.grant(0.25 / len(prices))
+            self.grant(0.2 / len(prices))
             self.sweep(min(self.points, key=_peak), reversed(self.prices()))
             self.grant(0.1 / len(prices))
             self.lowest(sorted(self.points, key=_peak)[:1])
         search.error_price_s = 0.0
-        self.grant(0.25)
+        self.grant(0.2)
         self.refine()
 
     def grant(self, share: float) -> None:
@@ -133,7 +134,7 @@ class _Climb:
             if search.tired:
                 return
             search.stand_at(start.codes)
-            for step in (0.99, 0.999):
+            for step in STEPS_DOWN:
                 while search.descend(int(search.base.footprint().peak_bytes * step)):
                     pass
             self.points.append(search.point())
@@ -198,11 +199,16 @@ def _rungs(problem: Problem, base: Footprints, points: list[Point], limit: int) 
         costs = [point.mark.added_s + floor for point in best]
         losses = [after / cost for cost, after in itertools.pairwise(costs[1:])]
         del best[1 + losses.index(min(losses))]
+    made: dict[bytes, Rung] = {}
+    kept = {point.codes for point in best}
+    for point in points:  # in the order in which they were found, as neighbours there have most in common
+        if point.codes in kept and point.codes not in made:
+            base.measure(list(point.codes))
+            actions = base.actions()
+            error = plan_error(problem, actions)
+            made[point.codes] = Rung(actions, point.mark.peak_bytes, base.exact_added_s(), error)
     rungs: list[Rung] = []
-    for point in best:
-        base.measure(list(point.codes))
-        actions = base.actions()
-        rung = Rung(actions, point.mark.peak_bytes, base.exact_added_s(), plan_error(problem, actions))
+    for rung in (made[point.codes] for point in best):
         if not rungs or (rung.peak_bytes < rungs[-1].peak_bytes and rung.added_s >= rungs[-1].added_s):
             rungs.append(rung)
     return tuple(rungs)

@@ -214,6 +214,9 @@ def test_a_move_taken_back_leaves_nothing_behind(problem: Problem, seed: int, da
         assert (base.footprint(), base.valid, base.state, base.heights().tolist()) == before
         base.move({t: code})
         assert (effect is not None) == base.valid
+        if effect is not None and before[0].added_s > 0 and base.added_s > 0:  # below that it is cut off
+            assert base.added_s - before[0].added_s == pytest.approx(effect[1], abs=1e-9 * problem.step_s)
+        assert effect is None or base.error2 - before[0].error2 == pytest.approx(effect[2], abs=1e-12)
         base.undo()
         assert (base.footprint(), base.valid, base.state, base.heights().tolist()) == before
         base.move({t: code})

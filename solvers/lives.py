@@ -1,0 +1,149 @@
+"""Who lives from where to where in the present state, and how high decodings and reruns reach.
+
+``Lives`` only answers; ``Footprints`` changes the state and keeps what follows from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from fxhybrid.problem import CodecOption, Problem
+from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, Grid, State
+
+NO_GROUP = -NEVER
+Interval = tuple[int, int, int]
+
+
+class Life(NamedTuple):
+    """Where a tensor is in one state.
+
+    Attributes:
+        intervals: slots and bytes: alive right before the slots' own ops.
+        code: the codec's code if it is stored encoded, else SAVED.
+        encoded_at: slot before which it is encoded, or -1.
+        decoded_at: slot before which it is decoded, or -1.
+        group_death: slot whose group reads it last, or -1.
+    """
+
+    intervals: tuple[Interval, ...] = ()
+    code: int = SAVED
+    encoded_at: int = -1
+    decoded_at: int = -1
+    group_death: int = -1
+
+
+UNBORN = Life()
+
+
+class Lives(Grid):
+    """The present state of one problem.
+
+    Attributes:
+        state: the present codes.
+        use: per tensor, backward op before which it is first needed, or NEVER.
+        rerun: per forward op, backward op before which it runs again, or NEVER.
+        last_use: per tensor, slot of its last backward use, or -1.
+        last_read: per tensor, slot of its last forward use, or -1.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        count = len(problem.tensors)
+        self.state: State = self.default.copy()
+        self.use = [NEVER] * count
+        self.rerun = [NEVER] * self.n_forward
+        self.last_use = [-1] * count
+        self.last_read = self.base_read.copy()
+        self._runs = [i not in self.optional for i in range(self.n_forward)]
+        self._lives = [UNBORN] * count
+        self._members: dict[int, set[tuple[int, int]]] = {}  # slot -> (op, -1) for reruns, (producer, t) for codecs
+
+    def option(self, t: int, code: int) -> CodecOption:
+        """The codec option that ``code`` stands for."""
+        return self.problem.tensors[t].codecs[code - FIRST_CODEC]
+
+    def _life(self, t: int, read: int, last: int, in_group: bool) -> Life:
+        """Where ``t`` is alive, from its ``_last_uses``."""
+        producer, size, code = self.producer[t], self.sizes[t], self.state[t]
+        used = self.use[t] < NEVER
+        encoded = used and code >= FIRST_CODEC
+        kept = used and code != RECOMPUTED
+        death = last if in_group else last + 1  # of what is alive in the backward pass
+        intervals: list[Interval] = []
+        if self._runs[producer]:
+            end = max(read + 1, death) if kept and not encoded else read + 1
+            if t in self.mutated:
+                end = max(end, self.n_forward + 1)
+            intervals.append((producer + 1, self.n_slots if t in self.held else end, size))
+        first = self.slot(self.use[t]) if encoded else NEVER
+        if encoded:
+            intervals.append((read + 1, first, self.option(t, code).encoded_bytes))
+        again = self._made_again(t)
+        if again:
+            first = min(first, self.slot(self.rerun[producer]))
+        stays = t in self.gradients and (again or encoded)
+        if first < NEVER and (stays or first < death):
+            intervals.append((first, self.n_slots if stays else death, size))
+        group_death = last if in_group and not stays and t not in self.held else -1
+        if encoded:
+            return Life(tuple(intervals), code, read + 1, first, group_death)
+        return Life(tuple(intervals), group_death=group_death)
+
+    def _made_again(self, t: int) -> bool:
+        """Whether a rerun of its op leaves a new value of ``t``: there is none yet, or the caller gets it."""
+        o = self.producer[t]
+        kept = self.use[t] < NEVER and self.state[t] != RECOMPUTED
+        return self.rerun[o] < NEVER and o not in self.fused_at and (not kept or t in self.gradients)
+
+    def _outlives(self, t: int, slot: int) -> bool:
+        """Whether a value of ``t`` made before a slot's own op is read after that."""
+        return self.last_use[t] >= slot or t in self.gradients
+
+    def _last_uses(self, t: int) -> tuple[int, int, bool]:
+        """Slots of the last forward and the last backward use, and whether a group is the last user."""
+        read, last = self.base_read[t], 2 * self.last_run[t] + 1
+        if self.producer[t] in self.optional and self._runs[self.producer[t]]:
+            read = max(read, self.producer[t])
+        for o in self.readers[t]:
+            if self.rerun[o] < NEVER:
+                last = max(last, 2 * self.rerun[o] + (o in self.fused_at))
+            if o in self.optional and self._runs[o]:
+                read = max(read, o)
+        return (read, self.slot(last // 2), last % 2 == 0) if last >= 0 else (read, -1, False)
+
+    def _group_height(self, slot: int) -> int:
+        """The highest point of the instructions before a slot's own op, relative to the height after them."""
+        level, highest = 0, NO_GROUP
+        encoding = slot <= self.n_forward
+        for top, change in self._encodings(slot) if encoding else self._instructions(slot):
+            highest = max(highest, level + top)
+            level += change
+        return highest - level if highest > NO_GROUP else NO_GROUP
+
+    def _encodings(self, slot: int) -> Iterator[tuple[int, int]]:
+        for t in sorted(t for _, t in self._members.get(slot, ())):
+            option = self.option(t, self.state[t])
+            freed = 0 if t in self.mutated else self.sizes[t]
+            yield max(option.encode_rise_bytes, option.encoded_bytes), option.encoded_bytes - freed
+
+    def _instructions(self, slot: int) -> Iterator[tuple[int, int]]:
+        """Per decoding and rerun of a slot: how high it reaches, and what it leaves behind."""
+        members = self._members.get(slot, set())
+        pending = {t for _, t in members if t >= 0}
+        order = sorted(o for o, t in members if t < 0)
+        last_reader = {t: o for o in order for t in self.read[o] if self._lives[t].group_death == slot}
+        for o in order:
+            for t in self.read[o]:
+                if t in pending:
+                    pending.discard(t)
+                    yield self._decoding(t)
+            left = sum(self.sizes[t] for t in self.made[o] if self._made_again(t) and self._outlives(t, slot))
+            gone = sum(self.sizes[t] for t in dict.fromkeys(self.read[o]) if last_reader.get(t) == o)
+            yield self.rerun_top[o], left - gone
+        for t in sorted(pending):
+            yield self._decoding(t)
+
+    def _decoding(self, t: int) -> tuple[int, int]:
+        option = self.option(t, self.state[t])
+        return max(option.decode_rise_bytes, self.sizes[t]), self.sizes[t] - option.encoded_bytes
