@@ -28,8 +28,9 @@ from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp_backend import BACKENDS
 from fxhybrid.solvers.ilp_facts import completed, facts_of, reached
 from fxhybrid.solvers.ilp_model import COST_SCALE, IlpModel
-from fxhybrid.solvers.ilp_rows import MemoryRows, Moment, moments_of
+from fxhybrid.solvers.ilp_rows import MemoryRows
 from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
+from fxhybrid.solvers.moments import Moment, moments_of
 from fxhybrid.timeline import Timeline, simulate
 
 PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
@@ -203,22 +204,11 @@ class _Search:
         self.counts["columns"] = len(model.lp.variables())
 
     def add_rows(self, rows: MemoryRows, tried: _Tried, *, above: float) -> bool:
-        """Adds rows where the plan is highest; False if these moments have theirs already.
-
-        Args:
-            above: share of the budget beyond which a moment matters.
-        """
-        during = tried.timeline.during_bytes
-        moments = moments_of(self.problem, tried.schedule)
-        chosen: list[int] = []
-        for at in np.argsort(-during, kind="stable").tolist():
-            if during[at] <= above * self.budget_bytes or len(chosen) == ROWS_PER_ROUND:
-                break
-            if moments[at] not in rows.rows and all(abs(at - c) > ROWS_APART for c in chosen):
-                chosen.append(at)
-        for at in chosen:
-            rows.add(moments[at])
-        return bool(chosen)
+        """Adds rows where the plan is highest, beyond ``above`` times the budget; False if all have theirs already."""
+        limit = above * self.budget_bytes
+        return rows.add_highest(
+            tried.schedule, tried.timeline, above_bytes=limit, most=ROWS_PER_ROUND, apart=ROWS_APART
+        )
 
     def correct(self, model: IlpModel, rows: MemoryRows, found: Actions, tried: _Tried | None) -> None:
         """Rules out a plan that all rows allow but the simulator refuses."""

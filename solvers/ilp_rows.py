@@ -12,57 +12,18 @@ tensor t counts in backward with
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fxhybrid.problem import Problem
-from fxhybrid.schedule import Kind, Schedule
+from fxhybrid.schedule import Schedule
 from fxhybrid.solvers.ilp_facts import Facts, certain_backward, certain_forward, saved_bytes, top_bytes
 from fxhybrid.solvers.ilp_model import IlpModel, Literal, Term
+from fxhybrid.solvers.moments import Moment, moments_of
+from fxhybrid.timeline import Timeline
 
 ROW_SCALE = 1e3  # the budget in the rows' units
-
-
-@dataclass(frozen=True)
-class Moment:
-    """An instruction of any schedule, named by what surrounds it.
-
-    Attributes:
-        forward: whether it belongs to the forward pass.
-        op: the forward op that runs or has just run, or the backward op that runs next.
-        rerun: in backward, the forward op about to run again; the number of forward ops after all of these.
-        tensor: the tensor being encoded or decoded; -1 for the op itself.
-    """
-
-    forward: bool
-    op: int
-    rerun: int
-    tensor: int
-
-
-def moments_of(problem: Problem, schedule: Schedule) -> list[Moment]:
-    """The moment of each instruction of ``schedule``."""
-    moments: list[Moment] = []
-    at = 0
-    for instruction in schedule.instructions[: schedule.n_forward]:
-        encode = instruction.kind is Kind.ENCODE
-        at = at if encode else instruction.op
-        moments.append(Moment(True, at, 0, instruction.op if encode else -1))
-    end = len(problem.forward)
-    position, rerun = len(problem.backward), end
-    behind: list[Moment] = []
-    for instruction in reversed(schedule.instructions[schedule.n_forward :]):
-        if instruction.kind is Kind.DECODE:
-            # One that a rerun waits for is followed by it; the others stand after all reruns.
-            waits = rerun < end and instruction.op in problem.forward[rerun].inputs
-            behind.append(Moment(False, position, rerun if waits else end, instruction.op))
-            continue
-        if instruction.kind is Kind.RUN:
-            position, rerun = instruction.op, end
-        else:
-            rerun = instruction.op
-        behind.append(Moment(False, position, rerun, -1))
-    return moments + behind[::-1]
 
 
 class MemoryRows:
@@ -91,6 +52,30 @@ class MemoryRows:
         self.rows[at] = row = self.model.at_most(scaled, rhs)
         if row is not None:
             self._rooms[at] = -row.constant * self.unit + self._reserved(at)
+
+    def add_highest(
+        self, schedule: Schedule, timeline: Timeline, *, above_bytes: float, most: int, apart: int = 0
+    ) -> bool:
+        """Adds rows for the highest moments of a plan that have none; False if all of these have theirs.
+
+        Args:
+            schedule: of the plan.
+            timeline: of the schedule.
+            above_bytes: lower moments do not matter.
+            most: rows added at most.
+            apart: instructions between two of them: neighbours say nearly the same.
+        """
+        during, moments = timeline.during_bytes, moments_of(self.problem, schedule)
+        chosen: dict[int, Moment] = {}
+        for at in np.argsort(-during, kind="stable").tolist():
+            if during[at] <= above_bytes or len(chosen) == most:
+                break
+            new = moments[at] not in self.rows and moments[at] not in chosen.values()
+            if new and all(abs(at - c) > apart for c in chosen):
+                chosen[at] = moments[at]
+        for moment in chosen.values():
+            self.add(moment)
+        return bool(chosen)
 
     def duals(self) -> float:
         """By how much the objective falls for one byte more in every row; after a linear solve."""

@@ -14,8 +14,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from fxhybrid.plan import Actions
 from fxhybrid.problem import Problem, check_problem
 from fxhybrid.schedule import lower
@@ -24,10 +22,11 @@ from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp_backend import BACKENDS
 from fxhybrid.solvers.ilp_facts import facts_of
 from fxhybrid.solvers.ilp_model import IlpModel
-from fxhybrid.solvers.ilp_rows import MemoryRows, moments_of
+from fxhybrid.solvers.ilp_rows import MemoryRows
 from fxhybrid.timeline import simulate
 
 PRUNED_SHARE = 0.02  # of the budget: what is left out only lowers the bound, and a small program is quick
+NEAR = 0.97  # of the budget: what is lower hardly matters
 ROWS_PER_PLAN = 4
 ROWS_APART = 20  # instructions
 TIME_LIMIT_S = 10.0
@@ -64,14 +63,16 @@ def added_lower_bound(
     check_problem(problem)
     if budget_bytes < peak_lower_bound(problem)[0]:
         return AddedBound(math.inf)
-    known_line = simulate(problem, lower(problem, known or {}))
+    plans = [lower(problem, actions) for actions in ({}, known or {})]
+    lines = [simulate(problem, plan) for plan in plans]
+    known_line = lines[1]
     fits = known_line.peak_bytes <= budget_bytes and plan_error(problem, known or {}) <= max_error
     cutoff_s = known_line.added_s if fits else math.inf
     facts = facts_of(problem, max_error, pruned_bytes=PRUNED_SHARE * budget_bytes, cutoff_s=cutoff_s)
     model = IlpModel(problem, facts, max_error)
     rows = MemoryRows(model, budget_bytes)
-    for actions in ({}, known or {}):
-        _add_rows(rows, problem, actions, 0.97 * budget_bytes)
+    for plan, line in zip(plans, lines, strict=True):
+        rows.add_highest(plan, line, above_bytes=NEAR * budget_bytes, most=ROWS_PER_PLAN, apart=ROWS_APART)
     if model.contradiction:
         return AddedBound(math.inf)
     for variable in model.lp.variables():
@@ -83,17 +84,3 @@ def added_lower_bound(
     if bound_s <= 0.0:
         return AddedBound(0.0)
     return AddedBound(min(bound_s, cutoff_s), rows.duals() * model.unit_s)
-
-
-def _add_rows(rows: MemoryRows, problem: Problem, actions: Actions, above_bytes: float) -> None:
-    """Rows for the highest moments of a plan, some way apart."""
-    schedule = lower(problem, actions)
-    during = simulate(problem, schedule).during_bytes
-    moments = moments_of(problem, schedule)
-    chosen: list[int] = []
-    for at in np.argsort(-during, kind="stable").tolist():
-        if during[at] <= above_bytes or len(chosen) == ROWS_PER_PLAN:
-            return
-        if moments[at] not in rows.rows and all(abs(at - c) > ROWS_APART for c in chosen):
-            chosen.append(at)
-            rows.add(moments[at])

@@ -27,7 +27,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pulp
 
 from fxhybrid.errors import format_bytes
@@ -39,7 +38,7 @@ from fxhybrid.solvers.bounds import holder_in_words, peak_lower_bound
 from fxhybrid.solvers.ilp_backend import BACKENDS
 from fxhybrid.solvers.ilp_facts import completed, facts_of, reached
 from fxhybrid.solvers.ilp_model import COST_SCALE, IlpModel
-from fxhybrid.solvers.ilp_rows import MemoryRows, moments_of
+from fxhybrid.solvers.ilp_rows import MemoryRows
 from fxhybrid.timeline import simulate
 
 ROUNDS = 400
@@ -164,13 +163,9 @@ class _Search:
     def add_rows(self, rows: MemoryRows, actions: Actions, above_bytes: float) -> bool:
         """Adds rows for the highest moments of a plan; False if all of these have theirs."""
         schedule = lower(self.problem, actions)
-        during = simulate(self.problem, schedule).during_bytes
-        moments = moments_of(self.problem, schedule)
-        order = [at for at in np.argsort(-during, kind="stable").tolist() if during[at] > above_bytes]
-        new = list(dict.fromkeys(moments[at] for at in order if moments[at] not in rows.rows))[:ROWS_PER_ROUND]
-        for moment in new:
-            rows.add(moment)
-        return bool(new)
+        return rows.add_highest(
+            schedule, simulate(self.problem, schedule), above_bytes=above_bytes, most=ROWS_PER_ROUND
+        )
 
     def left_s(self) -> float:
         """Seconds until the time limit."""

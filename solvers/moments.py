@@ -1,0 +1,50 @@
+"""Moments: the instructions of any schedule, named so that rows made for one plan speak of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxhybrid.problem import Problem
+from fxhybrid.schedule import Kind, Schedule
+
+
+@dataclass(frozen=True)
+class Moment:
+    """An instruction of any schedule, named by what surrounds it.
+
+    Attributes:
+        forward: whether it belongs to the forward pass.
+        op: the forward op that runs or has just run, or the backward op that runs next.
+        rerun: in backward, the forward op about to run again; the number of forward ops after all of these.
+        tensor: the tensor being encoded or decoded; -1 for the op itself.
+    """
+
+    forward: bool
+    op: int
+    rerun: int
+    tensor: int
+
+
+def moments_of(problem: Problem, schedule: Schedule) -> list[Moment]:
+    """The moment of each instruction of ``schedule``."""
+    moments: list[Moment] = []
+    at = 0
+    for instruction in schedule.instructions[: schedule.n_forward]:
+        encode = instruction.kind is Kind.ENCODE
+        at = at if encode else instruction.op
+        moments.append(Moment(True, at, 0, instruction.op if encode else -1))
+    end = len(problem.forward)
+    position, rerun = len(problem.backward), end
+    behind: list[Moment] = []
+    for instruction in reversed(schedule.instructions[schedule.n_forward :]):
+        if instruction.kind is Kind.DECODE:
+            # One that a rerun waits for is followed by it; the others stand after all reruns.
+            waits = rerun < end and instruction.op in problem.forward[rerun].inputs
+            behind.append(Moment(False, position, rerun if waits else end, instruction.op))
+            continue
+        if instruction.kind is Kind.RUN:
+            position, rerun = instruction.op, end
+        else:
+            rerun = instruction.op
+        behind.append(Moment(False, position, rerun, -1))
+    return moments + behind[::-1]
