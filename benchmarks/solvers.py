@@ -18,7 +18,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table
 
@@ -193,12 +193,20 @@ def judge(records: Sequence[Record]) -> list[Bar]:
         ladders = {r["model"]: r["ladder_s"] for r in made_up if r["key"] == n_ops}
         bars.append(bar_of(f"ladder, {n_ops} ops", f"<= {limit_s:.0f} s", ladders, limit_s, "{:.2f} s"))
     growth = {}
-    for small, large in ((r, s) for r in made_up for s in made_up if r["model"] == s["model"]):
-        if (small["key"], large["key"]) == (FAMILY_OPS[1], FAMILY_OPS[-1]):
-            n_log_n = [r["nodes"] * math.log(r["nodes"]) for r in (small, large)]
-            growth[small["model"]] = (large["ladder_s"] / small["ladder_s"]) / (n_log_n[1] / n_log_n[0])
-    bars.append(bar_of("ladder, growth", "2,000 to 20,000 ops: <= that of n log n", growth, 1.0, "{:.2f} of it"))
+    for name in dict.fromkeys(r["model"] for r in made_up):
+        own = [r for r in made_up if r["model"] == name]
+        if len(own) > 1:
+            growth[name] = fitted_exponent({r["nodes"]: r["ladder_s"] for r in own})
+    limit = fitted_exponent({n: n * math.log(n) for n in FAMILY_OPS})
+    asked = f"seconds ~ ops^x: x <= {limit:.2f}, as n log n has it"
+    bars.append(bar_of("ladder, growth", asked, growth, limit, "x = {:.2f}"))
     return bars
+
+
+def fitted_exponent(values: Mapping[int, float]) -> float:
+    """The power of its key that each value grows with: the slope of the best line through both logarithms."""
+    keys, found = zip(*((math.log(n), math.log(value)) for n, value in values.items()), strict=True)
+    return statistics.linear_regression(keys, found).slope
 
 
 if __name__ == "__main__":
