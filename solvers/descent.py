@@ -75,11 +75,11 @@ class Descent:
         """The present state."""
         return Point(bytes(self.base.state), self.base.footprint())
 
-    def stand_at(self, codes: bytes | State) -> bool:
-        """Moves to a state; whether it is a valid one within the error limit."""
+    def stand_at(self, codes: bytes | State, *, to_search: bool = True) -> bool:
+        """Moves to a state, ``to_search`` from there; whether it is a valid one within the error limit."""
         state = self.base.state
         moved = self.base.move({t: c for t, c in enumerate(codes) if c != state[t]})
-        self.table.age(moved.keys())
+        self.table.age(moved.keys(), at_once=to_search)
         return self.allowed()
 
     def allowed(self) -> bool:

@@ -22,7 +22,6 @@ from fxhybrid.solvers.lives import Interval
 
 MAX_SEGMENTS = 10
 NARROW = 3  # segments of most rows
-FEW = 64  # tensors changed at once, whose moves are measured again at once
 SMALL_SHARE = 1e-6  # of all bytes: tensors below that are left as they are
 Floats = npt.NDArray[np.float64]
 ALL = slice(None)
@@ -102,14 +101,14 @@ class MoveTable:
             for column, numbers in zip(self._columns, measured, strict=True):
                 column[rows] = numbers
 
-    def age(self, changed: AbstractSet[int]) -> None:
+    def age(self, changed: AbstractSet[int], *, at_once: bool = True) -> None:
         """Marks as stale what a change of ``changed`` may alter.
 
-        The moves of ``changed`` themselves are others now, and would not be seen if they were only marked; after a
-        jump to another plan nearly all are.
+        The moves of ``changed`` themselves are others now, and would not be seen if they were only marked: they are
+        measured ``at_once``.
         """
         self.stale |= self.base.near(changed, 1).intersection(self.rows_of)
-        if len(changed) <= FEW:
+        if at_once:
             self.refresh(sorted(self.rows_of.keys() & changed))
 
     def weighed(self, change: Callable[[Floats], Floats], total: Floats, rows: slice | Ints = ALL) -> Floats:

@@ -39,7 +39,7 @@ class Effort:
         rung_step: neighbouring rungs differ by about so much in added time (plus 0.1 % of the step).
     """
 
-    moves: tuple[int, float] = (6_000, 0.5)
+    moves: tuple[int, float] = (7_000, 0.25)
     price_step: float = 1.3
     error_prices: tuple[float, ...] = (0.0, 0.02)
     seeds: int = 4
@@ -111,12 +111,12 @@ class _Climb:
         self.refine()
 
     def grant(self, share: float) -> None:
-        """Allows a share of all work from here on."""
-        self.search.stop_at = self.search.base.moves + int(share * self.work)
+        """Allows a share of all work on top of what was allowed before; what one part leaves, the next may use."""
+        self.search.stop_at += int(share * self.work)
 
     def add(self, state: State) -> Point | None:
         """Takes a state to the points, if it is a valid one."""
-        if not self.search.stand_at(state):
+        if not self.search.stand_at(state, to_search=False):
             return None
         self.points.append(self.search.point())
         return self.points[-1]
