@@ -39,7 +39,7 @@ class Effort:
         rung_step: neighbouring rungs differ by about so much in added time (plus 0.1 % of the step).
     """
 
-    moves: tuple[int, float] = (7_000, 0.25)
+    moves: tuple[int, float] = (7_000, 0.5)
     price_step: float = 1.3
     error_prices: tuple[float, ...] = (0.0, 0.02)
     seeds: int = 4
@@ -133,7 +133,7 @@ class _Climb:
         for start in starts:
             if search.tired:
                 return
-            search.stand_at(start.codes)
+            search.stand_at(start.codes, to_search=False)
             for step in STEPS_DOWN:
                 while search.descend(int(search.base.footprint().peak_bytes * step)):
                     pass
