@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from fxhybrid.solvers.choices import Changes
-from fxhybrid.solvers.footprint import Footprint, Footprints
+from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import Ints, State
 from fxhybrid.solvers.moves import ALL, Floats, MoveTable, Pace
+from fxhybrid.solvers.points import Point
 
 SHARPNESS = 200.0  # slots one part in so many below the peak weigh 1 / e of it
 NEARLY = 0.99  # of the target: slots above that count as overloaded, so that moves reach below it
@@ -25,14 +25,6 @@ ROWS_PER_PICK = 2000  # moves picked between two scorings: one, and one more for
 LOOKED_AT = 200  # moves looked at for one batch
 FAILS = 24  # moves refused in a row before a search gives up
 NOTHING = 1e-9  # of the step: seconds below that are no gain
-
-
-@dataclass(frozen=True)
-class Point:
-    """A measured state; its codes as bytes."""
-
-    codes: bytes
-    mark: Footprint
 
 
 class Descent:
@@ -107,12 +99,13 @@ class Descent:
             accept: is told of moves made.
         """
         value = figure()
-        while not self.tired and pace.fails < FAILS and not until():
-            rows, changes = pick()
+        while not self.tired and not until():
+            rows, changes = pick() if pace.fails < FAILS else ([], {})
             if not rows:
                 if not (patient and self.table.stale):
                     return
                 self.table.refresh()
+                pace.fails = 0
                 continue
             moved = self.base.move(changes)
             lower = figure()
@@ -219,7 +212,7 @@ class Descent:
                 t = table.row[r][0]
                 if t in table.stale:
                     table.refresh((t,))
-                elif score[r] > 0.0 and not busy[r]:
+                elif score[r] > 0.0 and not busy[r] and len(rows) < pace.batch:
                     changes = table.changes[r]
                     busy[r] = True
                     if picked.keys().isdisjoint(self.base.near(changes)):

@@ -1,27 +1,29 @@
 """Memory saved per second: a heuristic that gives plans for every budget at once.
 
-A price per byte of the peak rises step by step from nothing: at each, all moves are made whose saving at the peak is
-worth more than the added delay, and those taken back whose saving is not. The same from the other end: from the
-lowest plan found, with a falling price. Between two plans that are far apart, moves of the most bytes per second fill
-the gap. The plans that no other one beats form the ladder.
+From keep-everything, moves of the most bytes freed at the peak per second of added delay lead down. Where that gets
+stuck, coarse plans and plans of segments start below; from these and from the lowest plan found, moves that save the
+most seconds per byte lead up. A price of the peak that falls step by step finds plans in which several moves only pay
+together. Between two plans that are far apart, the gap is filled from both sides. The plans that no other one beats
+form the ladder.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fxhybrid.problem import Problem, check_problem
 from fxhybrid.solvers.base import Ladder, Rung, plan_error
 from fxhybrid.solvers.choices import Choices
-from fxhybrid.solvers.descent import Descent, Point
+from fxhybrid.solvers.descent import Descent
 from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import SAVED, State
 from fxhybrid.solvers.moves import MoveTable
-from fxhybrid.solvers.seeds import seed_states
+from fxhybrid.solvers.points import Point, by_peak, undominated
+from fxhybrid.solvers.seeds import coarse_states, segment_states
 
+STEPS = 32  # of a walk from one end to the other
 STEPS_DOWN = (0.95, 0.99, 0.999)  # of the peak, on the way to the lowest
 PRICES = (3e-4, 6.0)  # seconds for the whole peak, relative to the step
 
@@ -34,12 +36,12 @@ class Effort:
         moves: moves made or tried at most, and so many more for each op of the problem.
         price_step: each price of the peak, relative to the one before.
         error_prices: seconds that the whole error limit is worth, relative to the step; one sweep each.
-        seeds: coarse plans followed up.
+        seeds: plans with small peaks that are followed down, beside the best coarse one.
         rungs: rungs kept at most; ``rung_ops`` bounds their number times the problem's ops.
         rung_step: neighbouring rungs differ by about so much in added time (plus 0.1 % of the step).
     """
 
-    moves: tuple[int, float] = (7_000, 0.5)
+    moves: tuple[int, float] = (7_500, 0.25)
     price_step: float = 1.3
     error_prices: tuple[float, ...] = (0.0, 0.02)
     seeds: int = 4
@@ -88,27 +90,40 @@ class _Climb:
         self.points: list[Point] = [search.point()]
 
     def run(self, choices: Choices, max_error: float) -> None:
-        """Every part gets a share of the work, so that a large problem still gets every part of its ladder."""
+        """Every part gets a share of the work, so that a large problem still gets the most useful ones."""
         search = self.search
         self.add([SAVED] * len(search.base.state))
-        limit2 = max(max_error, 1e-9) ** 2
-        prices = [price * self.step_s / limit2 for price in self.effort.error_prices]
-        for state in seed_states(choices, max_error):
+        for state in coarse_states(choices, max_error):
             self.add(state)
-        seeds = sorted(self.points, key=_peak)[: self.effort.seeds]
-        for price in prices:
-            search.error_price_s = price
-            self.grant(0.3 / len(prices))
-            self.lowest(seeds)
-            self.grant(0.2 / len(prices))
-            self.sweep(self.points[0], self.prices())
-            self.grant(0.2 / len(prices))
-            self.sweep(min(self.points, key=_peak), reversed(self.prices()))
-            self.grant(0.1 / len(prices))
-            self.lowest(sorted(self.points, key=_peak)[:1])
+        coarse = self.smallest
+        for state in segment_states(choices, max_error):
+            self.add(state)
+        seeds = [point for point in sorted(self.points, key=by_peak) if point is not coarse][: self.effort.seeds]
+        self.grant(0.3)
+        self.walk_down(self.points[0])
+        self.grant(0.1)
+        self.lowest([coarse])
+        self.walk_up(coarse)
+        self.grant(0.15)
+        self.lowest(seeds)
+        self.grant(0.1)
+        if not search.tired:
+            self.walk_up(self.smallest)
+        limit2 = max(max_error, 1e-9) ** 2
+        for price in self.effort.error_prices:
+            search.error_price_s = price * self.step_s / limit2
+            self.grant(0.15 / len(self.effort.error_prices))
+            self.sweep()
+            self.grant(0.05 / len(self.effort.error_prices))
+            self.lowest([self.smallest])
         search.error_price_s = 0.0
-        self.grant(0.2)
+        self.grant(0.15)
         self.refine()
+
+    @property
+    def smallest(self) -> Point:
+        """The point with the smallest peak so far."""
+        return min(self.points, key=by_peak)
 
     def grant(self, share: float) -> None:
         """Allows a share of all work on top of what was allowed before; what one part leaves, the next may use."""
@@ -120,12 +135,6 @@ class _Climb:
             return None
         self.points.append(self.search.point())
         return self.points[-1]
-
-    def prices(self) -> list[float]:
-        """Prices of the peak, from one that moves nothing to one that nothing is too dear for."""
-        lowest = PRICES[0] * self.step_s / max(self.points[0].mark.peak_bytes, 1)
-        count = int(math.log(PRICES[1] / PRICES[0]) / math.log(self.effort.price_step)) + 1
-        return [lowest * self.effort.price_step**i for i in range(count)]
 
     def lowest(self, starts: list[Point]) -> None:
         """Takes points as far down as moves lead."""
@@ -139,11 +148,42 @@ class _Climb:
                     pass
             self.points.append(search.point())
 
-    def sweep(self, start: Point, prices: Iterable[float]) -> None:
-        """From one end to the other, with the price of the peak."""
-        self.search.stand_at(start.codes)
-        for price in prices:
-            self.search.relax(price)
+    def walk_down(self, start: Point) -> None:
+        """From a point towards the smallest peak known, in even steps, until it gets stuck."""
+        search = self.search
+        high, low = start.mark.peak_bytes, self.smallest.mark.peak_bytes
+        search.stand_at(start.codes)
+        search.table.refresh()
+        self.ensure(0.15)
+        for target in (high - (high - low) * i // STEPS for i in range(1, STEPS + 1)):
+            if not search.descend(target):
+                return
+            self.points.append(search.point())
+            search.trim(target)
+            self.points.append(search.point())
+
+    def walk_up(self, start: Point) -> None:
+        """From a point to the peak of the start, in even steps, taking back what is no longer needed."""
+        search = self.search
+        low, high = start.mark.peak_bytes, self.points[0].mark.peak_bytes
+        search.stand_at(start.codes)
+        self.ensure(0.05)
+        for target in (low + (high - low) * i // STEPS for i in range(STEPS + 1)):
+            search.trim(target)
+            self.points.append(search.point())
+
+    def ensure(self, share: float) -> None:
+        """Allows at least a share of all work from here on: getting somewhere took moves of its own."""
+        self.search.stop_at = max(self.search.stop_at, self.search.base.moves + int(share * self.work))
+
+    def sweep(self) -> None:
+        """From the smallest peak, with a falling price of the peak."""
+        if self.search.tired:
+            return
+        self.search.stand_at(self.smallest.codes)
+        highest = PRICES[1] * self.step_s / max(self.points[0].mark.peak_bytes, 1)
+        for i in range(int(math.log(PRICES[1] / PRICES[0]) / math.log(self.effort.price_step)) + 1):
+            self.search.relax(highest / self.effort.price_step**i)
             self.points.append(self.search.point())
 
     def refine(self) -> None:
@@ -152,7 +192,7 @@ class _Climb:
         tried: set[tuple[int, int]] = set()
         while not self.search.tired:
             gaps = []
-            for high, low in itertools.pairwise([self.points[0], *_undominated(self.points)]):
+            for high, low in itertools.pairwise([self.points[0], *undominated(self.points)]):
                 ratio = (low.mark.added_s + floor) / (high.mark.added_s + floor)
                 if ratio > self.effort.rung_step and (high.mark.peak_bytes, low.mark.peak_bytes) not in tried:
                     gaps.append((ratio, high, low))
@@ -160,6 +200,8 @@ class _Climb:
                 return
             widest = sorted(gaps, key=lambda gap: -gap[0])[: max(8, len(gaps) // 2)]
             for _, high, low in sorted(widest, key=lambda gap: gap[1].mark.peak_bytes):
+                if self.search.tired:
+                    return
                 tried.add((high.mark.peak_bytes, low.mark.peak_bytes))
                 self.fill(high, low)
 
@@ -178,22 +220,9 @@ class _Climb:
                 points.append(search.point())
 
 
-def _peak(point: Point) -> tuple[int, float]:
-    return point.mark.peak_bytes, point.mark.added_s
-
-
-def _undominated(points: list[Point]) -> list[Point]:
-    """The points that no other one beats, the cheapest first; the first of ``points`` is the start."""
-    best: list[Point] = []
-    for point in sorted(points[1:], key=lambda p: (p.mark.added_s, p.mark.peak_bytes, p.mark.error2)):
-        if point.mark.peak_bytes < min(points[0].mark.peak_bytes, best[-1].mark.peak_bytes if best else 1 << 62):
-            best.append(point)
-    return best
-
-
 def _rungs(problem: Problem, base: Footprints, points: list[Point], limit: int) -> tuple[Rung, ...]:
     """The points that no other one beats, thinned to ``limit``."""
-    best = [points[0], *_undominated(points)]
+    best = [points[0], *undominated(points)]
     floor = 1e-3 * problem.step_s + 1e-30
     while len(best) > limit:
         costs = [point.mark.added_s + floor for point in best]
