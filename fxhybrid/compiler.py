@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +22,9 @@ from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.auto import AutoSolver
-from fxhybrid.solvers.base import Rung, Status, best_of
+from fxhybrid.solvers.base import Rung, Status
 from fxhybrid.solvers.mps import build_ladder
-from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged
-from fxhybrid.solvers.techniques import single_techniques
+from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
@@ -145,13 +143,8 @@ class Signature:
         return self._plan_set(carried)
 
     def _plan_set(self, carried: Plan | None) -> PlanSet:
-        """The ladders and, for the budget, the solver's own plan or the one carried over."""
-        start = time.perf_counter()
-        problem, limit = self.prepared.problem, self.error_target
-        # the heuristic misses some plans of one technique among all the others
-        offers = (problem, *single_techniques(problem))
-        ladder = best_of(build_ladder(offered, max_error=limit) for offered in offers)
-        plans = PlanSet(problem, ladder, max_error=limit, solve_s=time.perf_counter() - start)
+        """The plans of the ladders and, for the budget, the solver's own plan or the one carried over."""
+        plans = laddered(self.prepared.problem, max_error=self.error_target)
         if carried is None or not self._carry(carried, plans):
             self._solve(plans, self.budget_bytes)
         return plans

@@ -5,10 +5,8 @@ from __future__ import annotations
 from fxhybrid.devices import DeviceProfile, problem_on
 from fxhybrid.plan import GradientError, Plan
 from fxhybrid.problem import Problem
-from fxhybrid.solvers.base import Rung, best_of
-from fxhybrid.solvers.mps import build_ladder
-from fxhybrid.solvers.planset import PlanSet
-from fxhybrid.solvers.techniques import single_techniques
+from fxhybrid.solvers.base import Rung
+from fxhybrid.solvers.planset import laddered
 from fxhybrid.work import StepWork
 
 
@@ -29,8 +27,7 @@ def plan_elsewhere(
         BudgetError: no known plan fits.
     """
     there = problem_on(problem, work, profile)
-    ladder = best_of(build_ladder(offered, max_error=max_error) for offered in (there, *single_techniques(there)))
-    plans = PlanSet(there, ladder, max_error=max_error, solve_s=0.0)
+    plans = laddered(there, max_error=max_error)
     known = plans.checked(budget_bytes)
     if known is None:
         raise plans.budget_error(budget_bytes, 0)

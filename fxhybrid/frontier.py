@@ -22,9 +22,7 @@ from fxhybrid.errors import BudgetError, InvalidArgument, format_bytes
 from fxhybrid.extras import require
 from fxhybrid.module import wrap
 from fxhybrid.options import make_options
-from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.planset import PlanSet
-from fxhybrid.solvers.techniques import without_codecs, without_recomputation
 
 DEFAULT_COUNT = 12
 FRONTIER_FORMAT = 2
@@ -223,14 +221,8 @@ def _budget_bytes(signature: Signature, budgets: Sequence[int | float] | None) -
 
 def _frontier_of(signature: Signature, budgets: Sequence[int]) -> Frontier:
     problem, plans = signature.prepared.problem, signature.plans
-    own = {Technique.RECOMPUTE: without_codecs(problem), Technique.COMPRESS: without_recomputation(problem)}
-    if signature.options.compression == "off":
-        del own[Technique.COMPRESS]
-    sets = {Technique.HYBRID: plans}
-    for technique, offered in own.items():
-        ladder = build_ladder(offered, max_error=plans.max_error)
-        sets[technique] = PlanSet(offered, ladder, max_error=plans.max_error)
-        plans.join(sets[technique])
+    alone = plans.alone or (plans,)  # without compression, recomputing is all there is
+    sets = {Technique.HYBRID: plans, **dict(zip((Technique.RECOMPUTE, Technique.COMPRESS), alone, strict=False))}
     for budget_bytes in budgets:
         with contextlib.suppress(BudgetError):
             signature.set_budget(budget_bytes)  # lets an asked for solver add its plan; not made so

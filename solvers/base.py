@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -79,16 +79,6 @@ class Ladder:
         """The cheapest plan with a peak of at most ``budget_bytes``."""
         place = bisect_left(self.rungs, -budget_bytes, key=lambda rung: -rung.peak_bytes)
         return self.rungs[place] if place < len(self.rungs) else None
-
-
-def best_of(ladders: Iterable[Ladder]) -> Ladder:
-    """The rungs of several ladders of one step that no other rung beats; they start from the same plan."""
-    first, *others = [rung for ladder in ladders for rung in ladder.rungs]
-    kept = [first]
-    for rung in sorted(others, key=lambda rung: (rung.added_s, rung.peak_bytes)):
-        if rung.peak_bytes < kept[-1].peak_bytes:
-            kept.append(rung)
-    return Ladder(tuple(kept))
 
 
 class Solver(Protocol):

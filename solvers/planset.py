@@ -8,6 +8,7 @@ the peak rise. Where none fits, the smallest reachable peak is looked for, once.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 
 from fxhybrid.errors import BudgetError, format_bytes
@@ -18,6 +19,8 @@ from fxhybrid.solvers.base import Ladder, Rung, SolveResult, Status, default_act
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.lp_bound import AddedBound, added_lower_bound
 from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
+from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.techniques import single_techniques
 from fxhybrid.timeline import describe_peak, simulate, simulate_actions
 
 PROVEN = 0.01  # a plan this close to the bound counts as the best
@@ -51,6 +54,7 @@ class PlanSet:
         bounds_s: per budget, what every plan for it adds at least.
         lower_bound_bytes: no plan peaks below; the cheap bound until ``look_lower`` raises it.
         min_peak: what ``look_lower`` found; None before.
+        alone: plans of recomputing only and of compressing only, if ``laddered`` made this and there are codecs.
     """
 
     def __init__(self, problem: Problem, ladder: Ladder, *, max_error: float, solve_s: float = 0.0) -> None:
@@ -60,6 +64,7 @@ class PlanSet:
         self.bounds_s: dict[int, float] = {}
         self.lower_bound_bytes = peak_lower_bound(problem)[0]
         self.min_peak: MinPeak | None = None
+        self.alone: tuple[PlanSet, ...] = ()
         for rung in ladder.rungs:
             self._take(KnownPlan(rung, solve_s=solve_s))
 
@@ -174,6 +179,21 @@ class PlanSet:
             minimum_lower_bound_bytes=bound,
             holder=holder,
         )
+
+
+def laddered(problem: Problem, *, max_error: float) -> PlanSet:
+    """The plans of the heuristic's ladders: of all techniques, and of each one alone."""
+
+    def of(offered: Problem) -> PlanSet:
+        start = time.perf_counter()
+        ladder = build_ladder(offered, max_error=max_error)
+        return PlanSet(offered, ladder, max_error=max_error, solve_s=time.perf_counter() - start)
+
+    plans = of(problem)
+    plans.alone = tuple(map(of, single_techniques(problem)))
+    for other in plans.alone:  # the heuristic misses some plans of one technique among all the others
+        plans.join(other)
+    return plans
 
 
 def judged(problem: Problem, actions: Actions) -> Rung:
