@@ -62,7 +62,7 @@ class BudgetError(FxHybridError):
     Attributes:
         budget_bytes: the budget asked for.
         minimum_bytes: the smallest peak for which a plan exists.
-        minimum_lower_bound_bytes: no plan can go below this.
+        minimum_lower_bound_bytes: no plan that makes each tensor at most once more can go below this.
         holder: the operator at the peak of the smallest plan.
     """
 

@@ -16,7 +16,8 @@ class Status(Enum):
     """How much is known about a result.
 
     OPTIMAL: proven best (gap closed). FEASIBLE: fits the budget. INFEASIBLE: the budget lies below a proven
-    lower bound of the peak. UNKNOWN: no plan found, but none ruled out.
+    lower bound of the peak of plans that make each tensor at most once more. UNKNOWN: no plan found, but none
+    ruled out.
     """
 
     OPTIMAL = "OPTIMAL"

@@ -53,7 +53,7 @@ class MinPeak:
     Attributes:
         actions: the plan of the smallest peak.
         peak_bytes: its simulated peak.
-        lower_bound_bytes: no plan within the error limit peaks below.
+        lower_bound_bytes: no plan within the error limit that makes each tensor at most once more peaks below.
         holder: the step and the tensors that hold the peak, in words.
         solve_s: seconds spent.
         details: counts worth reporting.
@@ -75,7 +75,10 @@ class MinPeak:
         peak, bound = (f"{n} bytes ({format_bytes(n)})" for n in (self.peak_bytes, self.lower_bound_bytes))
         if self.proven:
             return f"the smallest reachable peak is {peak}, held by {self.holder}"
-        return f"no plan peaks below {bound}; the lowest found peaks at {peak}, held by {self.holder}"
+        return (
+            f"no plan that makes each tensor at most once more peaks below {bound}; the lowest found peaks at {peak}, "
+            f"held by {self.holder}"
+        )
 
 
 class MinPeakSolver:

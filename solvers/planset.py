@@ -52,7 +52,8 @@ class PlanSet:
     Attributes:
         plans: all of them.
         bounds_s: per budget, what every plan for it adds at least.
-        lower_bound_bytes: no plan peaks below; the cheap bound until ``look_lower`` raises it.
+        lower_bound_bytes: no plan that makes each tensor at most once more peaks below; the cheap
+            bound until ``look_lower`` raises it.
         min_peak: what ``look_lower`` found; None before.
         alone: plans of recomputing only and of compressing only, if ``laddered`` made this and there are codecs.
     """
@@ -172,7 +173,8 @@ class PlanSet:
         return BudgetError(
             f"the budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) cannot be met{state}: the "
             f"smallest known plan peaks at {minimum} bytes ({format_bytes(minimum)}), held by {holder}; no plan "
-            f"can go below {format_bytes(bound)}. Raise the budget, shrink the batch, or allow more: "
+            f"that makes each tensor at most once more can go below {format_bytes(bound)}. Raise the budget, shrink "
+            "the batch, or allow more: "
             'compression="auto", a larger max_grad_error',
             budget_bytes=budget_bytes,
             minimum_bytes=minimum,

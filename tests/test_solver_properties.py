@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fxhybrid.errors import ProblemError
 from fxhybrid.problem import Op, Problem, Tensor
 from fxhybrid.solvers.auto import AutoSolver
-from fxhybrid.solvers.base import SolveResult, Status
+from fxhybrid.solvers.base import Status
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.lp_bound import added_lower_bound
@@ -23,7 +23,7 @@ from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.mps_solver import MpsSolver
 from fxhybrid.solvers.oracle import OracleSolver
 from fxhybrid.timeline import simulate_actions
-from tests.problems import problems, small_problems
+from tests.problems import problems
 
 MAX_ERROR = 0.1
 FITS = (Status.OPTIMAL, Status.FEASIBLE)
@@ -74,9 +74,10 @@ def test_a_budget_is_met_or_proven_too_small_and_never_left_unknown(problem: Pro
 @given(problems(2, 14, fused=True), st.floats(0.2, 1.0))
 def test_the_same_input_gives_the_same_plan(problem: Problem, share: float) -> None:
     budget = int(save_all_bytes(problem) * share)
-    results = [MpsSolver().solve(problem, budget, max_error=MAX_ERROR) for _ in range(2)]
-    first, again = (dataclasses.replace(result, solve_s=0.0) for result in results)
-    assert first == again
+    for solver in (MpsSolver(), IlpSolver(time_limit_s=10.0)):
+        results = [solver.solve(problem, budget, max_error=MAX_ERROR) for _ in range(2)]
+        first, again = (dataclasses.replace(result, solve_s=0.0) for result in results)
+        assert first == again
 
 
 def renamed(problem: Problem) -> Problem:
@@ -105,21 +106,27 @@ def renumbered(problem: Problem) -> Problem:
     )
 
 
-def test_names_and_numbers_do_not_change_the_best_plan() -> None:
-    def solved(problem: Problem, budget: int) -> SolveResult:
-        return AutoSolver(time_limit_s=5.0, gap=0.0).solve(problem, budget, max_error=MAX_ERROR)
+@settings(max_examples=15, deadline=None)
+@given(problems(2, 5, fused=True), st.floats(0.0, 1.0))
+def test_names_and_numbers_do_not_change_the_best_plan(problem: Problem, share: float) -> None:
+    """The order of ops is the order of execution, and part of the problem; that of the tensors is not."""
+    assume(2 <= len(problem.candidates) <= 6)
+    low = MinPeakSolver().solve(problem, max_error=MAX_ERROR).peak_bytes
+    budget = int(low + share * (save_all_bytes(problem) - low))
+    for solver in (OracleSolver(), IlpSolver(gap=0.0, time_limit_s=10.0)):
+        first, *others = (
+            solver.solve(p, budget, max_error=MAX_ERROR) for p in (problem, renamed(problem), renumbered(problem))
+        )
+        for other in others:
+            assert other.status is first.status is Status.OPTIMAL
+            assert other.added_s == pytest.approx(first.added_s, rel=1e-6, abs=1e-6 * problem.step_s)
 
-    compared = 0
-    for problem in small_problems(6, 6, first_seed=300):
-        low, top = build_ladder(problem, max_error=MAX_ERROR).rungs[-1].peak_bytes, save_all_bytes(problem)
-        budget = (low + top) // 2
-        first = solved(problem, budget)
-        for other in (renamed(problem), renumbered(problem)):
-            again = solved(other, budget)
-            if Status.OPTIMAL is first.status is again.status:
-                compared += 1
-                assert again.added_s == pytest.approx(first.added_s, rel=1e-6, abs=1e-6 * problem.step_s)
-    assert compared >= 8
+
+@settings(max_examples=5, deadline=None)
+@given(problems(2, 14, fused=True))
+def test_names_do_not_change_the_ladder(problem: Problem) -> None:
+    """Numbers may: of moves that look equally good, the heuristic tries the one first that is listed first."""
+    assert build_ladder(renamed(problem), max_error=MAX_ERROR) == build_ladder(problem, max_error=MAX_ERROR)
 
 
 ENTRIES: tuple[Callable[[Problem], object], ...] = (
