@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from fxhybrid.solvers.choices import Choices
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, State
 
-SPEEDS = (0.5, 0.9)  # quantiles of the speed from which ops are made again
+SPEEDS = (0.0, 0.5, 0.9)  # quantiles of the speed from which ops are made again
 SEGMENTS = (0.5, 1.0, 2.0, 4.0)  # lengths, relative to the root of the number of forward ops
 
 
