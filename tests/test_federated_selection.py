@@ -106,13 +106,13 @@ def factor(selection: Selection, client: str, name: str) -> float:
     return selection.factors[client][name]
 
 
-def test_utility_multiplies_ranks_and_the_memory_share() -> None:
+def test_utility_multiplies_data_memory_and_speed() -> None:
     pool = [
         candidate("a", mean_squared_loss=4.0, available_bytes=400 * MIB, predicted_step_s=1.0),
         candidate("b", mean_squared_loss=1.0, available_bytes=500 * MIB, predicted_step_s=1e-6),
     ]
     selection = UtilitySelector().select(pool, 1, round_index=10)
-    # two clients: ranks are 1/2 and 1. a: data 1, memory 0.4, compute 1/2; b: data 1/2, memory 0.5, compute 1
+    # a: data 1, memory 0.4, compute 1/2; b: data sqrt(1)/sqrt(4) = 1/2, memory 0.5, compute 1
     assert factor(selection, "a", "reward") == pytest.approx(0.2)
     assert factor(selection, "b", "reward") == pytest.approx(0.25)
     assert factor(selection, "a", "bonus") == pytest.approx(math.sqrt(0.1 * math.log(10) / 5))
@@ -132,6 +132,16 @@ def test_factors_can_be_left_out_for_ablation() -> None:
     pool = [candidate("a", available_bytes=400 * MIB), candidate("b", predicted_step_s=9.0)]
     plain = UtilitySelector(with_memory=False, with_compute=False).select(pool, 1, round_index=3)
     assert factor(plain, "a", "reward") == factor(plain, "b", "reward")
+
+
+def test_who_has_nothing_left_to_teach_is_not_chosen_for_its_device() -> None:
+    strong = [
+        candidate(f"s{i}", mean_squared_loss=1e-4, available_bytes=1000 * MIB, predicted_step_s=0.1) for i in range(5)
+    ]
+    weak = [candidate(f"w{i}", mean_squared_loss=9.0, available_bytes=400 * MIB) for i in range(5)]
+    selection = UtilitySelector().select([*strong, *weak], 5, round_index=10)
+    # strong: data 0.01 / 3; weak: data 1, memory 0.4, compute rank 0.3
+    assert set(selection.chosen) == {f"w{i}" for i in range(5)}
 
 
 def test_memory_counts_no_more_than_the_unmodified_step_can_use() -> None:

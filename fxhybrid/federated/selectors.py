@@ -1,12 +1,14 @@
 """The client selectors: utility, the paper's product, and what they are compared with.
 
-Utility of candidate i; data and compute are ranks in (0, 1] among those that fit, so that no unit outweighs the other:
+Utility of candidate i; every factor lies in [0, 1], so that no unit outweighs the others:
 
     score_i = data_i * memory_i * compute_i + sqrt(0.1 * ln(round) / last_seen_i)
 
-    data     |B_i| * sqrt(mean squared sample loss)     (Oort's statistical utility)
+    data     |B_i| * sqrt(mean squared sample loss)     (Oort's statistical utility), of a high quantile of all
     memory   min(M_i / M_G, 1)                          M_G: peak of the unmodified step
-    compute  1 / predicted seconds of a step
+    compute  rank of 1 / predicted seconds of a step
+
+Data is no rank: who has nothing left to teach must fall to nothing, however fast and large its device is.
 
 A client must pass the hard gate first: its smallest plan fits its forecast. Clients that never reported a loss are
 explored for a share of the places that falls from round to round. Among the others those within ``CUTOFF`` of the
@@ -80,7 +82,7 @@ class UtilitySelector:
         return _bandit(self.seed, candidates, count, round_index, self._rewards, gate=True)
 
     def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
-        data = _ranks([_data_utility(c) for c in pool])
+        data = _shares_of_top([_data_utility(c) for c in pool])
         memory = [_memory_share(c) if self.with_memory else 1.0 for c in pool]
         compute = _ranks([1 / c.predicted_step_s for c in pool]) if self.with_compute else np.ones(len(pool))
         return [
@@ -274,6 +276,12 @@ def _generator(seed: int, round_index: int, count: int) -> np.random.Generator:
 
 def _data_utility(candidate: Candidate) -> float:
     return candidate.n_examples * math.sqrt(candidate.mean_squared_loss or 0.0)
+
+
+def _shares_of_top(utilities: Sequence[float]) -> Floats:
+    """Utilities over their ``CLIP_QUANTILE``, at most 1."""
+    top = float(np.quantile(utilities, CLIP_QUANTILE, method="higher"))
+    return np.minimum(np.asarray(utilities) / top, 1.0) if top > 0 else np.ones(len(utilities))
 
 
 def _memory_share(candidate: Candidate) -> float:
