@@ -138,12 +138,12 @@ class ChannelWatch:
         self.near, self.shares = near, {}
 
     def _noting(self, target: Callable[..., Any], storage: int) -> Callable[..., Any]:
-        def noted(*args: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
             x = args[1]
             if storage in self.near and x.dim() >= 3 and x.is_contiguous() and x.numel():
                 see = _convolution_shares if target is CONVOLUTION else _batch_norm_shares
                 self.shares.setdefault(storage, []).extend(see(args, self.near[storage]))
-            return target(*args)
+            return target(*args, **kwargs)
 
         return noted
 
@@ -185,7 +185,15 @@ def _convolution_shares(args: tuple[Any, ...], near: Neighbours) -> list[Share]:
 
 def _batch_norm_shares(args: tuple[Any, ...], near: Neighbours) -> list[Share]:
     gradient, x, weight = args[:3]
-    invstd = (args[6] if len(args) > 7 else args[4]).double()
+    invstd = _inverse_deviation(args).double()
     energy = _energy(gradient, x.shape[1]) * invstd.square()  # of an error in the normalised input
     gain = invstd if weight is None else invstd * weight.double()
     return [Share(near.readers, _weights(x, energy)), Share(near.maker, _weights(x, energy * gain.square()))]
+
+
+def _inverse_deviation(args: tuple[Any, ...]) -> Tensor:
+    """By which a batch norm multiplies: of the batch, or in evaluation mode the running one."""
+    if len(args) == 7:  # fxhybrid's own, for training mode
+        return args[4]  # type: ignore[no-any-return]
+    training, eps = args[7:9]
+    return args[6] if training else (args[4] + eps).rsqrt()  # type: ignore[no-any-return]

@@ -136,6 +136,16 @@ def test_a_second_codec_of_a_kind_is_measured_too(captured: tuple[Prepared, Veri
     assert len([pair for pair in found.pairs if pair.codec == "rowwise8" and "convolution" in pair.what]) == 2
 
 
+def test_frozen_batch_norm_is_measured_by_its_running_deviation() -> None:
+    step, call = Step(net(), F.cross_entropy, False), batch()
+    step.model[4].eval()
+    prepared = prepare(step, call, make_options(budget=1.0, loss_fn=F.cross_entropy))
+    save_all = build_graphs(prepared, {})[1]
+    verifier = Verifier(prepared.capture, prepared.joint, step, call, save_all=lambda: save_all, save_all_bytes=0)
+    storage = by_reader(prepared)["batch norm 32"]
+    assert any(spec.startswith("channelwise:") for spec in calibrate(prepared, verifier).choices[storage])
+
+
 def test_a_plan_with_widths_of_its_own_is_carried() -> None:
     """Widths come from the data, so another capture has others: a plan brings its own along."""
     model, call = net(), batch()
