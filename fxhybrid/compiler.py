@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from fxhybrid.budget import gradient_bytes
@@ -16,7 +15,6 @@ from fxhybrid.carried import carried_actions, named_actions, versions
 from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
-from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.plan import Actions, GradientError, Plan
 from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.report import ErrorPrice
@@ -344,16 +342,12 @@ class Signature:
             raise InvalidArgument(verifier.check.note)
         return verifier.gradient_error(self.active(accumulating=False).function.graphs)
 
-    @cached_property
-    def _save_all_graphs(self) -> SplitGraphs:
-        return build_graphs(self.prepared, {})[1]
-
     def _verifier(self, step: Step, call: StepCall) -> Verifier:
         return Verifier(
             self.prepared.capture,
             self.prepared.joint,
             step,
             call,
-            save_all=lambda: self._save_all_graphs,
+            save_all=lambda: self.prepared.save_all_graphs,
             save_all_bytes=self.save_all_bytes,
         )

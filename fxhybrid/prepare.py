@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -44,6 +45,11 @@ class Prepared:
         root = self.layout.storages[storage].root
         assert root is not None, "codecs are offered only for storages that are read"
         return TensorMeta.of(root.meta["val"])
+
+    @cached_property
+    def save_all_graphs(self) -> SplitGraphs:
+        """The halves of the step that keeps everything."""
+        return build_graphs(self, {})[1]
 
     def with_choices(self, choices: CodecChoices) -> Prepared:
         """The same with other codecs offered, their times measured; ``with_errors`` makes a problem of it."""
