@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from fxhybrid.targets import Target, suite_target
 
 Record = dict[str, Any]
 Step = Callable[[], Any]
+MARGIN = 1.02  # over the smallest known peak: compiling there must work
 LEARNING_RATE = 1e-4  # real updates between measured steps, small enough to leave the comparison alone
 
 
@@ -115,6 +117,14 @@ class Bench:
         return max(peaks)
 
 
+def at_smallest_peak(compile_at: Callable[[int], fxhybrid.HybridModule]) -> fxhybrid.HybridModule:
+    """What ``compile_at`` gives for a budget a little above the smallest peak for which there is a plan."""
+    try:
+        return compile_at(1)
+    except fxhybrid.BudgetError as error:
+        return compile_at(int(error.minimum_bytes * MARGIN))
+
+
 def wide_console() -> Console:
     """The terminal; wide enough for the tables where the output goes to a file."""
     console = Console()
@@ -183,6 +193,34 @@ def add_record_files(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`records_of` reads."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="judge the records of a file; runs nothing")
+
+
+def with_missing(
+    arguments: argparse.Namespace,
+    runs: Iterable[tuple[str, Any, Callable[[], Record]]],
+    told: Callable[[Record], str],
+) -> list[Record]:
+    """The records of ``--json`` and of those runs (model, key, what makes the record) that it lacks.
+
+    Each record is kept and told as it comes. No run starts later than after ``--seconds``.
+    """
+    records = read_records(arguments.json) if arguments.json and arguments.json.exists() else []
+    done = {(record["model"], record["key"]) for record in records}
+    until = time.monotonic() + arguments.seconds
+    for model, key, run in runs:
+        if (model, key) in done or time.monotonic() > until:
+            continue
+        records.append({"model": model, "key": key} | run())
+        append_record(arguments.json, records[-1])
+        wide_console().print(told(records[-1]), highlight=False)
+        torch._dynamo.reset()
+    return records
+
+
+def add_slices(parser: argparse.ArgumentParser) -> None:
+    """The options that :func:`with_missing` reads."""
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run later than that")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file, and read it")
 
 
 def names_of(text: str | None, known: Iterable[str], what: str) -> list[str]:

@@ -13,10 +13,9 @@ import argparse
 import itertools
 import math
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from rich.table import Table
@@ -24,12 +23,11 @@ from torch import Tensor, nn
 
 import fxhybrid
 from benchmarks.bars import Bar, bars_table
-from benchmarks.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
 from benchmarks.training_tasks import FOLDS, Task, digits, language, packages
 from fxhybrid.extras import require
 from fxhybrid.measure import measure_step
 
-MARGIN = 1.02  # over the smallest known peak
 POINTS, LOSS_SHARE = 0.3, 0.01
 CONFIDENCE = 0.95
 SEEDS = 5
@@ -77,10 +75,7 @@ def at_smallest_budget(model: nn.Module, example: tuple[Tensor, Tensor], task: T
     def compiled(budget: int) -> fxhybrid.HybridModule:
         return fxhybrid.compile(model, budget=budget, example_inputs=(x,), loss_fn=task.loss_fn, loss_args=(y,))
 
-    try:
-        return compiled(1)
-    except fxhybrid.BudgetError as error:
-        return compiled(int(error.minimum_bytes * MARGIN))
+    return at_smallest_peak(compiled)
 
 
 def evaluated(model: nn.Module, task: Task) -> Record:
@@ -167,31 +162,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing, prints the runs and judges them."""
     arguments = _parser().parse_args(argv)
     console = wide_console()
-    records = read_records(arguments.json) if arguments.json and arguments.json.exists() else []
-    done = {(record["model"], record["key"]) for record in records}
-    until = time.monotonic() + arguments.seconds
+    records = with_missing(arguments, _runs(arguments), lambda r: f"{r['model']} {r['key']}: {r['fxhybrid']}")
+    console.print(runs_table(records))
+    console.print(bars_table(judge(records)))
+
+
+def _runs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], Record]]]:
     for name in names_of(arguments.tasks, TASKS, "task"):
         make, n_folds, _ = TASKS[name]
         for seed, fold in itertools.product(range(arguments.seeds), range(n_folds)):
-            key = f"{seed}/{fold}"
-            if (name, key) in done or time.monotonic() > until:
-                continue
-            task = make(seed, fold)
-            runs = {kind: train(task, small=kind == "fxhybrid") for kind in ("float32", "fxhybrid")}
-            records.append({"model": name, "part": "convergence", "key": key, "seed": seed, **runs})
-            append_record(arguments.json, records[-1])
-            console.print(f"{name} {key}: {runs}", highlight=False)
-            torch._dynamo.reset()
-    console.print(runs_table(records))
-    console.print(bars_table(judge(records)))
+            yield name, f"{seed}/{fold}", partial(_pair, make, seed, fold)
+
+
+def _pair(make: Callable[[int, int], Task], seed: int, fold: int) -> Record:
+    task = make(seed, fold)
+    runs = {kind: train(task, small=kind == "fxhybrid") for kind in ("float32", "fxhybrid")}
+    return {"part": "convergence", "seed": seed, **runs}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.convergence", description=__doc__)
     parser.add_argument("--tasks", metavar="LIST", help=f"default: all of {','.join(TASKS)}")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many (default: {SEEDS})")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run later than that")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file, and read it")
+    add_slices(parser)
     return parser
 
 

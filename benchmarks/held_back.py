@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from rich.table import Table
 
 import fxhybrid
 from benchmarks.bars import Bar, bars_table
-from benchmarks.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
 from benchmarks.real_batches import real_batch
 from fxhybrid import suite
 from fxhybrid.targets import suite_target
 
 LIMITS = (0.02, 0.1, 0.3)
-MARGIN = 1.02  # over the smallest known peak
 HELD_BACK = 40
 QUANTILE, SLACK = 0.95, 1.25
 TRAINING_STEPS = 100
@@ -53,10 +51,7 @@ class Trial:
                 solver="mps",  # at the smallest peak there is little to choose
             )
 
-        try:
-            return compiled(1)
-        except fxhybrid.BudgetError as error:
-            return compiled(int(error.minimum_bytes * MARGIN))
+        return at_smallest_peak(compiled)
 
     def errors(self, hybrid: fxhybrid.HybridModule) -> Record:
         """Measured errors on the planned batch and on those held back."""
@@ -86,7 +81,7 @@ def run(name: str, size: suite.Size, limit: float) -> Record:
     """Errors of one model under one limit."""
     trial = Trial(suite.load(name, size), size)
     hybrid = trial.compile(limit)
-    record: Record = {"model": name, "part": "held back", "key": limit, "peak_bytes": hybrid.plan.peak_bytes}
+    record: Record = {"part": "held back", "peak_bytes": hybrid.plan.peak_bytes}
     record["start"] = trial.errors(hybrid)
     record["losses"] = trial.train(hybrid)
     record["trained"] = trial.errors(hybrid)
@@ -148,21 +143,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.held_back", description=__doc__)
     parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(suite.names())}")
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run later than that")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file, and read it")
+    add_slices(parser)
     arguments = parser.parse_args(argv)
     console = wide_console()
-    records = read_records(arguments.json) if arguments.json and arguments.json.exists() else []
-    done = {(record["model"], record["key"]) for record in records}
-    until = time.monotonic() + arguments.seconds
-    for name in names_of(arguments.models, suite.names(), "model"):
-        for limit in LIMITS:
-            if (name, limit) in done or time.monotonic() > until:
-                continue
-            records.append(run(name, arguments.size, limit))
-            append_record(arguments.json, records[-1])
-            console.print(f"{name} at {limit}", highlight=False)
-            torch._dynamo.reset()
+    runs = (
+        (name, limit, partial(run, name, arguments.size, limit))
+        for name in names_of(arguments.models, suite.names(), "model")
+        for limit in LIMITS
+    )
+    records = with_missing(arguments, runs, lambda r: f"{r['model']} at {r['key']}")
     console.print(errors_table(records))
     console.print(bars_table(judge(records)))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import fxhybrid
-from benchmarks.common import Bench, Record, Step, median_ratio, pair_ratios, seconds
+from benchmarks.common import MARGIN, Bench, Record, Step, median_ratio, pair_ratios, seconds
 from fxhybrid import BudgetError, HybridModule, Plan
 from fxhybrid.carried import named_actions
 from fxhybrid.compiler import ERROR_MARGIN
@@ -20,7 +20,6 @@ from fxhybrid.solvers.techniques import without_codecs, without_recomputation
 SHARES = (0.8, 0.65, 0.5, 0.4)
 CHEAP_SHARE = {"resnet50": 0.65}  # parameters and gradients alone are 0.38 of its peak
 DEFAULT_CHEAP_SHARE = 0.5
-MARGIN = 1.02  # over the smallest known peak: compiling there must work
 SWEEP = 12
 TRAINING_STEPS = 10
 WORTH_MEASURING = 0.05  # of a step: planned differences below that drown in noise

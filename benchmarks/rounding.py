@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 
 import torch
 from rich.table import Table
 from torch import Generator, Tensor, nn
 
-from benchmarks.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.common import Record, add_slices, names_of, wide_console, with_missing
 from benchmarks.convergence import evaluated
 from benchmarks.training_tasks import Task, digits, language, packages
 from fxhybrid.codecs import TensorMeta, register
@@ -147,28 +146,24 @@ def runs_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def _record(name: str, seed: int, bits: int, rounding: str) -> Record:
+    return {"part": "rounding", "bits": bits, "rounding": rounding} | train(TASKS[name](seed, 0), bits, rounding)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing and prints all."""
     parser = argparse.ArgumentParser("python -m benchmarks.rounding", description=__doc__)
     parser.add_argument("--tasks", metavar="LIST", help=f"default: all of {','.join(TASKS)}")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many (default: {SEEDS})")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than that")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file, and read it")
+    add_slices(parser)
     arguments = parser.parse_args(argv)
-    records = read_records(arguments.json) if arguments.json and arguments.json.exists() else []
-    done = {(record["model"], record["key"]) for record in records}
-    until = time.monotonic() + arguments.seconds
     kinds = [(32, "none"), *itertools.product(WIDTHS, ROUNDINGS)]
-    for name, seed, (bits, rounding) in itertools.product(
-        names_of(arguments.tasks, TASKS, "task"), range(arguments.seeds), kinds
-    ):
-        key = f"{seed}/{bits}/{rounding}"
-        if (name, key) in done or time.monotonic() > until:
-            continue
-        head: Record = {"model": name, "part": "rounding", "key": key, "bits": bits, "rounding": rounding}
-        records.append(head | train(TASKS[name](seed, 0), bits, rounding))
-        append_record(arguments.json, records[-1])
-        torch._dynamo.reset()
+    names = names_of(arguments.tasks, TASKS, "task")
+    runs = (
+        (name, f"{seed}/{bits}/{rounding}", partial(_record, name, seed, bits, rounding))
+        for name, seed, (bits, rounding) in itertools.product(names, range(arguments.seeds), kinds)
+    )
+    records = with_missing(arguments, runs, lambda r: f"{r['model']} {r['key']}")
     wide_console().print(runs_table(records))
 
 
