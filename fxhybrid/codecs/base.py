@@ -121,6 +121,13 @@ def sizes_of(codec: Codec, meta: TensorMeta) -> tuple[int, int]:
     return codec.encoded_bytes(meta)
 
 
+def empty_encoded(codec: Codec, meta: TensorMeta, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for qdata and header of a supported meta, uint8 each, not filled in."""
+    qdata_bytes, header_bytes = sizes_of(codec, meta)
+    qdata = torch.empty(qdata_bytes, dtype=torch.uint8, device=device)
+    return qdata, torch.empty(header_bytes, dtype=torch.uint8, device=device)
+
+
 _FACTORIES: dict[str, Callable[[str], Codec]] = {}
 
 

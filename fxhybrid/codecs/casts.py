@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxhybrid.codecs import reference
-from fxhybrid.codecs.base import Codec, empty_header, register, sizes_of
+from fxhybrid.codecs.base import Codec, empty_encoded, empty_header, register
 from fxhybrid.codecs.meta import TensorMeta, storage_view
 from fxhybrid.codecs.native import kernels_for, kernels_key
 
@@ -70,9 +70,7 @@ class Float8(Codec):
         return meta.numel, 4 * -(-meta.numel // _BLOCK)
 
     def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
-        qdata_bytes, header_bytes = sizes_of(self, meta)
-        qdata = torch.empty(qdata_bytes, dtype=torch.uint8, device=x.device)
-        header = torch.empty(header_bytes, dtype=torch.uint8, device=x.device)
+        qdata, header = empty_encoded(self, meta, x.device)
         kernels = kernels_for(x.device)
         if kernels is not None:
             kernels.pack_fp8(x.data_ptr(), meta.numel, qdata.data_ptr(), header.data_ptr(), torch.get_num_threads())

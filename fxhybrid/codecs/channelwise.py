@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxhybrid.codecs import reference
-from fxhybrid.codecs.base import Codec, get_codec, register, sizes_of
+from fxhybrid.codecs.base import Codec, empty_encoded, get_codec, register
 from fxhybrid.codecs.meta import TensorMeta
 from fxhybrid.codecs.native import kernels_for, kernels_key
 from fxhybrid.codecs.rowwise_compiled import PARAMETER_BYTES
@@ -71,9 +71,7 @@ class Channelwise(Codec):
         return kernels_for(device)
 
     def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
-        qdata_bytes, header_bytes = sizes_of(self, meta)
-        qdata = torch.empty(qdata_bytes, dtype=torch.uint8, device=x.device)
-        header = torch.empty(header_bytes, dtype=torch.uint8, device=x.device)
+        qdata, header = empty_encoded(self, meta, x.device)
         kernels = self.kernels(x.device)
         if kernels is None:
             for planes, codes, parameters in self._samples(x.detach(), qdata, header):
@@ -84,7 +82,7 @@ class Channelwise(Codec):
             return qdata, header
         row = self._row(meta)
         table = (self._widths_at, _offsets(self, row).ctypes.data)
-        geometry = (header_bytes // PARAMETER_BYTES, row, len(self.widths))
+        geometry = (header.numel() // PARAMETER_BYTES, row, len(self.widths))
         n_threads = torch.get_num_threads()
         kernels.pack_channels(*table, x.data_ptr(), *geometry, qdata.data_ptr(), header.data_ptr(), n_threads)
         return qdata, header

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxhybrid.codecs import reference
-from fxhybrid.codecs.base import parse_integers, register, sizes_of
+from fxhybrid.codecs.base import empty_encoded, parse_integers, register
 from fxhybrid.codecs.meta import TensorMeta, storage_view
 from fxhybrid.codecs.native import kernels_for, kernels_key, native_kernels
 from fxhybrid.codecs.rowwise import Rowwise, chunk_elements
@@ -43,9 +43,7 @@ class CompiledRowwise(Rowwise):
         return kernels_for(device)
 
     def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
-        qdata_bytes, header_bytes = sizes_of(self, meta)
-        qdata = torch.empty(qdata_bytes, dtype=torch.uint8, device=x.device)
-        header = torch.empty(header_bytes, dtype=torch.uint8, device=x.device)
+        qdata, header = empty_encoded(self, meta, x.device)
         n_rows, kernels = meta.numel // self.row, self.kernels(x.device)
         if kernels is not None and meta.dtype is torch.float32:
             self._pack(kernels, x, n_rows, qdata, header)
