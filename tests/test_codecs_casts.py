@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from fxhybrid.codecs import Codec, TensorMeta, casts, get_codec, native, rowwise_compiled
+from fxhybrid.codecs import TensorMeta, casts, get_codec, native, rowwise_compiled
 from fxhybrid.codecs.native import kernels_for, native_kernels
 from fxhybrid.codecs.rowwise_library import LibraryRowwise
+from tests.codec_parts import plain_aten, round_trip
 
 BLOCK = 4096
-
-
-def round_trip(codec: Codec, x: Tensor) -> Tensor:
-    qdata, header = codec.encode(x)
-    return codec.decode(qdata, header, TensorMeta.of(x))
-
-
-@contextmanager
-def plain_aten() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(casts, "kernels_for", lambda device: None)
-        yield
 
 
 @settings(max_examples=50, deadline=None)
@@ -49,7 +36,7 @@ def test_fp8_makes_the_bytes_of_its_reference(scale: float, n: int) -> None:
     qdata, header = codec.encode(x)
     decoded = codec.decode(qdata, header, meta)
     assert decoded.isfinite().all()
-    with plain_aten():
+    with plain_aten(casts):
         again = codec.encode(x)
         assert torch.equal(again[0], qdata)
         assert torch.equal(again[1], header)
@@ -61,7 +48,7 @@ def test_fp8_takes_every_exact_value() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     x = codes[codes.abs() < 256] * 2.0**-20
     assert torch.equal(round_trip(get_codec("fp8"), x), x)
-    with plain_aten():
+    with plain_aten(casts):
         assert torch.equal(round_trip(get_codec("fp8"), x), x)
 
 
@@ -83,7 +70,7 @@ def test_non_finite_stays_non_finite(spec: str, bad: float, place: int) -> None:
     x = torch.randn(294)
     x[place] = bad
     assert not round_trip(get_codec(spec), x)[place].isfinite()
-    with plain_aten():
+    with plain_aten(casts):
         assert not round_trip(get_codec(spec), x)[place].isfinite()
 
 
@@ -91,7 +78,7 @@ def test_bf16_rounds_like_a_cast() -> None:
     x = torch.randint(-(2**31), 2**31, (100_003,), dtype=torch.int32).view(torch.float32)  # any bits, NaN too
     expected = x.bfloat16().float()
     torch.testing.assert_close(round_trip(get_codec("bf16"), x), expected, rtol=0, atol=0, equal_nan=True)
-    with plain_aten():
+    with plain_aten(casts):
         assert torch.equal(get_codec("bf16").encode(x[:9])[0], x[:9].bfloat16().view(torch.uint8))
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fxhybrid.channel_choices import channelwise_specs
 from fxhybrid.codecs import (
-    Codec,
     TensorMeta,
     channels_per_row,
     channelwise,
@@ -24,18 +20,7 @@ from fxhybrid.codecs import (
     widths_at,
 )
 from fxhybrid.codecs.widths import STEP_ERROR
-
-
-def round_trip(codec: Codec, x: Tensor) -> Tensor:
-    qdata, header = codec.encode(x)
-    return codec.decode(qdata, header, TensorMeta.of(x))
-
-
-@contextmanager
-def plain_aten() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(channelwise, "kernels_for", lambda device: None)
-        yield
+from tests.codec_parts import plain_aten, round_trip
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1.0, 1e30])
@@ -46,7 +31,7 @@ def test_makes_the_bytes_of_its_reference(scale: float, spec: str) -> None:
     codec, meta = get_codec(spec), TensorMeta.of(x)
     qdata, header = codec.encode(x)
     decoded = codec.decode(qdata, header, meta)
-    with plain_aten():
+    with plain_aten(channelwise):
         again = codec.encode(x)
         assert torch.equal(again[0], qdata)
         assert torch.equal(again[1], header)
@@ -59,7 +44,7 @@ def test_non_finite_stays_non_finite(bad: float, place: int) -> None:
     x = torch.randn(2, 3, 7, 7)
     x.view(-1)[place] = bad
     assert not round_trip(get_codec("channelwise:842"), x).view(-1)[place].isfinite()
-    with plain_aten():
+    with plain_aten(channelwise):
         assert not round_trip(get_codec("channelwise:842"), x).view(-1)[place].isfinite()
 
 
