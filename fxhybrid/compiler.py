@@ -10,28 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxhybrid.budget import gradient_bytes
-from fxhybrid.calibration import ErrorPair, calibrate, measured_error
 from fxhybrid.carried import carried_actions, named_actions, versions
 from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
 from fxhybrid.plan import Actions, GradientError, Plan
-from fxhybrid.prepare import build_graphs, prepare
+from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.auto import AutoSolver
-from fxhybrid.solvers.base import Rung, Status
-from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.base import Ladder, Rung, Status
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
+from fxhybrid.within_error import WithinError, measured_plans, plans_within_error
 from fxhybrid.work import StepWork, work_of
 
 ILP_SECONDS = 15.0
 ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
-CALIBRATION_ROUNDS = 3
-UNUSABLE = 1e6  # an error that no limit allows
 # Plans aim lower than the limit: the error is measured on one batch, and later ones differ.
 ERROR_MARGIN = 0.5
 CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step
@@ -84,16 +81,15 @@ class Signature:
         self._plan_on(verifier, carried)
 
     def _plan_on(self, verifier: Verifier, carried: Plan | None) -> None:
-        """Plans by the errors on the verifier's batch."""
-        self.measured: dict[int, float] = {}
-        self.error_pairs: list[ErrorPair] = []
-        # the verifier holds the example arguments, so it lives only as long as planning does
-        self.verifier: Verifier | None = verifier
-        try:
-            self.plans = self._plans_within_error(carried)
-            self.active(accumulating=False)
-        finally:
-            self.verifier = None
+        """Plans by the errors on the verifier's batch, where memory allows to measure them, or takes a plan over."""
+        found = self._carried_over(verifier, carried) if carried else None
+        if found is None and verifier.reference is None:
+            found = WithinError(self.prepared, self._make_plans(self.prepared))
+        self.found = found or plans_within_error(
+            self.prepared, verifier, self.options.max_grad_error, self._make_plans, self._that_matter
+        )
+        self.prepared, self.plans = self.found.prepared, self.found.plans
+        self.active(accumulating=False)
 
     def recalibrate(self, step: Step, call: StepCall) -> None:
         """Measures errors and chooses channel widths anew on another batch, and plans by them.
@@ -116,49 +112,29 @@ class Signature:
 
     # -- planning -----------------------------------------------------------------------------------------
 
-    def _plans_within_error(self, carried: Plan | None) -> PlanSet:
-        """Plans that keep the gradient error, by measurement where that is possible.
-
-        Errors of single tensors are estimates, and they add up only roughly. So the smallest plan and the one
-        for the budget are run once; if one is off the limit, all errors are scaled up and planning starts anew.
-        """
-        verifier = self.verifier
-        if verifier is None or verifier.reference is None:
-            return self._plan_set(carried)
-        calibration = calibrate(self.prepared, verifier)
-        errors = calibration.errors
-        self.error_pairs += calibration.pairs
-        self.prepared = self.prepared.with_choices(calibration.choices)
-        for _ in range(CALIBRATION_ROUNDS):
-            self.prepared = self.prepared.with_errors(errors)
-            plans = self._plan_set(carried)
-            factor = max(self._excess(rung, verifier) for rung in self._rungs_to_measure(plans))
-            if factor <= 1:
-                return plans
-            errors = {key: value * 1.1 * factor for key, value in errors.items()}
-        lossless = dict.fromkeys(errors, UNUSABLE)
-        self.prepared = self.prepared.with_errors(lossless)
-        return self._plan_set(carried)
-
-    def _plan_set(self, carried: Plan | None) -> PlanSet:
-        """The plans of the ladders and, for the budget, the solver's own plan or the one carried over."""
-        plans = laddered(self.prepared.problem, max_error=self.error_target)
-        if carried is None or not self._carry(carried, plans):
-            self._solve(plans, self.budget_bytes)
+    def _make_plans(self, prepared: Prepared) -> PlanSet:
+        """The plans of the ladders and, for the budget, the solver's own."""
+        plans = laddered(prepared.problem, max_error=self.error_target)
+        self._solve(plans, self.budget_bytes)
         return plans
 
-    def _rungs_to_measure(self, plans: PlanSet) -> list[Rung]:
+    def _that_matter(self, plans: PlanSet) -> list[Rung]:
+        """The smallest plan, and the one for the budget."""
         chosen = plans.cheapest(self.budget_bytes)
         return [plans.smallest, *([chosen.rung] if chosen else [])]
 
-    def _excess(self, rung: Rung, verifier: Verifier) -> float:
-        """By how much a rung's measured error is above its estimate, if it is above the limit; else 0."""
-        if rung.error == 0:
-            return 0.0
-        found = measured_error(self.prepared, verifier, rung.actions)
-        self.measured[id(rung.actions)] = found
-        self.error_pairs.append(ErrorPair(f"plan of {format_bytes(rung.peak_bytes)}", "", rung.error, found))
-        return found / rung.error if found > self.options.max_grad_error else 0.0
+    def _carried_over(self, verifier: Verifier, plan: Plan) -> WithinError[PlanSet] | None:
+        """A plan made elsewhere, as the only one known; None if it peaks above its (smaller) budget on this device."""
+        problem = self.prepared.problem
+        self.budget_bytes = min(self.budget_bytes, plan.budget_bytes)
+        rung = judged(problem, carried_actions(plan, problem, self.prepared.fingerprint))
+        if rung.peak_bytes > self.budget_bytes:
+            return None
+        plans = PlanSet(problem, Ladder((rung,)), max_error=self.error_target)
+        plans.plans = [KnownPlan(rung, plan.solver, solve_s=plan.solve_s)]
+        if verifier.reference is None:
+            return WithinError(self.prepared, plans)
+        return measured_plans(self.prepared, verifier, plans, [rung])
 
     @property
     def error_target(self) -> float:
@@ -167,7 +143,7 @@ class Signature:
 
     def _solve(self, plans: PlanSet, budget_bytes: int) -> None:
         """Adds the solver's own plan for this budget to those known."""
-        solver, problem, limit = self.options.solver, self.prepared.problem, self.error_target
+        solver, problem, limit = self.options.solver, plans.problem, self.error_target
         if isinstance(solver, str):
             known = plans.checked(budget_bytes)
             if solver == "mps" or (known is None and plans.unmet(budget_bytes) is Status.INFEASIBLE):
@@ -178,16 +154,6 @@ class Signature:
             result = solver.solve(problem, budget_bytes, max_error=limit)
         if result is not None:
             plans.add(result, budget_bytes)
-
-    def _carry(self, plan: Plan, plans: PlanSet) -> bool:
-        """Takes over a plan made elsewhere; says whether it fits the (smaller) budget on this device."""
-        actions = carried_actions(plan, self.prepared.problem, self.prepared.fingerprint)
-        self.budget_bytes = min(self.budget_bytes, plan.budget_bytes)
-        rung = judged(self.prepared.problem, actions)
-        if rung.peak_bytes > self.budget_bytes:
-            return False
-        plans.plans = [KnownPlan(rung, plan.solver, solve_s=plan.solve_s)]
-        return True
 
     def plan_for(self, budget_bytes: int) -> Plan:
         """The plan that fresh gradients would get at this budget; nothing changes.
@@ -285,7 +251,7 @@ class Signature:
     def _error_of(self, rung: Rung) -> GradientError:
         if rung.error == 0:
             return GradientError(0.0, "exact")
-        measured = self.measured.get(id(rung.actions))
+        measured = self.found.error_of(rung.actions)
         return GradientError(rung.error, "estimated") if measured is None else GradientError(measured, "measured")
 
     def set_budget(self, budget_bytes: int) -> Callable[[], None]:
@@ -319,7 +285,7 @@ class Signature:
     def error_price(self, more_error: float) -> ErrorPrice:
         """What ``max_grad_error`` higher by ``more_error`` would save."""
         problem, limit = self.prepared.problem, self.error_target + ERROR_MARGIN * more_error
-        looser = PlanSet(problem, build_ladder(problem, max_error=limit), max_error=limit)
+        looser = laddered(problem, max_error=limit)
         looser.join(self.plans)  # all of them are within the looser limit too
         cheapest = looser.cheapest(self.budget_bytes)
         added_s = cheapest.rung.added_s if cheapest else self.plan.added_s

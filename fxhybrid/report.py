@@ -119,7 +119,7 @@ def make_report(signatures: Sequence[Signature], more_error: float | None) -> Re
                 s.check.note,
                 s.accumulating_note(),
                 s.error_price(more_error) if more_error else None,
-                tuple(s.error_pairs),
+                s.found.pairs,
             )
             for s in signatures
         )

@@ -163,6 +163,7 @@ def test_a_plan_with_widths_of_its_own_is_carried() -> None:
     hybrid(*call.args, loss_args=call.loss_args).backward()
     again = compiled(net(), max_grad_error=0.5, plan=plan)
     assert str(again.plan.actions[tensor.name]) == f"compress({codec})"
+    assert [pair.codec for pair in again.report().signatures[0].error_pairs] == [""]  # of this plan, of no other
 
 
 def test_the_report_holds_predicted_and_measured_errors() -> None:
@@ -204,7 +205,7 @@ def test_recalibrating_keeps_the_plan_where_none_fits_any_more(monkeypatch: pyte
     )
     before, problem = hybrid.plan, hybrid.planning_problem
     with monkeypatch.context() as patch:
-        patch.setattr("fxhybrid.compiler.CALIBRATION_ROUNDS", 0)  # as if no lossy plan kept the error
+        patch.setattr("fxhybrid.within_error.ROUNDS", 0)  # as if no lossy plan kept the error
         patch.setattr(hybrid._fxhybrid_session.signatures[0][0], "budget_bytes", hybrid.plan.peak_bytes // 2)
         with pytest.raises(fxhybrid.BudgetError):
             hybrid.recalibrate(*call.args, loss_args=call.loss_args)

@@ -105,9 +105,9 @@ for name in {plain + solvers!r}:
 
 
 def test_one_module_joins_passes_and_solvers() -> None:
-    # prepare holds the stages before solving, calibration runs them; whoever has these and solvers joins both
+    # prepare holds the stages before solving, the others run them; whoever has these and solvers joins both
     assert not importing("fxhybrid.passes") & {n for n in importing("fxhybrid.solvers") if "solvers." not in n}
-    graph_side = importing("fxhybrid.prepare") | importing("fxhybrid.calibration")
+    graph_side = set().union(*(importing(f"fxhybrid.{name}") for name in ("prepare", "calibration", "within_error")))
     assert graph_side & importing("fxhybrid.solvers") == JOINS
 
 

@@ -100,16 +100,16 @@ class LocalResult:
 class Trainer:
     """One model with its planned step; serves one device at a time."""
 
-    def __init__(self, task: Task, width: float = 1.0, *, reserve_bytes: int = 0) -> None:
+    def __init__(self, task: Task, width: float = 1.0, *, plan: Plan | None = None) -> None:
         """Captures and compiles the step.
 
         Args:
             task: what to train.
             width: of the model.
-            reserve_bytes: as the server planned with.
+            plan: to carry out first; without one, all plans for this device are made.
         """
         self.task = task
-        self.model, self.hybrid = capture_step(task, width, reserve_bytes=reserve_bytes)
+        self.model, self.hybrid = capture_step(task, width, plan=plan)
 
     def train(self, arrays: Arrays, work: LocalWork, data: ClientData, gauge: Gauge) -> LocalResult:
         """Trains ``arrays`` on the data.

@@ -80,7 +80,7 @@ class Node:
             return Reply(request.device, request.round, Outcome.OK, time.monotonic() - start, facts)
         work = LocalWork.from_facts(request.facts)
         try:
-            result = Trainer(task, work.width).train(request.arrays, work, data, self.gauge)
+            result = Trainer(task, work.width, plan=work.plans[0]).train(request.arrays, work, data, self.gauge)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

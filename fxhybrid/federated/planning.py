@@ -53,13 +53,13 @@ class DevicePlan:
     step_s: float
 
 
-def capture_step(task: Task, width: float = 1.0, *, reserve_bytes: int = 0) -> tuple[nn.Module, HybridModule]:
+def capture_step(task: Task, width: float = 1.0, *, plan: Plan | None = None) -> tuple[nn.Module, HybridModule]:
     """The task's model at a width, and the same compiled without a limit: what plans are made from and run on.
 
     Args:
         task: model, loss and an example batch.
         width: of the model.
-        reserve_bytes: kept free for copies that training holds beside the step.
+        plan: to carry out; without one, all plans for this device are made.
     """
     model = task.make_model(width)
     inputs, targets = task.example()
@@ -70,8 +70,8 @@ def capture_step(task: Task, width: float = 1.0, *, reserve_bytes: int = 0) -> t
         loss_fn=task.loss_fn,
         loss_args=(targets,),
         optimizer=make_optimizer(task, model),
-        reserve_bytes=reserve_bytes,
         solver="mps",
+        plan=plan,
     )
     return model, hybrid
 

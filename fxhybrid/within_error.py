@@ -1,0 +1,105 @@
+"""Plans that keep the gradient error, by measurement.
+
+Errors of single tensors are estimates, and they add up only roughly. So plans that matter are run once on the example
+batch; if one is off the limit, all errors are scaled up and planning starts anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
+
+from fxhybrid.calibration import ErrorPair, calibrate, measured_error
+from fxhybrid.errors import format_bytes
+from fxhybrid.plan import Action, Actions
+from fxhybrid.prepare import Prepared
+from fxhybrid.verify import Verifier
+
+ROUNDS = 3
+UNUSABLE = 1e6  # an error that no limit allows
+
+Plans = TypeVar("Plans")
+ActionsKey = frozenset[tuple[int, Action]]
+
+
+class Estimated(Protocol):
+    """Actions with the figures that a solver gives them."""
+
+    @property
+    def actions(self) -> Actions:
+        """What is done to each tensor."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the step."""
+
+    @property
+    def error(self) -> float:
+        """Root of the sum of the tensors' squared errors."""
+
+
+@dataclass(frozen=True)
+class WithinError(Generic[Plans]):
+    """Plans, and what was measured on the way to them.
+
+    Attributes:
+        prepared: with the codecs and errors that were planned with.
+        plans: what planning gave.
+        pairs: gradient errors that were both predicted and measured.
+        measured: gradient error of the actions that were run.
+    """
+
+    prepared: Prepared
+    plans: Plans
+    pairs: tuple[ErrorPair, ...] = ()
+    measured: dict[ActionsKey, float] = field(default_factory=dict)
+
+    def error_of(self, actions: Actions) -> float | None:
+        """The measured gradient error; None for actions that were not run."""
+        return self.measured.get(frozenset(actions.items()))
+
+
+def plans_within_error(
+    prepared: Prepared,
+    verifier: Verifier,
+    max_grad_error: float,
+    make_plans: Callable[[Prepared], Plans],
+    that_matter: Callable[[Plans], Sequence[Estimated]],
+) -> WithinError[Plans]:
+    """Calibrates, and plans until all plans that matter keep ``max_grad_error`` on the verifier's batch.
+
+    Args:
+        prepared: the step, with the codecs to begin with.
+        verifier: holds the batch; must have a reference.
+        max_grad_error: limit of the measured relative error.
+        make_plans: plans by the errors of what it is given.
+        that_matter: the plans to run.
+    """
+    calibration = calibrate(prepared, verifier)
+    prepared, errors = prepared.with_choices(calibration.choices), calibration.errors
+    pairs = calibration.pairs
+    for _ in range(ROUNDS):
+        prepared = prepared.with_errors(errors)
+        plans = make_plans(prepared)
+        found = measured_plans(prepared, verifier, plans, that_matter(plans))
+        pairs += found.pairs
+        excess = [pair.measured / pair.predicted for pair in found.pairs if pair.measured > max_grad_error]
+        if not excess:
+            return replace(found, pairs=pairs)
+        errors = {key: value * 1.1 * max(excess) for key, value in errors.items()}
+    prepared = prepared.with_errors(dict.fromkeys(errors, UNUSABLE))
+    return WithinError(prepared, make_plans(prepared), pairs)
+
+
+def measured_plans(
+    prepared: Prepared, verifier: Verifier, plans: Plans, that_matter: Sequence[Estimated]
+) -> WithinError[Plans]:
+    """Runs those plans that matter and are not exact; the verifier must have a reference."""
+    pairs, measured = list[ErrorPair](), dict[ActionsKey, float]()
+    for plan in that_matter:
+        if plan.error > 0:
+            found = measured_error(prepared, verifier, plan.actions)
+            measured[frozenset(plan.actions.items())] = found
+            pairs.append(ErrorPair(f"plan of {format_bytes(plan.peak_bytes)}", "", plan.error, found))
+    return WithinError(prepared, plans, tuple(pairs), measured)
