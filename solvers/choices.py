@@ -7,6 +7,7 @@ from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED
 
 Changes = dict[int, int]
+Todo = list[tuple[int, int]]  # tensors changed, and how many ops away from each more may be recomputed
 MAX_CHAIN = 12
 
 
@@ -49,26 +50,27 @@ class Choices:
         """Squared error that ``code`` adds."""
         return self.base.problem.tensors[t].codecs[code - FIRST_CODEC].error ** 2 if self.base.lossy(t, code) else 0.0
 
-    def complete(self, t: int, code: int, deep: bool) -> Changes | None:
+    def complete(self, t: int, code: int, depth: int) -> Changes | None:
         """The change of ``t`` to ``code`` with all that must follow; None if impossible.
 
         Args:
             t: tensor to change.
             code: its new code.
-            deep: recompute missing sources too (else keep them); let readers turn lossy too (else exact).
+            depth: recompute missing sources up to so many ops away, and keep those beyond; if not 0, let readers turn
+                lossy too (else exact).
         """
         changes: Changes = {t: code}
-        todo = [t]
+        todo = [(t, depth)]
         while todo:
-            u = todo.pop()
-            ok = self._free_readers(u, changes, todo, deep)
-            if not ok or (changes[u] == RECOMPUTED and not self._fix_sources(u, changes, todo, deep)):
+            u, depth = todo.pop()
+            ok = self._free_readers(u, changes, todo, depth)
+            if not ok or (changes[u] == RECOMPUTED and not self._fix_sources(u, changes, todo, depth)):
                 return None
             if len(changes) > MAX_CHAIN:
                 return None
         return changes
 
-    def _free_readers(self, u: int, changes: Changes, todo: list[int], deep: bool) -> bool:
+    def _free_readers(self, u: int, changes: Changes, todo: Todo, depth: int) -> bool:
         base = self.base
         if not base.lossy(u, changes[u]):
             return True
@@ -78,12 +80,12 @@ class Choices:
                     continue
                 if q in changes:
                     return False
-                codes = [c for c in self.codes[q] if base.lossy(q, c)] if deep else []
+                codes = [c for c in self.codes[q] if base.lossy(q, c)] if depth else []
                 changes[q] = min(codes, key=lambda c: self.error2(q, c)) if codes else self.lossless[q]
-                todo.append(q)
+                todo.append((q, depth))
         return True
 
-    def _fix_sources(self, u: int, changes: Changes, todo: list[int], deep: bool) -> bool:
+    def _fix_sources(self, u: int, changes: Changes, todo: Todo, depth: int) -> bool:
         base = self.base
         for s in base.read[base.producer[u]]:
             if s in base.held:
@@ -95,10 +97,10 @@ class Choices:
                     return False
             elif needed or s in changes:
                 continue
-            again = self.may_recompute(s) and (deep or base.default[s] == RECOMPUTED)
+            again = self.may_recompute(s) and (depth > 0 or base.default[s] == RECOMPUTED)
             changes[s] = RECOMPUTED if again else self.lossless[s] if needed else SAVED
             if again:
-                todo.append(s)
+                todo.append((s, max(depth - 1, 0)))
         return True
 
 

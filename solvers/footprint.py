@@ -190,8 +190,9 @@ class Footprints(Lives):
         while heap:
             o = -heappop(heap)
             for t in self.made[o]:
-                use = min((self.rerun[r] for r in self.readers[t]), default=NEVER)
-                use = min(use, self.first_run[t])
+                use = self.first_run[t]
+                for r in self.readers[t]:
+                    use = min(use, self.rerun[r])
                 if use != self.use[t]:
                     self._set(self.use, t, use)
                     dirty.add(t)
@@ -210,8 +211,10 @@ class Footprints(Lives):
 
     def _settle_rerun(self, o: int, slots: set[int]) -> bool:
         """Where ``o`` runs again; says whether that changed."""
-        at = min((self.use[t] for t in self.made[o] if self.state[t] == RECOMPUTED), default=NEVER)
-        old = self.rerun[o]
+        at, old = NEVER, self.rerun[o]
+        for t in self.made[o]:
+            if self.state[t] == RECOMPUTED:
+                at = min(at, self.use[t])
         if at == old:
             return False
         self._set(self.rerun, o, at)

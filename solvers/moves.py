@@ -2,7 +2,7 @@
 
 A move changes one tensor's action and whatever must follow (``Choices.complete``). Its effect is measured by
 making it and taking it back: exact chain costs at the present state, a good guess at a later one. What was measured
-is kept for when the tensor's surroundings are the same again, which in a search they often are.
+is kept for when the tensor's surroundings, two ops wide, are the same again, which in a search they often are.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fxhybrid.solvers.choices import Changes, Choices
-from fxhybrid.solvers.grid import NEVER, RECOMPUTED, SAVED, Ints
+from fxhybrid.solvers.choices import MAX_CHAIN, Changes, Choices
+from fxhybrid.solvers.grid import NEVER, RECOMPUTED, Ints
 from fxhybrid.solvers.lives import Interval
 
+DEPTHS = (2, 3, MAX_CHAIN)  # of chains made again, beside single ops
+AROUND = 2  # ops between a tensor and those whose codes its moves depend on, as a rule
 MAX_SEGMENTS = 10
 NARROW = 3  # segments of most rows
 SMALL_SHARE = 1e-6  # of all bytes: tensors below that are left as they are
@@ -28,10 +30,10 @@ ALL = slice(None)
 
 
 class MoveTable:
-    """Every move from the present state, as arrays: one row per tensor, target code and variant.
+    """Every move from the present state, as arrays: one row per tensor, target code and depth.
 
     Attributes:
-        row: tensor, code and variant of each row.
+        row: tensor, code and depth of each row.
         rows_of: rows of each tensor.
         begin, end, delta: slots and bytes that come or go there, several segments per row.
         segments: the same as lists.
@@ -47,15 +49,15 @@ class MoveTable:
         self.base = choices.base
         floor = sum(self.base.sizes) * SMALL_SHARE
         self.rows_of: dict[int, range] = {}
-        self.row: list[tuple[int, int, bool]] = []
+        self.row: list[tuple[int, int, int]] = []
         for t, codes in choices.codes.items():
             if len(codes) < 2 or self.base.sizes[t] <= floor or t in self.base.held:
                 continue
             first = len(self.row)
             for code in codes:
-                self.row.append((t, code, False))
-                if code != SAVED and (code == RECOMPUTED or self.base.lossy(t, code)):
-                    self.row.append((t, code, True))
+                again = code == RECOMPUTED
+                depths = (0, *DEPTHS) if again else (0, MAX_CHAIN) if self.base.lossy(t, code) else (0,)
+                self.row += [(t, code, depth) for depth in depths]
             self.rows_of[t] = range(first, len(self.row))
         n = len(self.row)
         self.begin = np.zeros((n, MAX_SEGMENTS), np.int64)
@@ -78,7 +80,7 @@ class MoveTable:
         )
         self.stale = set(self.rows_of)
         # one more than the neighbours, as itemgetter gives no tuple for one alone
-        self._near = {t: itemgetter(*sorted(self.base.near((t,), 1)), t) for t in self.rows_of}
+        self._near = {t: itemgetter(*sorted(self.base.near((t,), AROUND)), t) for t in self.rows_of}
         self._context: dict[int, Any] = {}
         self._known: dict[tuple[int, Any], Any] = {}
 
@@ -107,7 +109,7 @@ class MoveTable:
         The moves of ``changed`` themselves are others now, and would not be seen if they were only marked: they are
         measured ``at_once``.
         """
-        self.stale |= self.base.near(changed, 1).intersection(self.rows_of)
+        self.stale |= self.base.near(changed, AROUND).intersection(self.rows_of)
         if at_once:
             self.refresh(sorted(self.rows_of.keys() & changed))
 
@@ -129,11 +131,11 @@ class MoveTable:
         base = self.base
         seen: list[Changes] = []
         for r in self.rows_of[t]:
-            _, code, deep = self.row[r]
+            _, code, depth = self.row[r]
             self.valid[r] = False
             if base.use[t] == NEVER or base.state[t] == code:
                 continue
-            changes = self.choices.complete(t, code, deep)
+            changes = self.choices.complete(t, code, depth)
             if changes is not None and changes not in seen:
                 seen.append(changes)
                 self._measure_row(r, changes)

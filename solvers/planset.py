@@ -19,11 +19,12 @@ from fxhybrid.solvers.base import Ladder, Rung, SolveResult, Status, default_act
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.lp_bound import AddedBound, added_lower_bound
 from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
-from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.mps import Effort, build_ladder
 from fxhybrid.solvers.techniques import single_techniques
 from fxhybrid.timeline import describe_peak, simulate, simulate_actions
 
 PROVEN = 0.01  # a plan this close to the bound counts as the best
+LESS_EFFORT = Effort(moves=(7_500, 0.0))  # for one technique alone: fewer choices
 LOOK_LOWER_S = 5.0  # half of the recorded problems' smallest peaks are proven in a second, the rest not in 20
 
 
@@ -186,13 +187,13 @@ class PlanSet:
 def laddered(problem: Problem, *, max_error: float) -> PlanSet:
     """The plans of the heuristic's ladders: of all techniques, and of each one alone."""
 
-    def of(offered: Problem) -> PlanSet:
+    def of(offered: Problem, effort: Effort) -> PlanSet:
         start = time.perf_counter()
-        ladder = build_ladder(offered, max_error=max_error)
+        ladder = build_ladder(offered, max_error=max_error, effort=effort)
         return PlanSet(offered, ladder, max_error=max_error, solve_s=time.perf_counter() - start)
 
-    plans = of(problem)
-    plans.alone = tuple(map(of, single_techniques(problem)))
+    plans = of(problem, Effort())
+    plans.alone = tuple(of(alone, LESS_EFFORT) for alone in single_techniques(problem))
     for other in plans.alone:  # the heuristic misses some plans of one technique among all the others
         plans.join(other)
     return plans
