@@ -255,8 +255,9 @@ class Footprints(Lives):
             return
         self._set(self._lives, t, new)
         for life, other, sign in ((old, new, -1), (new, old, 1)):
-            for begin, end, size in life.intervals:
-                if (begin, end, size) not in other.intervals:
+            for interval in life.intervals:
+                if interval not in other.intervals:
+                    begin, end, size = interval
                     if not self._trying:
                         self._live[begin:end] += sign * size
                     self._moved.append((begin, end, sign * size))

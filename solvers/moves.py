@@ -60,9 +60,9 @@ class MoveTable:
                 self.row += [(t, code, depth) for depth in depths]
             self.rows_of[t] = range(first, len(self.row))
         n = len(self.row)
-        self.begin = np.zeros((n, MAX_SEGMENTS), np.int64)
-        self.end = np.zeros((n, MAX_SEGMENTS), np.int64)
-        self.delta = np.zeros((n, MAX_SEGMENTS))
+        self.begin = np.zeros((n, MAX_SEGMENTS), np.int64, order="F")  # as columns are gone through one by one
+        self.end = np.zeros((n, MAX_SEGMENTS), np.int64, order="F")
+        self.delta = np.zeros((n, MAX_SEGMENTS), order="F")
         self.seconds = np.zeros(n)
         self.error2 = np.zeros(n)
         self.valid = np.zeros(n, bool)
@@ -116,15 +116,16 @@ class MoveTable:
     def weighed(self, change: Callable[[Floats], Floats], total: Floats, rows: slice | Ints = ALL) -> Floats:
         """Per row: the sum over its slots of ``change(delta)`` times the slot's weight; ``total`` is cumulative."""
 
-        def part(rows: slice | Ints, columns: slice) -> Floats:
-            weight = total[self.end[rows, columns]] - total[self.begin[rows, columns]]
-            sums: Floats = (change(self.delta[rows, columns]) * weight).sum(1)
+        def part(rows: slice | Ints, columns: range) -> Floats:
+            sums: Floats = sum(
+                change(self.delta[rows, k]) * (total[self.end[rows, k]] - total[self.begin[rows, k]]) for k in columns
+            )
             return sums
 
-        sums = part(rows, slice(NARROW))
+        sums = part(rows, range(NARROW))
         wide = np.flatnonzero(self._wide[rows])
         if len(wide):
-            sums[wide] += part(np.arange(len(self.row))[rows][wide], slice(NARROW, None))
+            sums[wide] += part(np.arange(len(self.row))[rows][wide], range(NARROW, MAX_SEGMENTS))
         return sums
 
     def _measure(self, t: int) -> None:
