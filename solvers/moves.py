@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import reduce
 from operator import itemgetter
 from typing import Any
 
@@ -117,10 +118,13 @@ class MoveTable:
         """Per row: the sum over its slots of ``change(delta)`` times the slot's weight; ``total`` is cumulative."""
 
         def part(rows: slice | Ints, columns: range) -> Floats:
-            sums: Floats = sum(
-                change(self.delta[rows, k]) * (total[self.end[rows, k]] - total[self.begin[rows, k]]) for k in columns
+            return reduce(
+                np.add,
+                (
+                    change(self.delta[rows, k]) * (total[self.end[rows, k]] - total[self.begin[rows, k]])
+                    for k in columns
+                ),
             )
-            return sums
 
         sums = part(rows, range(NARROW))
         wide = np.flatnonzero(self._wide[rows])

@@ -43,11 +43,12 @@ def plans(trainer: Trainer) -> tuple[Plan, ...]:
 
 
 class Readings:
-    """A gauge with one reading for each step; notes the plans that ran."""
+    """A gauge with one reading for each look at memory; notes the plans that ran and the time that passed."""
 
     def __init__(self, readings: list[int]) -> None:
         self.readings = iter(readings)
         self.ran: list[int] = []
+        self.waited_s = 0.0
 
     def available_bytes(self) -> int:
         return next(self.readings)
@@ -56,9 +57,14 @@ class Readings:
         self.ran.append(plan.peak_bytes)
         return step()
 
+    def wait(self, seconds: float) -> None:
+        self.waited_s += seconds
 
-def work(plans: tuple[Plan, ...], *, n_steps: int = 3, mu: float = 0.0, elastic: bool = True) -> LocalWork:
-    return LocalWork(plans, n_steps, mu, (1, 2), elastic)
+
+def work(
+    plans: tuple[Plan, ...], *, n_steps: int = 3, mu: float = 0.0, elastic: bool = True, patience_s: float = 0.0
+) -> LocalWork:
+    return LocalWork(plans, n_steps, mu, (1, 2), elastic, patience_s)
 
 
 def test_training_lowers_the_loss_and_repeats_itself(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
@@ -84,12 +90,25 @@ def test_measured_peaks_stay_within_the_plans(trainer: Trainer, plans: tuple[Pla
 
 def test_the_client_moves_down_as_memory_falls_and_up_again(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
     high, low = plans[0].peak_bytes, plans[-1].peak_bytes
-    gauge = Readings([high, low, low + 1, high - 1, PLENTY])
+    # a tenth of what is free stays so, but for the smallest plan: low fits low, and high takes high / 0.9
+    gauge = Readings([int(high / 0.9) + 1, low, low + 1, high, PLENTY])
     result = trainer.train(to_arrays(TASK.make_model(1.0)), work(plans, n_steps=5), DATA, gauge)
     assert gauge.ran[0] == gauge.ran[-1] == high
     assert gauge.ran[1] == gauge.ran[2] == low
     assert low < gauge.ran[3] < high
-    assert (result.n_moves, result.peak_bytes) == (3, high)
+    assert (result.n_moves, result.peak_bytes, result.n_steps) == (3, high, 5)
+
+
+def test_the_client_waits_for_memory_and_sends_what_it_has(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
+    low, start = plans[-1].peak_bytes, to_arrays(TASK.make_model(1.0))
+    gauge = Readings([low, 0, 0, low, low])
+    assert trainer.train(start, work(plans, patience_s=10.0), DATA, gauge).n_steps == 3
+    assert (gauge.ran, gauge.waited_s) == ([low] * 3, 10.0)
+    # 10 s of patience are two looks more; then one of the three steps is what there is
+    cut = trainer.train(start, work(plans, patience_s=10.0), DATA, Readings([low, 0, 0, 0]))
+    assert cut.n_steps == 1
+    one = trainer.train(start, work(plans, n_steps=1), DATA, Readings([low]))
+    assert all(np.array_equal(cut.arrays[name], one.arrays[name]) for name in start)
 
 
 def test_no_plan_small_enough_is_a_memory_error(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
@@ -107,15 +126,25 @@ def test_the_proximal_term_pulls_to_the_start(trainer: Trainer, plans: tuple[Pla
     assert distance(3.0) < 0.5 * distance(0.0)
 
 
-@pytest.mark.parametrize("change", [{"n_steps": 0}, {"plans": []}, {"mu": float("nan")}, {"n_steps": "3"}])
+def facts_of(plans: tuple[Plan, ...], **others: object) -> dict[str, object]:
+    texts = [plan.to_json() for plan in plans]
+    facts = {"plans": texts, "n_steps": 1, "mu": 0.0, "seed": [1], "elastic": False, "patience_s": 0.0, "width": 1.0}
+    return {**facts, **others}
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_steps": 0}, {"plans": []}, {"mu": float("nan")}, {"n_steps": "3"}, {"patience_s": -1.0}]
+)
 def test_impossible_work_is_refused(plans: tuple[Plan, ...], change: dict[str, object]) -> None:
-    facts = {"plans": [plans[0].to_json()], "n_steps": 1, "mu": 0.0, "seed": [1], "elastic": False, "width": 1.0}
+    facts = facts_of(plans[:1])
     assert LocalWork.from_facts(facts).plans[0] == plans[0]
-    with pytest.raises(InvalidArgument, match="cannot train"):
+    with pytest.raises(InvalidArgument, match="cannot"):
         LocalWork.from_facts({**facts, **change})
 
 
-def simulated(trainer: Trainer, plans: tuple[Plan, ...], levels: list[int], *, elastic: bool) -> tuple[str, float]:
+def simulated(
+    trainer: Trainer, plans: tuple[Plan, ...], levels: list[int], *, elastic: bool, patience_s: float = 0.0
+) -> tuple[str, float]:
     """One training of 4 steps on a device whose memory has these levels, one per 1,000 s; outcome and seconds."""
     pool = TrainerPool(lambda width: trainer)
     pool.warm(1.0)
@@ -123,8 +152,7 @@ def simulated(trainer: Trainer, plans: tuple[Plan, ...], levels: list[int], *, e
     profile = DeviceProfile(slowdown=1000.0 / step_s)  # one step of the largest plan takes 1,000 s
     memory = SimulatedMemory(1000.0, np.array(levels))
     device = SimulatedDevice("d", profile, memory, 1e12, 0.0, DATA)
-    texts = [plan.to_json() for plan in plans]
-    facts = {"plans": texts, "n_steps": 4, "mu": 0.0, "seed": [1], "elastic": elastic, "width": 1.0}
+    facts = facts_of(plans, n_steps=4, elastic=elastic, patience_s=patience_s)
     request = Request("d", Kind.TRAIN, 1, 0.0, 1e6, facts, to_arrays(TASK.make_model(1.0)))
     reply = device.handler(pool, 0)(request)
     return reply.outcome.value, reply.elapsed_s
@@ -137,7 +165,10 @@ def test_a_simulated_device_dies_where_memory_falls_under_the_plan(trainer: Trai
     outcome, elapsed_s = simulated(trainer, plans, [high, high, low, low, low, low, low], elastic=False)
     assert outcome == Outcome.OOM.value
     assert elapsed_s == pytest.approx(1000.0, rel=0.01)
-    assert simulated(trainer, plans, [high] * 2 + [0] * 7, elastic=True)[0] == Outcome.OOM.value
+    assert simulated(trainer, plans, [0] * 9, elastic=True)[0] == Outcome.OOM.value
+    # nothing is free before 3,000 s; then come four steps of at least 1,000 s each
+    outcome, elapsed_s = simulated(trainer, plans, [0] * 3 + [low] * 9, elastic=True, patience_s=4000.0)
+    assert (outcome, elapsed_s >= 7000.0) == ("ok", True)
     assert simulated(trainer, plans, [low] * 9, elastic=True)[0] == "ok"
 
 

@@ -20,6 +20,9 @@ from fxhybrid.federated.tasks import Task
 from fxhybrid.federated.wire import load_arrays, to_arrays
 from fxhybrid.plan import Plan
 
+LOOK_AGAIN_S = 5.0  # after finding too little memory for any plan
+FREE_SHARE = 0.9  # of what is free before a step that its plan may take: it may fall while the step runs
+
 
 class Gauge(Protocol):
     """A device's memory and clock, real or simulated."""
@@ -36,6 +39,10 @@ class Gauge(Protocol):
         """
         ...
 
+    def wait(self, seconds: float) -> None:
+        """Lets time pass."""
+        ...
+
 
 @dataclass(frozen=True)
 class LocalWork:
@@ -47,6 +54,7 @@ class LocalWork:
         mu: weight of FedProx's proximal term; 0 for none.
         seed: of the order of the examples.
         elastic: whether to move between the plans; else the first is used whatever memory does.
+        patience_s: for which an elastic device may wait in all, between steps, where no plan fits.
         width: of the model.
     """
 
@@ -55,6 +63,7 @@ class LocalWork:
     mu: float
     seed: tuple[int, ...]
     elastic: bool
+    patience_s: float = 0.0
     width: float = 1.0
 
     @classmethod
@@ -67,10 +76,13 @@ class LocalWork:
         """
         plans = tuple(_parsed(text) for text in facts["plans"])
         n_steps, mu, width = facts["n_steps"], float(facts["mu"]), float(facts["width"])
+        patience_s = float(facts["patience_s"])
         if not plans or not isinstance(n_steps, int) or n_steps < 1 or not (math.isfinite(mu) and mu >= 0):
             raise InvalidArgument(f"cannot train {n_steps!r} steps by {len(plans)} plans with mu {mu!r}")
+        if not (math.isfinite(patience_s) and patience_s >= 0):
+            raise InvalidArgument(f"cannot wait for {patience_s!r} s")
         seed = tuple(int(part) for part in facts["seed"])
-        return cls(plans, n_steps, mu, seed, bool(facts["elastic"]), width)
+        return cls(plans, n_steps, mu, seed, bool(facts["elastic"]), patience_s, width)
 
 
 @functools.lru_cache(maxsize=512)
@@ -88,6 +100,7 @@ class LocalResult:
         squared_loss: mean of the steps' squared losses: Oort's data utility, taken per batch instead of per example.
         peak_bytes: the largest planned peak among the plans that ran.
         n_moves: how often the plan changed.
+        n_steps: that were made: fewer than asked for where memory stayed away.
     """
 
     arrays: Arrays
@@ -95,6 +108,7 @@ class LocalResult:
     squared_loss: float
     peak_bytes: int
     n_moves: int
+    n_steps: int
 
 
 class Trainer:
@@ -116,16 +130,27 @@ class Trainer:
 
         Raises:
             PlanMismatchError: a plan belongs to another graph.
-            MemoryError: memory ran out, or not even the smallest plan fits what is left.
+            MemoryError: memory ran out, or there was never enough for the smallest plan.
         """
         load_arrays(self.model, arrays)
         self.model.train()
         optimizer = make_optimizer(self.task, self.model)
         start = [p.detach().clone() for p in self.model.parameters()] if work.mu else []
         batches = data.batches(self.task.batch_size, work.seed)
-        losses, current, peak_bytes, n_moves = [], work.plans[0], 0, 0
-        for _ in range(work.n_steps):
-            chosen = _plan_for(work, gauge.available_bytes()) if work.elastic else current
+        losses: list[float] = []
+        current, peak_bytes, n_moves, patience_s = work.plans[0], 0, 0, work.patience_s
+        while len(losses) < work.n_steps:
+            available_bytes = gauge.available_bytes()
+            chosen = _plan_for(work, available_bytes) if work.elastic else current
+            if chosen is None and patience_s > 0:
+                gauge.wait(LOOK_AGAIN_S)
+                patience_s -= LOOK_AGAIN_S
+                continue
+            if chosen is None and losses:
+                break  # what is learned so far is worth sending
+            if chosen is None:
+                smallest = work.plans[-1].peak_bytes
+                raise MemoryError(f"{available_bytes} bytes are left, the smallest plan takes {smallest}")
             n_moves += chosen is not current
             current, peak_bytes = chosen, max(peak_bytes, chosen.peak_bytes)
             self.hybrid.use_plan(current)
@@ -134,7 +159,8 @@ class Trainer:
             self._update(optimizer, start, work.mu)
             losses.append(loss)
         squared = sum(loss * loss for loss in losses) / len(losses)
-        return LocalResult(to_arrays(self.model), sum(losses) / len(losses), squared, peak_bytes, n_moves)
+        loss = sum(losses) / len(losses)
+        return LocalResult(to_arrays(self.model), loss, squared, peak_bytes, n_moves, len(losses))
 
     def _gradients(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         self.model.zero_grad(set_to_none=True)
@@ -151,12 +177,10 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
 
 
-def _plan_for(work: LocalWork, available_bytes: int) -> Plan:
-    for plan in work.plans:
-        if plan.peak_bytes <= available_bytes:
-            return plan
-    smallest = work.plans[-1].peak_bytes
-    raise MemoryError(f"{available_bytes} bytes are left, the smallest plan takes {smallest}")
+def _plan_for(work: LocalWork, available_bytes: int) -> Plan | None:
+    """The largest plan that fits what is left with some to spare, else the smallest if that fits at all."""
+    limits = [FREE_SHARE * available_bytes] * (len(work.plans) - 1) + [available_bytes]
+    return next((plan for plan, limit in zip(work.plans, limits, strict=True) if plan.peak_bytes <= limit), None)
 
 
 class TrainerPool:
@@ -200,4 +224,5 @@ def reply_facts(result: LocalResult, data: ClientData) -> dict[str, Any]:
         "squared_loss": result.squared_loss,
         "peak_bytes": result.peak_bytes,
         "n_moves": result.n_moves,
+        "n_steps": result.n_steps,
     }

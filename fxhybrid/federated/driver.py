@@ -25,6 +25,8 @@ from fxhybrid.federated.selection import ClientSelector, Selection
 from fxhybrid.federated.tasks import Score
 from fxhybrid.federated.transport import Transport
 
+PATIENCE = 0.5  # share of a round's deadline that a device may wait for memory
+
 
 @dataclass(frozen=True)
 class RoundRecord:
@@ -170,6 +172,7 @@ class Driver:
                 "mu": self.policy.mu,
                 "seed": [self.settings.seed, self.round, *device.encode()],
                 "elastic": self.policy.elastic,
+                "patience_s": PATIENCE * self.settings.deadline_s,
                 "width": offer.width,
             }
             arrays = self.fleet.part(self.arrays, offer.width)

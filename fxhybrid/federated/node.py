@@ -51,6 +51,10 @@ class RealGauge:
         with data_limit(plan.peak_bytes + self.slack_bytes) if self.is_guarded else nullcontext():
             return step()
 
+    def wait(self, seconds: float) -> None:
+        """Sleeps."""
+        time.sleep(seconds)
+
 
 class Node:
     """Answers requests from this process; made anew for every message, as Flower's clients are.

@@ -76,6 +76,10 @@ class Fleet:
         horizon_s = SLACK * full_s + 2 * self.model_bytes[max(self.planners)] / record.bytes_per_s
         available_bytes = forecast(device, min(horizon_s, settings.deadline_s))
         width, planned = self._choice(record, available_bytes)
+        if planned is None and policy.elastic:
+            # it can wait between steps: what counts is whether one step gets through
+            available_bytes = forecast(device, SLACK * widest.unmodified_s(profile))
+            width, planned = self._choice(record, available_bytes)
         planner = self.planners[width]
         if planned is None and not policy.gate:
             planned = planner.plan(profile, planner.smallest_bytes(profile))

@@ -126,3 +126,7 @@ class _Gauge:
         if end_s > self.end_s:
             raise _TooLate
         return step()
+
+    def wait(self, seconds: float) -> None:
+        """Moves the clock."""
+        self.now_s += seconds
