@@ -25,7 +25,6 @@ from fxhybrid.step import relative_difference
 
 RATIOS = (0.75, 0.5, 0.25)
 SMALLEST = 4096  # elements below which int8 is not worth it
-SKIPPED = ("gru",)  # Dynamo refuses recurrent layers
 INT8 = "int8 saved-tensor hooks"
 MAX_GRAD_ERROR = 0.1  # unless the recipe's own error is smaller
 LOSSY = 1e-5  # below, a recipe only adds in another order
@@ -174,7 +173,7 @@ def judge(records: Sequence[Record]) -> list[Bar]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the comparison and prints its table."""
     parser = argparse.ArgumentParser("python -m benchmarks.peers", description=__doc__)
-    known = [name for name in suite.names() if name not in SKIPPED]
+    known = suite.names()
     parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(known)}")
     parser.add_argument("--recipes", metavar="LIST", help=f"default: all of {','.join(MAKERS)}")
     parser.add_argument("--size", choices=("full", "small"), default="full")
