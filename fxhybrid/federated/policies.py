@@ -18,7 +18,7 @@ class Policy:
         selector: name of the client selector.
         forecast: ``"conformal"``, ``"last"`` reading, or ``"none"``: memory is not looked at.
         gate: only devices that a plan fits are chosen; else those too, which then run the smallest there is.
-        elastic: devices move between plans.
+        elastic: devices move between plans, and wait between steps where none fits.
         mu: weight of FedProx's proximal term.
         widths: of the models that devices may train; below 1 a device trains the widest that fits (HeteroFL).
         is_limited: False for the bound that no memory limit gives.
