@@ -2,13 +2,15 @@
 
 Each distinct call (operator, shapes, strides, dtypes, constants) runs alone a few times on made-up inputs; the
 smallest time counts, since noise only ever adds. All calls are gone through twice, so that a busy moment of the
-machine does not make some of them look slow. Before each run the processor's caches are filled with other
-data, as they are in a step: on cached inputs every call bound by memory, codecs and masks first of all, looks
-cheaper than it is. Results are kept on disk per processor, thread count, torch version and flags.
+machine does not make some of them look slow. The processor's caches are full of other data by then, as they are in
+a step: on cached inputs every call bound by memory, codecs and masks first of all, looks cheaper than it is. Filling a
+large cache takes longer than most calls, so it is done once for a batch of them. Results are kept on disk per
+processor, thread count, torch version and flags.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -17,7 +19,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
-from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.errors import ProfileError
+from fxhybrid.made_up import made_up_arguments
 from fxhybrid.measure import Recording, recording
 
-aten = torch.ops.aten
 ROUNDS = 2  # over all calls
 FEWEST_RUNS, MOST_RUNS = 2, 4  # of a call, in each round
 LEAST_S = 0.01  # calls faster than this run more often: their smallest time is what noise has not touched
-PATTERN = 4099  # prime, so that rows differ
 CACHE_FILES = "/sys/devices/system/cpu/cpu0/cache/index*/size"
 USUAL_CACHE_BYTES = 8 * 2**20  # where the system does not say
 
@@ -160,7 +161,7 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None, progr
 
 
 def _measure(calls: Iterable[Call], n_distinct: int) -> dict[str, OpCost]:
-    """Runs each call alone on made-up inputs: smallest time of a few runs, and the allocator's rise.
+    """Runs each call on made-up inputs: smallest time of a few runs, and the allocator's rise.
 
     Args:
         calls: the distinct calls, several times over.
@@ -170,34 +171,75 @@ def _measure(calls: Iterable[Call], n_distinct: int) -> dict[str, OpCost]:
     other_data = torch.zeros(cache_bytes() // 4 + 1)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), recording() as recorded:
         torch.manual_seed(0)
-        for call in calls:
-            try:
-                found_s = _time_call(call, recorded, other_data)
-            except RuntimeError as error:
-                raise ProfileError(f"cannot measure {call.key}: {error}") from error
-            seconds[call.key] = min(found_s, seconds.get(call.key, math.inf))
+        for trials in _batches(calls, cache_bytes()):
+            _time(trials, recorded, other_data)
+            for trial in trials:
+                key = trial.call.key
+                seconds[key] = min(trial.best_s, seconds.get(key, math.inf))
     # segments: before the first mark, call 0, between, call 1, between ...
     rises = (recorded.peak_rise_bytes(2 * i + 1) for i in range(n_distinct))
     return {key: OpCost(s, rise) for (key, s), rise in zip(seconds.items(), rises, strict=True)}
 
 
-def _time_call(call: Call, recorded: Recording, other_data: torch.Tensor) -> float:
-    args, kwargs = _real_arguments(call)
-    result = call.target(*args, **kwargs)  # warm-up: kernels and weight layouts are chosen at the first run
-    del result
-    best, spent, runs = math.inf, 0.0, 0
-    while runs < FEWEST_RUNS or (spent < LEAST_S and runs < MOST_RUNS):
-        other_data.add_(1)
-        if runs == 0:
+class _Trial:
+    """A call with made-up inputs, and how long it took so far."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.best_s, self.spent_s, self.runs = math.inf, 0.0, 0
+        with _blaming(call):
+            self.args, self.kwargs = made_up_arguments(call.target, call.args, call.kwargs)
+            call.target(*self.args, **self.kwargs)  # warm-up: kernels and weight layouts are chosen at the first run
+
+    @property
+    def wanted(self) -> bool:
+        """Whether another run would tell more."""
+        return self.runs < FEWEST_RUNS or (self.spent_s < LEAST_S and self.runs < MOST_RUNS)
+
+    def run(self, recorded: Recording) -> None:
+        """One timed run; the first is recorded."""
+        if self.runs == 0:
             recorded.mark()
         start = time.perf_counter()
-        result = call.target(*args, **kwargs)
+        with _blaming(self.call):
+            result = self.call.target(*self.args, **self.kwargs)
         seconds = time.perf_counter() - start
-        if runs == 0:
+        if self.runs == 0:
             recorded.mark()
         del result
-        best, spent, runs = min(best, seconds), spent + seconds, runs + 1
-    return best
+        self.best_s, self.spent_s, self.runs = min(self.best_s, seconds), self.spent_s + seconds, self.runs + 1
+
+
+@contextlib.contextmanager
+def _blaming(call: Call) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProfileError(f"cannot measure {call.key}: {error}") from error
+
+
+def _batches(calls: Iterable[Call], room_bytes: int) -> Iterator[list[_Trial]]:
+    """Calls whose inputs take ``room_bytes`` together: they are there at the same time."""
+    trials: list[_Trial] = []
+    taken_bytes = 0
+    for call in calls:
+        trials.append(_Trial(call))
+        tensors = tree_leaves((trials[-1].args, trials[-1].kwargs))
+        taken_bytes += sum(x.untyped_storage().nbytes() for x in tensors if isinstance(x, torch.Tensor))
+        if taken_bytes >= room_bytes:
+            yield trials
+            trials.clear()  # before the next inputs are made
+            taken_bytes = 0
+    if trials:
+        yield trials
+
+
+def _time(trials: Sequence[_Trial], recorded: Recording, other_data: torch.Tensor) -> None:
+    """Runs all trials in turn until none is wanted, the caches filled with other data before each turn."""
+    while wanted := [trial for trial in trials if trial.wanted]:
+        other_data.add_(1)
+        for trial in wanted:
+            trial.run(recorded)
 
 
 def cache_bytes() -> int:
@@ -208,65 +250,6 @@ def cache_bytes() -> int:
         if found:
             sizes.append(int(found[1]) * {"": 1, "K": 2**10, "M": 2**20}[found[2]])
     return max(sizes)
-
-
-def _real_arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if call.target is torch.ops.fxhybrid.compress.default:
-        value, codec = call.args
-        return (_encodable(codec, value), codec), {}
-    if call.target is torch.ops.fxhybrid.decompress.default:
-        qdata, _, codec, size, stride, dtype = call.args
-        value = qdata.new_empty_strided(size, stride, dtype=dtype)
-        return (*get_codec(codec).encode(_encodable(codec, value)), *call.args[2:]), {}
-    schema = call.target._schema.arguments if hasattr(call.target, "_schema") else ()
-    names = [argument.name for argument in schema] + [""] * len(call.args)
-
-    def real(value: Any, name: str) -> Any:
-        limit = index_limit(call, name)
-        return fx.node.map_aggregate(value, lambda v: _real(v, limit))
-
-    args = tuple(real(value, name) for value, name in zip(call.args, names, strict=False))
-    return args, {name: real(value, name) for name, value in call.kwargs.items()}
-
-
-def _encodable(codec: str, value: torch.Tensor) -> torch.Tensor:
-    """Made-up data like ``value`` that ``codec`` may encode."""
-    example = get_codec(codec).example(TensorMeta.of(value), value.device)
-    return _real(value, 1) if example is None else example
-
-
-def index_limit(call: Call, argument: str) -> int:
-    """Integer inputs named ``argument`` are drawn from [0, limit): what the operator's indices may be."""
-    args = call.args
-    if call.target is aten.embedding.default and argument == "indices":
-        return int(args[0].shape[0])
-    if call.target is aten.embedding_dense_backward.default and argument == "indices":
-        return int(args[2])
-    if call.target in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default) and argument == "target":
-        return int(args[0].shape[1])
-    if call.target in (aten.nll_loss_backward.default, aten.nll_loss2d_backward.default) and argument == "target":
-        return int(args[1].shape[1])
-    return 1
-
-
-def _real(value: Any, limit: int) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    n_elements = value.untyped_storage().nbytes() // value.dtype.itemsize
-    if value.dtype.is_floating_point:
-        base = _pattern(value.device).to(value.dtype).repeat(n_elements // PATTERN + 1)[:n_elements]
-    elif value.dtype is torch.bool:
-        base = torch.rand(n_elements, device=value.device) > 0.5
-    elif value.dtype.is_complex:
-        base = torch.rand(n_elements, dtype=value.dtype, device=value.device)
-    else:
-        base = torch.randint(0, limit, (n_elements,), dtype=value.dtype, device=value.device)
-    return base.as_strided(value.shape, value.stride(), value.storage_offset())
-
-
-def _pattern(device: torch.device) -> torch.Tensor:
-    """Values in [0.5, 1.5): fit for logarithms, divisions and square roots."""
-    return torch.rand(PATTERN, device=device).add_(0.5)
 
 
 def _cache_path(device: str, cache_dir: Path | None) -> Path:
