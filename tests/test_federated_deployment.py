@@ -55,7 +55,7 @@ class Bad(Node):
             return super().answer(request)
         if request.round == 1:
             raise MemoryError("no room")
-        arrays = {name: array + np.asarray(np.nan, array.dtype) for name, array in request.arrays.items()}
+        arrays = {name: a * np.nan if a.dtype.kind == "f" else a for name, a in request.arrays.items()}
         if request.round == 3:
             arrays = {name: np.zeros((7, 7), np.float32) for name in arrays}
         facts = {"n_examples": 1, "loss": 1.0, "squared_loss": 1.0}
