@@ -55,9 +55,10 @@ static inline int32_t largest_bits(const float* x, int64_t n) {
     return MORE(found, most[0]);
 }
 
-// e4m3 is float16 of a 256th, cut to 3 bits of mantissa: |x| / unit / 256 is below 1. Ties go away from zero.
-static inline bytes to_e4m3(floats x, float inverse, uint16_t limit) {
-    const shorts half = to_half(x * inverse * 0x1p-8f), rounded = ((half & 0x7fff) + 0x40) >> 7;
+// e4m3 is float16 of a 256th, cut to 3 bits of mantissa: |x| * factor, the 256th of |x| / unit, is below 1. Ties go
+// away from zero.
+static inline bytes to_e4m3(floats x, float factor, uint16_t limit) {
+    const shorts half = to_half(x * factor), rounded = ((half & 0x7fff) + 0x40) >> 7;
     const shorts magnitude = LESS(rounded, (shorts{} + limit));
     return __builtin_convertvector((magnitude | ((half >> 8) & 0x80)) & 0xff, bytes);
 }
@@ -83,14 +84,14 @@ static void pack_block(const float* x, int64_t n, uint8_t* q, float* unit) {
     const int32_t largest = largest_bits(x, n), exponent = (largest >> 23) - 7;
     *unit = largest >= 0x7f800000 ? NAN : bits_of<float>((exponent > 1 ? exponent : 1) << 23);
     if (largest >= 0x7f800000) { std::memset(q, 0, n); return; }
-    const float inverse = 1.0f / *unit;
+    const float factor = 0x1p-8f / *unit;
     const uint16_t limit = exponent == 247 ? 0x77 : 0x7f;  // 256 units would be infinite there
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(q + i, to_e4m3(load<floats>(x + i), inverse, limit));
+    for (; i + kLanes <= n; i += kLanes) store(q + i, to_e4m3(load<floats>(x + i), factor, limit));
     if (i == n) return;
     floats rest = {};
     std::memcpy(&rest, x + i, (n - i) * sizeof(float));
-    const bytes codes = to_e4m3(rest, inverse, limit);
+    const bytes codes = to_e4m3(rest, factor, limit);
     std::memcpy(q + i, &codes, n - i);
 }
 
