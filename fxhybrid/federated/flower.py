@@ -97,8 +97,8 @@ def _record(facts: Mapping[str, Any], arrays: Arrays) -> RecordDict:
 
 
 def _opened(record: RecordDict) -> tuple[dict[str, Any], Arrays]:
-    facts: dict[str, Any] = json.loads(str(record[_FACTS]["json"]))
-    return facts, {name: array.numpy() for name, array in record[_ARRAYS].items()}
+    facts: dict[str, Any] = json.loads(str(record.config_records[_FACTS]["json"]))
+    return facts, {name: array.numpy() for name, array in record.array_records[_ARRAYS].items()}
 
 
 def encode_request(request: Request) -> RecordDict:
@@ -148,11 +148,11 @@ def make_client_app(make_node: Callable[[Mapping[str, Any], Mapping[str, Any]], 
         told = {"outcome": reply.outcome.value, "detail": reply.detail, "facts": dict(reply.facts)}
         return Message(_record(told, reply.arrays), reply_to=message)
 
-    @app.query()  # type: ignore[untyped-decorator]
+    @app.query()
     def query(message: Message, context: Context) -> Message:
         return answer(message, context, Kind.REPORT)
 
-    @app.train()  # type: ignore[untyped-decorator]
+    @app.train()
     def train(message: Message, context: Context) -> Message:
         return answer(message, context, Kind.TRAIN)
 
@@ -163,7 +163,7 @@ def make_server_app(make_driver: Callable[[FlowerTransport, Mapping[str, Any]], 
     """A ServerApp that runs a driver made from the run configuration."""
     app = ServerApp()
 
-    @app.main()  # type: ignore[untyped-decorator]
+    @app.main()
     def main(grid: Grid, context: Context) -> None:
         transport = FlowerTransport(grid)
         config = dict(context.run_config)
