@@ -127,6 +127,17 @@ def check_fakes(x: Tensor, arguments: tuple[object, ...]) -> None:
     assert fake_decoded.untyped_storage().nbytes() == TensorMeta.of(x).nbytes
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("spec", "make", "shape"), INPUTS)
+def test_cuda_writes_what_the_cpu_reads(spec: str, make: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    codec, x = get_codec(spec), make(*shape)
+    meta = TensorMeta.of(x)
+    qdata, header = codec.encode(x.cuda())
+    assert (qdata.numel(), header.numel()) == codec.encoded_bytes(meta)
+    there, here = codec.decode(qdata, header, meta), codec.decode(qdata.cpu(), header.cpu(), meta)
+    torch.testing.assert_close(there.cpu(), here, equal_nan=True)
+
+
 @pytest.mark.parametrize(("spec", "make", "shapes"), CASES)
 def test_operators_pass_opcheck(spec: str, make: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
     x = make(*shapes[0])

@@ -15,6 +15,7 @@ from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.problem import CodecOption, Op, Problem, Tensor
 from fxhybrid.solvers.base import Ladder, Rung, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
+from fxhybrid.solvers.choices import Choices
 from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED
 from fxhybrid.solvers.min_peak import MinPeakSolver
@@ -113,6 +114,20 @@ def test_error_limit_decides_between_codec_and_recomputation() -> None:
     # Both made again: 404 B for 16 s.
     assert rich.rungs[-1].peak_bytes == 404
     assert rich.rungs[-1].added_s == 16.0
+
+
+@pytest.mark.parametrize(("depth", "again"), [(0, {3}), (1, {2, 3}), (2, {1, 2, 3}), (12, {0, 1, 2, 3})])
+def test_a_chain_is_made_again_up_to_a_depth(depth: int, again: set[int]) -> None:
+    """a -> b -> c -> d, all of them lossy: to make d again takes exact sources, made again or kept from some op on."""
+    waiting = tuple(Tensor(name, 100, (quarter(100, 0.1, 0.01),)) for name in "abcd")
+    chain = tuple(Op(f"make_{t}", (t - 1,) if t else (), (t,), 1.0, 100) for t in range(4))
+    tensors = (*waiting, Tensor("loss", 4), Tensor("grad", 10))
+    forward = (*chain, Op("make_loss", (3,), (4,), 1.0, 4))
+    problem = Problem(tensors, forward, (Op("back", (0, 1, 2, 3), (5,), 1.0, 10),), (4,), (), (5,), resident_bytes=0)
+    base = Footprints(problem)
+    base.move(dict.fromkeys(range(4), FIRST_CODEC))
+    kept = {min(again) - 1: SAVED} if min(again) else {}
+    assert Choices(base, MAX_ERROR).complete(3, RECOMPUTED, depth) == {**dict.fromkeys(again, RECOMPUTED), **kept}
 
 
 def test_a_mask_is_kept_packed_when_its_source_turns_lossy() -> None:
