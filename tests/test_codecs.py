@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import max_pool2d
 
-from fxhybrid.codecs import Codec, TensorMeta, base, candidate_codecs, get_codec, register, registered_names
-from fxhybrid.codecs.rowwise_library import LibraryRowwise
+from fxhybrid.codecs import TensorMeta, get_codec, registered_names
 from fxhybrid.errors import CodecError
+from tests.codec_parts import round_trip
 
 
 def floats(dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -72,11 +72,6 @@ def layouts(x: Tensor) -> list[Tensor]:
     if x.dim() == 4:
         found.append(x.contiguous(memory_format=torch.channels_last))
     return found
-
-
-def round_trip(codec: Codec, x: Tensor) -> Tensor:
-    qdata, header = codec.encode(x)
-    return codec.decode(qdata, header, TensorMeta.of(x))
 
 
 def test_every_registered_codec_is_in_the_suite() -> None:
@@ -177,69 +172,12 @@ def test_noise_is_that_of_ordinary_data(spec: str) -> None:
     assert codec.noise / 1.5 <= found <= codec.noise * 1.5
 
 
-class Silent(LibraryRowwise):
-    """Lossy, but says that it makes no error."""
-
-    def __init__(self) -> None:
-        super().__init__(4, 64)
-        self.spec, self.noise = "silent", 0.0
-
-
-def test_a_lossy_codec_must_claim_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base._FACTORIES, "silent", lambda parameters: Silent())
-    with pytest.raises(CodecError, match=r"noise 0\.0, which is 0 for lossless codecs and only for them"):
-        get_codec("silent")
-
-
 def test_compress_of_a_tensor_that_requires_grad_records_nothing() -> None:
     x = torch.randn(4, 64, requires_grad=True)
     qdata, header = torch.ops.fxhybrid.compress(x, "rowwise8:64")
     decoded = get_codec("rowwise8:64").decode(qdata, header, TensorMeta.of(x))
     assert decoded.grad_fn is None
     assert qdata.grad_fn is None
-
-
-BAD_SPECS = [
-    "",
-    "zip",
-    "zip:3",
-    "bitpack:1",
-    "bf16:1",
-    "fp8:1",
-    "channelwise",
-    "channelwise:483",
-    "narrow",
-    "narrow:int64",
-    "rowwise4",
-    "rowwise4:x",
-    "rowwise4:0",
-    "rowwise4:-64",
-    "rowwise4:49",
-    "rowwise2:98",
-    "rowwise8: 64",
-    "rowwise8:64,2",
-    "pool:3,3",
-    "pool:17,17,1,1,0,0,1,1,99,99",
-    "pool:3,3,0,2,1,1,1,1,9,9",
-    "pool:3,3,2,2,-1,1,1,1,9,9",
-]
-
-
-@pytest.mark.parametrize("spec", BAD_SPECS)
-def test_bad_spec_is_an_error(spec: str) -> None:
-    with pytest.raises(CodecError):
-        get_codec(spec)
-
-
-def test_unknown_name_lists_the_registered_ones() -> None:
-    with pytest.raises(CodecError, match="bf16, bitpack, channelwise, fp8, narrow, pool, rowwise2, rowwise4, rowwise8"):
-        get_codec("zip")
-
-
-def test_a_name_is_registered_once() -> None:
-    for name in ("bitpack", "", "a:b"):
-        with pytest.raises(CodecError):
-            register(name, lambda parameters: get_codec("bitpack"))
 
 
 def test_dense_means_no_gaps_and_no_overlaps() -> None:
@@ -315,39 +253,3 @@ def test_pool_takes_nan_and_minus_infinity() -> None:
 def test_narrow_holds_the_whole_range(name: str, dtype: torch.dtype, largest: int) -> None:
     x = torch.tensor([0, 1, largest], dtype=dtype)
     assert torch.equal(round_trip(get_codec(f"narrow:{name}"), x), x)
-
-
-def candidates(x: Tensor, max_value: int | None = None) -> list[str]:
-    return [codec.spec for codec in candidate_codecs(TensorMeta.of(x), max_value=max_value)]
-
-
-def test_candidates() -> None:
-    assert candidates(torch.zeros(9, dtype=torch.bool)) == ["bitpack"]
-    assert candidates(torch.zeros(9, dtype=torch.int64)) == []
-    assert candidates(torch.zeros(9, dtype=torch.int64), 255) == ["narrow:uint8"]
-    assert candidates(torch.zeros(9, dtype=torch.int32), 256) == ["narrow:int16"]
-    assert candidates(torch.zeros(9, dtype=torch.int64), 2**15) == ["narrow:int32"]
-    assert candidates(torch.zeros(9, dtype=torch.int32), 2**15) == []
-    assert candidates(torch.zeros(9, dtype=torch.int64), 2**31) == []
-    assert candidates(torch.zeros(9, dtype=torch.int64), -1) == []
-    assert candidates(torch.zeros(0)) == candidates(torch.zeros(63)) == []
-    assert candidates(torch.zeros(9, 64, dtype=torch.float64)) == []
-    assert candidates(torch.zeros(64, 9)[:, :8]) == []
-    assert candidates(torch.zeros(0, dtype=torch.bool)) == []
-
-
-@pytest.mark.parametrize(
-    ("x", "rows"),
-    [
-        (torch.zeros(2, 8, 28, 28), (784, 784, 784)),  # a row per sample and channel
-        (torch.zeros(2, 8, 7, 7), (98, 98, 196)),  # 49 is too short and not of whole bytes
-        (torch.zeros(2, 4, 112, 112), (3136, 3136, 3136)),  # 12544 is halved twice
-        (torch.zeros(4, 128, 1, 1), (128, 128, 128)),
-        (torch.zeros(3, 5, 768), (768, 768, 768)),
-        (torch.zeros(6, 768).t(), (768, 768, 768)),
-        (torch.zeros(2, 96, 8, 8).contiguous(memory_format=torch.channels_last), (96, 96, 96)),
-        (torch.zeros(100_003), (256, 256, 256)),  # prime: the rest goes into the header
-    ],
-)
-def test_row_length(x: Tensor, rows: tuple[int, int, int]) -> None:
-    assert candidates(x) == [f"rowwise{bits}:{row}" for bits, row in zip((8, 4, 2), rows, strict=True)]
