@@ -130,7 +130,7 @@ class Signature:
         rung = judged(problem, carried_actions(plan, problem, self.prepared.fingerprint))
         if rung.peak_bytes > self.budget_bytes:
             return None
-        plans = PlanSet(problem, Ladder((rung,)), max_error=self.error_target)
+        plans = PlanSet(problem, Ladder(()), max_error=self.error_target)
         plans.plans = [KnownPlan(rung, plan.solver, solve_s=plan.solve_s)]
         if verifier.reference is None:
             return WithinError(self.prepared, plans)

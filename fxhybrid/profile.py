@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from fxhybrid.budget import storage_bytes
 from fxhybrid.errors import ProfileError
 from fxhybrid.made_up import made_up_arguments
 from fxhybrid.measure import Recording, recording
@@ -225,7 +226,7 @@ def _batches(calls: Iterable[Call], room_bytes: int) -> Iterator[list[_Trial]]:
     for call in calls:
         trials.append(_Trial(call))
         tensors = tree_leaves((trials[-1].args, trials[-1].kwargs))
-        taken_bytes += sum(x.untyped_storage().nbytes() for x in tensors if isinstance(x, torch.Tensor))
+        taken_bytes += storage_bytes(x for x in tensors if isinstance(x, torch.Tensor))
         if taken_bytes >= room_bytes:
             yield trials
             trials.clear()  # before the next inputs are made

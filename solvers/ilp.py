@@ -152,8 +152,7 @@ class _Search:
             rows.add(at)
         for tried in () if moments else known:
             self.add_rows(rows, tried, above=0.97)
-        emptied = self.rounds(model, rows) and not self.exact
-        if emptied and facts.pruned:
+        if self.rounds(model, rows) and facts.pruned and not self.exact:
             return rows  # not the rows are at fault but what is pruned: it has to be decided
         if self.best is not None and self.gap() > self.solver.gap and not self.exact and not self.blurred:
             self.exact = True
@@ -164,15 +163,14 @@ class _Search:
     def rounds(self, model: IlpModel, rows: MemoryRows) -> bool:
         """Solve, simulate, add rows, repeat: with a loose gap until the plan fits, then with the true one.
 
-        Says whether the program ended up without any plan.
+        Says whether the program ended up without any plan while there was time left.
         """
-        loose, emptied = True, False
+        loose = True
         while self.left_s() > 0 and self.gap() > self.solver.gap and not model.contradiction:
             gap = LOOSE_GAP if loose else self.solver.gap / 2
             found = self.solve_once(model, rows, gap, self.left_s() / 2 if loose else self.left_s())
             if found is None:
-                emptied = self.left_s() > 0
-                break
+                return self.left_s() > 0
             tried = self.tried(completed(self.problem, found))
             if tried is not None and tried.timeline.peak_bytes <= self.budget_bytes:
                 if not loose:
@@ -181,7 +179,7 @@ class _Search:
             elif tried is None or not self.add_rows(rows, tried, above=1.0):
                 self.correct(model, rows, found, tried)
         self.impossible |= model.contradiction and self.exact
-        return emptied
+        return False
 
     def solve_once(self, model: IlpModel, rows: MemoryRows, gap: float, time_limit_s: float) -> Actions | None:
         """One run of the backend; keeps its bound if that is one for the problem."""
