@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fxhybrid.errors import format_bytes
 from fxhybrid.problem import Op, Problem
@@ -93,8 +94,14 @@ def _backward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
     alive = {t for t in problem.outputs if t in problem.producer}
     alive_bytes = problem.resident_bytes + problem.tangent_bytes + _sum(problem, alive)
     for p, op in enumerate(problem.backward):
-        forward_inputs = {t for t in op.inputs if t in problem.producer}
-        yield alive_bytes + _sum(problem, forward_inputs - alive) + _top(problem, op), f"backward {op.name}"
+        inputs = {t for t in op.inputs if t in problem.producer}
+        height = _sum(problem, inputs - alive) + _top(problem, op)
+        if op.fusion:  # the form that reads the mask's sources may take less
+            mask = problem.forward[op.fusion.op]
+            sources = inputs.difference(mask.outputs).union(mask.inputs)
+            fused = replace(op, rise_bytes=op.fusion.rise_bytes)
+            height = min(height, _sum(problem, sources - alive) + _top(problem, fused))
+        yield alive_bytes + height, f"backward {op.name}"
         made = set(op.outputs)
         dying = {t for t in (*op.inputs, *op.outputs) if last[t] == p and t not in problem.producer} - gradients
         alive_bytes += _sum(problem, made) - _sum(problem, dying)

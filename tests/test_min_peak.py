@@ -6,10 +6,11 @@ import pytest
 
 from fxhybrid.plan import RECOMPUTE
 from fxhybrid.solvers.base import plan_error
+from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.min_peak import MinPeakSolver
 from fxhybrid.solvers.oracle import OracleSolver
 from fxhybrid.timeline import simulate_actions
-from tests.problems import small_problems
+from tests.problems import random_problem, small_problems
 from tests.test_corpus import independent
 
 
@@ -44,3 +45,9 @@ def test_a_bound_is_given_where_time_is_up() -> None:
 @pytest.mark.fuzz
 def test_equals_the_oracle_at_length() -> None:
     compare_with_the_oracle(500, 10, 70_000)
+
+
+def test_the_cheap_bound_knows_fused_masks() -> None:
+    """Fused 5,892 B, plain 7,856 B and the mask's 871 B: a bound of 16,794 B was above the smallest peak."""
+    problem = random_problem(481, 2, fused=True)
+    assert peak_lower_bound(problem)[0] <= MinPeakSolver().solve(problem, max_error=0.1).peak_bytes == 15_378
