@@ -279,6 +279,8 @@ def _check_fusions(problem: Problem) -> None:
         if not 0 <= op.fusion.op < len(problem.forward):
             raise ProblemError(f"op {op.name!r} is fused with forward op {op.fusion.op}, which there is not")
         mask = problem.forward[op.fusion.op]
+        if op.fusion.op not in problem.deferrable or len(mask.outputs) != 1:
+            raise ProblemError(f"op {op.name!r} is fused with {mask.name!r}, which does not just make a mask for it")
         if any(t not in op.inputs or readers[t] > 1 for t in mask.outputs):
             raise ProblemError(f"op {op.name!r} is fused with {mask.name!r}, but is not the only one to read its mask")
 

@@ -114,6 +114,12 @@ def without_mask(inputs: tuple[int, ...], mask: _MaskOp) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*own, *mask.inputs]))
 
 
+def fused_op(problem: Problem, op: Op, fusion: Fusion) -> Op:
+    """The form of a backward op that reads what its mask would be made from."""
+    inputs = without_mask(op.inputs, problem.forward[fusion.op])
+    return Op(op.name, inputs, op.outputs, op.seconds, fusion.rise_bytes)
+
+
 class _Lowering:
     def __init__(self, problem: Problem, actions: Actions) -> None:
         self.problem = problem
@@ -212,13 +218,13 @@ class _Lowering:
     def _backward(self, encoded: dict[int, int]) -> None:
         available = {t for t in self.stored if t not in encoded}
         for position, op in enumerate(self.problem.backward):
+            kind = Kind.RUN
             if op.fusion and not self.stored.intersection(self.problem.forward[op.fusion.op].outputs):
-                self._emit_fused(position, op, op.fusion, available, encoded)
-            else:
-                missing = [t for t in op.inputs if t in self.problem.producer and t not in available]
-                if missing:
-                    self._materialise(missing, available, encoded)
-                self._emit_op(Kind.RUN, position, op)
+                kind, op = Kind.FUSED, fused_op(self.problem, op, op.fusion)
+            missing = [t for t in op.inputs if t in self.problem.producer and t not in available]
+            if missing:
+                self._materialise(missing, available, encoded)
+            self._emit_op(kind, position, op)
             self._drop(position, available)
 
     def _drop(self, position: int, available: set[int]) -> None:
@@ -227,15 +233,6 @@ class _Lowering:
             following = next((p for p in self.problem.direct_reads.get(t, ()) if p > position), position + NEAR + 1)
             if following > position + NEAR:
                 available.discard(t)
-
-    def _emit_fused(self, position: int, op: Op, fusion: Fusion, available: set[int], encoded: dict[int, int]) -> None:
-        """The form of ``op`` that reads what its mask would be made from."""
-        inputs = without_mask(op.inputs, self.problem.forward[fusion.op])
-        missing = [t for t in inputs if t in self.problem.producer and t not in available]
-        if missing:
-            self._materialise(missing, available, encoded)
-        fused = Op(op.name, inputs, op.outputs, op.seconds, fusion.rise_bytes)
-        self._emit_op(Kind.FUSED, position, fused)
 
     def _materialise(self, wanted: list[int], available: set[int], encoded: dict[int, int]) -> None:
         """Decodes and recomputes what ``wanted`` takes, in forward order."""

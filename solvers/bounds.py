@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from fxhybrid.errors import format_bytes
-from fxhybrid.problem import Op, Problem
-from fxhybrid.schedule import Schedule
+from fxhybrid.problem import Problem
+from fxhybrid.schedule import Schedule, fused_op
+from fxhybrid.solvers.ilp_facts import top_bytes
 from fxhybrid.timeline import Timeline, describe_peak
 
 
@@ -51,10 +51,6 @@ def _sum(problem: Problem, tensors: set[int]) -> int:
     return sum(problem.tensors[t].size_bytes for t in tensors)
 
 
-def _top(problem: Problem, op: Op) -> int:
-    return max(op.rise_bytes, sum(problem.tensors[t].size_bytes for t in op.outputs))
-
-
 def _must_run(problem: Problem) -> list[bool]:
     """Forward ops that every plan runs in the forward pass."""
     wanted = {*problem.outputs, *problem.mutations, *problem.gradients}
@@ -79,7 +75,7 @@ def _forward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
     for op, must in zip(problem.forward, _must_run(problem), strict=True):
         if not must:
             continue
-        yield alive_bytes + _sum(problem, set(op.inputs) - alive) + _top(problem, op), f"forward {op.name}"
+        yield alive_bytes + _sum(problem, set(op.inputs) - alive) + top_bytes(problem, op), f"forward {op.name}"
         made = staying.intersection(op.outputs)
         alive |= made
         alive_bytes += _sum(problem, made)
@@ -95,12 +91,11 @@ def _backward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
     alive_bytes = problem.resident_bytes + problem.tangent_bytes + _sum(problem, alive)
     for p, op in enumerate(problem.backward):
         inputs = {t for t in op.inputs if t in problem.producer}
-        height = _sum(problem, inputs - alive) + _top(problem, op)
+        height = _sum(problem, inputs - alive) + top_bytes(problem, op)
         if op.fusion:  # the form that reads the mask's sources may take less
-            mask = problem.forward[op.fusion.op]
-            sources = inputs.difference(mask.outputs).union(mask.inputs)
-            fused = replace(op, rise_bytes=op.fusion.rise_bytes)
-            height = min(height, _sum(problem, sources - alive) + _top(problem, fused))
+            fused = fused_op(problem, op, op.fusion)
+            sources = {t for t in fused.inputs if t in problem.producer}
+            height = min(height, _sum(problem, sources - alive) + top_bytes(problem, fused))
         yield alive_bytes + height, f"backward {op.name}"
         made = set(op.outputs)
         dying = {t for t in (*op.inputs, *op.outputs) if last[t] == p and t not in problem.producer} - gradients

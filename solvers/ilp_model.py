@@ -13,11 +13,10 @@ Data
 
 Variables
     k_t, r_t, c_tb save t, recompute t, keep t encoded by b                       r, c binary; k follows
-    r_o            o runs again in backward (r_t itself where o makes one tensor)         follows
+    r_o            o runs again in backward (r_t itself where o makes one tensor), or is fused    follows
     n_o            o in D runs in forward                                                 follows
     m_op           o has run again at or before backward position p               follows, made on demand
     N_g            how many of the equal choices g are made: same op in repeated layers, same option   integer
-    (per memory row: live_t, encoded_tb, see ilp_rows)
 
 Model
     minimise   sum s_o r_o + sum seconds_tb c_tb + sum_{o in D} s_o max(0, r_o + n_o - 1) + sum_{o fused} s_o n_o
@@ -30,7 +29,7 @@ Model
                                m_op >= r_t for p >= f_t
     no earlier than wanted     m_op <= r_o;  m_op <= sum_t ([p >= f_t] r_t + sum_{q in R(t)} m_qp)
     repeated layers            N_g = sum of the r_o or c_tb in g
-    memory                     one row per moment that the simulator asked for (ilp_rows)
+    memory                     one row per moment that the simulator asked for (ilp_forward, ilp_backward)
 
 Why its bound is one for the problem: each plan within budget and error limit gives a point that costs no
 more. Take its actions, save pruned tensors (small ones of ops that forward runs anyway; they count no bytes
@@ -42,7 +41,6 @@ out: no plan that is better holds one, and the bound is never reported above the
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -94,22 +92,24 @@ class IlpModel:
     def column(self, name: str, category: str = "Continuous", *, most: int = 1) -> Literal:
         """A new variable between 0 and ``most``."""
         self._count += 1
-        name = f"{name}_{self._count}"
-        if hasattr(self.lp, "add_variable"):
-            return self.lp.add_variable(name, 0, most, cat=category)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return pulp.LpVariable(name, 0, most, category)
+        return self.lp.add_variable(f"{name}_{self._count}", 0, most, cat=category)
 
-    def at_least(self, terms: Iterable[Term], rhs: float, name: str | None = None) -> Any:
+    def over(self, lower: list[list[Term]]) -> Literal:
+        """A new variable that is at least each of the given sums."""
+        variable = self.column("live")
+        for terms in lower:
+            self.at_least([(1, variable), *((-x, v) for x, v in terms)], 0)
+        return variable
+
+    def at_least(self, terms: Iterable[Term], rhs: float) -> Any:
         """Adds ``sum of terms >= rhs``; gives the row, or None where there is nothing to decide."""
-        return self._row(terms, pulp.LpConstraintGE, rhs, name)
+        return self._row(terms, pulp.LpConstraintGE, rhs)
 
-    def at_most(self, terms: Iterable[Term], rhs: float, name: str | None = None) -> Any:
+    def at_most(self, terms: Iterable[Term], rhs: float) -> Any:
         """Adds ``sum of terms <= rhs``; gives the row, or None where there is nothing to decide."""
-        return self._row(terms, pulp.LpConstraintLE, rhs, name)
+        return self._row(terms, pulp.LpConstraintLE, rhs)
 
-    def _row(self, terms: Iterable[Term], sense: int, rhs: float, name: str | None) -> Any:
+    def _row(self, terms: Iterable[Term], sense: int, rhs: float) -> Any:
         variables: list[Term] = []
         for coefficient, literal in terms:
             if isinstance(literal, int):
@@ -119,7 +119,7 @@ class IlpModel:
         if not variables:
             self.contradiction |= (rhs > 1e-9) if sense == pulp.LpConstraintGE else (rhs < -1e-9)
             return None
-        row = pulp.LpConstraint(_expression(variables), sense, name, rhs)
+        row = pulp.LpConstraint(_expression(variables), sense, rhs=rhs)
         self.lp.addConstraint(row)
         return row
 

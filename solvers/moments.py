@@ -42,9 +42,9 @@ def moments_of(problem: Problem, schedule: Schedule) -> list[Moment]:
             waits = rerun < end and instruction.op in problem.forward[rerun].inputs
             behind.append(Moment(False, position, rerun if waits else end, instruction.op))
             continue
-        if instruction.kind is Kind.RUN:
-            position, rerun = instruction.op, end
-        else:
+        if instruction.kind is Kind.RERUN:
             rerun = instruction.op
+        else:
+            position, rerun = instruction.op, end
         behind.append(Moment(False, position, rerun, -1))
     return moments + behind[::-1]

@@ -134,10 +134,10 @@ def problems(min_ops: int = 1, max_ops: int = 12, *, fused: bool = False) -> st.
 
 
 def small_problems(count: int, max_candidates: int, first_seed: int = 0) -> Iterator[Problem]:
-    """The first ``count`` random problems with 2 to ``max_candidates`` candidates."""
+    """The first ``count`` random problems with 2 to ``max_candidates`` candidates, half of them with fusable masks."""
     seed = first_seed
     while count:
-        problem = random_problem(seed, 3 + seed % 4)
+        problem = random_problem(seed, 3 + seed % 4, fused=seed // 4 % 2 == 1)
         seed += 1
         if 2 <= len(problem.candidates) <= max_candidates:
             count -= 1
