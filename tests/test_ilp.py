@@ -9,7 +9,7 @@ import pytest
 
 from fxhybrid.errors import InvalidArgument, PlanError
 from fxhybrid.plan import RECOMPUTE, SAVE, Actions, Compress
-from fxhybrid.problem import CodecOption, Fusion, Op, Problem, Tensor
+from fxhybrid.problem import CodecOption, Op, Problem, Tensor
 from fxhybrid.solvers import ilp
 from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.base import SolveResult, Status, plan_error
@@ -97,16 +97,14 @@ def test_recomputes_what_is_cheap() -> None:
     assert (tighter.actions, tighter.added_s, tighter.peak_bytes) == ({0: RECOMPUTE}, pytest.approx(5.0), 210)
 
 
-def test_counts_the_form_that_reads_no_mask() -> None:
-    # x (100) gives a mask m (10) and y (100). The mask's reader rises by 200, or reads x instead and rises by 50.
-    # Forward is highest at y: x + y = 200 (and m, if it is kept). Backward: m + y + 200 = 310, or x + y + 50 = 250.
-    tensors = tuple(Tensor(n, size) for n, size in (("x", 100), ("m", 10), ("y", 100), ("g", 50)))
-    forward = (Op("fx", (), (0,), 1.0, 100), Op("fm", (0,), (1,), 0.5, 10), Op("fy", (0,), (2,), 1.0, 100))
-    backward = (Op("b", (1,), (3,), 1.0, 200, fusion=Fusion(1, 50)),)
-    problem = Problem(tensors, forward, backward, (2,), (), (3,), resident_bytes=0)
-    fused = IlpSolver(gap=0.0).solve(problem, 250, max_error=0.0)
-    assert (fused.status, fused.peak_bytes, fused.added_s) == (Status.OPTIMAL, 250, 0.0)
-    assert IlpSolver(gap=0.0).solve(problem, 249, max_error=0.0).status is Status.INFEASIBLE
+def test_names_the_moment_of_a_fused_reader() -> None:
+    # x (5,090) gives y (3,260) and a mask of 1,272. The last backward op reads the mask or, fused, x: then it runs
+    # beside x + y + g (5,090) and is over 16,312 B. The mask costs 0.2545 s kept, 0.1018 s more in the codec's bits.
+    # Taken for a rerun, that op's moment got no row, and plans were forbidden one by one, the best one with them.
+    problem = random_problem(38, 2, lossy=False, fused=True)
+    result = IlpSolver(gap=0.0).solve(problem, 16_312, max_error=0.0)
+    assert (result.status, result.actions, result.peak_bytes) == (Status.OPTIMAL, {1: SAVE}, 16_312)
+    assert result.added_s == pytest.approx(0.2545)
 
 
 def test_compresses_where_that_is_cheaper() -> None:
