@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,15 +46,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.codecs", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES_MIB, metavar="MIB")
     parser.add_argument("--pairs", type=int, default=15, help="interleaved pairs per timing (default: 15)")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="default: cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
     arguments = parser.parse_args(argv)
     console = wide_console()
-    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", highlight=False)
+    name = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "CPU"
+    console.print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads", highlight=False)
     torch.manual_seed(0)
     records: list[Record] = []
     for size_mib in arguments.sizes:
         own = []
         for case in cases(size_mib << 20):
+            case = replace(case, x=case.x.to(arguments.device))
             for codec in case.codecs:
                 own.append(measure(case, codec, arguments.pairs) | {"size_mib": size_mib})
                 append_record(arguments.json, own[-1])
@@ -105,11 +108,12 @@ def channelwise_codec(x: Tensor) -> Codec:
 def measure(case: Case, codec: Codec, pairs: int) -> Record:
     """Speed, bytes and error of one codec on one tensor; speed also against relu on float32 of the same bytes."""
     x, meta = case.x, TensorMeta.of(case.x)
-    same = x if x.dtype == torch.float32 else torch.randn(meta.nbytes // 4)
+    same = x if x.dtype == torch.float32 else torch.randn(meta.nbytes // 4, device=x.device)
     qdata, header = codec.encode(x)
     decoded = codec.decode(qdata, header, meta)
-    encode_s, encode_ratio = against(lambda: codec.encode(x), lambda: torch.relu(same), pairs)
-    decode_s, decode_ratio = against(lambda: codec.decode(qdata, header, meta), lambda: torch.relu(same), pairs)
+    relu = finished(lambda: torch.relu(same), x.device)
+    encode_s, encode_ratio = against(finished(lambda: codec.encode(x), x.device), relu, pairs)
+    decode_s, decode_ratio = against(finished(lambda: codec.decode(qdata, header, meta), x.device), relu, pairs)
     return {
         "codec": codec.spec.partition(":")[0],
         "lossless": codec.lossless,
@@ -124,6 +128,16 @@ def measure(case: Case, codec: Codec, pairs: int) -> Record:
         "share": (qdata.numel() + header.numel()) / meta.nbytes,
         "error": 0.0 if codec.lossless else float((decoded - x).norm() / x.norm()),
     }
+
+
+def finished(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """``run`` to the end of what it starts on the device."""
+
+    def to_the_end() -> None:
+        run()
+        torch.cuda.synchronize(device)
+
+    return to_the_end if device.type == "cuda" else run
 
 
 def against(run: Callable[[], object], relu: Callable[[], object], pairs: int) -> tuple[float, float]:

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
 sys.path[:0] = [str(Path(__file__).parent)]  # test files import their helpers by bare name or as tests.*
 
 
@@ -31,6 +34,11 @@ def small_heap() -> None:
     """Keeps what earlier files left behind out of the garbage collections that each measured step makes."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Lets the interpreter clear its heap: libraries report what is left at exit as leaks."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

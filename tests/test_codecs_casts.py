@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxhybrid.codecs import TensorMeta, casts, get_codec, native, rowwise_compiled
-from fxhybrid.codecs.native import kernels_for, native_kernels
+from fxhybrid.codecs.kernels import kernels_for
+from fxhybrid.codecs.native import native_kernels
 from fxhybrid.codecs.rowwise_library import LibraryRowwise
 from tests.codec_parts import plain_aten, round_trip
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from fxhybrid.codecs import reference
 from fxhybrid.codecs.base import Codec, empty_encoded, empty_header, register
+from fxhybrid.codecs.kernels import FP8_BLOCK, kernels_for, kernels_key
 from fxhybrid.codecs.meta import TensorMeta, storage_view
-from fxhybrid.codecs.native import kernels_for, kernels_key
 
-_BLOCK = 4096  # elements with one unit; known to the kernels too
 _CHUNK_BLOCKS = 16
 
 
@@ -37,7 +36,7 @@ class BFloat16(Codec):
         if kernels is None:
             return storage_view(x).to(torch.bfloat16).view(torch.uint8), empty_header(x)
         qdata = torch.empty(2 * meta.numel, dtype=torch.uint8, device=x.device)
-        kernels.pack_bf16(x.data_ptr(), meta.numel, 1.0, qdata.data_ptr(), torch.get_num_threads())
+        kernels.pack_bf16(x, qdata)
         return qdata, torch.empty(0, dtype=torch.uint8, device=x.device)
 
     def _decode(self, qdata: Tensor, header: Tensor, meta: TensorMeta) -> Tensor:
@@ -45,7 +44,7 @@ class BFloat16(Codec):
         if kernels is None:
             return qdata.view(torch.bfloat16).float().as_strided(meta.shape, meta.stride)
         out = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=qdata.device)
-        kernels.unpack_bf16(qdata.data_ptr(), meta.numel, 1.0, out.data_ptr(), torch.get_num_threads())
+        kernels.unpack_bf16(qdata, out)
         return out
 
 
@@ -67,13 +66,13 @@ class Float8(Codec):
         return meta.dtype == torch.float32 and meta.is_dense
 
     def encoded_bytes(self, meta: TensorMeta) -> tuple[int, int]:
-        return meta.numel, 4 * -(-meta.numel // _BLOCK)
+        return meta.numel, 4 * -(-meta.numel // FP8_BLOCK)
 
     def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
         qdata, header = empty_encoded(self, meta, x.device)
         kernels = kernels_for(x.device)
         if kernels is not None:
-            kernels.pack_fp8(x.data_ptr(), meta.numel, qdata.data_ptr(), header.data_ptr(), torch.get_num_threads())
+            kernels.pack_fp8(x, qdata, header)
             return qdata, header
         for source, target, units in _blocks(storage_view(x), qdata, header):
             codes, found = reference.pack_e4m3(source)
@@ -85,8 +84,7 @@ class Float8(Codec):
         out = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=qdata.device)
         kernels = kernels_for(qdata.device)
         if kernels is not None:
-            encoded = (qdata.data_ptr(), meta.numel, header.data_ptr())
-            kernels.unpack_fp8(*encoded, out.data_ptr(), torch.get_num_threads())
+            kernels.unpack_fp8(qdata, header, out)
             return out
         for target, source, units in _blocks(storage_view(out), qdata, header):
             target.copy_(reference.unpack_e4m3(source, units))
@@ -95,10 +93,10 @@ class Float8(Codec):
 
 def _blocks(elements: Tensor, codes: Tensor, header: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Matching rows of whole blocks, few at a time so that copies stay small, and at last the rest as one block."""
-    units, n_blocks = header.view(torch.float32), elements.numel() // _BLOCK
-    whole = n_blocks * _BLOCK
+    units, n_blocks = header.view(torch.float32), elements.numel() // FP8_BLOCK
+    whole = n_blocks * FP8_BLOCK
     if n_blocks:
-        rows = (elements[:whole].view(-1, _BLOCK), codes[:whole].view(-1, _BLOCK), units[:n_blocks])
+        rows = (elements[:whole].view(-1, FP8_BLOCK), codes[:whole].view(-1, FP8_BLOCK), units[:n_blocks])
         yield from zip(*(torch.split(part, _CHUNK_BLOCKS) for part in rows), strict=True)
     if whole < elements.numel():
         yield elements[whole:].view(1, -1), codes[whole:].view(1, -1), units[n_blocks:]

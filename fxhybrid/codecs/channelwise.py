@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from ctypes import CDLL
 from functools import lru_cache
 
 import numpy as np
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from fxhybrid.codecs import reference
 from fxhybrid.codecs.base import Codec, empty_encoded, get_codec, register
+from fxhybrid.codecs.kernels import Kernels, kernels_for, kernels_key
 from fxhybrid.codecs.meta import TensorMeta
-from fxhybrid.codecs.native import kernels_for, kernels_key
 from fxhybrid.codecs.rowwise_compiled import PARAMETER_BYTES
 from fxhybrid.codecs.widths import STEP_ERROR
 
@@ -42,7 +41,6 @@ class Channelwise(Codec):
         # without knowing the channels: as if all were alike, which the widths were not chosen for
         self.noise = 15 * float(np.sqrt(np.mean([STEP_ERROR[width] for width in self.widths])))
         self.kernels_key = kernels_key()
-        self._widths_at: int = self.widths.ctypes.data
 
     def profiled_as(self) -> Codec:
         """Widths in turn, as many: what costs time is reading the tensor, whatever the widths."""
@@ -66,7 +64,7 @@ class Channelwise(Codec):
         n_rows = n_samples * len(self.widths) if row else 0
         return n_samples * int(_offsets(self, row)[-1]), n_rows * PARAMETER_BYTES
 
-    def kernels(self, device: torch.device) -> CDLL | None:
+    def kernels(self, device: torch.device) -> Kernels | None:
         """The compiled kernels; None stands for plain ATen."""
         return kernels_for(device)
 
@@ -81,10 +79,7 @@ class Channelwise(Codec):
                     parameters[channels] = pair
             return qdata, header
         row = self._row(meta)
-        table = (self._widths_at, _offsets(self, row).ctypes.data)
-        geometry = (header.numel() // PARAMETER_BYTES, row, len(self.widths))
-        n_threads = torch.get_num_threads()
-        kernels.pack_channels(*table, x.data_ptr(), *geometry, qdata.data_ptr(), header.data_ptr(), n_threads)
+        kernels.pack_channels(*_table(self, row, x.device), x.detach(), row, qdata, header)
         return qdata, header
 
     def _decode(self, qdata: Tensor, header: Tensor, meta: TensorMeta) -> Tensor:
@@ -96,10 +91,7 @@ class Channelwise(Codec):
                     packed = codes[places].view(len(channels), -1)
                     planes[channels] = reference.unpack_rows(packed, parameters[channels], row, width)
             return out
-        table = (self._widths_at, _offsets(self, row).ctypes.data)
-        geometry = (header.numel() // PARAMETER_BYTES, row, len(self.widths))
-        encoded = (qdata.data_ptr(), header.data_ptr())
-        kernels.unpack_channels(*table, *encoded, *geometry, out.data_ptr(), torch.get_num_threads())
+        kernels.unpack_channels(*_table(self, row, qdata.device), qdata, header, row, out)
         return out
 
     def _samples(self, x: Tensor, qdata: Tensor, header: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -126,6 +118,12 @@ def _offsets(codec: Channelwise, row: int) -> npt.NDArray[np.int64]:
     """Where each digit's codes begin within a sample's, and their end."""
     ends: npt.NDArray[np.int64] = np.cumsum(-(-codec.widths.astype(np.int64) * row // 8))
     return np.concatenate([np.zeros(1, np.int64), ends])
+
+
+@lru_cache(maxsize=1024)
+def _table(codec: Channelwise, row: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Widths and offsets where the kernels read them."""
+    return torch.from_numpy(codec.widths).to(device), torch.from_numpy(_offsets(codec, row)).to(device)
 
 
 register("channelwise", Channelwise)

@@ -1,4 +1,4 @@
-"""Compiled kernels: built by the machine's C++ compiler at first use, kept on disk, None where that fails.
+"""Compiled kernels of the CPU: built by the machine's C++ compiler at first use, kept on disk, None where that fails.
 
 Inductor was tried first: its row kernels were slower than the library's and took 10 to 48 s each to compile
 (docs/adr/0009). The kernels work on memory that the caller allocates, so torch's
@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fxhybrid.codecs.native_casts import CASTS
 from fxhybrid.codecs.native_source import ROWS
@@ -36,8 +37,8 @@ _FLAGS: tuple[str, ...] = (
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS = (*_FLAGS, "-mprefer-vector-width=512")
 _LINK = ("-fopenmp", "-shared", "-fPIC")
-_INT, _LONG, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-_EACH = (_POINTER, _LONG, _FLOAT, _POINTER, _INT)
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_EACH = (_POINTER, _LONG, _POINTER, _INT)
 _SIGNATURES = {
     "pack_rows": (_INT, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
     "unpack_rows": (_INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
@@ -50,8 +51,62 @@ _SIGNATURES = {
 }
 
 
+class NativeKernels:
+    """``kernels.Kernels`` for the CPU."""
+
+    row_dtypes = (torch.float32,)
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    def pack_rows(self, bits: int, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor) -> None:
+        """Packs the first ``n_rows`` rows of a storage, ``row`` elements each."""
+        places = (codes.data_ptr(), parameters.data_ptr(), torch.get_num_threads())
+        self.library.pack_rows(bits, rows.data_ptr(), n_rows, row, *places)
+
+    def unpack_rows(self, bits: int, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor) -> None:
+        """Undoes :meth:`pack_rows`."""
+        places = (codes.data_ptr(), parameters.data_ptr())
+        self.library.unpack_rows(bits, *places, n_rows, row, rows.data_ptr(), torch.get_num_threads())
+
+    def pack_channels(
+        self, widths: Tensor, starts: Tensor, x: Tensor, row: int, codes: Tensor, parameters: Tensor
+    ) -> None:
+        """Packs rows whose widths take turns."""
+        source = (widths.data_ptr(), starts.data_ptr(), x.data_ptr())
+        geometry = (parameters.numel() // 8, row, widths.numel())
+        places = (codes.data_ptr(), parameters.data_ptr(), torch.get_num_threads())
+        self.library.pack_channels(*source, *geometry, *places)
+
+    def unpack_channels(
+        self, widths: Tensor, starts: Tensor, codes: Tensor, parameters: Tensor, row: int, x: Tensor
+    ) -> None:
+        """Undoes :meth:`pack_channels`."""
+        source = (widths.data_ptr(), starts.data_ptr(), codes.data_ptr(), parameters.data_ptr())
+        geometry = (parameters.numel() // 8, row, widths.numel())
+        self.library.unpack_channels(*source, *geometry, x.data_ptr(), torch.get_num_threads())
+
+    def pack_fp8(self, x: Tensor, codes: Tensor, units: Tensor) -> None:
+        """Casts float32 to e4m3 in blocks."""
+        places = (codes.data_ptr(), units.data_ptr(), torch.get_num_threads())
+        self.library.pack_fp8(x.data_ptr(), codes.numel(), *places)
+
+    def unpack_fp8(self, codes: Tensor, units: Tensor, x: Tensor) -> None:
+        """Undoes :meth:`pack_fp8`."""
+        places = (units.data_ptr(), x.data_ptr(), torch.get_num_threads())
+        self.library.unpack_fp8(codes.data_ptr(), codes.numel(), *places)
+
+    def pack_bf16(self, x: Tensor, codes: Tensor) -> None:
+        """Casts float32 to bfloat16."""
+        self.library.pack_bf16(x.data_ptr(), x.numel(), codes.data_ptr(), torch.get_num_threads())
+
+    def unpack_bf16(self, codes: Tensor, x: Tensor) -> None:
+        """Undoes :meth:`pack_bf16`."""
+        self.library.unpack_bf16(codes.data_ptr(), x.numel(), x.data_ptr(), torch.get_num_threads())
+
+
 @lru_cache(maxsize=1)
-def native_kernels() -> ctypes.CDLL | None:
+def native_kernels() -> NativeKernels | None:
     """The compiled kernels, or None where there is no working compiler."""
     found = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
     if found is None:
@@ -68,18 +123,13 @@ def native_kernels() -> ctypes.CDLL | None:
         function = getattr(library, name)
         function.argtypes = types
         function.restype = None
-    return library
+    return NativeKernels(library)
 
 
 def kernels_key() -> str:
     """Names what runs where there is a choice: the compiled kernels by their source and flags, or plain ATen."""
-    library = native_kernels()
-    return "aten" if library is None else Path(library._name).stem
-
-
-def kernels_for(device: torch.device) -> ctypes.CDLL | None:
-    """The compiled kernels where they work on this device's memory."""
-    return native_kernels() if device.type == "cpu" else None
+    kernels = native_kernels()
+    return "aten" if kernels is None else Path(kernels.library._name).stem
 
 
 def _cache_path(compiler: tuple[str, ...]) -> Path:

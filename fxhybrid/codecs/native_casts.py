@@ -69,13 +69,12 @@ static inline floats from_e4m3(bytes codes, float unit) {
 }
 
 #define EACH(name, source_t, target_t, result) \
-    extern "C" void name(const source_t* __restrict__ x, int64_t n, float factor, target_t* __restrict__ y, \
-                         int threads) { \
+    extern "C" void name(const source_t* __restrict__ x, int64_t n, target_t* __restrict__ y, int threads) { \
         _Pragma("omp parallel for simd num_threads(threads) if (n >= kSerial)") \
         for (int64_t i = 0; i < n; i++) y[i] = result; \
     }
-EACH(pack_bf16, float, uint16_t, to_bf16(x[i] * factor))
-EACH(unpack_bf16, uint16_t, float, from_bf16(x[i]) * factor)
+EACH(pack_bf16, float, uint16_t, to_bf16(x[i]))
+EACH(unpack_bf16, uint16_t, float, from_bf16(x[i]))
 
 static const int64_t kBlock = 4096;
 

@@ -8,15 +8,15 @@ finite row keeps its usual error, whatever its range and offset. Without a compi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from ctypes import CDLL
 
 import torch
 from torch import Tensor
 
 from fxhybrid.codecs import reference
 from fxhybrid.codecs.base import empty_encoded, parse_integers, register
+from fxhybrid.codecs.kernels import Kernels, kernels_for, kernels_key
 from fxhybrid.codecs.meta import TensorMeta, storage_view
-from fxhybrid.codecs.native import kernels_for, kernels_key, native_kernels
+from fxhybrid.codecs.native import native_kernels
 from fxhybrid.codecs.rowwise import Rowwise, chunk_elements
 from fxhybrid.codecs.rowwise_library import LibraryRowwise
 
@@ -24,7 +24,7 @@ PARAMETER_BYTES = 8  # of one row: scale and lowest value, float32 each
 
 
 class CompiledRowwise(Rowwise):
-    """Rows by the compiled kernels on the CPU, and by plain ATen that makes the same bytes elsewhere.
+    """Rows by compiled kernels, and by plain ATen that makes the same bytes where there are none.
 
     qdata holds the rows' codes; header holds their parameters, then the elements past the last full row as
     they are. The error of an element is at most half a step of its row, range / (2^bits - 1) / 2.
@@ -38,14 +38,14 @@ class CompiledRowwise(Rowwise):
         rows, tail = divmod(meta.numel, self.row)
         return rows * reference.code_bytes(self.row, self.bits), rows * PARAMETER_BYTES + tail * meta.dtype.itemsize
 
-    def kernels(self, device: torch.device) -> CDLL | None:
+    def kernels(self, device: torch.device) -> Kernels | None:
         """The compiled kernels; None stands for plain ATen."""
         return kernels_for(device)
 
     def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
         qdata, header = empty_encoded(self, meta, x.device)
         n_rows, kernels = meta.numel // self.row, self.kernels(x.device)
-        if kernels is not None and meta.dtype is torch.float32:
+        if kernels is not None and meta.dtype in kernels.row_dtypes:
             self._pack(kernels, x, n_rows, qdata, header)
         else:
             for source, codes, parameters in self._chunks(storage_view(x), qdata, header):
@@ -58,7 +58,7 @@ class CompiledRowwise(Rowwise):
     def _decode(self, qdata: Tensor, header: Tensor, meta: TensorMeta) -> Tensor:
         out = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=qdata.device)
         n_rows, kernels = meta.numel // self.row, self.kernels(qdata.device)
-        if kernels is not None and meta.dtype is torch.float32:
+        if kernels is not None and meta.dtype in kernels.row_dtypes:
             self._unpack(kernels, qdata, header, n_rows, out)
         else:
             limit = torch.finfo(meta.dtype).max
@@ -71,23 +71,21 @@ class CompiledRowwise(Rowwise):
             storage_view(out)[n_rows * self.row :].copy_(header[n_rows * PARAMETER_BYTES :].view(meta.dtype))
         return out
 
-    def _pack(self, kernels: CDLL | None, rows: Tensor, n_rows: int, codes: Tensor, parameters: Tensor) -> None:
-        """Packs the first ``n_rows`` rows of a float32 storage."""
+    def _pack(self, kernels: Kernels | None, rows: Tensor, n_rows: int, codes: Tensor, parameters: Tensor) -> None:
+        """Packs the first ``n_rows`` rows of a storage."""
         if kernels is None:
             packed = reference.pack_rows(rows, self.bits)
             codes.copy_(packed[0])
             parameters.copy_(packed[1])
             return
-        places = (codes.data_ptr(), parameters.data_ptr(), torch.get_num_threads())
-        kernels.pack_rows(self.bits, rows.data_ptr(), n_rows, self.row, *places)
+        kernels.pack_rows(self.bits, rows, n_rows, self.row, codes, parameters)
 
-    def _unpack(self, kernels: CDLL | None, codes: Tensor, parameters: Tensor, n_rows: int, rows: Tensor) -> None:
+    def _unpack(self, kernels: Kernels | None, codes: Tensor, parameters: Tensor, n_rows: int, rows: Tensor) -> None:
         """Undoes :meth:`_pack`, into ``rows``."""
         if kernels is None:
             rows.copy_(reference.unpack_rows(codes, parameters, self.row, self.bits))
             return
-        places = (codes.data_ptr(), parameters.data_ptr())
-        kernels.unpack_rows(self.bits, *places, n_rows, self.row, rows.data_ptr(), torch.get_num_threads())
+        kernels.unpack_rows(self.bits, codes, parameters, n_rows, self.row, rows)
 
     def _chunks(self, flat: Tensor, qdata: Tensor, header: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Matching rows, codes and parameters, a chunk each; nothing for no rows."""
@@ -104,7 +102,7 @@ class CompiledRowwise(Rowwise):
 class ReferenceRowwise(CompiledRowwise):
     """:class:`CompiledRowwise` by plain ATen everywhere: the reference in tests, with the same bytes."""
 
-    def kernels(self, device: torch.device) -> CDLL | None:
+    def kernels(self, device: torch.device) -> Kernels | None:
         return None
 
 

@@ -1,0 +1,71 @@
+"""What compiled kernels can do, and which ones work on a device's memory."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fxhybrid.codecs.native import kernels_key as native_key
+from fxhybrid.codecs.native import native_kernels
+
+FP8_BLOCK = 4096  # elements with one unit
+
+
+class Kernels(Protocol):
+    """Kernels for one kind of device; they fill tensors that the caller made. ``reference.py`` says with what.
+
+    Attributes:
+        row_dtypes: of the rows that ``pack_rows`` and ``unpack_rows`` take.
+    """
+
+    @property
+    def row_dtypes(self) -> tuple[torch.dtype, ...]: ...
+
+    def pack_rows(self, bits: int, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor) -> None:
+        """Packs the first ``n_rows`` rows of a storage, ``row`` elements each."""
+
+    def unpack_rows(self, bits: int, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor) -> None:
+        """Undoes :meth:`pack_rows`."""
+
+    def pack_channels(
+        self, widths: Tensor, starts: Tensor, x: Tensor, row: int, codes: Tensor, parameters: Tensor
+    ) -> None:
+        """Packs rows whose widths (int32) take turns; ``starts`` (int64) has where their codes begin, and the end."""
+
+    def unpack_channels(
+        self, widths: Tensor, starts: Tensor, codes: Tensor, parameters: Tensor, row: int, x: Tensor
+    ) -> None:
+        """Undoes :meth:`pack_channels`."""
+
+    def pack_fp8(self, x: Tensor, codes: Tensor, units: Tensor) -> None:
+        """Casts float32 to e4m3 in blocks of ``FP8_BLOCK`` elements."""
+
+    def unpack_fp8(self, codes: Tensor, units: Tensor, x: Tensor) -> None:
+        """Undoes :meth:`pack_fp8`."""
+
+    def pack_bf16(self, x: Tensor, codes: Tensor) -> None:
+        """Casts float32 to bfloat16."""
+
+    def unpack_bf16(self, codes: Tensor, x: Tensor) -> None:
+        """Undoes :meth:`pack_bf16`."""
+
+
+def kernels_for(device: torch.device) -> Kernels | None:
+    """The compiled kernels for this device's memory; None where there are none, and plain ATen has to do."""
+    if device.type == "cpu":
+        return native_kernels()
+    if device.type == "cuda" and find_spec("triton"):
+        from fxhybrid.codecs.triton_kernels import TritonKernels
+
+        return TritonKernels()
+    return None
+
+
+def kernels_key() -> str:
+    """Names the code at work on this machine: seconds measured with other code do not count."""
+    on_cuda = f"+triton{version('triton')}" if torch.cuda.is_available() and find_spec("triton") else ""
+    return native_key() + on_cuda

@@ -1,0 +1,232 @@
+"""The codecs' kernels on CUDA, in Triton: the arithmetic of ``reference.py`` step by step, so the same bytes.
+
+One program packs a block of whole rows: a first pass finds range and non-finite values, a second one packs. Sums of
+products are written as ``tl.fma`` and divisions as ``tl.div_rn``, since a compiler's choice there would show in the
+codes. Nothing is allocated beside what the caller made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxhybrid.codecs.kernels import FP8_BLOCK
+from fxhybrid.codecs.meta import storage_view
+from fxhybrid.codecs.rowwise import FLOATS
+
+_BLOCK = 1024  # elements or bytes of a row that one program looks at together
+_PROGRAM = 2048  # elements that one program looks at together, over all its rows
+
+
+@triton.jit
+def _place(r, row, row_bytes, n_digits, widths, starts, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """Width of each row, bytes of its codes, and where these begin."""
+    if BITS > 0:
+        bits = tl.full([ROWS], BITS, tl.int32)
+        m = tl.zeros([ROWS], tl.int32) + row_bytes
+        start = r * row_bytes
+    else:
+        digit = r % n_digits
+        bits = tl.load(widths + digit)
+        m = (row * bits + 7) // 8
+        start = r // n_digits * tl.load(starts + n_digits) + tl.load(starts + digit)
+    return bits, m, start
+
+
+@triton.jit
+def _pack_rows(
+    x, codes, parameters, widths, starts, n_rows, row, row_bytes, n_digits,
+    BITS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_row = r < n_rows
+    r = tl.minimum(r, n_rows - 1)
+    bits, m, start = _place(r, row, row_bytes, n_digits, widths, starts, BITS, ROWS)
+    levels = (1 << bits) - 1
+
+    low = tl.full([ROWS], float("inf"), tl.float32)
+    high = tl.full([ROWS], float("-inf"), tl.float32)
+    most = tl.zeros([ROWS], tl.int32)  # bits of the largest |x|: NaN and infinities come last
+    for j in range(0, row, BLOCK):
+        at = j + tl.arange(0, BLOCK)
+        inside = (at < row)[None, :] & is_row[:, None]
+        v = tl.load(x + r[:, None] * row + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.min(tl.where(inside, v, float("inf")), 1))
+        high = tl.maximum(high, tl.max(tl.where(inside, v, float("-inf")), 1))
+        most = tl.maximum(most, tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
+    finite = most < 0x7F800000
+    low = tl.where(finite, low, 0.0)
+    high = tl.where(finite, high, 0.0)
+
+    one = tl.full([ROWS], 1.0, tl.float32)
+    scale = (high * 0.5 - low * 0.5) * tl.div_rn(one + one, levels.to(tl.float32))  # high - low may overflow
+    tiny = scale < 1e-30
+    inverse = tl.where(scale == 0.0, 0.0, tl.div_rn(one, tl.where(scale == 0.0, one, scale)))
+    shift = -(low * inverse)
+    hard = tiny | (tl.abs(shift) > 262144.0)  # no finite inverse, or its product is too coarse
+    up = tl.where(tiny, 1152921504606846976.0, 1.0)  # 2^60
+    lifted = tl.where(scale == 0.0, one, scale * up)
+    factor = tl.where(hard, tl.where(scale == 0.0, 0.0, tl.div_rn(one, lifted)), inverse)
+    addend = tl.where(hard, 12582912.0, shift)  # 1.5 * 2^23: after adding it, the low bits are the nearest integer
+
+    for j in range(0, row_bytes, BLOCK):
+        byte = j + tl.arange(0, BLOCK)
+        joined = tl.zeros([ROWS, BLOCK], tl.int32)
+        wanted = (byte[None, :] < m[:, None]) & is_row[:, None]
+        for part in tl.static_range(PARTS):
+            inside = wanted & (part * bits < 8)[:, None]
+            at = part * m[:, None] + byte[None, :]
+            if not EVEN:
+                at = tl.minimum(at, row - 1)
+            v = tl.load(x + r[:, None] * row + at, mask=inside, other=0.0).to(tl.float32)
+            v = tl.where(hard[:, None], (v - low[:, None]) * up[:, None], v)
+            y = tl.fma(v, factor[:, None] + tl.zeros_like(v), addend[:, None] + tl.zeros_like(v))
+            y = tl.where(hard[:, None], y, y + 12582912.0)
+            code = y.to(tl.int32, bitcast=True) & levels[:, None]
+            joined |= tl.where(inside, code << (part * bits)[:, None], 0)
+        joined = tl.where(finite[:, None], joined, 0)
+        tl.store(codes + start[:, None] + byte[None, :], joined.to(tl.uint8), mask=wanted)
+    tl.store(parameters + 2 * r, tl.where(finite, scale, float("nan")), mask=is_row)
+    tl.store(parameters + 2 * r + 1, tl.where(finite, low, float("nan")), mask=is_row)
+
+
+@triton.jit
+def _unpack_rows(
+    codes, parameters, x, widths, starts, n_rows, row, row_bytes, n_digits, limit,
+    BITS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_row = r < n_rows
+    r = tl.minimum(r, n_rows - 1)
+    bits, m, start = _place(r, row, row_bytes, n_digits, widths, starts, BITS, ROWS)
+    levels = (1 << bits) - 1
+    scale, low = tl.load(parameters + 2 * r), tl.load(parameters + 2 * r + 1)
+    # near the end of float32 a row is restored at half its size, or the widest range would overflow
+    half = tl.where(scale * levels.to(tl.float32) + tl.abs(low) < 1.7e38, 1.0, 0.5)
+    factor, addend = scale * half, low * half
+    for j in range(0, row_bytes, BLOCK):
+        byte = j + tl.arange(0, BLOCK)
+        wanted = (byte[None, :] < m[:, None]) & is_row[:, None]
+        joined = tl.load(codes + start[:, None] + byte[None, :], mask=wanted, other=0).to(tl.int32)
+        for part in tl.static_range(PARTS):
+            at = part * m[:, None] + byte[None, :]
+            code = ((joined >> (part * bits)[:, None]) & levels[:, None]).to(tl.float32)
+            v = tl.fma(code, factor[:, None] + tl.zeros_like(code), addend[:, None] + tl.zeros_like(code))
+            v = tl.where(half[:, None] < 1.0, v * 2.0, v)
+            v = tl.where(v > limit, limit, v)  # rounding must not make infinities; a NaN stays one
+            v = tl.where(v < -limit, -limit, v)
+            inside = wanted & (part * bits < 8)[:, None]
+            if not EVEN:
+                inside = inside & (at < row)
+            tl.store(x + r[:, None] * row + at, v.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pack_fp8(x, codes, units, n, BLOCK: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + at, mask=at < n, other=0.0)
+    largest = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    finite = largest < 0x7F800000
+    exponent = tl.maximum((largest >> 23) - 7, 1)  # the unit's inverse must be a float32 too
+    unit = (exponent << 23).to(tl.float32, bitcast=True)
+    raw = (v * tl.div_rn(unit * 0.0 + 1.0, unit)).to(tl.int32, bitcast=True)
+    magnitude = raw & 0x7FFFFFFF
+    scaled = magnitude.to(tl.float32, bitcast=True) * 512.0  # below 2^-6 values are 2^-9 apart
+    whole = tl.floor(scaled)
+    fine = whole.to(tl.int32) + (scaled - whole >= 0.5).to(tl.int32)
+    coarse = ((magnitude + 0x80000) >> 20) - 960
+    rounded = tl.where(magnitude < 0x3C800000, fine, coarse)
+    rounded = tl.minimum(rounded, tl.where(exponent == 247, 0x77, 0x7F))  # 256 units would be infinite there
+    code = tl.where(finite, rounded | ((raw >> 24) & 0x80), 0)
+    tl.store(codes + at, code.to(tl.uint8), mask=at < n)
+    tl.store(units + block, tl.where(finite, unit, float("nan")))
+
+
+@triton.jit
+def _unpack_fp8(codes, units, x, n, BLOCK: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    code = tl.load(codes + at, mask=at < n, other=0).to(tl.int32)
+    # e4m3 is float16 of a 256th, cut to 3 bits of mantissa
+    half = (((code & 0x7F) << 7) | ((code & 0x80) << 8)).to(tl.int16).to(tl.float16, bitcast=True)
+    tl.store(x + at, half.to(tl.float32) * 256.0 * tl.load(units + block), mask=at < n)
+
+
+class TritonKernels:
+    """``kernels.Kernels`` for CUDA."""
+
+    row_dtypes = FLOATS
+
+    def pack_rows(self, bits: int, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor) -> None:
+        """Packs the first ``n_rows`` rows of a storage, ``row`` elements each."""
+        pointers = (storage_view(rows), codes, _pairs(parameters, n_rows), codes, codes)
+        _launch(_pack_rows, pointers, n_rows, row, (1,), bits)
+
+    def unpack_rows(self, bits: int, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor) -> None:
+        """Undoes :meth:`pack_rows`."""
+        pointers = (codes, _pairs(parameters, n_rows), storage_view(rows), codes, codes)
+        _launch(_unpack_rows, pointers, n_rows, row, (1, torch.finfo(rows.dtype).max), bits)
+
+    def pack_channels(
+        self, widths: Tensor, starts: Tensor, x: Tensor, row: int, codes: Tensor, parameters: Tensor
+    ) -> None:
+        """Packs rows whose widths take turns."""
+        pairs = parameters.view(torch.float32)
+        _launch(_pack_rows, (x, codes, pairs, widths, starts), pairs.numel() // 2, row, (len(widths),))
+
+    def unpack_channels(
+        self, widths: Tensor, starts: Tensor, codes: Tensor, parameters: Tensor, row: int, x: Tensor
+    ) -> None:
+        """Undoes :meth:`pack_channels`."""
+        pairs = parameters.view(torch.float32)
+        numbers = (len(widths), torch.finfo(x.dtype).max)
+        _launch(_unpack_rows, (codes, pairs, x, widths, starts), pairs.numel() // 2, row, numbers)
+
+    def pack_fp8(self, x: Tensor, codes: Tensor, units: Tensor) -> None:
+        """Casts float32 to e4m3 in blocks."""
+        pointers, n = (storage_view(x), codes, units.view(torch.float32)), codes.numel()
+        _run(_pack_fp8, triton.cdiv(n, FP8_BLOCK), pointers, (n,), {"BLOCK": FP8_BLOCK})
+
+    def unpack_fp8(self, codes: Tensor, units: Tensor, x: Tensor) -> None:
+        """Undoes :meth:`pack_fp8`."""
+        pointers, n = (codes, units.view(torch.float32), storage_view(x)), codes.numel()
+        _run(_unpack_fp8, triton.cdiv(n, FP8_BLOCK), pointers, (n,), {"BLOCK": FP8_BLOCK})
+
+    def pack_bf16(self, x: Tensor, codes: Tensor) -> None:
+        """Casts float32 to bfloat16."""
+        codes.view(torch.bfloat16).copy_(storage_view(x))
+
+    def unpack_bf16(self, codes: Tensor, x: Tensor) -> None:
+        """Undoes :meth:`pack_bf16`."""
+        storage_view(x).copy_(codes.view(torch.bfloat16))
+
+
+def _pairs(parameters: Tensor, n_rows: int) -> Tensor:
+    """Scales and lowest values of rows; what comes after them in a header is not looked at."""
+    return parameters.view(-1)[: 8 * n_rows].view(torch.float32)
+
+
+def _launch(
+    kernel: Any, pointers: tuple[Tensor, ...], n_rows: int, row: int, numbers: tuple[float, ...], bits: int = 0
+) -> None:
+    """Runs a kernel over all rows; ``bits`` is 0 where each row has its own."""
+    row_bytes = -(-row * (bits or 8) // 8)  # of the widest rows
+    block = min(triton.next_power_of_2(max(row_bytes, 1)), _BLOCK)
+    rows = max(1, min(_PROGRAM // block, triton.next_power_of_2(n_rows)))
+    parts = 8 // (bits or 2)
+    shape = {"BITS": bits, "PARTS": parts, "EVEN": row % parts == 0, "ROWS": rows, "BLOCK": block}
+    _run(kernel, triton.cdiv(n_rows, rows) if row else 0, pointers, (n_rows, row, row_bytes, *numbers), shape)
+
+
+def _run(
+    kernel: Any, programs: int, pointers: tuple[Tensor, ...], numbers: tuple[float, ...], shape: dict[str, int]
+) -> None:
+    """Runs a kernel's programs on the device that holds its tensors."""
+    if programs:
+        with torch.cuda.device(pointers[0].get_device()):
+            kernel[(programs,)](*pointers, *numbers, **shape, enable_fp_fusion=False)
