@@ -10,6 +10,7 @@ ROWS = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -18,7 +19,7 @@ typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef uint16_t shorts __attribute__((vector_size(32)));
 typedef uint8_t bytes __attribute__((vector_size(16)));
-static const int kLanes = 16, kScratch = 8192;
+static const int kLanes = 16, kScratch = 8192, kTogether = 4;
 static const int64_t kSerial = 1 << 14;     // fewer elements are not worth a second thread
 static const float kRound = 12582912.0f;    // 1.5 * 2^23: after adding it, the low bits are the nearest integer
 
@@ -50,13 +51,13 @@ static inline bool is_spoiled(floats sum) {
 #endif
 }
 
-// Lowest and highest of a row; true if an element is not finite, and now and then without need.
-static inline bool extent(const float* x, int64_t n, float& low, float& high) {
+// Lowest and highest of a row; suspect if an element is not finite, and now and then without need.
+struct Extent { float low, high; bool suspect; };
+static inline Extent extent(const float* x, int64_t n) {
     if (n < kLanes) {
-        float sum = 0;
-        low = high = x[0];
+        float sum = 0, low = x[0], high = x[0];
         for (int64_t i = 0; i < n; i++) { low = LESS(low, x[i]); high = MORE(high, x[i]); sum += x[i]; }
-        return !std::isfinite(sum);
+        return {low, high, !std::isfinite(sum)};
     }
     floats low0 = load<floats>(x), high0 = low0, low1 = low0, high1 = low0, sum0 = {}, sum1 = {};
     int64_t j = 0;
@@ -75,16 +76,16 @@ static inline bool extent(const float* x, int64_t n, float& low, float& high) {
     floats both = __builtin_shufflevector(low0, high0, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     both = LESS(left, both);
     FOLD_HALVES(both, LESS)
-    low = both[0]; high = -both[8];
-    return is_spoiled(sum0 + sum1);
+    return {both[0], -both[8], is_spoiled(sum0 + sum1)};
 }
 
 // One row of up to (8 / width) * m elements; code p * m + j stands in byte j, at bit p * width.
 template <int width>
-static inline void pack_row(const float* row, int64_t n, const float* x, int64_t m, uint8_t* q, float* parameters) {
+static inline void pack_row(const float* row, int64_t n, Extent of, const float* x, int64_t m, uint8_t* q,
+                            float* parameters) {
     const int parts = 8 / width, levels = (1 << width) - 1;
-    float low, high;
-    if (extent(row, n, low, high)) {
+    const float low = of.low, high = of.high;
+    if (of.suspect) {
         bool bad = false;
         for (int64_t i = 0; i < n; i++) bad |= !std::isfinite(row[i]);
         if (bad) { parameters[0] = parameters[1] = NAN; std::memset(q, 0, m); return; }
@@ -146,13 +147,13 @@ static inline void unpack_row(const uint8_t* __restrict__ q, int64_t m, const fl
 }
 
 // The same for a row that is not of whole bytes or shorter than a vector: by way of a padded copy.
-template <int width> static void pack_any(const float* x, int64_t row, uint8_t* q, float* parameters) {
+template <int width> static void pack_any(const float* x, int64_t row, Extent of, uint8_t* q, float* parameters) {
     const int64_t m = (row * width + 7) / 8, padded = m * (8 / width);
-    if (padded == row && m >= kLanes) return pack_row<width>(x, row, x, m, q, parameters);
+    if (padded == row && m >= kLanes) return pack_row<width>(x, row, of, x, m, q, parameters);
     float scratch[kScratch];
     std::memcpy(scratch, x, row * sizeof(float));
     for (int64_t i = row; i < padded + kLanes; i++) scratch[i] = x[row - 1];
-    pack_row<width>(x, row, scratch, m, q, parameters);  // x: what is just written is slow to read
+    pack_row<width>(x, row, of, scratch, m, q, parameters);  // x: what is just written is slow to read
 }
 
 template <int width> static void unpack_any(const uint8_t* q, const float* parameters, int64_t row, float* x) {
@@ -165,10 +166,10 @@ template <int width> static void unpack_any(const uint8_t* q, const float* param
     std::memcpy(x, scratch, row * sizeof(float));
 }
 
-static void pack_width(int width, const float* x, int64_t row, uint8_t* q, float* parameters) {
-    if (width == 8) pack_any<8>(x, row, q, parameters);
-    else if (width == 4) pack_any<4>(x, row, q, parameters);
-    else pack_any<2>(x, row, q, parameters);
+static void pack_width(int width, const float* x, int64_t row, Extent of, uint8_t* q, float* parameters) {
+    if (width == 8) pack_any<8>(x, row, of, q, parameters);
+    else if (width == 4) pack_any<4>(x, row, of, q, parameters);
+    else pack_any<2>(x, row, of, q, parameters);
 }
 
 static void unpack_width(int width, const uint8_t* q, const float* parameters, int64_t row, float* x) {
@@ -177,11 +178,28 @@ static void unpack_width(int width, const uint8_t* q, const float* parameters, i
     else unpack_any<2>(q, parameters, row, x);
 }
 
+// Packs rows of a storage; place(r) gives the width of row r and where its codes begin. A few rows' extents are found
+// before the first of these rows is packed: each ends in a chain of steps that wait for each other, and chains of
+// different rows overlap.
+template <typename Place>
+static void pack_all(const float* x, int64_t n_rows, int64_t row, float* parameters, int threads, Place place) {
+    const int64_t together = row <= 2048 ? kTogether : 1;  // what the nearest cache holds
+    #pragma omp parallel for num_threads(threads) if (n_rows * row >= kSerial)
+    for (int64_t first = 0; first < n_rows; first += together) {
+        const int64_t end = LESS(first + together, n_rows);
+        Extent of[kTogether];
+        for (int64_t r = first; r < end; r++) of[r - first] = extent(x + r * row, row);
+        for (int64_t r = first; r < end; r++) {
+            const auto at = place(r);
+            pack_width(at.first, x + r * row, row, of[r - first], at.second, parameters + 2 * r);
+        }
+    }
+}
+
 extern "C" void pack_rows(int width, const float* x, int64_t n_rows, int64_t row, uint8_t* q, float* parameters,
                           int threads) {
     const int64_t m = (row * width + 7) / 8;
-    #pragma omp parallel for num_threads(threads) if (n_rows * row >= kSerial)
-    for (int64_t r = 0; r < n_rows; r++) pack_width(width, x + r * row, row, q + r * m, parameters + 2 * r);
+    pack_all(x, n_rows, row, parameters, threads, [=](int64_t r) { return std::make_pair(width, q + r * m); });
 }
 
 extern "C" void unpack_rows(int width, const uint8_t* q, const float* parameters, int64_t n_rows, int64_t row, float* x,
@@ -195,11 +213,10 @@ extern "C" void unpack_rows(int width, const uint8_t* q, const float* parameters
 // offsets[n_channels] in all.
 extern "C" void pack_channels(const int32_t* widths, const int64_t* offsets, const float* x, int64_t n_rows,
                               int64_t row, int64_t n_channels, uint8_t* q, float* parameters, int threads) {
-    #pragma omp parallel for num_threads(threads) if (n_rows * row >= kSerial)
-    for (int64_t r = 0; r < n_rows; r++) {
-        const int64_t c = r % n_channels, start = r / n_channels * offsets[n_channels] + offsets[c];
-        pack_width(widths[c], x + r * row, row, q + start, parameters + 2 * r);
-    }
+    pack_all(x, n_rows, row, parameters, threads, [=](int64_t r) {
+        const int64_t c = r % n_channels;
+        return std::make_pair(widths[c], q + r / n_channels * offsets[n_channels] + offsets[c]);
+    });
 }
 
 extern "C" void unpack_channels(const int32_t* widths, const int64_t* offsets, const uint8_t* q,
