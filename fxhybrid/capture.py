@@ -58,8 +58,13 @@ class Capture:
     flat_names: tuple[str, ...]
 
 
-def capture(module: nn.Module, args: tuple[Any, ...]) -> Capture:
+def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> Capture:
     """Traces ``module(*args)`` and its backward pass.
+
+    Args:
+        module: to be traced.
+        args: of the call.
+        exact: whether gradients must have eager's very bits; without, recurrent layers take less memory.
 
     Raises:
         CaptureError: the model cannot be traced into one graph, or does something that the joint graph
@@ -73,7 +78,7 @@ def capture(module: nn.Module, args: tuple[Any, ...]) -> Capture:
             traced = convert_frame.fullgraph_capture(module, args, {})
             if traced.backend_input is None:
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
-            make_opaque(traced.backend_input.graph_module)
+            make_opaque(traced.backend_input.graph_module, in_segments=not exact)
             joint, metadata, names = _joint_graph(module, traced.backend_input)
             output = traced.graph_capture_output
             function, _ = convert_frame.get_traced_fn(module)

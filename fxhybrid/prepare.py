@@ -77,10 +77,10 @@ class Prepared:
 
 def prepare(step: Step, call: StepCall, options: Options) -> Prepared:
     """Captures a step and measures its operators; runs neither the model nor its backward pass."""
-    captured = capture(step, tuple(call))
+    lossy = options.compression == "auto" and options.max_grad_error > 0
+    captured = capture(step, tuple(call), exact=not lossy)
     joint = canonicalize(captured.joint)
     layout = layout_of(joint)
-    lossy = options.compression == "auto" and options.max_grad_error > 0
     choices = codec_choices(layout, lossy=lossy, lossless=options.compression != "off")
     profile = profile_calls(calls_of(layout, choices))
     errors = error_table(lossy_groups(layout, choices), choices, lambda _: DEFAULT_GROUP_ERROR)

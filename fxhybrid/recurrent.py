@@ -4,6 +4,10 @@ AOTAutograd would unroll them into thousands of nodes that run up to three times
 the dropout between layers. So the calls in Dynamo's graph are replaced before it sees them: each layer
 becomes ``fxhybrid::recurrent``, whose backward operator runs the layer again and differentiates it, with the
 very kernels of eager. What crosses to the backward pass is the layer's input, not its time steps.
+
+In segments, backward has the time steps of one segment at a time: forward notes the states before each segment, and
+backward runs and differentiates segment by segment, the last one first. That takes no longer and a fraction of the
+memory, but sums weight gradients in another order, so it is not for plans that promise eager's very bits.
 """
 
 from __future__ import annotations
@@ -20,11 +24,16 @@ from fxhybrid.errors import CaptureError
 
 _KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _LAYERS: dict[Any, str] = {getattr(torch, kind): kind for kind in _KINDS}
+SEGMENT_STEPS = 16  # time steps; shorter segments take longer
 _AUTOGRAD_KEYS = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
 
 
-def make_opaque(graph_module: fx.GraphModule) -> None:
+def make_opaque(graph_module: fx.GraphModule, *, in_segments: bool) -> None:
     """Replaces the recurrent calls of Dynamo's graph, in place.
+
+    Args:
+        graph_module: Dynamo's.
+        in_segments: whether weight gradients may be summed in another order than eager's, which saves memory.
 
     Raises:
         CaptureError: a packed sequence, or autocast.
@@ -39,13 +48,14 @@ def make_opaque(graph_module: fx.GraphModule) -> None:
                 f"{kind} under autocast cannot be planned; leave the layer out of it: "
                 "with torch.autocast(device, enabled=False)"
             )
-        node.target, node.args = run_layers, (kind, *node.args)
+        node.target, node.args = run_layers, (kind, SEGMENT_STEPS if in_segments else 0, *node.args)
     if nodes:
         graph_module.recompile()
 
 
 def run_layers(
     kind: str,
+    segment_steps: int,
     x: Tensor,
     state: Tensor | tuple[Tensor, ...],
     weights: Sequence[Tensor],
@@ -65,8 +75,8 @@ def run_layers(
     for layer in range(num_layers):
         mine = [s[layer * directions : (layer + 1) * directions] for s in states]
         theirs = list(weights[layer * per_layer : (layer + 1) * per_layer])
-        x, *hidden = torch.ops.fxhybrid.recurrent(kind, x, mine, theirs, has_biases, bidirectional)
-        last.append(hidden)
+        x, *hidden = torch.ops.fxhybrid.recurrent(kind, x, mine, theirs, has_biases, bidirectional, segment_steps)
+        last.append(hidden[: len(states)])
         if train and dropout and layer < num_layers - 1:
             x = F.dropout(x, dropout, True)
     x = x.transpose(0, 1) if batch_first else x
@@ -88,23 +98,60 @@ def _layer(
     return list(run(x, state, list(weights), has_biases, 1, 0.0, True, bidirectional, False))
 
 
+def _segments(x: Tensor, segment_steps: int, bidirectional: bool) -> list[slice]:
+    """Time steps of each segment; both directions at once need all of them."""
+    length = x.shape[0] if bidirectional or segment_steps == 0 else segment_steps
+    return [slice(begin, begin + length) for begin in range(0, x.shape[0], length)]
+
+
 @torch.library.custom_op("fxhybrid::recurrent", mutates_args=())
 def recurrent(
-    kind: str, x: Tensor, states: list[Tensor], weights: list[Tensor], has_biases: bool, bidirectional: bool
+    kind: str,
+    x: Tensor,
+    states: list[Tensor],
+    weights: list[Tensor],
+    has_biases: bool,
+    bidirectional: bool,
+    segment_steps: int,
 ) -> list[Tensor]:
-    """One recurrent layer over (time, batch, features): the output, then the last states."""
+    """One recurrent layer over (time, batch, features).
+
+    Gives the output, the last states, and each state before all segments but the first.
+    """
     x, *others = (t.detach() for t in (x, *states, *weights))
     n = len(states)
+    before, weights = others[:n], others[n:]
+    segments = _segments(x, segment_steps, bidirectional)
+    out = x.new_empty(_output_shape(x, states, bidirectional))
+    marks = [s.new_empty(len(segments) - 1, *s.shape) for s in states]
     with torch.enable_grad():  # oneDNN rounds otherwise where gradients are switched off
-        return [t.contiguous() for t in _layer(kind, x, others[:n], others[n:], has_biases, bidirectional)]
+        for i, segment in enumerate(segments):
+            for mark, state in zip(marks, before, strict=True):
+                if i:
+                    mark[i - 1].copy_(state)
+            part, *before = _layer(kind, x[segment], before, weights, has_biases, bidirectional)
+            out[segment].copy_(part)
+            del part  # or it would live beside the next one
+    return [out, *(s.clone(memory_format=torch.contiguous_format) for s in before), *marks]
+
+
+def _output_shape(x: Tensor, states: Sequence[Tensor], bidirectional: bool) -> tuple[int, ...]:
+    return x.shape[0], x.shape[1], states[0].shape[2] * (2 if bidirectional else 1)
 
 
 @recurrent.register_fake
 def _(
-    kind: str, x: Tensor, states: list[Tensor], weights: list[Tensor], has_biases: bool, bidirectional: bool
+    kind: str,
+    x: Tensor,
+    states: list[Tensor],
+    weights: list[Tensor],
+    has_biases: bool,
+    bidirectional: bool,
+    segment_steps: int,
 ) -> list[Tensor]:
-    width = states[0].shape[2] * (2 if bidirectional else 1)
-    return [x.new_empty(x.shape[0], x.shape[1], width), *(s.new_empty(s.shape) for s in states)]
+    n_marks = len(_segments(x, segment_steps, bidirectional)) - 1
+    marks = (s.new_empty(n_marks, *s.shape) for s in states)
+    return [x.new_empty(_output_shape(x, states, bidirectional)), *(s.new_empty(s.shape) for s in states), *marks]
 
 
 @torch.library.custom_op("fxhybrid::recurrent_backward", mutates_args=())
@@ -115,23 +162,59 @@ def recurrent_backward(
     x: Tensor,
     states: list[Tensor],
     weights: list[Tensor],
+    marks: list[Tensor],
     has_biases: bool,
     bidirectional: bool,
+    segment_steps: int,
     wanted: list[int],
 ) -> list[Tensor]:
     """Gradients of the ``wanted`` among (x, states, weights), given those of the ``outputs`` named."""
+    leaves = [t.detach() for t in (x, *states, *weights)]
+    n = 1 + len(states)
+    given = dict(zip(outputs, gradients, strict=True))
+    found: dict[int, Tensor] = {}
+    segments = _segments(x, segment_steps, bidirectional)
+    if len(segments) > 1 and 0 in wanted:
+        found[0] = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for i in range(len(segments) - 1, -1, -1):
+        before = [mark[i - 1] for mark in marks] if i else leaves[1:n]
+        own = [leaves[0][segments[i]], *before, *leaves[n:]]
+        asked = sorted({*wanted, *range(1, n)}) if i else wanted
+        theirs = {k: g if k else g[segments[i]] for k, g in given.items()}
+        part = _segment_gradients(kind, own, n, theirs, asked, has_biases, bidirectional)
+        if i:  # what the states before this segment get is for the one that made them
+            given = {k: g for k, g in given.items() if k == 0} | {k: part.pop(k) for k in range(1, n) if k in part}
+        for k, g in part.items():
+            if len(segments) == 1:
+                found[k] = g.contiguous()
+            elif k == 0:
+                found[0][segments[i]].copy_(g)
+            else:
+                found[k] = found[k].add_(g) if k in found else g.clone(memory_format=torch.contiguous_format)
+    for k in wanted:
+        if k not in found:
+            found[k] = torch.zeros_like(leaves[k], memory_format=torch.contiguous_format)
+    return [found[k] for k in wanted]
+
+
+def _segment_gradients(
+    kind: str,
+    leaves: list[Tensor],
+    n: int,
+    given: dict[int, Tensor],
+    asked: list[int],
+    has_biases: bool,
+    bidirectional: bool,
+) -> dict[int, Tensor]:
+    """Runs a layer over a segment and differentiates it; ``leaves`` are its input, ``n - 1`` states and weights."""
     with _differentiable():
-        leaves = [t.detach() for t in (x, *states, *weights)]
-        for i in wanted:
-            leaves[i].requires_grad_()
-        n = 1 + len(states)
-        results = _layer(kind, leaves[0], leaves[1:n], leaves[n:], has_biases, bidirectional)
-        asked = [leaves[i] for i in wanted]
-        found = torch.autograd.grad([results[i] for i in outputs], asked, gradients, allow_unused=True)
-    return [
-        torch.zeros_like(leaf, memory_format=torch.contiguous_format) if g is None else g.contiguous()
-        for g, leaf in zip(found, asked, strict=True)
-    ]
+        own = [t.detach() for t in leaves]
+        for i in asked:
+            own[i].requires_grad_()
+        results = _layer(kind, own[0], own[1:n], own[n:], has_biases, bidirectional)
+        results, gradients = [results[i] for i in given], list(given.values())
+        found = torch.autograd.grad(results, [own[i] for i in asked], gradients, allow_unused=True)
+    return {i: g for i, g in zip(asked, found, strict=True) if g is not None}
 
 
 @recurrent_backward.register_fake
@@ -142,8 +225,10 @@ def _(
     x: Tensor,
     states: list[Tensor],
     weights: list[Tensor],
+    marks: list[Tensor],
     has_biases: bool,
     bidirectional: bool,
+    segment_steps: int,
     wanted: list[int],
 ) -> list[Tensor]:
     leaves = (x, *states, *weights)
@@ -161,33 +246,32 @@ def _differentiable() -> Iterator[None]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    kind, x, states, weights, has_biases, bidirectional = inputs
+    kind, x, states, weights, *options = inputs
     leaves = (x, *states, *weights)
-    ctx.save_for_backward(*leaves)
-    ctx.n_states, ctx.options = len(states), (kind, has_biases, bidirectional)
+    ctx.save_for_backward(*leaves, *output[1 + len(states) :])
+    ctx.n_states, ctx.n_leaves, ctx.kind, ctx.options = len(states), len(leaves), kind, options
     ctx.wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
 
 
 def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    kind, has_biases, bidirectional = ctx.options
-    leaves = list(ctx.saved_tensors)
+    leaves, marks = list(ctx.saved_tensors[: ctx.n_leaves]), list(ctx.saved_tensors[ctx.n_leaves :])
     n = 1 + ctx.n_states
-    present = [(i, g) for i, g in enumerate(gradients) if g is not None]
+    present = [(i, g) for i, g in enumerate(gradients[:n]) if g is not None]
     found = torch.ops.fxhybrid.recurrent_backward(
-        kind,
+        ctx.kind,
         [g for _, g in present],
         [i for i, _ in present],
         leaves[0],
         leaves[1:n],
         leaves[n:],
-        has_biases,
-        bidirectional,
+        marks,
+        *ctx.options,
         ctx.wanted,
     )
     full: list[Tensor | None] = [None] * len(leaves)
     for i, gradient in zip(ctx.wanted, found, strict=True):
         full[i] = gradient
-    return None, full[0], full[1:n], full[n:], None, None
+    return None, full[0], full[1:n], full[n:], None, None, None
 
 
 recurrent.register_autograd(_differentiate, setup_context=_keep)

@@ -107,7 +107,7 @@ class Verifier:
         if own > 0:
             return CaptureCheck(difference, f"eager does not repeat itself here (its own difference: {own:.1e})")
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.step.parameters())
-        low = low or torch.is_autocast_cpu_enabled() or torch.is_autocast_enabled()
+        low = low or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         if not difference <= (LOW_PRECISION if low else SAME_GRAPH) or not same_rng:
             raise CaptureError(
                 f"the traced graph does not compute what the model does: gradients differ by {difference:.2g}"

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fxhybrid
 from fxhybrid import CaptureError, measure_step, suite
-from tests.compare import tighten, total, twins
+from tests.compare import assert_same, state_of, tighten, total, twins
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "gru": lambda: nn.GRU(12, 16, num_layers=2, batch_first=True),
@@ -48,6 +48,39 @@ def test_layer(name: str) -> None:
     n_layers = pair.plain.num_layers
     assert sum("recurrent_backward" in name for name in names) == n_layers
     assert len(names) < 60 * n_layers
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_in_segments(name: str) -> None:
+    """40 steps are segments of 16, 16 and 8: outputs have eager's bits, gradients are sums in another order."""
+    pair = twins(LAYERS[name]().train(), compression="auto")
+    x = torch.randn(40, 40, 12).requires_grad_()
+    results = []
+    for m in (pair.plain, pair.hybrid):
+        torch.manual_seed(7)
+        x.grad = None
+        out, state = m(x)
+        total((out[3:], state)).backward()
+        results.append(([out, state], [x.grad, *(p.grad for p in m.parameters())]))
+    (outputs, gradients), (found_outputs, found_gradients) = results
+    assert_same(state_of(pair.plain, outputs), state_of(pair.plain, found_outputs))
+    for expected, found in zip(gradients, found_gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_segments_take_a_fraction_of_the_memory() -> None:
+    # Backward holds 96 time steps of the layer at once, or 16 of them beside its output and that one's gradient.
+    model, x = nn.GRU(16, 64).train(), torch.randn(96, 16, 16)
+    rises = []
+    for compression in ("lossless", "auto"):
+        hybrid = fxhybrid.compile(model, budget=1.0, example_inputs=(x,), compression=compression)
+
+        def step(hybrid: nn.Module = hybrid) -> None:
+            model.zero_grad()
+            total(hybrid(x)).backward()
+
+        rises.append(measure_step(step, modules=hybrid, tensors=[x], repeats=0).rise_bytes)
+    assert rises[1] < rises[0] / 2
 
 
 def test_given_state_and_unbatched_input() -> None:

@@ -55,7 +55,8 @@ static inline int32_t largest_bits(const float* x, int64_t n) {
     return MORE(found, most[0]);
 }
 
-// e4m3 is float16 of a 256th, cut to 3 bits of mantissa: x, a 256th of what is cast, is below 1. Ties go away from zero.
+// e4m3 is float16 of a 256th, cut to 3 bits of mantissa: x, a 256th of what is cast, is below 1. Ties go away from
+// zero.
 static inline bytes to_e4m3(floats x) {
     const shorts rounded = (to_half(x) + 0x40) >> 7;
     return __builtin_convertvector((rounded & 0x7f) | ((rounded >> 1) & 0x80), bytes);
