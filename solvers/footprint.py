@@ -23,7 +23,7 @@ import numpy as np
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.problem import Problem
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, Ints, State
-from fxhybrid.solvers.lives import NO_GROUP, Interval, Lives
+from fxhybrid.solvers.lives import NO_GROUP, Life, Lives
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Footprints(Lives):
         self._lossy = self._invalid = 0
         self._trying = False  # nobody will look at the heights of this move
         # what the last move changed, so that it can be taken back
-        self._moved: list[Interval] = []
+        self._steps: dict[int, int] = {}
         self._old: list[tuple[Any, int, Any]] = []
         self._put_or_taken: list[tuple[int, tuple[int, int], bool]] = []
-        self._sums = (self._seconds, self._error2, self._lossy, self._invalid)
+        self._before = (self._live, self._seconds, self._error2, self._lossy, self._invalid)
         self.moves = 0
         self._settle(range(self.n_forward), set(problem.producer))
 
@@ -121,8 +121,11 @@ class Footprints(Lives):
 
     # -- moving to another state ---------------------------------------------------------------------------
 
-    def effect(self, changes: Mapping[int, int]) -> tuple[list[Interval], float, float] | None:
-        """What a move would do: bytes that come or go by slots, added seconds and squared error; None if invalid."""
+    def effect(self, changes: Mapping[int, int]) -> tuple[dict[int, int], float, float] | None:
+        """What a move would do: bytes that come or go from a slot on, added seconds and squared error.
+
+        None if it is invalid.
+        """
         if len(changes) == 1:
             ((t, code),) = changes.items()
             if RECOMPUTED not in (code, self.state[t]) and self.use[t] < NEVER:
@@ -130,12 +133,12 @@ class Footprints(Lives):
         seconds, error2 = self._seconds, self._error2
         self._trying = True
         self.move(changes)
-        found = (self._moved, self._seconds - seconds, self._error2 - error2) if self.valid else None
+        found = (self._steps, self._seconds - seconds, self._error2 - error2) if self.valid else None
         self.undo()
         self._trying = False
         return found
 
-    def _swap(self, t: int, code: int) -> tuple[list[Interval], float, float] | None:
+    def _swap(self, t: int, code: int) -> tuple[dict[int, int], float, float] | None:
         """``effect`` of storing ``t`` in another form: nothing else is needed earlier or later for it."""
         before = self.state[t]
         lossy = self.lossy(t, code) - self.lossy(t, before)
@@ -144,20 +147,16 @@ class Footprints(Lives):
         self.state[t] = code
         old, new = self._lives[t], self._life(t, *self._last_uses(t))
         self.state[t] = before
-        intervals = [(begin, end, -size) for begin, end, size in old.intervals] + list(new.intervals)
-        seconds = error2 = 0.0
-        for sign, form in ((-1, before), (1, code)):
-            if form >= FIRST_CODEC:
-                option = self.option(t, form)
-                seconds += sign * (option.encode_s + option.decode_s)
-                error2 += 0.0 if option.lossless else sign * option.error**2
-        return intervals, seconds, error2
+        steps = dict(new.steps)
+        for at, size in old.steps:
+            steps[at] = steps.get(at, 0) - size
+        return steps, new.seconds - old.seconds, new.error2 - old.error2
 
     def move(self, changes: Mapping[int, int]) -> dict[int, int]:
         """Gives the tensors in ``changes`` new codes; returns the changes that lead back."""
         self.moves += 1
-        self._moved, self._old, self._put_or_taken = [], [], []
-        self._sums = (self._seconds, self._error2, self._lossy, self._invalid)
+        self._steps, self._old, self._put_or_taken = {}, [], []
+        self._before = (self._live, self._seconds, self._error2, self._lossy, self._invalid)
         back = {t: self.state[t] for t, code in changes.items() if code != self.state[t]}
         for t, old in back.items():
             lossy = self.lossy(t, changes[t]) - self.lossy(t, old)
@@ -169,69 +168,85 @@ class Footprints(Lives):
 
     def undo(self) -> None:
         """Takes the last move back."""
-        for begin, end, size in () if self._trying else self._moved:
-            self._live[begin:end] -= size
         for values, key, old in reversed(self._old):
             values[key] = old
         for slot, member, put in reversed(self._put_or_taken):
             (self._members[slot].discard if put else self._members[slot].add)(member)
-        self._seconds, self._error2, self._lossy, self._invalid = self._sums
+        self._live, self._seconds, self._error2, self._lossy, self._invalid = self._before
 
     def _set(self, values: Any, key: int, new: object) -> None:
         self._old.append((values, key, values[key]))
         values[key] = new
 
     def _settle(self, ops: Iterable[int], dirty: set[int]) -> None:
-        """Works out anew what depends on ``ops``, readers first, and on the tensors in ``dirty``."""
+        """Works out anew what depends on ``ops`` and on the tensors in ``dirty``."""
         slots: set[int] = set()
+        self._settle_ops(ops, dirty, slots)
+        self._settle_lives(dirty, slots)
+        if self._trying:
+            return
+        if self._steps:
+            steps = np.zeros(self.n_slots + 1, np.int64)
+            steps[list(self._steps)] = list(self._steps.values())
+            self._live = self._live + np.cumsum(steps)[:-1]
+        for slot in slots:
+            self._set(self._group, slot, self._group_height(slot))
+
+    def _settle_ops(self, ops: Iterable[int], dirty: set[int], slots: set[int]) -> None:
+        """Who is needed from when and who runs again, readers first; whose lives that may alter is ``dirty`` then."""
+        state, use, rerun = self.state, self.use, self.rerun
         heap = [-o for o in ops]
         heapify(heap)
         queued = set(heap)
         while heap:
             o = -heappop(heap)
+            at = NEVER
             for t in self.made[o]:
-                use = self.first_run[t]
+                first = self.first_run[t]
                 for r in self.readers[t]:
-                    use = min(use, self.rerun[r])
-                if use != self.use[t]:
-                    self._set(self.use, t, use)
+                    if rerun[r] < first:
+                        first = rerun[r]
+                if first != use[t]:
+                    self._set(use, t, first)
                     dirty.add(t)
-            if self._settle_rerun(o, slots) | (o in self.optional and self._settle_run(o)):
+                if first < at and state[t] == RECOMPUTED:
+                    at = first
+            changed = at != rerun[o]
+            if changed:
+                self._run_again(o, at, slots)
+            if o in self.optional and self._settle_run(o):
+                changed = True
+            if changed:
                 dirty.update(self.read[o])
                 dirty.update(self.made[o])
-                for t in self.read[o]:
-                    key = -self.producer[t]
-                    if key not in queued:
-                        queued.add(key)
-                        heappush(heap, key)
-        for t in dirty:
-            self._settle_life(t, slots)
-        for slot in () if self._trying else slots:
-            self._set(self._group, slot, self._group_height(slot))
+                for source in self.sources[o]:
+                    if -source not in queued:
+                        queued.add(-source)
+                        heappush(heap, -source)
 
-    def _settle_rerun(self, o: int, slots: set[int]) -> bool:
-        """Where ``o`` runs again; says whether that changed."""
-        at, old = NEVER, self.rerun[o]
-        for t in self.made[o]:
-            if self.state[t] == RECOMPUTED:
-                at = min(at, self.use[t])
-        if at == old:
-            return False
+    def _run_again(self, o: int, at: int, slots: set[int]) -> None:
+        """Lets ``o`` run again before the backward op ``at``."""
+        old = self.rerun[o]
         self._set(self.rerun, o, at)
         fused = o in self.fused_at
-        if fused:
-            slot = self.fused_at[o]
-            self._set(self._top, slot, self.fused_top[o] if at < NEVER else self.base_top[slot])
-        else:
-            for p, put in ((old, False), (at, True)):
-                if p < NEVER:
-                    self._put(self.slot(p), (o, -1), put, slots)
+        if not self._trying:
+            if fused:
+                slot = self.fused_at[o]
+                self._set(self._top, slot, self.fused_top[o] if at < NEVER else self.base_top[slot])
+            else:
+                for p, put in ((old, False), (at, True)):
+                    if p < NEVER:
+                        self._put(self.slot(p), (o, -1), put, slots)
         if (at < NEVER) != (old < NEVER):
             sign = 1 if at < NEVER else -1
-            self._seconds += 0.0 if fused else sign * self.problem.forward[o].seconds
-            lossy = sum(self.lossy(t, self.state[t]) for t in self.read[o])
-            self._invalid += sign * (lossy + (not self.problem.forward[o].recomputable))
-        return True
+            op = self.problem.forward[o]
+            if not fused:
+                self._seconds += sign * op.seconds
+            if not op.recomputable:
+                self._invalid += sign
+            for t in self.read[o]:
+                if self.lossy(t, self.state[t]):
+                    self._invalid += sign
 
     def _settle_run(self, o: int) -> bool:
         """Whether ``o``, which only serves the backward pass, runs in the forward pass; says whether that changed."""
@@ -241,33 +256,39 @@ class Footprints(Lives):
             return False
         self._set(self._runs, o, runs)
         self._seconds += (1 if runs else -1) * self.problem.forward[o].seconds
-        self._set(self._top, o, self.optional[o] if runs else 0)
+        if not self._trying:
+            self._set(self._top, o, self.optional[o] if runs else 0)
         return True
 
-    def _settle_life(self, t: int, slots: set[int]) -> None:
-        uses = read, last, _ = self._last_uses(t)
-        if read != self.last_read[t]:
-            self._set(self.last_read, t, read)
-        if last != self.last_use[t]:
-            self._set(self.last_use, t, last)
-        old, new = self._lives[t], self._life(t, *uses)
-        if old == new:
-            return
-        self._set(self._lives, t, new)
-        for life, other, sign in ((old, new, -1), (new, old, 1)):
-            for interval in life.intervals:
-                if interval not in other.intervals:
-                    begin, end, size = interval
-                    if not self._trying:
-                        self._live[begin:end] += sign * size
-                    self._moved.append((begin, end, sign * size))
+    def _settle_lives(self, dirty: set[int], slots: set[int]) -> None:
+        """Who lives from where to where, and what that costs."""
+        steps, trying = self._steps, self._trying
+        for t in dirty:
+            read, last = self._last_uses(t)
+            old, new = self._lives[t], self._life(t, read, last)
+            if not trying and last // 2 != self.last_use[t]:
+                self._set(self.last_use, t, last // 2)
+            if old is new or old == new:
+                continue
+            for at, size in old.steps:
+                steps[at] = steps.get(at, 0) - size
+            for at, size in new.steps:
+                steps[at] = steps.get(at, 0) + size
+            for life, sign in ((old, -1), (new, 1)):
+                if life.code >= FIRST_CODEC:
+                    self._seconds += sign * life.seconds
+                    self._lossy += sign * life.lossy
+                    self._error2 += sign * life.error2
+            if not trying:
+                self._set(self._lives, t, new)
+                self._settle_groups(t, old, new, slots)
+
+    def _settle_groups(self, t: int, old: Life, new: Life, slots: set[int]) -> None:
+        """Notes the slots whose decodings and reruns are others, as ``t`` has a ``new`` life."""
+        for life, put in ((old, False), (new, True)):
             if life.code >= FIRST_CODEC:
-                option = self.option(t, life.code)
-                self._seconds += sign * (option.encode_s + option.decode_s)
-                self._lossy += sign * (not option.lossless)
-                self._error2 += 0.0 if option.lossless else sign * option.error**2
-                self._put(life.encoded_at, (self.producer[t], t), sign > 0, slots)
-                self._put(life.decoded_at, (self.producer[t], t), sign > 0, slots)
+                self._put(life.encoded_at, (self.producer[t], t), put, slots)
+                self._put(life.decoded_at, (self.producer[t], t), put, slots)
             if life.group_death >= 0:
                 slots.add(life.group_death)
         rerun = self.rerun[self.producer[t]]
@@ -275,8 +296,6 @@ class Footprints(Lives):
             slots.add(self.slot(rerun))
 
     def _put(self, slot: int, member: tuple[int, int], put: bool, slots: set[int]) -> None:
-        if self._trying:
-            return
         members = self._members.setdefault(slot, set())
         if put:
             members.add(member)

@@ -25,11 +25,14 @@ class Grid:
 
     Attributes:
         read, made: per forward op, the tensors read and made.
+        sources: per forward op, the ops that make what it reads.
         readers: per tensor, the forward ops that read it.
         producer: per tensor, the forward op that makes it, or -1.
-        first_run, last_run: per tensor, the first and last backward op that reads it, or NEVER and -1.
+        first_run: per tensor, the first backward op that reads it, or NEVER.
         base_read: per tensor, slot of the last use by a forward op that every plan runs, or -1.
+        base_last: per tensor, twice the slot of the last backward op that reads it, and one more, or -1.
         optional: forward ops that some plans leave out, with the height of each while it runs.
+        optional_users: per tensor, those of them that read or make it.
         fused_at: per fusable mask op, the slot of its reader; ``fused_top`` is the reader's height when fused.
         base_live, base_top: bytes of what no plan decides, and how high each op reaches above what is alive.
         rerun_top: per forward op, how high it reaches above what is alive.
@@ -70,6 +73,7 @@ class Grid:
         problem = self.problem
         self.read = [op.inputs for op in problem.forward]
         self.made = [op.outputs for op in problem.forward]
+        self.sources = [tuple({self.producer[t] for t in op.inputs}) for op in problem.forward]
         self.readers: list[list[int]] = [[] for _ in range(count)]
         for i, op in enumerate(problem.forward):
             for t in dict.fromkeys(op.inputs):
@@ -89,10 +93,13 @@ class Grid:
             self.base_top[i] = self.rerun_top[i]
             for t in (*op.inputs, *op.outputs):
                 self.base_read[t] = max(self.base_read[t], i)
+        self.optional_users = [
+            tuple(o for o in (self.producer[t], *self.readers[t]) if o in self.optional) for t in range(count)
+        ]
 
     def _prepare_backward(self, count: int) -> None:
         problem = self.problem
-        self.first_run, self.last_run = [NEVER] * count, [-1] * count
+        self.first_run, self.base_last = [NEVER] * count, [-1] * count
         death = [0] * count
         self.fused_at: dict[int, int] = {}
         self.fused_top: dict[int, int] = {}
@@ -101,7 +108,7 @@ class Grid:
             self.base_top[self.slot(p)] = self.top(op, op.rise_bytes)
             for t in (*op.inputs, *op.outputs):
                 death[t] = p
-                self.last_run[t] = p
+                self.base_last[t] = 2 * self.slot(p) + 1
             for t in op.inputs:
                 self.first_run[t] = min(self.first_run[t], p)
             if op.fusion:

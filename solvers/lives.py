@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from fxhybrid.problem import CodecOption, Problem
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, Grid, State
 
 NO_GROUP = -NEVER
+MAX_KNOWN = 1 << 17  # lives remembered
 Interval = tuple[int, int, int]
 
 
@@ -19,18 +20,24 @@ class Life(NamedTuple):
     """Where a tensor is in one state.
 
     Attributes:
-        intervals: slots and bytes: alive right before the slots' own ops.
+        steps: slots from which on more bytes, or fewer if negative, are alive right before the slots' own ops.
         code: the codec's code if it is stored encoded, else SAVED.
         encoded_at: slot before which it is encoded, or -1.
         decoded_at: slot before which it is decoded, or -1.
         group_death: slot whose group reads it last, or -1.
+        seconds: of encoding and decoding.
+        lossy: whether other bits come back.
+        error2: squared error.
     """
 
-    intervals: tuple[Interval, ...] = ()
+    steps: tuple[tuple[int, int], ...] = ()
     code: int = SAVED
     encoded_at: int = -1
     decoded_at: int = -1
     group_death: int = -1
+    seconds: float = 0.0
+    lossy: bool = False
+    error2: float = 0.0
 
 
 UNBORN = Life()
@@ -44,7 +51,6 @@ class Lives(Grid):
         use: per tensor, backward op before which it is first needed, or NEVER.
         rerun: per forward op, backward op before which it runs again, or NEVER.
         last_use: per tensor, slot of its last backward use, or -1.
-        last_read: per tensor, slot of its last forward use, or -1.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -54,17 +60,27 @@ class Lives(Grid):
         self.use = [NEVER] * count
         self.rerun = [NEVER] * self.n_forward
         self.last_use = [-1] * count
-        self.last_read = self.base_read.copy()
         self._runs = [i not in self.optional for i in range(self.n_forward)]
         self._lives = [UNBORN] * count
+        self._known: dict[tuple[int, ...], Life] = {}
         self._members: dict[int, set[tuple[int, int]]] = {}  # slot -> (op, -1) for reruns, (producer, t) for codecs
 
     def option(self, t: int, code: int) -> CodecOption:
         """The codec option that ``code`` stands for."""
         return self.problem.tensors[t].codecs[code - FIRST_CODEC]
 
-    def _life(self, t: int, read: int, last: int, in_group: bool) -> Life:
-        """Where ``t`` is alive, from its ``_last_uses``."""
+    def _life(self, t: int, read: int, last: int) -> Life:
+        """Where ``t`` is alive, from its ``_last_uses``; remembered, as a search comes by the same again and again."""
+        o = self.producer[t]
+        key = (t, self.state[t], self.use[t], self.rerun[o], self._runs[o], read, last)
+        life = self._known.get(key)
+        if life is None:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            life = self._known[key] = self._new_life(t, read, last // 2, last % 2 == 0)
+        return life
+
+    def _new_life(self, t: int, read: int, last: int, in_group: bool) -> Life:
         producer, size, code = self.producer[t], self.sizes[t], self.state[t]
         used = self.use[t] < NEVER
         encoded = used and code >= FIRST_CODEC
@@ -86,9 +102,13 @@ class Lives(Grid):
         if first < NEVER and (stays or first < death):
             intervals.append((first, self.n_slots if stays else death, size))
         group_death = last if in_group and not stays and t not in self.held else -1
-        if encoded:
-            return Life(tuple(intervals), code, read + 1, first, group_death)
-        return Life(tuple(intervals), group_death=group_death)
+        steps = _steps(intervals)
+        if not encoded:
+            return Life(steps, group_death=group_death)
+        option = self.option(t, code)
+        error2 = 0.0 if option.lossless else option.error**2
+        seconds = option.encode_s + option.decode_s
+        return Life(steps, code, read + 1, first, group_death, seconds, not option.lossless, error2)
 
     def _made_again(self, t: int) -> bool:
         """Whether a rerun of its op leaves a new value of ``t``: there is none yet, or the caller gets it."""
@@ -100,17 +120,21 @@ class Lives(Grid):
         """Whether a value of ``t`` made before a slot's own op is read after that."""
         return self.last_use[t] >= slot or t in self.gradients
 
-    def _last_uses(self, t: int) -> tuple[int, int, bool]:
-        """Slots of the last forward and the last backward use, and whether a group is the last user."""
-        read, last = self.base_read[t], 2 * self.last_run[t] + 1
-        if self.producer[t] in self.optional and self._runs[self.producer[t]]:
-            read = max(read, self.producer[t])
+    def _last_uses(self, t: int) -> tuple[int, int]:
+        """The last uses of ``t``.
+
+        Returns:
+            The slot of the last forward use, and twice that of the last backward use, one more if its own op reads
+            ``t`` and not the group; -1 for no use.
+        """
+        read, last, rerun = self.base_read[t], self.base_last[t], self.rerun
         for o in self.readers[t]:
-            if self.rerun[o] < NEVER:
-                last = max(last, 2 * self.rerun[o] + (o in self.fused_at))
-            if o in self.optional and self._runs[o]:
-                read = max(read, o)
-        return (read, self.slot(last // 2), last % 2 == 0) if last >= 0 else (read, -1, False)
+            if rerun[o] < NEVER:
+                last = max(last, 2 * self.slot(rerun[o]) + (o in self.fused_at))
+        for o in self.optional_users[t]:
+            if self._runs[o] and o > read:
+                read = o
+        return read, last
 
     def _group_height(self, slot: int) -> int:
         """The highest point of the instructions before a slot's own op, relative to the height after them."""
@@ -147,3 +171,13 @@ class Lives(Grid):
     def _decoding(self, t: int) -> tuple[int, int]:
         option = self.option(t, self.state[t])
         return max(option.decode_rise_bytes, self.sizes[t]), self.sizes[t] - option.encoded_bytes
+
+
+def _steps(intervals: Iterable[Interval]) -> tuple[tuple[int, int], ...]:
+    """Where the sum of ``intervals`` changes, and by how much."""
+    steps: dict[int, int] = {}
+    for begin, end, size in intervals:
+        if begin < end:
+            steps[begin] = steps.get(begin, 0) + size
+            steps[end] = steps.get(end, 0) - size
+    return tuple(steps.items())

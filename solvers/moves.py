@@ -149,8 +149,8 @@ class MoveTable:
         effect = self.base.effect(changes)
         if effect is None:
             return
-        intervals, self.seconds[r], self.error2[r] = effect
-        segments = _segments(intervals)
+        steps, self.seconds[r], self.error2[r] = effect
+        segments = _segments(steps)
         self.delta[r] = 0.0
         for k, (begin, end, size) in enumerate(segments):
             self.begin[r, k], self.end[r, k], self.delta[r, k] = begin, end, size
@@ -188,20 +188,16 @@ class Pace:
         self.batch = max(1, len(rows) // 4)
 
 
-def _segments(intervals: list[Interval]) -> list[Interval]:
-    """The sum of ``intervals`` as few segments; where they are too many, neighbours join at the higher one."""
-    jumps: dict[int, int] = {}
-    for begin, end, size in intervals:
-        if begin < end:
-            jumps[begin] = jumps.get(begin, 0) + size
-            jumps[end] = jumps.get(end, 0) - size
-    places = sorted(at for at, jump in jumps.items() if jump)
+def _segments(steps: dict[int, int]) -> list[Interval]:
+    """Where ``steps`` lead to another height than 0; where they are too many, neighbours join at the higher one."""
     segments: list[Interval] = []
-    level = 0
-    for i, at in enumerate(places[:-1]):
-        level += jumps[at]
-        if level:
-            segments.append((at, places[i + 1], level))
+    level = begin = 0
+    for at, step in sorted(steps.items()):
+        if step:
+            if level:
+                segments.append((begin, at, level))
+            level += step
+            begin = at
     while len(segments) > MAX_SEGMENTS:
         k = min(range(len(segments) - 1), key=lambda k: segments[k + 1][1] - segments[k][0])
         (begin, _, a), (_, end, b) = segments[k : k + 2]
