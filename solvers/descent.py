@@ -15,7 +15,7 @@ import numpy as np
 from fxhybrid.solvers.choices import Changes
 from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import Ints, State
-from fxhybrid.solvers.moves import ALL, Floats, MoveTable, Pace
+from fxhybrid.solvers.moves import Bools, Floats, MoveTable, Pace, lowest, sums
 from fxhybrid.solvers.points import Point
 
 SHARPNESS = 200.0  # slots one part in so many below the peak weigh 1 / e of it
@@ -25,6 +25,7 @@ ROWS_PER_PICK = 2000  # moves picked between two scorings: one, and one more for
 LOOKED_AT = 200  # moves looked at for one batch
 FAILS = 24  # moves refused in a row before a search gives up
 NOTHING = 1e-9  # of the step: seconds below that are no gain
+ALL = slice(0, None)
 
 
 class Descent:
@@ -57,11 +58,17 @@ class Descent:
         """Added seconds and the error's price."""
         return self.base.added_s + self.error_price_s * self.base.error2
 
-    @property
-    def costs(self) -> Floats:
-        """``cost_s`` that each move adds."""
-        cost: Floats = self.table.seconds + self.error_price_s * self.table.error2
+    def _costs(self, rows: Ints) -> Floats:
+        """``cost_s`` that each move of ``rows`` adds."""
+        cost: Floats = self.table.seconds[rows] + self.error_price_s * self.table.error2[rows]
         return cost
+
+    def _possible(self, banned: Bools, error2: float, limit: float, rows: slice = ALL) -> Ints:
+        """Valid moves of ``rows`` that are not ``banned`` and keep the error ``limit``, of which ``error2`` is used."""
+        table = self.table
+        possible = table.valid[rows] & ~banned[rows] & (error2 + table.error2[rows] <= limit)
+        places: Ints = rows.start + np.flatnonzero(possible)
+        return places
 
     def point(self) -> Point:
         """The present state."""
@@ -139,29 +146,30 @@ class Descent:
         """A batch of moves, the most useful first, that do not touch each other's tensors."""
         table, batch = self.table, pace.batch
         heights = self.base.heights()
-        weights = np.concatenate([[0.0], np.cumsum(np.exp(sharp * (heights - heights.max())))])
+        weights = sums(np.exp(sharp * (heights - heights.max())))
 
-        def gains(rows: slice) -> Floats:
+        def gains(rows: Ints) -> Floats:
             grown = table.weighed(lambda delta: np.expm1(np.clip(sharp * delta, -700.0, 200.0)), weights, rows)
             smooth = np.log(np.maximum(1.0 + grown / weights[-1], 1e-300)) / sharp
-            gain: Floats = -(self.costs[rows] + price * smooth)
-            gain[~table.valid[rows] | pace.banned[rows] | (self.base.error2 + table.error2[rows] > self.max_error2)] = (
-                0.0
-            )
+            gain: Floats = -(self._costs(rows) + price * smooth)
             return gain
 
-        gain = gains(ALL)
+        wanted = self._possible(pace.banned, self.base.error2, self.max_error2)
+        gain = gains(wanted)
+        useful = np.flatnonzero(gain > self.nothing_s)
         picks: list[int] = []
-        for r in np.argsort(-gain, kind="stable")[: 4 * batch].tolist():
-            if gain[r] <= self.nothing_s or len(picks) == 2 * batch:
+        for r in wanted[useful[lowest(-gain[useful], 4 * batch)]].tolist():
+            if len(picks) == 2 * batch:
                 break
-            rows = table.rows_of[table.row[r][0]]
-            if table.row[r][0] in table.stale:
-                table.refresh((table.row[r][0],))
-                fresh = gains(slice(rows.start, rows.stop))
-                r = rows.start + int(fresh.argmax())
-                if fresh.max() <= self.nothing_s:
+            t = table.row[r][0]
+            if t in table.stale:
+                table.refresh((t,))
+                rows = slice(table.rows_of[t].start, table.rows_of[t].stop)
+                again = self._possible(pace.banned, self.base.error2, self.max_error2, rows)
+                fresh = gains(again)
+                if not len(fresh) or fresh.max() <= self.nothing_s:
                     continue
+                r = int(again[fresh.argmax()])
             picks.append(r)
         return self._together(picks, batch)
 
@@ -203,9 +211,8 @@ class Descent:
         busy = pace.banned.copy()
         at_once = 1 + len(table.row) // ROWS_PER_PICK
         while table.row and len(rows) < pace.batch and height.max() > target:
-            score = self._scores(height, target, error2)
-            score[busy] = 0.0
-            order = [int(score.argmax())] if at_once == 1 else np.argsort(-score, kind="stable")[:at_once].tolist()
+            score = self._scores(height, target, error2, busy)
+            order = [int(score.argmax())] if at_once == 1 else lowest(-score, at_once).tolist()
             if score[order[0]] <= 0.0:
                 break
             for r in order:
@@ -220,22 +227,19 @@ class Descent:
                         busy[table.rows_of[t].start : table.rows_of[t].stop] = True
                         error2 += float(table.error2[r])
                         rows.append(r)
-                        self._add(height, r)
+                        table.add(height, r)
         return rows, picked
 
-    def _add(self, height: Floats, r: int) -> None:
-        for begin, end, size in self.table.segments[r]:
-            height[begin:end] += size
-
-    def _scores(self, height: Floats, target: int, error2: float) -> Floats:
-        """Bytes freed at the overloaded slots per second of added delay, 0 where a move cannot be."""
+    def _scores(self, height: Floats, target: int, error2: float, busy: Bools) -> Floats:
+        """Bytes freed at the overloaded slots per second of added delay, 0 where a move cannot be or is ``busy``."""
         table = self.table
         over = np.maximum(height - NEARLY * target, 0.0)
         top = float(over.max())
-        total = np.concatenate([[0.0], np.cumsum(over / top)])
-        gain = table.weighed(lambda delta: np.minimum(-delta, top), total)
-        score: Floats = gain / np.maximum(self.costs, 1e-6 * self.base.problem.step_s + 1e-30)
-        score[~table.valid | (gain <= 0) | (error2 + table.error2 > self.max_error2 * (1 + 1e-12))] = 0.0
+        rows = self._possible(busy, error2, self.max_error2 * (1 + 1e-12))
+        gain = table.weighed(lambda delta: np.minimum(-delta, top), sums(over / top), rows)
+        rate = gain / np.maximum(self._costs(rows), 1e-6 * self.base.problem.step_s + 1e-30)
+        score = np.zeros(len(table.row))
+        score[rows] = np.maximum(rate, 0.0)
         return score
 
     def trim(self, target: int, seen: list[Point] | None = None) -> None:
@@ -253,14 +257,16 @@ class Descent:
             accept=lambda: None if seen is None else seen.append(self.point()),
         )
 
-    def _savers(self, target: int, banned: np.ndarray) -> Ints:
-        """Moves that save time, those first that save most per byte where the room is scarce."""
-        table, cost = self.table, self.costs
-        wanted = np.flatnonzero(table.valid & ~banned & (cost < -self.nothing_s))
-        total = np.concatenate([[0.0], np.cumsum((self.base.heights() / max(target, 1)) ** SCARCITY)])
+    def _savers(self, target: int, banned: Bools) -> Ints:
+        """Some moves that save time, those first that save most per byte where the room is scarce."""
+        table = self.table
+        wanted = np.flatnonzero(table.valid & ~banned)
+        cost = self._costs(wanted)
+        saving = cost < -self.nothing_s
+        wanted, cost = wanted[saving], cost[saving]
+        total = sums((self.base.heights() / max(target, 1)) ** SCARCITY)
         taken = np.maximum(table.weighed(lambda delta: delta, total, wanted), 1.0)
-        order: Ints = wanted[np.argsort(cost[wanted] / taken, kind="stable")]
-        return order
+        return wanted[lowest(cost / taken, LOOKED_AT)]
 
     def _fitting(self, target: int, order: Ints, batch: int) -> tuple[list[int], Changes]:
         """Moves that should keep the target, apart from each other."""
@@ -269,26 +275,26 @@ class Descent:
         error2 = self.base.error2
         rows: list[int] = []
         picked: Changes = {}
-        for r in map(int, order[:LOOKED_AT]):
-            if not self._fits(height, r, target) or error2 + table.error2[r] > self.max_error2:
+        top = int(height.argmax())
+        for r in order.tolist():
+            if not table.fits(height, top, r, target) or error2 + table.error2[r] > self.max_error2:
                 continue
-            table.refresh((table.row[r][0],))
+            t = table.row[r][0]
+            stale = t in table.stale
+            table.refresh((t,))
             cost = table.seconds[r] + self.error_price_s * table.error2[r]
-            if not table.valid[r] or cost >= 0.0 or not self._fits(height, r, target):
+            if not table.valid[r] or cost >= 0.0 or (stale and not table.fits(height, top, r, target)):
                 continue
             changes = table.changes[r]
             if picked.keys().isdisjoint(self.base.near(changes)):
                 picked.update(changes)
                 error2 += float(table.error2[r])
-                self._add(height, r)
+                table.add(height, r)
+                top = int(height.argmax())
                 rows.append(r)
                 if len(rows) >= batch:
                     break
         return rows, picked
-
-    def _fits(self, height: Floats, r: int, target: int) -> bool:
-        segments = self.table.segments[r]
-        return all(size <= 0 or height[begin:end].max() + size <= target for begin, end, size in segments)
 
 
 def _excess(heights: Ints, target: int) -> float:

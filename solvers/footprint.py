@@ -23,7 +23,7 @@ import numpy as np
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.problem import Problem
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, Ints, State
-from fxhybrid.solvers.lives import NO_GROUP, Life, Lives
+from fxhybrid.solvers.lives import NO_GROUP, Life, Lives, Member
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Footprints(Lives):
         # what the last move changed, so that it can be taken back
         self._steps: dict[int, int] = {}
         self._old: list[tuple[Any, int, Any]] = []
-        self._put_or_taken: list[tuple[int, tuple[int, int], bool]] = []
+        self._put_or_taken: list[tuple[int, Member, bool]] = []
         self._before = (self._live, self._seconds, self._error2, self._lossy, self._invalid)
         self.moves = 0
         self._settle(range(self.n_forward), set(problem.producer))
@@ -217,8 +217,7 @@ class Footprints(Lives):
             if o in self.optional and self._settle_run(o):
                 changed = True
             if changed:
-                dirty.update(self.read[o])
-                dirty.update(self.made[o])
+                dirty.update(self.touched[o])
                 for source in self.sources[o]:
                     if -source not in queued:
                         queued.add(-source)
@@ -245,7 +244,7 @@ class Footprints(Lives):
             if not op.recomputable:
                 self._invalid += sign
             for t in self.read[o]:
-                if self.lossy(t, self.state[t]):
+                if self.state[t] >= FIRST_CODEC and self.lossy(t, self.state[t]):
                     self._invalid += sign
 
     def _settle_run(self, o: int) -> bool:
@@ -274,14 +273,18 @@ class Footprints(Lives):
                 steps[at] = steps.get(at, 0) - size
             for at, size in new.steps:
                 steps[at] = steps.get(at, 0) + size
-            for life, sign in ((old, -1), (new, 1)):
-                if life.code >= FIRST_CODEC:
-                    self._seconds += sign * life.seconds
-                    self._lossy += sign * life.lossy
-                    self._error2 += sign * life.error2
+            if old.code >= FIRST_CODEC:
+                self._count(old, -1)
+            if new.code >= FIRST_CODEC:
+                self._count(new, 1)
             if not trying:
                 self._set(self._lives, t, new)
                 self._settle_groups(t, old, new, slots)
+
+    def _count(self, life: Life, sign: int) -> None:
+        self._seconds += sign * life.seconds
+        self._lossy += sign * life.lossy
+        self._error2 += sign * life.error2
 
     def _settle_groups(self, t: int, old: Life, new: Life, slots: set[int]) -> None:
         """Notes the slots whose decodings and reruns are others, as ``t`` has a ``new`` life."""
@@ -295,7 +298,7 @@ class Footprints(Lives):
         if rerun < NEVER:
             slots.add(self.slot(rerun))
 
-    def _put(self, slot: int, member: tuple[int, int], put: bool, slots: set[int]) -> None:
+    def _put(self, slot: int, member: Member, put: bool, slots: set[int]) -> None:
         members = self._members.setdefault(slot, set())
         if put:
             members.add(member)

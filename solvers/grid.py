@@ -25,6 +25,7 @@ class Grid:
 
     Attributes:
         read, made: per forward op, the tensors read and made.
+        touched: per forward op, both.
         sources: per forward op, the ops that make what it reads.
         readers: per tensor, the forward ops that read it.
         producer: per tensor, the forward op that makes it, or -1.
@@ -73,6 +74,7 @@ class Grid:
         problem = self.problem
         self.read = [op.inputs for op in problem.forward]
         self.made = [op.outputs for op in problem.forward]
+        self.touched = [op.inputs + op.outputs for op in problem.forward]
         self.sources = [tuple({self.producer[t] for t in op.inputs}) for op in problem.forward]
         self.readers: list[list[int]] = [[] for _ in range(count)]
         for i, op in enumerate(problem.forward):

@@ -14,6 +14,7 @@ from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, Grid, S
 NO_GROUP = -NEVER
 MAX_KNOWN = 1 << 17  # lives remembered
 Interval = tuple[int, int, int]
+Member = tuple[int, int]  # of a group: the op and -1 for a rerun, the producer and the tensor for a codec
 
 
 class Life(NamedTuple):
@@ -63,7 +64,7 @@ class Lives(Grid):
         self._runs = [i not in self.optional for i in range(self.n_forward)]
         self._lives = [UNBORN] * count
         self._known: dict[tuple[int, ...], Life] = {}
-        self._members: dict[int, set[tuple[int, int]]] = {}  # slot -> (op, -1) for reruns, (producer, t) for codecs
+        self._members: dict[int, set[Member]] = {}  # of the groups, by slot
 
     def option(self, t: int, code: int) -> CodecOption:
         """The codec option that ``code`` stands for."""
@@ -130,7 +131,9 @@ class Lives(Grid):
         read, last, rerun = self.base_read[t], self.base_last[t], self.rerun
         for o in self.readers[t]:
             if rerun[o] < NEVER:
-                last = max(last, 2 * self.slot(rerun[o]) + (o in self.fused_at))
+                use = 2 * self.slot(rerun[o]) + (o in self.fused_at)
+                if use > last:
+                    last = use
         for o in self.optional_users[t]:
             if self._runs[o] and o > read:
                 read = o
@@ -138,33 +141,39 @@ class Lives(Grid):
 
     def _group_height(self, slot: int) -> int:
         """The highest point of the instructions before a slot's own op, relative to the height after them."""
+        members = self._members.get(slot)
+        if not members:
+            return NO_GROUP
         level, highest = 0, NO_GROUP
-        encoding = slot <= self.n_forward
-        for top, change in self._encodings(slot) if encoding else self._instructions(slot):
+        for top, change in self._encodings(members) if slot <= self.n_forward else self._instructions(slot, members):
             highest = max(highest, level + top)
             level += change
-        return highest - level if highest > NO_GROUP else NO_GROUP
+        return highest - level
 
-    def _encodings(self, slot: int) -> Iterator[tuple[int, int]]:
-        for t in sorted(t for _, t in self._members.get(slot, ())):
+    def _encodings(self, members: set[Member]) -> Iterator[tuple[int, int]]:
+        for t in sorted(t for _, t in members):
             option = self.option(t, self.state[t])
             freed = 0 if t in self.mutated else self.sizes[t]
             yield max(option.encode_rise_bytes, option.encoded_bytes), option.encoded_bytes - freed
 
-    def _instructions(self, slot: int) -> Iterator[tuple[int, int]]:
+    def _instructions(self, slot: int, members: set[Member]) -> Iterator[tuple[int, int]]:
         """Per decoding and rerun of a slot: how high it reaches, and what it leaves behind."""
-        members = self._members.get(slot, set())
         pending = {t for _, t in members if t >= 0}
-        order = sorted(o for o, t in members if t < 0)
+        order = sorted([o for o, t in members if t < 0])
         last_reader = {t: o for o in order for t in self.read[o] if self._lives[t].group_death == slot}
+        left = dict.fromkeys(order, 0)
+        for t, o in last_reader.items():
+            left[o] -= self.sizes[t]
         for o in order:
-            for t in self.read[o]:
-                if t in pending:
-                    pending.discard(t)
-                    yield self._decoding(t)
-            left = sum(self.sizes[t] for t in self.made[o] if self._made_again(t) and self._outlives(t, slot))
-            gone = sum(self.sizes[t] for t in dict.fromkeys(self.read[o]) if last_reader.get(t) == o)
-            yield self.rerun_top[o], left - gone
+            if pending:
+                for t in self.read[o]:
+                    if t in pending:
+                        pending.discard(t)
+                        yield self._decoding(t)
+            for t in self.made[o]:
+                if self._outlives(t, slot) and self._made_again(t):
+                    left[o] += self.sizes[t]
+            yield self.rerun_top[o], left[o]
         for t in sorted(pending):
             yield self._decoding(t)
 

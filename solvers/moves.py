@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import reduce
 from operator import itemgetter
 from typing import Any
 
@@ -27,7 +26,7 @@ MAX_SEGMENTS = 10
 NARROW = 3  # segments of most rows
 SMALL_SHARE = 1e-6  # of all bytes: tensors below that are left as they are
 Floats = npt.NDArray[np.float64]
-ALL = slice(None)
+Bools = npt.NDArray[np.bool_]
 
 
 class MoveTable:
@@ -61,24 +60,17 @@ class MoveTable:
                 self.row += [(t, code, depth) for depth in depths]
             self.rows_of[t] = range(first, len(self.row))
         n = len(self.row)
-        self.begin = np.zeros((n, MAX_SEGMENTS), np.int64, order="F")  # as columns are gone through one by one
-        self.end = np.zeros((n, MAX_SEGMENTS), np.int64, order="F")
-        self.delta = np.zeros((n, MAX_SEGMENTS), order="F")
-        self.seconds = np.zeros(n)
-        self.error2 = np.zeros(n)
-        self.valid = np.zeros(n, bool)
+        # a segment's numbers of all rows lie together, as many rows are weighed at once
+        places = np.zeros((2 * MAX_SEGMENTS, n), np.int64)
+        numbers = np.zeros((MAX_SEGMENTS + 2, n))
+        flags = np.zeros((2, n), bool)
+        self.begin, self.end = places[:MAX_SEGMENTS], places[MAX_SEGMENTS:]
+        self.delta = numbers[:MAX_SEGMENTS]
+        self.seconds, self.error2 = numbers[MAX_SEGMENTS:]
+        self.valid, self._wide = flags
+        self._tables = (places, numbers, flags)
         self.changes: list[Changes] = [{}] * n
         self.segments: list[list[Interval]] = [[]] * n
-        self._wide = np.zeros(n, bool)
-        self._columns: tuple[np.ndarray, ...] = (
-            self.begin,
-            self.end,
-            self.delta,
-            self.seconds,
-            self.error2,
-            self.valid,
-            self._wide,
-        )
         self.stale = set(self.rows_of)
         # one more than the neighbours, as itemgetter gives no tuple for one alone
         self._near = {t: itemgetter(*sorted(self.base.near((t,), AROUND)), t) for t in self.rows_of}
@@ -97,12 +89,12 @@ class MoveTable:
             rows = slice(self.rows_of[t].start, self.rows_of[t].stop)
             if (t, context) not in self._known:
                 self._measure(t)
-                measured = [column[rows].copy() for column in self._columns]
+                measured = [table[:, rows].copy() for table in self._tables]
                 self._known[t, context] = measured, self.changes[rows], self.segments[rows]
                 continue
             measured, self.changes[rows], self.segments[rows] = self._known[t, context]
-            for column, numbers in zip(self._columns, measured, strict=True):
-                column[rows] = numbers
+            for table, numbers in zip(self._tables, measured, strict=True):
+                table[:, rows] = numbers
 
     def age(self, changed: AbstractSet[int], *, at_once: bool = True) -> None:
         """Marks as stale what a change of ``changed`` may alter.
@@ -114,36 +106,52 @@ class MoveTable:
         if at_once:
             self.refresh(sorted(self.rows_of.keys() & changed))
 
-    def weighed(self, change: Callable[[Floats], Floats], total: Floats, rows: slice | Ints = ALL) -> Floats:
+    def weighed(self, change: Callable[[Floats], Floats], total: Floats, rows: Ints) -> Floats:
         """Per row: the sum over its slots of ``change(delta)`` times the slot's weight; ``total`` is cumulative."""
 
-        def part(rows: slice | Ints, columns: range) -> Floats:
-            return reduce(
-                np.add,
-                (
-                    change(self.delta[rows, k]) * (total[self.end[rows, k]] - total[self.begin[rows, k]])
-                    for k in columns
-                ),
-            )
+        def part(rows: Ints, segments: slice) -> Floats:
+            begin, end = self.begin[segments].take(rows, axis=1), self.end[segments].take(rows, axis=1)
+            changed = change(self.delta[segments].take(rows, axis=1))
+            found: Floats = (changed * (total.take(end) - total.take(begin))).sum(axis=0)
+            return found
 
-        sums = part(rows, range(NARROW))
+        found = part(rows, slice(NARROW))
         wide = np.flatnonzero(self._wide[rows])
         if len(wide):
-            sums[wide] += part(np.arange(len(self.row))[rows][wide], range(NARROW, MAX_SEGMENTS))
-        return sums
+            found[wide] += part(rows[wide], slice(NARROW, None))
+        return found
+
+    def add(self, height: Floats, r: int) -> None:
+        """Adds what a move brings to ``height``."""
+        for begin, end, size in self.segments[r]:
+            height[begin:end] += size
+
+    def fits(self, height: Floats, top: int, r: int, target: int) -> bool:
+        """Whether a move keeps ``height`` at or below a target; the slot at its ``top`` settles that for most."""
+        room = target - height[top]
+        for begin, end, size in self.segments[r]:
+            if size > 0 and size > room and (begin <= top < end or height[begin:end].max() + size > target):
+                return False
+        return True
 
     def _measure(self, t: int) -> None:
-        base = self.base
+        base, rows = self.base, self.rows_of[t]
+        self.valid[rows.start : rows.stop] = False
+        if base.use[t] == NEVER:
+            return
         seen: list[Changes] = []
-        for r in self.rows_of[t]:
+        alone = base.state[t]  # a code that nothing must follow, whatever the depth
+        for r in rows:
             _, code, depth = self.row[r]
-            self.valid[r] = False
-            if base.use[t] == NEVER or base.state[t] == code:
+            if code == alone or code == base.state[t]:
                 continue
             changes = self.choices.complete(t, code, depth)
-            if changes is not None and changes not in seen:
-                seen.append(changes)
-                self._measure_row(r, changes)
+            if changes is None or changes in seen:
+                continue
+            if len(changes) == 1:
+                alone = code
+            seen.append(changes)
+            self._measure_row(r, changes)
 
     def _measure_row(self, r: int, changes: Changes) -> None:
         effect = self.base.effect(changes)
@@ -151,9 +159,9 @@ class MoveTable:
             return
         steps, self.seconds[r], self.error2[r] = effect
         segments = _segments(steps)
-        self.delta[r] = 0.0
+        self.delta[:, r] = 0.0
         for k, (begin, end, size) in enumerate(segments):
-            self.begin[r, k], self.end[r, k], self.delta[r, k] = begin, end, size
+            self.begin[k, r], self.end[k, r], self.delta[k, r] = begin, end, size
         self._wide[r] = len(segments) > NARROW
         self.segments[r] = segments
         self.changes[r] = changes
@@ -171,7 +179,7 @@ class Pace:
         fails: moves refused in a row.
     """
 
-    banned: npt.NDArray[np.bool_]
+    banned: Bools
     batch: int
     most: int
     fails: int = 0
@@ -203,3 +211,18 @@ def _segments(steps: dict[int, int]) -> list[Interval]:
         (begin, _, a), (_, end, b) = segments[k : k + 2]
         segments[k : k + 2] = [(begin, end, max(a, b))]
     return segments
+
+
+def sums(values: Floats) -> Floats:
+    """The sum of the values before each place, and of all."""
+    found = np.zeros(len(values) + 1)
+    np.cumsum(values, out=found[1:])
+    return found
+
+
+def lowest(keys: Floats, count: int) -> Ints:
+    """Where the ``count`` lowest keys are, in the order of a stable sort; most of the others need no sorting."""
+    low: Ints = np.arange(len(keys))
+    if count < len(keys):
+        low = np.flatnonzero(keys <= np.partition(keys, count - 1)[count - 1])
+    return low[np.argsort(keys[low], kind="stable")[:count]]
