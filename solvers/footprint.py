@@ -13,6 +13,7 @@ reruns before a backward op: a group) is the same relative to the height after i
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -61,7 +62,7 @@ class Footprints(Lives):
         self._lossy = self._invalid = 0
         self._trying = False  # nobody will look at the heights of this move
         # what the last move changed, so that it can be taken back
-        self._steps: dict[int, int] = {}
+        self._steps: defaultdict[int, int] = defaultdict(int)
         self._old: list[tuple[Any, int, Any]] = []
         self._put_or_taken: list[tuple[int, Member, bool]] = []
         self._before = (self._live, self._seconds, self._error2, self._lossy, self._invalid)
@@ -155,7 +156,7 @@ class Footprints(Lives):
     def move(self, changes: Mapping[int, int]) -> dict[int, int]:
         """Gives the tensors in ``changes`` new codes; returns the changes that lead back."""
         self.moves += 1
-        self._steps, self._old, self._put_or_taken = {}, [], []
+        self._steps, self._old, self._put_or_taken = defaultdict(int), [], []
         self._before = (self._live, self._seconds, self._error2, self._lossy, self._invalid)
         back = {t: self.state[t] for t, code in changes.items() if code != self.state[t]}
         for t, old in back.items():
@@ -207,7 +208,8 @@ class Footprints(Lives):
                     if rerun[r] < first:
                         first = rerun[r]
                 if first != use[t]:
-                    self._set(use, t, first)
+                    self._old.append((use, t, use[t]))
+                    use[t] = first
                     dirty.add(t)
                 if first < at and state[t] == RECOMPUTED:
                     at = first
@@ -270,9 +272,9 @@ class Footprints(Lives):
             if old is new or old == new:
                 continue
             for at, size in old.steps:
-                steps[at] = steps.get(at, 0) - size
+                steps[at] -= size
             for at, size in new.steps:
-                steps[at] = steps.get(at, 0) + size
+                steps[at] += size
             if old.code >= FIRST_CODEC:
                 self._count(old, -1)
             if new.code >= FIRST_CODEC:
@@ -288,10 +290,11 @@ class Footprints(Lives):
 
     def _settle_groups(self, t: int, old: Life, new: Life, slots: set[int]) -> None:
         """Notes the slots whose decodings and reruns are others, as ``t`` has a ``new`` life."""
+        member = (self.producer[t], t)
         for life, put in ((old, False), (new, True)):
             if life.code >= FIRST_CODEC:
-                self._put(life.encoded_at, (self.producer[t], t), put, slots)
-                self._put(life.decoded_at, (self.producer[t], t), put, slots)
+                self._put(life.encoded_at, member, put, slots)
+                self._put(life.decoded_at, member, put, slots)
             if life.group_death >= 0:
                 slots.add(life.group_death)
         rerun = self.rerun[self.producer[t]]
@@ -299,10 +302,9 @@ class Footprints(Lives):
             slots.add(self.slot(rerun))
 
     def _put(self, slot: int, member: Member, put: bool, slots: set[int]) -> None:
-        members = self._members.setdefault(slot, set())
         if put:
-            members.add(member)
+            self._members[slot].add(member)
         else:
-            members.discard(member)
+            self._members[slot].discard(member)
         self._put_or_taken.append((slot, member, put))
         slots.add(slot)

@@ -57,6 +57,7 @@ class Grid:
         self.base_live = np.full(self.n_slots, problem.resident_bytes, np.int64)
         self._prepare_forward(count)
         self._prepare_backward(count)
+        self._known_around: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def slot(self, backward_op: int) -> int:
         """The slot of a backward op."""
@@ -123,14 +124,19 @@ class Grid:
 
     def near(self, tensors: Iterable[int], steps: int = 2) -> set[int]:
         """``tensors`` and those up to ``steps`` steps away along sources and readers."""
-        found = set(tensors)
-        edge = found
-        for _ in range(steps):
-            step: set[int] = set()
-            for t in edge:
-                step.update(self.read[self.producer[t]])
-                for i in self.readers[t][:8]:
-                    step.update(self.made[i])
-            edge = step - found
-            found |= edge
-        return found
+        return set().union(*(self._around(t, steps) for t in tensors))
+
+    def _around(self, t: int, steps: int) -> tuple[int, ...]:
+        known = self._known_around.get((t, steps))
+        if known is None:
+            found = edge = {t}
+            for _ in range(steps):
+                step: set[int] = set()
+                for u in edge:
+                    step.update(self.read[self.producer[u]])
+                    for i in self.readers[u][:8]:
+                        step.update(self.made[i])
+                edge = step - found
+                found = found | edge
+            known = self._known_around[t, steps] = tuple(found)
+        return known

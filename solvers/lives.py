@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ class Lives(Grid):
         self._runs = [i not in self.optional for i in range(self.n_forward)]
         self._lives = [UNBORN] * count
         self._known: dict[tuple[int, ...], Life] = {}
-        self._members: dict[int, set[Member]] = {}  # of the groups, by slot
+        self._members: defaultdict[int, set[Member]] = defaultdict(set)  # of the groups, by slot
 
     def option(self, t: int, code: int) -> CodecOption:
         """The codec option that ``code`` stands for."""
@@ -72,8 +73,7 @@ class Lives(Grid):
 
     def _life(self, t: int, read: int, last: int) -> Life:
         """Where ``t`` is alive, from its ``_last_uses``; remembered, as a search comes by the same again and again."""
-        o = self.producer[t]
-        key = (t, self.state[t], self.use[t], self.rerun[o], self._runs[o], read, last)
+        key = (t, self.state[t], self.use[t], self.rerun[self.producer[t]], read, last)  # made if read in forward
         life = self._known.get(key)
         if life is None:
             if len(self._known) >= MAX_KNOWN:
@@ -131,7 +131,7 @@ class Lives(Grid):
         read, last, rerun = self.base_read[t], self.base_last[t], self.rerun
         for o in self.readers[t]:
             if rerun[o] < NEVER:
-                use = 2 * self.slot(rerun[o]) + (o in self.fused_at)
+                use = 2 * (self.n_forward + 1 + rerun[o]) + (o in self.fused_at)
                 if use > last:
                     last = use
         for o in self.optional_users[t]:
@@ -141,7 +141,7 @@ class Lives(Grid):
 
     def _group_height(self, slot: int) -> int:
         """The highest point of the instructions before a slot's own op, relative to the height after them."""
-        members = self._members.get(slot)
+        members = self._members[slot]
         if not members:
             return NO_GROUP
         level, highest = 0, NO_GROUP
