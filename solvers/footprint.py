@@ -187,9 +187,9 @@ class Footprints(Lives):
         if self._trying:
             return
         if self._steps:
-            steps = np.zeros(self.n_slots + 1, np.int64)
+            steps = np.zeros(self.n_slots, np.int64)
             steps[list(self._steps)] = list(self._steps.values())
-            self._live = self._live + np.cumsum(steps)[:-1]
+            self._live = self._live + np.cumsum(steps)
         for slot in slots:
             self._set(self._group, slot, self._group_height(slot))
 

@@ -35,7 +35,8 @@ class Grid:
         optional: forward ops that some plans leave out, with the height of each while it runs.
         optional_users: per tensor, those of them that read or make it.
         fused_at: per fusable mask op, the slot of its reader; ``fused_top`` is the reader's height when fused.
-        base_live, base_top: bytes of what no plan decides, and how high each op reaches above what is alive.
+        base_live: bytes of what no plan decides, and of all that forward ops have made that every plan runs.
+        base_top: how high each op reaches above what is alive.
         rerun_top: per forward op, how high it reaches above what is alive.
     """
 
@@ -94,6 +95,7 @@ class Grid:
             wanted.update(op.inputs)
             self.base_s += op.seconds
             self.base_top[i] = self.rerun_top[i]
+            self.base_live[i + 1 :] += sum(self.sizes[t] for t in op.outputs)
             for t in (*op.inputs, *op.outputs):
                 self.base_read[t] = max(self.base_read[t], i)
         self.optional_users = [

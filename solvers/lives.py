@@ -22,7 +22,8 @@ class Life(NamedTuple):
     """Where a tensor is in one state.
 
     Attributes:
-        steps: slots from which on more bytes, or fewer if negative, are alive right before the slots' own ops.
+        steps: slots from which on more bytes, or fewer if negative, are alive right before the slots' own ops. Where
+            every plan makes the tensor in the forward pass, that it comes is no step: ``base_live`` has that.
         code: the codec's code if it is stored encoded, else SAVED.
         encoded_at: slot before which it is encoded, or -1.
         decoded_at: slot before which it is decoded, or -1.
@@ -73,7 +74,13 @@ class Lives(Grid):
 
     def _life(self, t: int, read: int, last: int) -> Life:
         """Where ``t`` is alive, from its ``_last_uses``; remembered, as a search comes by the same again and again."""
-        key = (t, self.state[t], self.use[t], self.rerun[self.producer[t]], read, last)  # made if read in forward
+        code, use, rerun = self.state[t], self.use[t], self.rerun[self.producer[t]]
+        if use < NEVER:
+            if code < FIRST_CODEC:
+                use = 0  # when it is first needed matters for what is decoded then
+            if code != RECOMPUTED and t not in self.gradients:
+                rerun = NEVER  # leaves no new value
+        key = (t, code, use, rerun, read, last)  # it is made in the forward pass if it is read there
         life = self._known.get(key)
         if life is None:
             if len(self._known) >= MAX_KNOWN:
@@ -92,7 +99,12 @@ class Lives(Grid):
             end = max(read + 1, death) if kept and not encoded else read + 1
             if t in self.mutated:
                 end = max(end, self.n_forward + 1)
-            intervals.append((producer + 1, self.n_slots if t in self.held else end, size))
+            if t in self.held:
+                end = self.n_slots
+            if producer in self.optional:
+                intervals.append((producer + 1, end, size))
+            else:
+                intervals.append((end, self.n_slots, -size))
         first = self.slot(self.use[t]) if encoded else NEVER
         if encoded:
             intervals.append((read + 1, first, self.option(t, code).encoded_bytes))
@@ -103,13 +115,22 @@ class Lives(Grid):
         if first < NEVER and (stays or first < death):
             intervals.append((first, self.n_slots if stays else death, size))
         group_death = last if in_group and not stays and t not in self.held else -1
-        steps = _steps(intervals)
+        steps = self._steps_of(intervals)
         if not encoded:
             return Life(steps, group_death=group_death)
         option = self.option(t, code)
         error2 = 0.0 if option.lossless else option.error**2
         seconds = option.encode_s + option.decode_s
         return Life(steps, code, read + 1, first, group_death, seconds, not option.lossless, error2)
+
+    def _steps_of(self, intervals: Iterable[Interval]) -> tuple[tuple[int, int], ...]:
+        steps: dict[int, int] = {}
+        for begin, end, size in intervals:
+            if begin < end:
+                steps[begin] = steps.get(begin, 0) + size
+                if end < self.n_slots:
+                    steps[end] = steps.get(end, 0) - size
+        return tuple(steps.items())
 
     def _made_again(self, t: int) -> bool:
         """Whether a rerun of its op leaves a new value of ``t``: there is none yet, or the caller gets it."""
@@ -180,13 +201,3 @@ class Lives(Grid):
     def _decoding(self, t: int) -> tuple[int, int]:
         option = self.option(t, self.state[t])
         return max(option.decode_rise_bytes, self.sizes[t]), self.sizes[t] - option.encoded_bytes
-
-
-def _steps(intervals: Iterable[Interval]) -> tuple[tuple[int, int], ...]:
-    """Where the sum of ``intervals`` changes, and by how much."""
-    steps: dict[int, int] = {}
-    for begin, end, size in intervals:
-        if begin < end:
-            steps[begin] = steps.get(begin, 0) + size
-            steps[end] = steps.get(end, 0) - size
-    return tuple(steps.items())

@@ -158,7 +158,7 @@ class MoveTable:
         if effect is None:
             return
         steps, self.seconds[r], self.error2[r] = effect
-        segments = _segments(steps)
+        segments = _segments(steps, self.base.n_slots)
         self.delta[:, r] = 0.0
         for k, (begin, end, size) in enumerate(segments):
             self.begin[k, r], self.end[k, r], self.delta[k, r] = begin, end, size
@@ -196,16 +196,19 @@ class Pace:
         self.batch = max(1, len(rows) // 4)
 
 
-def _segments(steps: dict[int, int]) -> list[Interval]:
+def _segments(steps: dict[int, int], n_slots: int) -> list[Interval]:
     """Where ``steps`` lead to another height than 0; where they are too many, neighbours join at the higher one."""
     segments: list[Interval] = []
     level = begin = 0
-    for at, step in sorted(steps.items()):
+    for at in sorted(steps):
+        step = steps[at]
         if step:
             if level:
                 segments.append((begin, at, level))
             level += step
             begin = at
+    if level:
+        segments.append((begin, n_slots, level))
     while len(segments) > MAX_SEGMENTS:
         k = min(range(len(segments) - 1), key=lambda k: segments[k + 1][1] - segments[k][0])
         (begin, _, a), (_, end, b) = segments[k : k + 2]
