@@ -24,7 +24,7 @@ import numpy as np
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.problem import Problem
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, Ints, State
-from fxhybrid.solvers.lives import NO_GROUP, Life, Lives, Member
+from fxhybrid.solvers.lives import NO_GROUP, Life, Lives
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Footprints(Lives):
         # what the last move changed, so that it can be taken back
         self._steps: defaultdict[int, int] = defaultdict(int)
         self._old: list[tuple[Any, int, Any]] = []
-        self._put_or_taken: list[tuple[int, Member, bool]] = []
+        self._put_or_taken: list[tuple[int, int, bool]] = []
         self._before = (self._live, self._seconds, self._error2, self._lossy, self._invalid)
         self.moves = 0
         self._settle(range(self.n_forward), set(problem.producer))
@@ -237,7 +237,7 @@ class Footprints(Lives):
             else:
                 for p, put in ((old, False), (at, True)):
                     if p < NEVER:
-                        self._put(self.slot(p), (o, -1), put, slots)
+                        self._put(self.slot(p), ~o, put, slots)
         if (at < NEVER) != (old < NEVER):
             sign = 1 if at < NEVER else -1
             op = self.problem.forward[o]
@@ -290,18 +290,17 @@ class Footprints(Lives):
 
     def _settle_groups(self, t: int, old: Life, new: Life, slots: set[int]) -> None:
         """Notes the slots whose decodings and reruns are others, as ``t`` has a ``new`` life."""
-        member = (self.producer[t], t)
         for life, put in ((old, False), (new, True)):
             if life.code >= FIRST_CODEC:
-                self._put(life.encoded_at, member, put, slots)
-                self._put(life.decoded_at, member, put, slots)
+                self._put(life.encoded_at, t, put, slots)
+                self._put(life.decoded_at, t, put, slots)
             if life.group_death >= 0:
                 slots.add(life.group_death)
         rerun = self.rerun[self.producer[t]]
         if rerun < NEVER:
             slots.add(self.slot(rerun))
 
-    def _put(self, slot: int, member: Member, put: bool, slots: set[int]) -> None:
+    def _put(self, slot: int, member: int, put: bool, slots: set[int]) -> None:
         if put:
             self._members[slot].add(member)
         else:

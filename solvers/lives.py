@@ -15,7 +15,6 @@ from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, Grid, S
 NO_GROUP = -NEVER
 MAX_KNOWN = 1 << 17  # lives remembered
 Interval = tuple[int, int, int]
-Member = tuple[int, int]  # of a group: the op and -1 for a rerun, the producer and the tensor for a codec
 
 
 class Life(NamedTuple):
@@ -66,7 +65,8 @@ class Lives(Grid):
         self._runs = [i not in self.optional for i in range(self.n_forward)]
         self._lives = [UNBORN] * count
         self._known: dict[tuple[int, ...], Life] = {}
-        self._members: defaultdict[int, set[Member]] = defaultdict(set)  # of the groups, by slot
+        # of the groups, by slot: tensors that are encoded or decoded, and ~o for an op o that runs again
+        self._members: defaultdict[int, set[int]] = defaultdict(set)
 
     def option(self, t: int, code: int) -> CodecOption:
         """The codec option that ``code`` stands for."""
@@ -171,16 +171,16 @@ class Lives(Grid):
             level += change
         return highest - level
 
-    def _encodings(self, members: set[Member]) -> Iterator[tuple[int, int]]:
-        for t in sorted(t for _, t in members):
+    def _encodings(self, members: set[int]) -> Iterator[tuple[int, int]]:
+        for t in sorted(members):
             option = self.option(t, self.state[t])
             freed = 0 if t in self.mutated else self.sizes[t]
             yield max(option.encode_rise_bytes, option.encoded_bytes), option.encoded_bytes - freed
 
-    def _instructions(self, slot: int, members: set[Member]) -> Iterator[tuple[int, int]]:
+    def _instructions(self, slot: int, members: set[int]) -> Iterator[tuple[int, int]]:
         """Per decoding and rerun of a slot: how high it reaches, and what it leaves behind."""
-        pending = {t for _, t in members if t >= 0}
-        order = sorted([o for o, t in members if t < 0])
+        pending = {t for t in members if t >= 0}
+        order = sorted([~o for o in members if o < 0])
         last_reader = {t: o for o in order for t in self.read[o] if self._lives[t].group_death == slot}
         left = dict.fromkeys(order, 0)
         for t, o in last_reader.items():

@@ -87,12 +87,13 @@ class MoveTable:
                 continue
             self._context[t] = context
             rows = slice(self.rows_of[t].start, self.rows_of[t].stop)
-            if (t, context) not in self._known:
+            known = self._known.get((t, context))
+            if known is None:
                 self._measure(t)
                 measured = [table[:, rows].copy() for table in self._tables]
                 self._known[t, context] = measured, self.changes[rows], self.segments[rows]
                 continue
-            measured, self.changes[rows], self.segments[rows] = self._known[t, context]
+            measured, self.changes[rows], self.segments[rows] = known
             for table, numbers in zip(self._tables, measured, strict=True):
                 table[:, rows] = numbers
 
