@@ -14,7 +14,7 @@ import numpy as np
 
 from fxhybrid.solvers.choices import Changes
 from fxhybrid.solvers.footprint import Footprints
-from fxhybrid.solvers.grid import Ints, State
+from fxhybrid.solvers.grid import Ints
 from fxhybrid.solvers.moves import Bools, Floats, MoveTable, Pace, lowest, sums
 from fxhybrid.solvers.points import Point
 
@@ -74,10 +74,9 @@ class Descent:
         """The present state."""
         return Point(bytes(self.base.state), self.base.footprint())
 
-    def stand_at(self, codes: bytes | State, *, to_search: bool = True) -> bool:
+    def stand_at(self, codes: bytes, *, to_search: bool = True) -> bool:
         """Moves to a state, ``to_search`` from there; whether it is a valid one within the error limit."""
-        state = self.base.state
-        moved = self.base.move({t: c for t, c in enumerate(codes) if c != state[t]})
+        moved = self.base.move(self.base.changes_to(codes))
         self.table.age(moved.keys(), at_once=to_search)
         return self.allowed()
 
@@ -212,7 +211,10 @@ class Descent:
         at_once = 1 + len(table.row) // ROWS_PER_PICK
         while table.row and len(rows) < pace.batch and height.max() > target:
             score = self._scores(height, target, error2, busy)
-            order = [int(score.argmax())] if at_once == 1 else lowest(-score, at_once).tolist()
+            useful = np.flatnonzero(score > 0.0)
+            if len(useful) < at_once:
+                useful = np.arange(len(score))
+            order = useful[lowest(-score[useful], at_once)].tolist()
             if score[order[0]] <= 0.0:
                 break
             for r in order:

@@ -51,11 +51,12 @@ class Footprints(Lives):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self._default = np.asarray(self.default, np.uint8)
+        self._default = bytes(self.default)
         self._named: dict[int, list[Action]] = {
             t: [SAVE, RECOMPUTE, *(Compress(o.codec) for o in problem.tensors[t].codecs)] for t in problem.candidates
         }
         self._live = self.base_live.copy()
+        self._heights: Ints | None = None
         self._top = self.base_top.copy()
         self._group = np.full(self.n_slots, NO_GROUP, np.int64)
         self._seconds, self._error2 = self.base_s, 0.0
@@ -65,7 +66,7 @@ class Footprints(Lives):
         self._steps: defaultdict[int, int] = defaultdict(int)
         self._old: list[tuple[Any, int, Any]] = []
         self._put_or_taken: list[tuple[int, int, bool]] = []
-        self._before = (self._live, self._seconds, self._error2, self._lossy, self._invalid)
+        self._before = self._sums()
         self.moves = 0
         self._settle(range(self.n_forward), set(problem.producer))
 
@@ -78,8 +79,9 @@ class Footprints(Lives):
 
     def heights(self) -> Ints:
         """Bytes per slot of the grid, the highest within the slot."""
-        heights: Ints = self._live + np.maximum(self._top, self._group)
-        return heights
+        if self._heights is None:
+            self._heights = self._live + np.maximum(self._top, self._group)
+        return self._heights
 
     def footprint(self) -> Footprint:
         """The figures of the present state."""
@@ -97,9 +99,9 @@ class Footprints(Lives):
         seconds = [op.seconds for op in self.problem.backward]
         seconds += [op.seconds for op, runs in zip(forward, self._runs, strict=True) if runs]
         seconds += [forward[o].seconds for o, at in enumerate(self.rerun) if at < NEVER and o not in self.fused_at]
-        for t, life in enumerate(self._lives):
-            if life.code >= FIRST_CODEC:
-                option = self.option(t, life.code)
+        for t in np.flatnonzero(np.frombuffer(bytes(self.state), np.uint8) >= FIRST_CODEC).tolist():
+            if self.use[t] < NEVER:
+                option = self.option(t, self.state[t])
                 seconds += [option.encode_s, option.decode_s]
         return max(math.fsum(seconds) - self.problem.step_s, 0.0)
 
@@ -110,15 +112,19 @@ class Footprints(Lives):
 
     def measure(self, state: State) -> Footprint | None:
         """Moves to ``state``; its footprint, or None if an op would be recomputed from a lossy tensor."""
-        now = self.state
-        self.move({t: code for t, code in enumerate(state) if code != now[t]})
+        self.move(self.changes_to(bytes(state)))
         return self.footprint() if self.valid else None
 
     def actions(self) -> dict[int, Action]:
         """The state as actions; defaults and what backward does not want are left out."""
         state, use, named = self.state, self.use, self._named
-        changed = np.flatnonzero(np.asarray(state, np.uint8) != self._default).tolist()
-        return {t: named[t][state[t]] for t in changed if t in named and use[t] < NEVER}
+        return {t: named[t][state[t]] for t in self.changes_to(self._default) if t in named and use[t] < NEVER}
+
+    def changes_to(self, codes: bytes) -> dict[int, int]:
+        """What differs in another state, with its codes."""
+        there, here = np.frombuffer(codes, np.uint8), np.frombuffer(bytes(self.state), np.uint8)
+        changed: list[int] = np.flatnonzero(there != here).tolist()
+        return {t: codes[t] for t in changed}
 
     # -- moving to another state ---------------------------------------------------------------------------
 
@@ -157,7 +163,7 @@ class Footprints(Lives):
         """Gives the tensors in ``changes`` new codes; returns the changes that lead back."""
         self.moves += 1
         self._steps, self._old, self._put_or_taken = defaultdict(int), [], []
-        self._before = (self._live, self._seconds, self._error2, self._lossy, self._invalid)
+        self._before = self._sums()
         back = {t: self.state[t] for t, code in changes.items() if code != self.state[t]}
         for t, old in back.items():
             lossy = self.lossy(t, changes[t]) - self.lossy(t, old)
@@ -173,7 +179,10 @@ class Footprints(Lives):
             values[key] = old
         for slot, member, put in reversed(self._put_or_taken):
             (self._members[slot].discard if put else self._members[slot].add)(member)
-        self._live, self._seconds, self._error2, self._lossy, self._invalid = self._before
+        self._live, self._heights, self._seconds, self._error2, self._lossy, self._invalid = self._before
+
+    def _sums(self) -> tuple[Ints, Ints | None, float, float, int, int]:
+        return self._live, self._heights, self._seconds, self._error2, self._lossy, self._invalid
 
     def _set(self, values: Any, key: int, new: object) -> None:
         self._old.append((values, key, values[key]))
@@ -186,6 +195,7 @@ class Footprints(Lives):
         self._settle_lives(dirty, slots)
         if self._trying:
             return
+        self._heights = None
         if self._steps:
             steps = np.zeros(self.n_slots, np.int64)
             steps[list(self._steps)] = list(self._steps.values())

@@ -131,7 +131,7 @@ class _Climb:
 
     def add(self, state: State) -> Point | None:
         """Takes a state to the points, if it is a valid one."""
-        if not self.search.stand_at(state, to_search=False):
+        if not self.search.stand_at(bytes(state), to_search=False):
             return None
         self.points.append(self.search.point())
         return self.points[-1]
@@ -232,7 +232,7 @@ def _rungs(problem: Problem, base: Footprints, points: list[Point], limit: int) 
     kept = {point.codes for point in best}
     for point in points:  # in the order in which they were found, as neighbours there have most in common
         if point.codes in kept and point.codes not in made:
-            base.measure(list(point.codes))
+            base.move(base.changes_to(point.codes))
             actions = base.actions()
             error = plan_error(problem, actions)
             made[point.codes] = Rung(actions, point.mark.peak_bytes, base.exact_added_s(), error)
