@@ -25,7 +25,6 @@ ROWS_PER_PICK = 2000  # moves picked between two scorings: one, and one more for
 LOOKED_AT = 200  # moves looked at for one batch
 FAILS = 24  # moves refused in a row before a search gives up
 NOTHING = 1e-9  # of the step: seconds below that are no gain
-ALL = slice(0, None)
 
 
 class Descent:
@@ -62,13 +61,6 @@ class Descent:
         """``cost_s`` that each move of ``rows`` adds."""
         cost: Floats = self.table.seconds[rows] + self.error_price_s * self.table.error2[rows]
         return cost
-
-    def _possible(self, banned: Bools, error2: float, limit: float, rows: slice = ALL) -> Ints:
-        """Valid moves of ``rows`` that are not ``banned`` and keep the error ``limit``, of which ``error2`` is used."""
-        table = self.table
-        possible = table.valid[rows] & ~banned[rows] & (error2 + table.error2[rows] <= limit)
-        places: Ints = rows.start + np.flatnonzero(possible)
-        return places
 
     def point(self) -> Point:
         """The present state."""
@@ -153,7 +145,7 @@ class Descent:
             gain: Floats = -(self._costs(rows) + price * smooth)
             return gain
 
-        wanted = self._possible(pace.banned, self.base.error2, self.max_error2)
+        wanted = self.table.possible(pace.banned, self.base.error2, self.max_error2)
         gain = gains(wanted)
         useful = np.flatnonzero(gain > self.nothing_s)
         picks: list[int] = []
@@ -164,7 +156,7 @@ class Descent:
             if t in table.stale:
                 table.refresh((t,))
                 rows = slice(table.rows_of[t].start, table.rows_of[t].stop)
-                again = self._possible(pace.banned, self.base.error2, self.max_error2, rows)
+                again = self.table.possible(pace.banned, self.base.error2, self.max_error2, rows)
                 fresh = gains(again)
                 if not len(fresh) or fresh.max() <= self.nothing_s:
                     continue
@@ -237,7 +229,7 @@ class Descent:
         table = self.table
         over = np.maximum(height - NEARLY * target, 0.0)
         top = float(over.max())
-        rows = self._possible(busy, error2, self.max_error2 * (1 + 1e-12))
+        rows = self.table.possible(busy, error2, self.max_error2 * (1 + 1e-12))
         gain = table.weighed(lambda delta: np.minimum(-delta, top), sums(over / top), rows)
         rate = gain / np.maximum(self._costs(rows), 1e-6 * self.base.problem.step_s + 1e-30)
         score = np.zeros(len(table.row))

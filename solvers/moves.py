@@ -27,6 +27,7 @@ NARROW = 3  # segments of most rows
 SMALL_SHARE = 1e-6  # of all bytes: tensors below that are left as they are
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+ALL = slice(0, None)
 
 
 class MoveTable:
@@ -106,6 +107,12 @@ class MoveTable:
         self.stale |= self.base.near(changed, AROUND).intersection(self.rows_of)
         if at_once:
             self.refresh(sorted(self.rows_of.keys() & changed))
+
+    def possible(self, banned: Bools, error2: float, limit: float, rows: slice = ALL) -> Ints:
+        """Valid moves of ``rows`` that are not ``banned`` and keep the error ``limit``, of which ``error2`` is used."""
+        possible = self.valid[rows] & ~banned[rows] & (error2 + self.error2[rows] <= limit)
+        places: Ints = rows.start + np.flatnonzero(possible)
+        return places
 
     def weighed(self, change: Callable[[Floats], Floats], total: Floats, rows: Ints) -> Floats:
         """Per row: the sum over its slots of ``change(delta)`` times the slot's weight; ``total`` is cumulative."""
