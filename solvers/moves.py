@@ -71,7 +71,7 @@ class MoveTable:
         self.valid, self._wide = flags
         self._tables = (places, numbers, flags)
         self.changes: list[Changes] = [{}] * n
-        self.segments: list[list[Interval]] = [[]] * n
+        self.segments: list[tuple[Interval, ...]] = [()] * n
         self.stale = set(self.rows_of)
         # one more than the neighbours, as itemgetter gives no tuple for one alone
         self._near = {t: itemgetter(*sorted(self.base.near((t,), AROUND)), t) for t in self.rows_of}
@@ -171,7 +171,7 @@ class MoveTable:
         for k, (begin, end, size) in enumerate(segments):
             self.begin[k, r], self.end[k, r], self.delta[k, r] = begin, end, size
         self._wide[r] = len(segments) > NARROW
-        self.segments[r] = segments
+        self.segments[r] = tuple(segments)
         self.changes[r] = changes
         self.valid[r] = True
 

@@ -70,7 +70,7 @@ class Settling(Lives):
 
     def _settle_ops(self, ops: Iterable[int], dirty: set[int], slots: set[int]) -> None:
         """Who is needed from when and who runs again, readers first; whose lives that may alter is ``dirty`` then."""
-        state, use, rerun = self.state, self.use, self.rerun
+        state, use, rerun, old = self.state, self.use, self.rerun, self._old
         heap = [-o for o in ops]
         heapify(heap)
         queued = set(heap)
@@ -83,7 +83,7 @@ class Settling(Lives):
                     if rerun[r] < first:
                         first = rerun[r]
                 if first != use[t]:
-                    self._old.append((use, t, use[t]))
+                    old.append((use, t, use[t]))
                     use[t] = first
                     dirty.add(t)
                 if first < at and state[t] == RECOMPUTED:
