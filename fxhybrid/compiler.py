@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,9 +112,10 @@ class Signature:
 
     # -- planning -----------------------------------------------------------------------------------------
 
-    def _make_plans(self, prepared: Prepared) -> PlanSet:
-        """The plans of the ladders and, for the budget, the solver's own."""
+    def _make_plans(self, prepared: Prepared, kept: Sequence[Rung] = ()) -> PlanSet:
+        """The plans of the ladders, those ``kept`` and, for the budget, the solver's own."""
         plans = laddered(prepared.problem, max_error=self.error_target)
+        plans.plans += [KnownPlan(rung) for rung in kept]
         self._solve(plans, self.budget_bytes)
         return plans
 

@@ -20,6 +20,7 @@ ROUNDS = 3
 UNUSABLE = 1e6  # an error that no limit allows
 
 Plans = TypeVar("Plans")
+Known = TypeVar("Known", bound="Estimated")
 ActionsKey = frozenset[tuple[int, Action]]
 
 
@@ -64,8 +65,8 @@ def plans_within_error(
     prepared: Prepared,
     verifier: Verifier,
     max_grad_error: float,
-    make_plans: Callable[[Prepared], Plans],
-    that_matter: Callable[[Plans], Sequence[Estimated]],
+    make_plans: Callable[[Prepared, Sequence[Known]], Plans],
+    that_matter: Callable[[Plans], Sequence[Known]],
 ) -> WithinError[Plans]:
     """Calibrates, and plans until all plans that matter keep ``max_grad_error`` on the verifier's batch.
 
@@ -73,23 +74,27 @@ def plans_within_error(
         prepared: the step, with the codecs to begin with.
         verifier: holds the batch; must have a reference.
         max_grad_error: limit of the measured relative error.
-        make_plans: plans by the errors of what it is given.
+        make_plans: plans by the errors of what it is given; plans that kept the limit before are to be among them.
         that_matter: the plans to run.
     """
     calibration = calibrate(prepared, verifier)
     prepared, errors = prepared.with_choices(calibration.choices), calibration.errors
-    pairs = calibration.pairs
+    pairs, measured = calibration.pairs, dict[ActionsKey, float]()
+    kept: list[Known] = []
     for _ in range(ROUNDS):
         prepared = prepared.with_errors(errors)
-        plans = make_plans(prepared)
-        found = measured_plans(prepared, verifier, plans, that_matter(plans))
+        plans = make_plans(prepared, kept)
+        matter = [plan for plan in that_matter(plans) if frozenset(plan.actions.items()) not in measured]
+        found = measured_plans(prepared, verifier, plans, matter)
         pairs += found.pairs
+        measured |= found.measured
         excess = [pair.measured / pair.predicted for pair in found.pairs if pair.measured > max_grad_error]
         if not excess:
-            return replace(found, pairs=pairs)
+            return replace(found, pairs=pairs, measured=measured)
+        kept += [plan for plan in matter if (found.error_of(plan.actions) or 0.0) <= max_grad_error]
         errors = {key: value * 1.1 * max(excess) for key, value in errors.items()}
     prepared = prepared.with_errors(dict.fromkeys(errors, UNUSABLE))
-    return WithinError(prepared, make_plans(prepared), pairs)
+    return WithinError(prepared, make_plans(prepared, kept), pairs, measured)
 
 
 def measured_plans(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import partial
 
 import pytest
@@ -16,9 +17,10 @@ from fxhybrid.calibration import calibrate
 from fxhybrid.codecs import get_codec
 from fxhybrid.lossy_step import LossyStep
 from fxhybrid.options import make_options
-from fxhybrid.plan import SAVE, Compress
+from fxhybrid.plan import SAVE, Actions, Compress
 from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.step import Step, StepCall
+from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
 
 
@@ -212,3 +214,28 @@ def test_recalibrating_keeps_the_plan_where_none_fits_any_more(monkeypatch: pyte
     assert hybrid.plan == before
     assert hybrid.planning_problem is problem
     hybrid(*call.args, loss_args=call.loss_args).backward()
+
+
+def test_a_plan_that_kept_the_error_stays_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest plan (0.96 MiB) keeps the error, the one for the budget does not: planning anew must not lose it.
+
+    Without lossy codecs plans go down to 1.13 MiB, and without that one no plan would fit.
+    """
+    call, limit = batch(), 0.1
+    blocks = [[nn.Conv2d(n, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()] for n in (3, 16, 16, 16)]
+    model = nn.Sequential(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(16 * 256, 10))
+    options = {"example_inputs": call.args, "loss_fn": F.cross_entropy, "loss_args": call.loss_args, "solver": "mps"}
+    with pytest.raises(fxhybrid.BudgetError) as caught:
+        fxhybrid.compile(model, budget=1, max_grad_error=limit, **options)
+    smallest = caught.value.minimum_bytes
+    measured: list[int] = []
+
+    def measured_error(prepared: Prepared, verifier: Verifier, actions: Actions) -> float:
+        measured.append(simulate_actions(prepared.problem, actions).peak_bytes)
+        return limit / 2 if measured[-1] == smallest else 2 * limit
+
+    monkeypatch.setattr("fxhybrid.within_error.measured_error", measured_error)
+    hybrid = fxhybrid.compile(model, budget=int(1.04 * smallest), max_grad_error=limit, **options)
+    assert max(measured) > smallest
+    assert hybrid.plan.peak_bytes == smallest
+    assert hybrid.plan.gradient_error.value == limit / 2
