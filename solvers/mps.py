@@ -41,7 +41,7 @@ class Effort:
         rung_step: neighbouring rungs differ by about so much in added time (plus 0.1 % of the step).
     """
 
-    moves: tuple[int, float] = (13_000, 0.0)
+    moves: tuple[int, float] = (11_500, 0.0)
     price_step: float = 1.3
     error_prices: tuple[float, ...] = (0.0, 0.02)
     seeds: int = 4
