@@ -12,7 +12,7 @@ import fxhybrid
 from benchmarks.common import MARGIN, Bench, Record, Step, median_ratio, pair_ratios, seconds
 from fxhybrid import BudgetError, HybridModule, Plan
 from fxhybrid.carried import named_actions
-from fxhybrid.compiler import ERROR_MARGIN
+from fxhybrid.planning import ERROR_MARGIN
 from fxhybrid.solvers.base import Rung
 from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.techniques import without_codecs, without_recomputation

@@ -15,6 +15,7 @@ from fxhybrid.errors import InvalidArgument
 from fxhybrid.module import HybridModule, wrap
 from fxhybrid.options import make_options
 from fxhybrid.plan import Plan
+from fxhybrid.planning import error_target
 from fxhybrid.solvers.base import Solver
 from fxhybrid.step import Loss, StepCall
 
@@ -103,7 +104,7 @@ def plan(
     found = _plan_now(hybrid, example_inputs, loss_args)
     if device_profile is None:
         return found.plan
-    problem, limit = found.prepared.problem, found.error_target
+    problem, limit = found.prepared.problem, error_target(found.options)
     return plan_elsewhere(problem, found.work, found.plan, device_profile, found.budget_bytes, max_error=limit)
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +15,18 @@ from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, for
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
 from fxhybrid.plan import Actions, GradientError, Plan
-from fxhybrid.prepare import Prepared, build_graphs, prepare
+from fxhybrid.planning import carried_plan, error_target, make_plans, solve_for
+from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
-from fxhybrid.solvers.auto import AutoSolver
-from fxhybrid.solvers.base import Ladder, Rung, Status
-from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
+from fxhybrid.solvers.base import Ladder, Rung
+from fxhybrid.solvers.planset import KnownPlan, PlanSet, laddered
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
 from fxhybrid.within_error import WithinError, measured_plans, plans_within_error
 from fxhybrid.work import StepWork, work_of
 
-ILP_SECONDS = 15.0
-ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
-# Plans aim lower than the limit: the error is measured on one batch, and later ones differ.
-ERROR_MARGIN = 0.5
 CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step
 
 
@@ -82,11 +78,16 @@ class Signature:
 
     def _plan_on(self, verifier: Verifier, carried: Plan | None) -> None:
         """Plans by the errors on the verifier's batch, where memory allows to measure them, or takes a plan over."""
+        options = self.options
         found = self._carried_over(verifier, carried) if carried else None
         if found is None and verifier.reference is None:
-            found = WithinError(self.prepared, self._make_plans(self.prepared))
+            found = WithinError(self.prepared, make_plans(self.prepared.problem, options, self.budget_bytes))
         self.found = found or plans_within_error(
-            self.prepared, verifier, self.options.max_grad_error, self._make_plans, self._that_matter
+            self.prepared,
+            verifier,
+            options.max_grad_error,
+            lambda prepared, kept: make_plans(prepared.problem, options, self.budget_bytes, kept),
+            self._that_matter,
         )
         self.prepared, self.plans = self.found.prepared, self.found.plans
         self.active(accumulating=False)
@@ -112,13 +113,6 @@ class Signature:
 
     # -- planning -----------------------------------------------------------------------------------------
 
-    def _make_plans(self, prepared: Prepared, kept: Sequence[Rung] = ()) -> PlanSet:
-        """The plans of the ladders, those ``kept`` and, for the budget, the solver's own."""
-        plans = laddered(prepared.problem, max_error=self.error_target)
-        plans.plans += [KnownPlan(rung) for rung in kept]
-        self._solve(plans, self.budget_bytes)
-        return plans
-
     def _that_matter(self, plans: PlanSet) -> list[Rung]:
         """The smallest plan, and the one for the budget."""
         chosen = plans.cheapest(self.budget_bytes)
@@ -128,33 +122,14 @@ class Signature:
         """A plan made elsewhere, as the only one known; None if it peaks above its (smaller) budget on this device."""
         problem = self.prepared.problem
         self.budget_bytes = min(self.budget_bytes, plan.budget_bytes)
-        rung = judged(problem, carried_actions(plan, problem, self.prepared.fingerprint))
-        if rung.peak_bytes > self.budget_bytes:
+        known = carried_plan(problem, plan, carried_actions(plan, problem, self.prepared.fingerprint))
+        if known.rung.peak_bytes > self.budget_bytes:
             return None
-        plans = PlanSet(problem, Ladder(()), max_error=self.error_target)
-        plans.plans = [KnownPlan(rung, plan.solver, solve_s=plan.solve_s)]
+        plans = PlanSet(problem, Ladder(()), max_error=error_target(self.options))
+        plans.plans = [known]
         if verifier.reference is None:
             return WithinError(self.prepared, plans)
-        return measured_plans(self.prepared, verifier, plans, [rung])
-
-    @property
-    def error_target(self) -> float:
-        """The estimated error that plans aim at."""
-        return ERROR_MARGIN * self.options.max_grad_error
-
-    def _solve(self, plans: PlanSet, budget_bytes: int) -> None:
-        """Adds the solver's own plan for this budget to those known."""
-        solver, problem, limit = self.options.solver, plans.problem, self.error_target
-        if isinstance(solver, str):
-            known = plans.checked(budget_bytes)
-            if solver == "mps" or (known is None and plans.unmet(budget_bytes) is Status.INFEASIBLE):
-                return
-            auto = AutoSolver(time_limit_s=ILP_SECONDS, pays=ILP_PAYS if solver == "auto" else 0.0)
-            result = auto.improve(problem, budget_bytes, known.rung if known else None, max_error=limit)
-        else:
-            result = solver.solve(problem, budget_bytes, max_error=limit)
-        if result is not None:
-            plans.add(result, budget_bytes)
+        return measured_plans(self.prepared, verifier, plans, [known.rung])
 
     def plan_for(self, budget_bytes: int) -> Plan:
         """The plan that fresh gradients would get at this budget; nothing changes.
@@ -218,13 +193,14 @@ class Signature:
         self.carried[key] = self.states = states
 
     def _fitting(self, plan: Plan, actions: Actions) -> KnownPlan:
-        rung = judged(self.prepared.problem, actions)
-        if rung.peak_bytes > plan.budget_bytes:
+        known = carried_plan(self.prepared.problem, plan, actions)
+        peak_bytes = known.rung.peak_bytes
+        if peak_bytes > plan.budget_bytes:
             raise PlanMismatchError(
-                f"the plan peaks at {rung.peak_bytes} bytes ({format_bytes(rung.peak_bytes)}) here, above its "
+                f"the plan peaks at {peak_bytes} bytes ({format_bytes(peak_bytes)}) here, above its "
                 f"budget of {plan.budget_bytes}; plan again with fxhybrid.plan"
             )
-        return KnownPlan(rung, plan.solver, solve_s=plan.solve_s)
+        return known
 
     @property
     def work(self) -> StepWork:
@@ -262,7 +238,7 @@ class Signature:
             BudgetError: no known plan fits; nothing has changed then.
         """
         if self.options.solver == "ilp" or not isinstance(self.options.solver, str):
-            self._solve(self.plans, budget_bytes)
+            solve_for(self.plans, self.options, budget_bytes)
         self.choose(budget_bytes, accumulating=False)
 
         def commit() -> None:
@@ -285,7 +261,7 @@ class Signature:
 
     def error_price(self, more_error: float) -> ErrorPrice:
         """What ``max_grad_error`` higher by ``more_error`` would save."""
-        problem, limit = self.prepared.problem, self.error_target + ERROR_MARGIN * more_error
+        problem, limit = self.prepared.problem, error_target(self.options, more_error)
         looser = laddered(problem, max_error=limit)
         looser.join(self.plans)  # all of them are within the looser limit too
         cheapest = looser.cheapest(self.budget_bytes)

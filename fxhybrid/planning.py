@@ -1,0 +1,50 @@
+"""Which plans are made for a problem, by which solver, and how much error they may add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxhybrid.options import Options
+from fxhybrid.plan import Actions, Plan
+from fxhybrid.problem import Problem
+from fxhybrid.solvers.auto import AutoSolver
+from fxhybrid.solvers.base import Rung, Status
+from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
+
+ILP_SECONDS = 15.0
+ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
+# Plans aim lower than the limit: the error is measured on one batch, and later ones differ.
+ERROR_MARGIN = 0.5
+
+
+def error_target(options: Options, more_error: float = 0.0) -> float:
+    """The estimated error that plans aim at, for ``max_grad_error`` or for a limit higher by ``more_error``."""
+    return ERROR_MARGIN * (options.max_grad_error + more_error)
+
+
+def make_plans(problem: Problem, options: Options, budget_bytes: int, kept: Sequence[Rung] = ()) -> PlanSet:
+    """The plans of the ladders, those ``kept`` and, for the budget, the solver's own."""
+    plans = laddered(problem, max_error=error_target(options))
+    plans.plans += [KnownPlan(rung) for rung in kept]
+    solve_for(plans, options, budget_bytes)
+    return plans
+
+
+def solve_for(plans: PlanSet, options: Options, budget_bytes: int) -> None:
+    """Adds the solver's own plan for a budget to those known."""
+    solver, problem, limit = options.solver, plans.problem, error_target(options)
+    if isinstance(solver, str):
+        known = plans.checked(budget_bytes)
+        if solver == "mps" or (known is None and plans.unmet(budget_bytes) is Status.INFEASIBLE):
+            return
+        auto = AutoSolver(time_limit_s=ILP_SECONDS, pays=ILP_PAYS if solver == "auto" else 0.0)
+        result = auto.improve(problem, budget_bytes, known.rung if known else None, max_error=limit)
+    else:
+        result = solver.solve(problem, budget_bytes, max_error=limit)
+    if result is not None:
+        plans.add(result, budget_bytes)
+
+
+def carried_plan(problem: Problem, plan: Plan, actions: Actions) -> KnownPlan:
+    """A plan made elsewhere, with the figures that its ``actions`` have here."""
+    return KnownPlan(judged(problem, actions), plan.solver, solve_s=plan.solve_s)
