@@ -35,6 +35,7 @@ class Trial:
 
     case: suite.SuiteCase
     size: suite.Size
+    check_every: int | None = None
 
     def compile(self, limit: float) -> fxhybrid.HybridModule:
         """The model at its smallest reachable peak."""
@@ -48,6 +49,7 @@ class Trial:
                 loss_fn=target.loss_fn,
                 loss_args=target.loss_args,
                 max_grad_error=limit,
+                check_error_every=self.check_every,
                 solver="mps",  # at the smallest peak there is little to choose
             )
 
@@ -77,14 +79,15 @@ class Trial:
         return losses[0], sum(losses[-10:]) / 10
 
 
-def run(name: str, size: suite.Size, limit: float) -> Record:
+def run(name: str, size: suite.Size, limit: float, check_every: int | None) -> Record:
     """Errors of one model under one limit."""
-    trial = Trial(suite.load(name, size), size)
+    trial = Trial(suite.load(name, size), size, check_every)
     hybrid = trial.compile(limit)
     record: Record = {"part": "held back", "peak_bytes": hybrid.plan.peak_bytes}
     record["start"] = trial.errors(hybrid)
     record["losses"] = trial.train(hybrid)
     record["trained"] = trial.errors(hybrid)
+    record["planned anew in training"] = sum(check.replanned for check in hybrid.report().drift_checks)
     record["planned anew"] = trial.errors(trial.compile(limit))
     return record
 
@@ -143,11 +146,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.held_back", description=__doc__)
     parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(suite.names())}")
     parser.add_argument("--size", choices=("full", "small"), default="full")
+    parser.add_argument(
+        "--check-every", type=int, metavar="STEPS", help="check the error so often in training, and plan anew"
+    )
     add_slices(parser)
     arguments = parser.parse_args(argv)
     console = wide_console()
     runs = (
-        (name, limit, partial(run, name, arguments.size, limit))
+        (name, limit, partial(run, name, arguments.size, limit, arguments.check_every))
         for name in names_of(arguments.models, suite.names(), "model")
         for limit in LIMITS
     )

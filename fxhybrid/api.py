@@ -36,6 +36,7 @@ def compile(
     compression: str = "auto",
     max_grad_error: float = 0.1,
     backend: str = "eager",
+    check_error_every: int | None = None,
     plan: Plan | None = None,
 ) -> HybridModule:
     """The model, with a training step that peaks at or under ``budget`` at the least added time.
@@ -56,6 +57,9 @@ def compile(
         compression: ``"auto"``, ``"lossless"`` or ``"off"``; the last two give bit-exact gradients.
         max_grad_error: limit of the relative error of all parameter gradients together.
         backend: ``"eager"`` runs the rewritten graphs as they are.
+        check_error_every: before every so many training steps, measure the gradient error on their batch, and
+            calibrate and plan anew if it is above ``max_grad_error``. That runs steps that keep everything, which takes
+            more than the budget; where there is no memory for it, ``report()`` says so. None: never.
         plan: a plan made before, here or elsewhere, to carry out.
 
     Raises:
@@ -74,6 +78,7 @@ def compile(
         compression=compression,
         max_grad_error=max_grad_error,
         backend=backend,
+        check_error_every=check_error_every,
     )
     if plan is not None and not isinstance(plan, Plan):
         raise InvalidArgument(f"plan is a {type(plan).__name__}; load one with fxhybrid.Plan.load(path)")

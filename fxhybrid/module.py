@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fxhybrid.budget import Budget, check_budget
 from fxhybrid.compiler import Signature
+from fxhybrid.drift import DriftGuard
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.options import Options
 from fxhybrid.plan import Plan
@@ -34,6 +35,7 @@ class Session:
         self.carried_plan = plan
         self.step = Step(model, options.loss_fn, options.return_outputs)
         self.budget_bytes = options.budget if isinstance(options.budget, int) else None
+        self.guard = DriftGuard(options.check_error_every, options.max_grad_error)
         self.signatures: list[tuple[Signature, Callable[..., bool]]] = []
 
     def signature(self, call: StepCall) -> Signature:
@@ -58,6 +60,7 @@ class Session:
     def run(self, call: StepCall) -> Any:
         """One forward pass of a training step."""
         signature = self.signature(call)
+        self.guard.before(signature, self.step, call)
         accumulating = any(p.grad is not None for p in self.model.parameters())
         return self.step.check_result(signature.active(accumulating).call(self.step, *call))
 
@@ -157,7 +160,8 @@ class HybridModule(nn.Module):
         Args:
             more_error: also say what a ``max_grad_error`` higher by this would save; plans once more for that.
         """
-        return make_report([signature for signature, _ in self._fxhybrid_session.signatures], more_error)
+        session = self._fxhybrid_session
+        return make_report([signature for signature, _ in session.signatures], more_error, session.guard.checks)
 
     def set_budget(self, budget: Budget) -> None:
         """Moves to another budget, between steps, without capturing or profiling again.

@@ -32,6 +32,7 @@ class Options:
         compression: which codecs may be used.
         max_grad_error: limit of the relative gradient error.
         backend: what runs the graphs.
+        check_error_every: training steps from one check of the gradient error to the next; None for none.
     """
 
     budget: int | float
@@ -43,6 +44,7 @@ class Options:
     compression: str
     max_grad_error: float
     backend: str
+    check_error_every: int | None = None
 
 
 def make_options(
@@ -56,6 +58,7 @@ def make_options(
     compression: str = "auto",
     max_grad_error: float = 0.1,
     backend: str = "eager",
+    check_error_every: int | None = None,
 ) -> Options:
     """Checked options.
 
@@ -78,6 +81,9 @@ def make_options(
         raise InvalidArgument(f"max_grad_error is {max_grad_error!r}; it must be a number of at least 0")
     if not math.isfinite(max_grad_error) or max_grad_error < 0:
         raise InvalidArgument(f"max_grad_error is {max_grad_error!r}; it must be finite and at least 0")
+    counted = check_error_every is None or (type(check_error_every) is int and check_error_every > 0)
+    if not counted:
+        raise InvalidArgument(f"check_error_every is {check_error_every!r}; it must be a positive int or None")
     return Options(
         check_budget(budget),
         loss_fn,
@@ -88,6 +94,7 @@ def make_options(
         compression,
         float(max_grad_error),
         backend,
+        check_error_every,
     )
 
 

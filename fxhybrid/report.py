@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fxhybrid.calibration import ErrorPair
+from fxhybrid.drift import DriftCheck
 from fxhybrid.errors import format_bytes
 from fxhybrid.plan import Plan
 
@@ -62,9 +63,15 @@ class SignatureReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All kinds of calls seen so far; prints as a table."""
+    """All kinds of calls seen so far; prints as a table.
+
+    Attributes:
+        signatures: one entry per kind of call, the last called first.
+        drift_checks: checks of the gradient error during training.
+    """
 
     signatures: tuple[SignatureReport, ...]
+    drift_checks: tuple[DriftCheck, ...] = ()
 
     def __str__(self) -> str:
         console = Console(width=110, force_terminal=False)
@@ -80,6 +87,12 @@ class Report:
         rows = [_rows(report) for report in self.signatures]
         for name in rows[0] if rows else ():
             table.add_row(name, *(row[name] for row in rows))
+        if self.drift_checks:
+            replanned = sum(check.replanned for check in self.drift_checks)
+            table.caption = (
+                f"gradient error checked {len(self.drift_checks)} times, planned anew {replanned} times; "
+                f"last: {self.drift_checks[-1]}"
+            )
         return table
 
 
@@ -108,7 +121,9 @@ def _pairs_text(pairs: Sequence[ErrorPair]) -> str:
     return f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} comparisons" if ratios else "nothing measured"
 
 
-def make_report(signatures: Sequence[Signature], more_error: float | None) -> Report:
+def make_report(
+    signatures: Sequence[Signature], more_error: float | None, drift_checks: Sequence[DriftCheck] = ()
+) -> Report:
     """The report of these signatures, with the price of the gradient error if asked for."""
     return Report(
         tuple(
@@ -122,5 +137,6 @@ def make_report(signatures: Sequence[Signature], more_error: float | None) -> Re
                 s.found.pairs,
             )
             for s in signatures
-        )
+        ),
+        tuple(drift_checks),
     )

@@ -13,7 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PLAIN = ("errors", "problem", "plan", "schedule", "timeline", "version")
 JOINS = {"fxhybrid.compiler"}
-ABOVE_COMPILER = {"fxhybrid.api", "fxhybrid.module", "fxhybrid.frontier", "fxhybrid.report", "fxhybrid.cli"}
+ABOVE_COMPILER = {
+    "fxhybrid.api",
+    "fxhybrid.module",
+    "fxhybrid.frontier",
+    "fxhybrid.report",
+    "fxhybrid.drift",
+    "fxhybrid.cli",
+}
 
 
 def modules() -> dict[str, Path]:
