@@ -35,6 +35,7 @@ from fxhybrid.timeline import Timeline, simulate
 
 PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
 LOOSE_GAP = 0.05  # of the rounds that only find out which rows matter
+LOOSE_TIME = 1 / 16  # of what is left: without the rows there is no use in looking long
 ROWS_PER_ROUND = 12
 ROWS_APART = 3  # instructions between two rows of one round: neighbours say nearly the same
 LEAST_S = 1.0  # for the question how low plans go, where the time limit is used up
@@ -167,8 +168,11 @@ class _Search:
         """
         loose = True
         while self.left_s() > 0 and self.gap() > self.solver.gap and not model.contradiction:
-            gap = LOOSE_GAP if loose else self.solver.gap / 2
-            found = self.solve_once(model, rows, gap, self.left_s() / 2 if loose else self.left_s())
+            gap, share = (LOOSE_GAP, LOOSE_TIME) if loose else (self.solver.gap / 2, 1.0)
+            found = self.solve_once(model, rows, gap, share * self.left_s())
+            if found is None and loose:
+                loose = False
+                continue
             if found is None:
                 return self.left_s() > 0
             tried = self.tried(completed(self.problem, found))
