@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Protocol
@@ -58,14 +59,20 @@ def kernels_for(device: torch.device) -> Kernels | None:
     """The compiled kernels for this device's memory; None where there are none, and plain ATen has to do."""
     if device.type == "cpu":
         return native_kernels()
-    if device.type == "cuda" and find_spec("triton"):
-        from fxhybrid.codecs.triton_kernels import TritonKernels
+    return _cuda_kernels() if device.type == "cuda" else None
 
-        return TritonKernels()
-    return None
+
+@lru_cache(maxsize=1)
+def _cuda_kernels() -> Kernels | None:
+    """Triton's kernels; None where it is not installed."""
+    if find_spec("triton") is None:
+        return None
+    from fxhybrid.codecs.triton_kernels import TritonKernels
+
+    return TritonKernels()
 
 
 def kernels_key() -> str:
     """Names the code at work on this machine: seconds measured with other code do not count."""
-    on_cuda = f"+triton{version('triton')}" if torch.cuda.is_available() and find_spec("triton") else ""
-    return native_key() + on_cuda
+    on_cuda = torch.cuda.is_available() and find_spec("triton")
+    return f"{native_key()}+triton{version('triton')}" if on_cuda else native_key()
