@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cases(n_bytes: int) -> Iterator[Case]:
-    """Float rows and planes of about this many bytes, then bool, integers and pool indices."""
+    """Float rows and planes of at least this many bytes, then bool, integers and pool indices."""
     for row in ROWS:
-        x = activations(n_bytes // 4 // row, row)
+        x = activations(-(-n_bytes // (4 * row)), row)
         yield Case(f"rows {row}", row, x, lossy_codecs(x))
     for side in PLANES:
-        n_samples = max(1, n_bytes // (4 * CHANNELS * side * side))
+        n_samples = -(-n_bytes // (4 * CHANNELS * side * side))
         x = activations(n_samples * CHANNELS, side * side).view(n_samples, CHANNELS, side, side)
         yield Case(f"planes {side}x{side}", side * side, x, (*lossy_codecs(x), channelwise_codec(x)))
     yield Case("bool", 0, torch.rand(n_bytes) > 0.5, (get_codec("bitpack"),))
