@@ -189,6 +189,10 @@ class Problem:
         ops = [op for i, op in enumerate(self.forward) if i not in self.fused_masks]
         return math.fsum(op.seconds for op in [*ops, *self.backward])
 
+    def top_bytes(self, op: Op) -> int:
+        """How far memory rises above what was alive while ``op`` runs."""
+        return max(op.rise_bytes, sum(self.tensors[t].size_bytes for t in op.outputs))
+
     def __str__(self) -> str:
         return (
             f"Problem: {len(self.forward)} forward and {len(self.backward)} backward ops, "

@@ -24,6 +24,10 @@ Known = TypeVar("Known", bound="Estimated")
 ActionsKey = frozenset[tuple[int, Action]]
 
 
+def _key(actions: Actions) -> ActionsKey:
+    return frozenset(actions.items())
+
+
 class Estimated(Protocol):
     """Actions with the figures that a solver gives them."""
 
@@ -58,7 +62,7 @@ class WithinError(Generic[Plans]):
 
     def error_of(self, actions: Actions) -> float | None:
         """The measured gradient error; None for actions that were not run."""
-        return self.measured.get(frozenset(actions.items()))
+        return self.measured.get(_key(actions))
 
 
 def plans_within_error(
@@ -84,7 +88,7 @@ def plans_within_error(
     for _ in range(ROUNDS):
         prepared = prepared.with_errors(errors)
         plans = make_plans(prepared, kept)
-        matter = [plan for plan in that_matter(plans) if frozenset(plan.actions.items()) not in measured]
+        matter = [plan for plan in that_matter(plans) if _key(plan.actions) not in measured]
         found = measured_plans(prepared, verifier, plans, matter)
         pairs += found.pairs
         measured |= found.measured
@@ -105,6 +109,6 @@ def measured_plans(
     for plan in that_matter:
         if plan.error > 0:
             found = measured_error(prepared, verifier, plan.actions)
-            measured[frozenset(plan.actions.items())] = found
+            measured[_key(plan.actions)] = found
             pairs.append(ErrorPair(f"plan of {format_bytes(plan.peak_bytes)}", "", plan.error, found))
     return WithinError(prepared, plans, tuple(pairs), measured)

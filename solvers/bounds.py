@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from fxhybrid.errors import format_bytes
 from fxhybrid.problem import Problem
 from fxhybrid.schedule import Schedule, fused_op
-from fxhybrid.solvers.ilp_facts import top_bytes
 from fxhybrid.timeline import Timeline, describe_peak
 
 
@@ -75,7 +74,7 @@ def _forward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
     for op, must in zip(problem.forward, _must_run(problem), strict=True):
         if not must:
             continue
-        yield alive_bytes + _sum(problem, set(op.inputs) - alive) + top_bytes(problem, op), f"forward {op.name}"
+        yield alive_bytes + _sum(problem, set(op.inputs) - alive) + problem.top_bytes(op), f"forward {op.name}"
         made = staying.intersection(op.outputs)
         alive |= made
         alive_bytes += _sum(problem, made)
@@ -91,11 +90,11 @@ def _backward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
     alive_bytes = problem.resident_bytes + problem.tangent_bytes + _sum(problem, alive)
     for p, op in enumerate(problem.backward):
         inputs = {t for t in op.inputs if t in problem.producer}
-        height = _sum(problem, inputs - alive) + top_bytes(problem, op)
+        height = _sum(problem, inputs - alive) + problem.top_bytes(op)
         if op.fusion:  # the form that reads the mask's sources may take less
             fused = fused_op(problem, op, op.fusion)
             sources = {t for t in fused.inputs if t in problem.producer}
-            height = min(height, _sum(problem, sources - alive) + top_bytes(problem, fused))
+            height = min(height, _sum(problem, sources - alive) + problem.top_bytes(fused))
         yield alive_bytes + height, f"backward {op.name}"
         made = set(op.outputs)
         dying = {t for t in (*op.inputs, *op.outputs) if last[t] == p and t not in problem.producer} - gradients

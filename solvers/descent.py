@@ -145,7 +145,7 @@ class Descent:
             gain: Floats = -(self._costs(rows) + price * smooth)
             return gain
 
-        wanted = self.table.possible(pace.banned, self.base.error2, self.max_error2)
+        wanted = table.possible(pace.banned, self.base.error2, self.max_error2)
         gain = gains(wanted)
         useful = np.flatnonzero(gain > self.nothing_s)
         picks: list[int] = []
@@ -156,7 +156,7 @@ class Descent:
             if t in table.stale:
                 table.refresh((t,))
                 rows = slice(table.rows_of[t].start, table.rows_of[t].stop)
-                again = self.table.possible(pace.banned, self.base.error2, self.max_error2, rows)
+                again = table.possible(pace.banned, self.base.error2, self.max_error2, rows)
                 fresh = gains(again)
                 if not len(fresh) or fresh.max() <= self.nothing_s:
                     continue
@@ -229,7 +229,7 @@ class Descent:
         table = self.table
         over = np.maximum(height - NEARLY * target, 0.0)
         top = float(over.max())
-        rows = self.table.possible(busy, error2, self.max_error2 * (1 + 1e-12))
+        rows = table.possible(busy, error2, self.max_error2 * (1 + 1e-12))
         gain = table.weighed(lambda delta: np.minimum(-delta, top), sums(over / top), rows)
         rate = gain / np.maximum(self._costs(rows), 1e-6 * self.base.problem.step_s + 1e-30)
         score = np.zeros(len(table.row))

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from fxhybrid.problem import Op, Problem
+from fxhybrid.problem import Problem
+from fxhybrid.schedule import fused_op
 
 State = list[int]
 Ints = npt.NDArray[np.int64]
@@ -68,10 +69,6 @@ class Grid:
         """Whether ``code`` gives back other bits."""
         return code >= FIRST_CODEC and self.lossy_options[t][code - FIRST_CODEC]
 
-    def top(self, op: Op, rise_bytes: int) -> int:
-        """How high an op reaches above what is alive before it."""
-        return max(rise_bytes, sum(self.sizes[t] for t in op.outputs))
-
     def _prepare_forward(self, count: int) -> None:
         problem = self.problem
         self.read = [op.inputs for op in problem.forward]
@@ -82,7 +79,7 @@ class Grid:
         for i, op in enumerate(problem.forward):
             for t in dict.fromkeys(op.inputs):
                 self.readers[t].append(i)
-        self.rerun_top = [self.top(op, op.rise_bytes) for op in problem.forward]
+        self.rerun_top = [problem.top_bytes(op) for op in problem.forward]
         wanted = {*problem.outputs, *problem.mutations, *problem.gradients}
         self.optional: dict[int, int] = {}
         self.base_read = [-1] * count
@@ -110,7 +107,7 @@ class Grid:
         self.fused_top: dict[int, int] = {}
         self.base_live[self.n_forward + 1 :] += problem.tangent_bytes
         for p, op in enumerate(problem.backward):
-            self.base_top[self.slot(p)] = self.top(op, op.rise_bytes)
+            self.base_top[self.slot(p)] = problem.top_bytes(op)
             for t in (*op.inputs, *op.outputs):
                 death[t] = p
                 self.base_last[t] = 2 * self.slot(p) + 1
@@ -118,7 +115,7 @@ class Grid:
                 self.first_run[t] = min(self.first_run[t], p)
             if op.fusion:
                 self.fused_at[op.fusion.op] = self.slot(p)
-                self.fused_top[op.fusion.op] = self.top(op, op.fusion.rise_bytes)
+                self.fused_top[op.fusion.op] = problem.top_bytes(fused_op(problem, op, op.fusion))
         for p, op in enumerate(problem.backward):
             for t in op.outputs:
                 end = self.n_slots if t in self.gradients else self.slot(death[t]) + 1

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from fxhybrid.problem import Op
 from fxhybrid.schedule import fused_op
-from fxhybrid.solvers.ilp_facts import certain_backward, top_bytes
+from fxhybrid.solvers.ilp_facts import certain_backward
 from fxhybrid.solvers.ilp_model import IlpModel, Literal, Term
 from fxhybrid.solvers.moments import Moment
 
@@ -46,7 +46,7 @@ class BackwardTerms:
         if at.tensor >= 0:
             self._decode(terms, at)
         elif at.rerun < len(self.problem.forward):
-            top = top_bytes(self.problem, self.problem.forward[at.rerun])
+            top = self.problem.top_bytes(self.problem.forward[at.rerun])
             terms.append((top, self.model.moved(at.rerun, at.op)))
             terms.append((-top, self.model.moved(at.rerun, at.op - 1)))
         else:
@@ -55,9 +55,9 @@ class BackwardTerms:
 
     def _own(self, terms: list[Term], op: Op) -> int:
         """How far a backward op rises; gives the part that no decision changes."""
-        top = top_bytes(self.problem, op)
+        top = self.problem.top_bytes(op)
         if op.fusion:
-            fused_top = top_bytes(self.problem, fused_op(self.problem, op, op.fusion))
+            fused_top = self.problem.top_bytes(fused_op(self.problem, op, op.fusion))
             terms.append((fused_top - top, self._fused(op.fusion.op)))
         return top
 

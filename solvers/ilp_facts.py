@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions
-from fxhybrid.problem import CodecOption, Op, Problem
+from fxhybrid.problem import CodecOption, Problem
 from fxhybrid.solvers.base import default_action
 
 NEVER = 1 << 60
@@ -110,11 +110,6 @@ def facts_of(problem: Problem, max_error: float, *, pruned_bytes: float = 0.0, c
         cutoff_s,
         bool(pruned),
     )
-
-
-def top_bytes(problem: Problem, op: Op) -> int:
-    """How far memory rises above what was alive while ``op`` runs."""
-    return max(op.rise_bytes, sum(problem.tensors[t].size_bytes for t in op.outputs))
 
 
 def chain_seconds(problem: Problem, needed: frozenset[int], position: int) -> dict[int, float]:

@@ -6,7 +6,7 @@ its encoded bytes if it is encoded; reads by ops that only some plans run move t
 
 from __future__ import annotations
 
-from fxhybrid.solvers.ilp_facts import certain_forward, top_bytes
+from fxhybrid.solvers.ilp_facts import certain_forward
 from fxhybrid.solvers.ilp_model import IlpModel, Term
 from fxhybrid.solvers.moments import Moment
 
@@ -31,7 +31,7 @@ class ForwardTerms:
         if encoding:
             self._encode(terms, at)
         else:
-            terms.append((top_bytes(self.problem, self.problem.forward[at.op]), self.model.runs[at.op]))
+            terms.append((self.problem.top_bytes(self.problem.forward[at.op]), self.model.runs[at.op]))
         return terms, float(self._certain[position])
 
     def _tensor(self, terms: list[Term], t: int, position: int, at: Moment) -> None:

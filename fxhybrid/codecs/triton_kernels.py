@@ -23,8 +23,11 @@ _PROGRAM = 2048  # elements that one program looks at together, over all its row
 
 
 @triton.jit
-def _place(r, row, row_bytes, n_digits, widths, starts, BITS: tl.constexpr, ROWS: tl.constexpr):
-    """Width of each row, bytes of its codes, and where these begin."""
+def _place(n_rows, row, row_bytes, n_digits, widths, starts, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """This program's rows and which of them exist; width of each, bytes of its codes, and where these begin."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_row = r < n_rows
+    r = tl.minimum(r, n_rows - 1)
     if BITS > 0:
         bits = tl.full([ROWS], BITS, tl.int32)
         m = tl.zeros([ROWS], tl.int32) + row_bytes
@@ -34,7 +37,7 @@ def _place(r, row, row_bytes, n_digits, widths, starts, BITS: tl.constexpr, ROWS
         bits = tl.load(widths + digit)
         m = (row * bits + 7) // 8
         start = r // n_digits * tl.load(starts + n_digits) + tl.load(starts + digit)
-    return bits, m, start
+    return r, is_row, bits, m, start
 
 
 @triton.jit
@@ -42,10 +45,7 @@ def _pack_rows(
     x, codes, parameters, widths, starts, n_rows, row, row_bytes, n_digits,
     BITS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_row = r < n_rows
-    r = tl.minimum(r, n_rows - 1)
-    bits, m, start = _place(r, row, row_bytes, n_digits, widths, starts, BITS, ROWS)
+    r, is_row, bits, m, start = _place(n_rows, row, row_bytes, n_digits, widths, starts, BITS, ROWS)
     levels = (1 << bits) - 1
 
     low = tl.full([ROWS], float("inf"), tl.float32)
@@ -99,10 +99,7 @@ def _unpack_rows(
     codes, parameters, x, widths, starts, n_rows, row, row_bytes, n_digits, limit,
     BITS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_row = r < n_rows
-    r = tl.minimum(r, n_rows - 1)
-    bits, m, start = _place(r, row, row_bytes, n_digits, widths, starts, BITS, ROWS)
+    r, is_row, bits, m, start = _place(n_rows, row, row_bytes, n_digits, widths, starts, BITS, ROWS)
     levels = (1 << bits) - 1
     scale, low = tl.load(parameters + 2 * r), tl.load(parameters + 2 * r + 1)
     # near the end of float32 a row is restored at half its size, or the widest range would overflow
