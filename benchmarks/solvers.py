@@ -31,6 +31,7 @@ from fxhybrid.problem import Problem
 from fxhybrid.solvers.base import Ladder
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.planset import PlanSet
 from fxhybrid.timeline import simulate_actions
 
 PARTS = ("corpus", "families")
@@ -91,11 +92,12 @@ def timed_ladder(problem: Problem) -> tuple[Ladder, float]:
 def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
     """One record per budget."""
     ladder, ladder_s = timed_ladder(problem)
+    plans = PlanSet(problem, ladder, max_error=corpus.MAX_ERROR)
     low, high = ladder.rungs[-1].peak_bytes, simulate_actions(problem, {}).peak_bytes
     for share in SHARES:
         budget_bytes = int(low + share * (high - low))
-        rung = ladder.rung_for(budget_bytes)
-        assert rung is not None
+        known = plans.fitted(budget_bytes)
+        assert known is not None
         record: Record = {
             "key": share,
             "nodes": n_nodes(problem),
@@ -104,9 +106,9 @@ def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
             "budget_bytes": budget_bytes,
             "backend": backend,
             "ladder_s": ladder_s,
-            "mps_s": rung.added_s,
+            "mps_s": known.rung.added_s,
         }
-        warm = rung.actions
+        warm = known.rung.actions
         for name, limit_s in (("quick", QUICK_S), ("long", LONG_S)):
             if name == "long" and record["quick_gap"] <= LONG_GAP + 1e-9:
                 record |= {"long_gap": record["quick_gap"], "long_solve_s": record["quick_solve_s"]}

@@ -28,7 +28,7 @@ def plan_elsewhere(
     """
     there = problem_on(problem, work, profile)
     plans = laddered(there, max_error=max_error)
-    known = plans.checked(budget_bytes)
+    known = plans.fitted(budget_bytes)
     if known is None:
         raise plans.budget_error(budget_bytes, 0)
     return plan_of(there, known.rung, base, budget_bytes, slowdown=profile.slowdown)

@@ -226,6 +226,8 @@ def _frontier_of(signature: Signature, budgets: Sequence[int]) -> Frontier:
     for budget_bytes in budgets:
         with contextlib.suppress(BudgetError):
             signature.set_budget(budget_bytes)  # lets an asked for solver add its plan; not made so
+        for plans in alone:
+            plans.fitted(budget_bytes)
     # only now, so that plans found for one budget serve the others, too; the largest first: its bound holds below it
     rows = [_row(plans, technique, budget_bytes) for budget_bytes in budgets for technique, plans in sets.items()]
     return Frontier(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
+from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions, Compress
 from fxhybrid.problem import Problem
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, Ints, State
 from fxhybrid.solvers.settling import Settling
@@ -99,6 +99,13 @@ class Footprints(Settling):
         """The state as actions; defaults and what backward does not want are left out."""
         state, use, named = self.state, self.use, self._named
         return {t: named[t][state[t]] for t in self.changes_to(self._default) if t in named and use[t] < NEVER}
+
+    def codes(self, actions: Actions) -> bytes:
+        """The state in which ``actions`` are taken, and the default where they name nothing."""
+        state = self.default.copy()
+        for t, action in actions.items():
+            state[t] = self._named[t].index(action)
+        return bytes(state)
 
     def changes_to(self, codes: bytes) -> dict[int, int]:
         """What differs in another state, with its codes."""

@@ -13,7 +13,7 @@ from fxhybrid.solvers.planset import PlanSet
 
 @dataclass
 class MpsSolver:
-    """The cheapest plan of the ladder; below the ladder, of the smallest reachable peak."""
+    """The cheapest plan of the ladder, fitted to the budget; below the ladder, of the smallest reachable peak."""
 
     _plans: dict[tuple[int, float], PlanSet] = field(default_factory=dict, repr=False)
 
@@ -28,7 +28,7 @@ class MpsSolver:
         """The cheapest known plan within the budget; see ``Solver``."""
         started = time.perf_counter()
         plans = self.plans(problem, max_error)
-        known = plans.checked(budget_bytes)
+        known = plans.fitted(budget_bytes)
         status, rung = (known.status, known.rung) if known else (plans.unmet(budget_bytes), plans.smallest)
         return SolveResult(
             status,

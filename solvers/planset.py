@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fxhybrid.errors import BudgetError, format_bytes
@@ -17,6 +18,7 @@ from fxhybrid.problem import Problem
 from fxhybrid.schedule import lower
 from fxhybrid.solvers.base import Ladder, Rung, SolveResult, Status, default_action, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
+from fxhybrid.solvers.fitting import fitted
 from fxhybrid.solvers.lp_bound import AddedBound, added_lower_bound
 from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
 from fxhybrid.solvers.mps import Effort, build_ladder
@@ -25,6 +27,7 @@ from fxhybrid.timeline import describe_peak, simulate, simulate_actions
 
 PROVEN = 0.01  # a plan this close to the bound counts as the best
 LESS_EFFORT = Effort(moves=(7_500, 0.0))  # for one technique alone: fewer choices
+STRICTER = (0.01, 0.05)  # what plans aim at for a ``max_grad_error`` of 0.02 and 0.1
 LOOK_LOWER_S = 5.0  # half of the recorded problems' smallest peaks are proven in a second, the rest not in 20
 
 
@@ -51,7 +54,8 @@ class PlanSet:
     """Known plans of one problem.
 
     Attributes:
-        plans: all of them.
+        plans: all of them but the reserve.
+        reserve: plans that are taken where no other one fits.
         bounds_s: per budget, what every plan for it adds at least.
         lower_bound_bytes: no plan that makes each tensor at most once more peaks below; the cheap
             bound until ``look_lower`` raises it.
@@ -63,10 +67,13 @@ class PlanSet:
         self.problem = problem
         self.max_error = max_error
         self.plans: list[KnownPlan] = []
+        self.reserve: list[KnownPlan] = []
         self.bounds_s: dict[int, float] = {}
         self.lower_bound_bytes = peak_lower_bound(problem)[0]
         self.min_peak: MinPeak | None = None
         self.alone: tuple[PlanSet, ...] = ()
+        self._fitted: set[int] = set()  # limits that the cheapest plan was fitted to
+        self._looked_stricter = False
         for rung in ladder.rungs:
             self._take(KnownPlan(rung, solve_s=solve_s))
 
@@ -113,16 +120,43 @@ class PlanSet:
         while (known := self.cheapest(limit_bytes)) is not None:
             if judged(self.problem, known.rung.actions).peak_bytes <= limit_bytes:
                 return known
-            self.plans = [plan for plan in self.plans if plan.rung.actions is not known.rung.actions]
+            for plans in (self.plans, self.reserve):
+                plans[:] = [plan for plan in plans if plan.rung.actions is not known.rung.actions]
+        if not self._looked_stricter:
+            self._look_stricter()
+            return self.checked(limit_bytes)
         if self.min_peak is None and limit_bytes >= self.lower_bound_bytes:
             self.look_lower()
             return self.checked(limit_bytes)
         return None
 
+    def fitted(self, limit_bytes: int) -> KnownPlan | None:
+        """``checked``, after the cheapest plan was fitted to this very limit; what that gives is known from then on."""
+        known = self.checked(limit_bytes)
+        if known is None or limit_bytes in self._fitted:
+            return known
+        self._fitted.add(limit_bytes)
+        actions = fitted(self.problem, known.rung.actions, limit_bytes, max_error=self.max_error)
+        if actions is None:
+            return known
+        self._take(replace(known, rung=judged(self.problem, actions)))
+        return self.checked(limit_bytes)
+
+    def _look_stricter(self) -> None:
+        """Takes in plans of stricter error limits: each search is a heuristic, and one of these may reach lower."""
+        if self._looked_stricter:
+            return
+        self._looked_stricter = True
+        if any(not codec.lossless for tensor in self.problem.tensors for codec in tensor.codecs):
+            for limit in STRICTER:
+                if limit < self.max_error:
+                    self.plans += map(KnownPlan, build_ladder(self.problem, max_error=limit).rungs)
+
     def look_lower(self) -> None:
         """Takes in the smallest reachable peak, as far as that is found and proven in ``LOOK_LOWER_S``."""
         if self.min_peak is not None:
             return
+        self._look_stricter()
         solver = MinPeakSolver(time_limit_s=LOOK_LOWER_S)
         found = solver.solve(self.problem, max_error=self.max_error, warm=self.smallest.actions)
         self.min_peak, self.lower_bound_bytes = found, found.lower_bound_bytes
@@ -135,11 +169,18 @@ class PlanSet:
 
     def cheapest(self, limit_bytes: int) -> KnownPlan | None:
         """The cheapest plan that peaks at or under the limit, with the best bound known for that limit."""
-        fitting = [plan for plan in self.plans if plan.rung.peak_bytes <= limit_bytes]
-        if not fitting:
-            return None
+        for plans in (self.plans, self.reserve):
+            fitting = [plan for plan in plans if plan.rung.peak_bytes <= limit_bytes]
+            if fitting:
+                return self._cheapest_of(fitting, limit_bytes)
+        return None
+
+    def _cheapest_of(self, fitting: Sequence[KnownPlan], limit_bytes: int) -> KnownPlan:
         # of plans that cost nothing, the one that does nothing
-        best = min(fitting, key=lambda plan: (plan.rung.added_s, bool(plan.rung.actions), plan.rung.peak_bytes))
+        best = min(
+            fitting,
+            key=lambda plan: (plan.rung.added_s, bool(plan.rung.actions), plan.rung.error, plan.rung.peak_bytes),
+        )
         # a bound for a larger budget holds for this one, too
         bounds = [bound_s for budget_bytes, bound_s in self.bounds_s.items() if budget_bytes >= limit_bytes]
         bound = min(max(bounds, default=0.0), best.rung.added_s)
@@ -157,7 +198,7 @@ class PlanSet:
     @property
     def smallest(self) -> Rung:
         """The plan with the smallest peak."""
-        return min((plan.rung for plan in self.plans), key=lambda rung: rung.peak_bytes)
+        return smallest_of(self.plans + self.reserve)
 
     def budget_error(self, budget_bytes: int, beside_bytes: int) -> BudgetError:
         """The error for a budget that no known plan meets.
@@ -197,6 +238,11 @@ def laddered(problem: Problem, *, max_error: float) -> PlanSet:
     for other in plans.alone:  # the heuristic misses some plans of one technique among all the others
         plans.join(other)
     return plans
+
+
+def smallest_of(plans: Iterable[KnownPlan]) -> Rung:
+    """The plan with the smallest peak."""
+    return min((plan.rung for plan in plans), key=lambda rung: rung.peak_bytes)
 
 
 def judged(problem: Problem, actions: Actions) -> Rung:

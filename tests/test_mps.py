@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxhybrid.errors import PlanError
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
+from fxhybrid.plan import RECOMPUTE, Action, Compress
 from fxhybrid.problem import CodecOption, Op, Problem, Tensor
 from fxhybrid.solvers.base import Ladder, Rung, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
@@ -201,14 +201,7 @@ def test_footprint_equals_simulation_however_it_came_there(problem: Problem, see
     base = Footprints(problem)
     for seed in seeds:
         actions = random_actions(problem, seed)
-        state = base.default.copy()
-        for t, action in actions.items():
-            codecs = [o.codec for o in problem.tensors[t].codecs]
-            if isinstance(action, Compress):
-                state[t] = FIRST_CODEC + codecs.index(action.codec)
-            else:
-                state[t] = SAVED if action is SAVE else RECOMPUTED
-        mark, line = base.measure(state), simulate_actions(problem, actions)
+        mark, line = base.measure(list(base.codes(actions))), simulate_actions(problem, actions)
         assert mark is not None
         assert mark.peak_bytes == line.peak_bytes
         assert mark.added_s == pytest.approx(line.added_s, abs=1e-9)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxhybrid.plan import RECOMPUTE
-from fxhybrid.problem import Problem
+from benchmarks import corpus
+from fxhybrid.plan import RECOMPUTE, Compress
+from fxhybrid.problem import CodecOption, Problem
 from fxhybrid.solvers.base import Ladder, Status
 from fxhybrid.solvers.mps import build_ladder
-from fxhybrid.solvers.planset import PlanSet, laddered
+from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
 from fxhybrid.timeline import simulate_actions
 from tests.problems import problems
 from tests.test_corpus import independent
+from tests.test_mps import chain_with_wide_backward
 
 
 def keep_all_only() -> PlanSet:
@@ -61,6 +66,47 @@ def test_joined_plans_are_chosen_from() -> None:
     assert plans.cheapest(180) is None
     plans.join(other)
     assert plans.cheapest(180) == other.cheapest(180)
+
+
+def test_a_plan_is_fitted_to_the_budget() -> None:
+    # Only the plan that makes a (4 s) and b (2 s) again is known. 180 bytes suffice to keep a, 179 to keep b.
+    for budget_bytes, actions, added_s in ((180, {1: RECOMPUTE}, 2.0), (179, {0: RECOMPUTE}, 4.0)):
+        plans = PlanSet(independent(), Ladder(()), max_error=0.0)
+        plans.plans = [KnownPlan(judged(independent(), {0: RECOMPUTE, 1: RECOMPUTE}))]
+        known = plans.fitted(budget_bytes)
+        assert known is not None
+        assert (known.rung.actions, known.rung.added_s) == (actions, added_s)
+        assert plans.cheapest(budget_bytes) == known
+        assert len(plans.plans) == 2  # the other one stays, for smaller budgets
+
+
+def test_room_that_is_left_makes_codecs_more_exact() -> None:
+    # Two tensors of 100 bytes are kept in 25 bytes each, with an error of 0.05, or for the same 1 s in 50 with 0.01.
+    # Beside them are 400 bytes and the loss's 4: 454 bytes, 479 with one of them more exact, 504 with both.
+    coarse = CodecOption("q2", 25, 0.5, 0.5, 25, 100, False, 0.05)
+    fine = CodecOption("q4", 50, 0.5, 0.5, 50, 100, False, 0.01)
+    chain = chain_with_wide_backward(0.05)
+    problem = replace(
+        chain, tensors=tuple(replace(t, codecs=(coarse, fine) if t.codecs else ()) for t in chain.tensors)
+    )
+    start = judged(problem, {0: Compress("q2"), 1: Compress("q2")})
+    for budget_bytes, squares in ((454, (25, 25)), (479, (25, 1)), (504, (1, 1))):
+        plans = PlanSet(problem, Ladder((start,)), max_error=0.08)
+        known = plans.fitted(budget_bytes)
+        assert known is not None
+        assert (known.rung.peak_bytes, known.rung.added_s) == (budget_bytes, 2.0)
+        assert known.rung.error == pytest.approx(0.01 * sum(squares) ** 0.5)
+
+
+def test_the_smallest_peak_falls_as_the_error_limit_grows() -> None:
+    """On U-Net the search at a limit of 0.05 alone ends 0.5 % above that at 0.01."""
+    problem, smallest = corpus.load("unet"), []
+    for limit in (0.01, 0.05):
+        plans = PlanSet(problem, build_ladder(problem, max_error=limit), max_error=limit)
+        assert plans.checked(1) is None
+        smallest.append(plans.smallest.peak_bytes)
+        assert plans.smallest.error <= limit
+    assert smallest == sorted(smallest, reverse=True)
 
 
 @settings(max_examples=10, deadline=None)
