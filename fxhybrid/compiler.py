@@ -20,7 +20,7 @@ from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.base import Ladder, Rung
-from fxhybrid.solvers.planset import KnownPlan, PlanSet, laddered
+from fxhybrid.solvers.planset import KnownPlan, PlanSet, laddered, smallest_of
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
@@ -86,7 +86,8 @@ class Signature:
             self.prepared,
             verifier,
             options.max_grad_error,
-            lambda prepared, kept: make_plans(prepared.problem, options, self.budget_bytes, kept),
+            error_target(options),
+            lambda prepared, kept, near: make_plans(prepared.problem, options, self.budget_bytes, kept, near),
             self._that_matter,
         )
         self.prepared, self.plans = self.found.prepared, self.found.plans
@@ -116,7 +117,7 @@ class Signature:
     def _that_matter(self, plans: PlanSet) -> list[Rung]:
         """The smallest plan, and the one for the budget."""
         chosen = plans.cheapest(self.budget_bytes)
-        return [plans.smallest, *([chosen.rung] if chosen else [])]
+        return [smallest_of(plans.plans), *([chosen.rung] if chosen else [])]
 
     def _carried_over(self, verifier: Verifier, plan: Plan) -> WithinError[PlanSet] | None:
         """A plan made elsewhere, as the only one known; None if it peaks above its (smaller) budget on this device."""
@@ -137,6 +138,7 @@ class Signature:
         Raises:
             BudgetError: no known plan fits.
         """
+        self.plans.fitted(budget_bytes)
         known = self.choose(budget_bytes, accumulating=False)
         return dataclasses.replace(self._plan(known, False), budget_bytes=budget_bytes)
 
@@ -239,6 +241,7 @@ class Signature:
         """
         if self.options.solver == "ilp" or not isinstance(self.options.solver, str):
             solve_for(self.plans, self.options, budget_bytes)
+        self.plans.fitted(budget_bytes)
         self.choose(budget_bytes, accumulating=False)
 
         def commit() -> None:

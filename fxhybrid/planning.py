@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from fxhybrid.options import Options
 from fxhybrid.plan import Actions, Plan
@@ -22,10 +22,13 @@ def error_target(options: Options, more_error: float = 0.0) -> float:
     return ERROR_MARGIN * (options.max_grad_error + more_error)
 
 
-def make_plans(problem: Problem, options: Options, budget_bytes: int, kept: Sequence[Rung] = ()) -> PlanSet:
-    """The plans of the ladders, those ``kept`` and, for the budget, the solver's own."""
+def make_plans(
+    problem: Problem, options: Options, budget_bytes: int, kept: Iterable[Rung] = (), reserve: Iterable[Rung] = ()
+) -> PlanSet:
+    """The ladders' plans, those ``kept``, the solver's own for the budget, and a ``reserve`` if no other fits."""
     plans = laddered(problem, max_error=error_target(options))
-    plans.plans += [KnownPlan(rung) for rung in kept]
+    plans.plans += map(KnownPlan, kept)
+    plans.reserve += map(KnownPlan, reserve)
     solve_for(plans, options, budget_bytes)
     return plans
 
@@ -33,8 +36,8 @@ def make_plans(problem: Problem, options: Options, budget_bytes: int, kept: Sequ
 def solve_for(plans: PlanSet, options: Options, budget_bytes: int) -> None:
     """Adds the solver's own plan for a budget to those known."""
     solver, problem, limit = options.solver, plans.problem, error_target(options)
+    known = plans.fitted(budget_bytes)
     if isinstance(solver, str):
-        known = plans.checked(budget_bytes)
         if solver == "mps" or (known is None and plans.unmet(budget_bytes) is Status.INFEASIBLE):
             return
         auto = AutoSolver(time_limit_s=ILP_SECONDS, pays=ILP_PAYS if solver == "auto" else 0.0)

@@ -1,7 +1,8 @@
 """Plans that keep the gradient error, by measurement.
 
 Errors of single tensors are estimates, and they add up only roughly. So plans that matter are run once on the example
-batch; if one is off the limit, all errors are scaled up and planning starts anew.
+batch; if one is off what plans aim at, all errors are scaled up and planning starts anew. The aim is lower than the
+limit because other batches differ; a plan between the two is taken where that does not help.
 """
 
 from __future__ import annotations
@@ -69,36 +70,44 @@ def plans_within_error(
     prepared: Prepared,
     verifier: Verifier,
     max_grad_error: float,
-    make_plans: Callable[[Prepared, Sequence[Known]], Plans],
+    aim: float,
+    make_plans: Callable[[Prepared, Sequence[Known], Sequence[Known]], Plans],
     that_matter: Callable[[Plans], Sequence[Known]],
 ) -> WithinError[Plans]:
-    """Calibrates, and plans until all plans that matter keep ``max_grad_error`` on the verifier's batch.
+    """Calibrates, and plans until all plans that matter keep the aim on the verifier's batch, or at least the limit.
 
     Args:
         prepared: the step, with the codecs to begin with.
         verifier: holds the batch; must have a reference.
         max_grad_error: limit of the measured relative error.
-        make_plans: plans by the errors of what it is given; plans that kept the limit before are to be among them.
+        aim: what plans are made for, lower than the limit.
+        make_plans: plans by the errors of what it is given; plans that kept the aim before are to be among them, and
+            those that kept only the limit where no other one fits.
         that_matter: the plans to run.
     """
     calibration = calibrate(prepared, verifier)
     prepared, errors = prepared.with_choices(calibration.choices), calibration.errors
     pairs, measured = calibration.pairs, dict[ActionsKey, float]()
-    kept: list[Known] = []
-    for _ in range(ROUNDS):
+    kept: list[Known] = []  # within the aim
+    near: list[Known] = []  # only within the limit
+    for rounds_left in reversed(range(ROUNDS)):
+        allowed = aim if rounds_left else max_grad_error
         prepared = prepared.with_errors(errors)
-        plans = make_plans(prepared, kept)
+        plans = make_plans(prepared, kept, near)
         matter = [plan for plan in that_matter(plans) if _key(plan.actions) not in measured]
         found = measured_plans(prepared, verifier, plans, matter)
         pairs += found.pairs
         measured |= found.measured
-        excess = [pair.measured / pair.predicted for pair in found.pairs if pair.measured > max_grad_error]
+        excess = [pair.measured / pair.predicted for pair in found.pairs if pair.measured > allowed]
         if not excess:
             return replace(found, pairs=pairs, measured=measured)
-        kept += [plan for plan in matter if (found.error_of(plan.actions) or 0.0) <= max_grad_error]
+        for plan in matter:
+            error = measured.get(_key(plan.actions), 0.0)
+            if error <= max_grad_error:
+                (kept if error <= aim else near).append(plan)
         errors = {key: value * 1.1 * max(excess) for key, value in errors.items()}
     prepared = prepared.with_errors(dict.fromkeys(errors, UNUSABLE))
-    return WithinError(prepared, make_plans(prepared, kept), pairs, measured)
+    return WithinError(prepared, make_plans(prepared, kept, near), pairs, measured)
 
 
 def measured_plans(

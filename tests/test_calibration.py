@@ -19,6 +19,8 @@ from fxhybrid.lossy_step import LossyStep
 from fxhybrid.options import make_options
 from fxhybrid.plan import SAVE, Actions, Compress
 from fxhybrid.prepare import Prepared, build_graphs, prepare
+from fxhybrid.problem import Problem
+from fxhybrid.solvers.base import plan_error
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
@@ -29,6 +31,13 @@ def net() -> nn.Sequential:
     first = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     second = [nn.Conv2d(16, 32, 3, 2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32 * 64, 10))
+
+
+def deeper_net() -> nn.Sequential:
+    """One whose plans with the smallest peaks are lossy: 0.96 MiB, and 1.13 MiB without lossy codecs."""
+    torch.manual_seed(0)
+    blocks = [[nn.Conv2d(n, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()] for n in (3, 16, 16, 16)]
+    return nn.Sequential(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(16 * 256, 10))
 
 
 def batch(seed: int = 1) -> StepCall:
@@ -222,8 +231,7 @@ def test_a_plan_that_kept_the_error_stays_known(monkeypatch: pytest.MonkeyPatch)
     Without lossy codecs plans go down to 1.13 MiB, and without that one no plan would fit.
     """
     call, limit = batch(), 0.1
-    blocks = [[nn.Conv2d(n, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()] for n in (3, 16, 16, 16)]
-    model = nn.Sequential(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(16 * 256, 10))
+    model = deeper_net()
     options = {"example_inputs": call.args, "loss_fn": F.cross_entropy, "loss_args": call.loss_args, "solver": "mps"}
     with pytest.raises(fxhybrid.BudgetError) as caught:
         fxhybrid.compile(model, budget=1, max_grad_error=limit, **options)
@@ -239,3 +247,37 @@ def test_a_plan_that_kept_the_error_stays_known(monkeypatch: pytest.MonkeyPatch)
     assert max(measured) > smallest
     assert hybrid.plan.peak_bytes == smallest
     assert hybrid.plan.gradient_error.value == limit / 2
+
+
+def test_plans_aim_at_half_of_the_limit_by_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest plan measures 0.8 of the limit, which leaves too little for other batches; others in proportion."""
+    call, limit = batch(), 0.1
+    first: list[tuple[Problem, float]] = []
+    measured: list[float] = []
+
+    def measured_error(prepared: Prepared, verifier: Verifier, actions: Actions) -> float:
+        if not first:
+            first.append((prepared.problem, 0.8 * limit / plan_error(prepared.problem, actions)))
+        problem, scale = first[0]
+        measured.append(scale * plan_error(problem, actions))
+        return measured[-1]
+
+    monkeypatch.setattr("fxhybrid.within_error.measured_error", measured_error)
+    options = {"example_inputs": call.args, "loss_fn": F.cross_entropy, "loss_args": call.loss_args, "solver": "mps"}
+    lossy = fxhybrid.compile(deeper_net(), budget=1_100_000, max_grad_error=limit, **options)
+    assert measured[0] == pytest.approx(0.8 * limit)
+    assert 0 < lossy.plan.gradient_error.value <= limit / 2
+
+
+def test_a_plan_between_aim_and_limit_is_taken_where_no_other_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, limit = batch(), 0.1
+    monkeypatch.setattr("fxhybrid.within_error.measured_error", lambda *_: 0.8 * limit)  # of every plan that is lossy
+    options = {"example_inputs": call.args, "loss_fn": F.cross_entropy, "loss_args": call.loss_args, "solver": "mps"}
+    with pytest.raises(fxhybrid.BudgetError) as caught:
+        fxhybrid.compile(deeper_net(), budget=1, max_grad_error=limit, **options)
+    smallest = caught.value.minimum_bytes
+    hybrid = fxhybrid.compile(deeper_net(), budget=smallest, max_grad_error=limit, **options)
+    assert hybrid.plan.peak_bytes == smallest
+    assert hybrid.plan.gradient_error.value == 0.8 * limit
+    hybrid.set_budget(2 * smallest)  # exact plans reach that
+    assert hybrid.plan.gradient_error.value == 0.0
