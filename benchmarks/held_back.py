@@ -1,8 +1,8 @@
 """Gradient error on batches that no plan was made on: ``python -m benchmarks.held_back``.
 
-Each suite model is compiled at its smallest reachable peak for each error limit, on one batch of real data. Its error
-is measured on that batch and on 40 others: at the start, after training with that plan, and with a plan made anew after
-the training. Records are appended as they come and those of the file are not made again.
+Each suite model is compiled 2 % above its smallest reachable peak for each error limit, on one batch of real data. Its
+error is measured on that batch and on 40 others: at the start, after training with that plan, and with a plan made anew
+after the training. Records are appended as they come and those of the file are not made again.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def run(name: str, size: suite.Size, limit: float, check_every: int | None) -> R
     """Errors of one model under one limit."""
     trial = Trial(suite.load(name, size), size, check_every)
     hybrid = trial.compile(limit)
-    record: Record = {"part": "held back", "peak_bytes": hybrid.plan.peak_bytes}
+    record: Record = {"part": "held back", "budget_bytes": hybrid.plan.budget_bytes}
     record["start"] = trial.errors(hybrid)
     record["losses"] = trial.train(hybrid)
     record["trained"] = trial.errors(hybrid)
@@ -115,8 +115,8 @@ def judge(records: Sequence[Record]) -> list[Bar]:
         bars.append(_bar(f"{when}: 95 % quantile / limit", f"at most {SLACK}", shares, SLACK))
     rises = []
     for name in dict.fromkeys(r["model"] for r in records):
-        peaks = [r["peak_bytes"] for r in sorted(records, key=lambda r: r["key"]) if r["model"] == name]
-        rises += [name] if peaks != sorted(peaks, reverse=True) else []
+        budgets = [r["budget_bytes"] for r in sorted(records, key=lambda r: r["key"]) if r["model"] == name]
+        rises += [name] if budgets != sorted(budgets, reverse=True) else []
     bars.append(Bar("smallest peak as the limit grows", "falls or stays", ", ".join(rises) or "in all", not rises))
     return bars
 
@@ -129,11 +129,11 @@ def _bar(name: str, asked: str, shares: dict[str, float], most: float) -> Bar:
 
 def errors_table(records: Sequence[Record]) -> Table:
     """One row per model and limit."""
-    table = Table(title=f"Gradient error at the smallest peak: planned batch, and 95 % quantile of {HELD_BACK} others")
+    table = Table(title=f"Gradient error near the smallest peak: planned batch, 95 % quantile of {HELD_BACK} others")
     for name in (
         "model",
         "limit",
-        "peak, MiB",
+        "budget, MiB",
         *(f"{when}{part}" for when in WHEN for part in ("", ": others")),
         "loss",
     ):
@@ -141,7 +141,7 @@ def errors_table(records: Sequence[Record]) -> Table:
     for r in records:
         errors = (f"{x:.4f}" for when in WHEN for x in (r[when]["example"], quantile(r[when]["held_back"])))
         losses = "{:.2f} to {:.2f}".format(*r["losses"])
-        table.add_row(r["model"], f"{r['key']:g}", f"{r['peak_bytes'] / 2**20:.1f}", *errors, losses)
+        table.add_row(r["model"], f"{r['key']:g}", f"{r['budget_bytes'] / 2**20:.1f}", *errors, losses)
     return table
 
 
