@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from fxhybrid.codecs import TensorMeta, get_codec, lowest_price, widths_at
-from fxhybrid.codecs.reference import code_bytes
-from fxhybrid.codecs.rowwise_compiled import PARAMETER_BYTES
+from fxhybrid.codecs.reference import PARAMETER_BYTES, code_bytes
 from fxhybrid.prepare import Prepared
 
 

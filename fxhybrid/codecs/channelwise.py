@@ -15,7 +15,7 @@ from fxhybrid.codecs import reference
 from fxhybrid.codecs.base import Codec, empty_encoded, get_codec, register
 from fxhybrid.codecs.kernels import Kernels, kernels_for, kernels_key
 from fxhybrid.codecs.meta import TensorMeta
-from fxhybrid.codecs.rowwise_compiled import PARAMETER_BYTES
+from fxhybrid.codecs.reference import PARAMETER_BYTES
 from fxhybrid.codecs.widths import STEP_ERROR
 
 _LARGEST_PART = 4096  # elements; the kernels copy a longer row to the stack if it is not of whole bytes

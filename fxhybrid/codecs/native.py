@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fxhybrid.codecs.native_casts import CASTS
 from fxhybrid.codecs.native_source import ROWS
+from fxhybrid.codecs.reference import PARAMETER_BYTES
 
 _SOURCE = ROWS + CASTS
 _BUILD_LIMIT_S = 120  # a build takes one second
@@ -74,7 +75,7 @@ class NativeKernels:
     ) -> None:
         """Packs rows whose widths take turns."""
         source = (widths.data_ptr(), starts.data_ptr(), x.data_ptr())
-        geometry = (parameters.numel() // 8, row, widths.numel())
+        geometry = (parameters.numel() // PARAMETER_BYTES, row, widths.numel())
         places = (codes.data_ptr(), parameters.data_ptr(), torch.get_num_threads())
         self.library.pack_channels(*source, *geometry, *places)
 
@@ -83,7 +84,7 @@ class NativeKernels:
     ) -> None:
         """Undoes :meth:`pack_channels`."""
         source = (widths.data_ptr(), starts.data_ptr(), codes.data_ptr(), parameters.data_ptr())
-        geometry = (parameters.numel() // 8, row, widths.numel())
+        geometry = (parameters.numel() // PARAMETER_BYTES, row, widths.numel())
         self.library.unpack_channels(*source, *geometry, x.data_ptr(), torch.get_num_threads())
 
     def pack_fp8(self, x: Tensor, codes: Tensor, units: Tensor) -> None:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+PARAMETER_BYTES = 8  # of one row: scale and lowest value, float32 each
 _ROUND = 12582912.0  # 1.5 * 2^23: after adding it, the low bits are the nearest integer
 
 

@@ -17,10 +17,9 @@ from fxhybrid.codecs.base import empty_encoded, parse_integers, register
 from fxhybrid.codecs.kernels import Kernels, kernels_for, kernels_key
 from fxhybrid.codecs.meta import TensorMeta, storage_view
 from fxhybrid.codecs.native import native_kernels
+from fxhybrid.codecs.reference import PARAMETER_BYTES
 from fxhybrid.codecs.rowwise import Rowwise, chunk_elements
 from fxhybrid.codecs.rowwise_library import LibraryRowwise
-
-PARAMETER_BYTES = 8  # of one row: scale and lowest value, float32 each
 
 
 class CompiledRowwise(Rowwise):

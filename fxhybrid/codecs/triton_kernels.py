@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxhybrid.codecs.kernels import FP8_BLOCK
 from fxhybrid.codecs.meta import storage_view
+from fxhybrid.codecs.reference import PARAMETER_BYTES
 from fxhybrid.codecs.rowwise import FLOATS
 
 _BLOCK = 1024  # elements or bytes of a row that one program looks at together
@@ -205,7 +206,7 @@ class TritonKernels:
 
 def _pairs(parameters: Tensor, n_rows: int) -> Tensor:
     """Scales and lowest values of rows; what comes after them in a header is not looked at."""
-    return parameters.view(-1)[: 8 * n_rows].view(torch.float32)
+    return parameters.view(-1)[: PARAMETER_BYTES * n_rows].view(torch.float32)
 
 
 def _launch(
