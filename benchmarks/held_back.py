@@ -28,7 +28,7 @@ HELD_BACK = 40
 QUANTILE, SLACK = 0.95, 1.25
 TRAINING_STEPS = 100
 LEARNING_RATE = 1e-3
-TRANSFORMERS_RATE = 1e-4  # at 1e-3 full-size BERT does not learn, and its gradients jump by a factor of 40
+LARGE_TRANSFORMERS_RATE = 1e-4  # at 1e-3 full-size BERT does not learn, and its gradients jump by a factor of 40
 TRANSFORMERS = ("bert", "gpt2", "vit", "t5")
 
 
@@ -69,7 +69,8 @@ class Trial:
 
     def train(self, hybrid: fxhybrid.HybridModule) -> tuple[float, float]:
         """Trains within the plan; the first loss and the mean of the last ten."""
-        rate = TRANSFORMERS_RATE if self.case.name in TRANSFORMERS else LEARNING_RATE
+        large = self.size == "full" and self.case.name in TRANSFORMERS
+        rate = LARGE_TRANSFORMERS_RATE if large else LEARNING_RATE
         optimizer = torch.optim.AdamW(self.case.model.parameters(), lr=rate)
         losses = []
         for step in range(TRAINING_STEPS):
