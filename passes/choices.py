@@ -54,7 +54,8 @@ def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoice
         meta = TensorMeta.of(root.meta["val"])
         if meta.nbytes != storage.size_bytes:
             continue
-        offered = [*_pool_offsets(root), *(c.spec for c in candidate_codecs(meta) if not _is_two_bit(c.spec))]
+        codecs = candidate_codecs(meta, planes=not _holds_softmax(root))
+        offered = [*_pool_offsets(root), *(c.spec for c in codecs if not _is_two_bit(c.spec))]
         tolerant = all(_tolerates(reader, argument) for reader, argument in readers.get(index, []))
         tolerant = tolerant and bool(readers.get(index))
         kept = [s for s in offered if (lossless if get_codec(s).lossless else lossy and tolerant)]
@@ -79,6 +80,19 @@ def _backward_readers(layout: Layout) -> dict[int, list[tuple[fx.Node, int]]]:
 
 def _tolerates(reader: fx.Node, argument: int) -> bool:
     return phase_of(reader) is Phase.BACKWARD and argument in TOLERANT.get(reader.target, ())
+
+
+def _holds_softmax(root: fx.Node) -> bool:
+    """Whether a tensor is made by softmax, or by dropout of that.
+
+    Its lines sum to one each: one that attends to few places has values many times those of another, and on a grid
+    that both share the small ones become 0.
+    """
+    while root.target in (operator.getitem, aten.native_dropout.default):
+        source = root.args[0]
+        assert isinstance(source, fx.Node)
+        root = source
+    return root.target in (aten._softmax.default, aten._safe_softmax.default)
 
 
 def _is_two_bit(codec: str) -> bool:

@@ -122,6 +122,26 @@ def test_only_tolerant_readers_get_lossy_codecs(planned: tuple[JointGraph, Layou
     }
 
 
+def test_lines_of_attention_weights_and_planes_of_feature_maps_are_rows() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sigmoid(self.convolution(x))
+            weights = torch.softmax(x @ x.transpose(2, 3), -1)
+            return (torch.dropout(weights, 0.1, True) @ x).sum()
+
+    # [2, 4, 48, 48]: a plane has 2,304 elements, two lines of 48 have 96
+    layout = layout_of(canonicalize(joint_of(Attention(), torch.randn(2, 4, 48, 48))))
+    choices = codec_choices(layout, lossy=True, lossless=False)
+    offered = {layout.storages[t].name: specs for t, specs in choices.items()}
+    lines, planes = ("rowwise8:96", "rowwise4:96"), ("rowwise8:2304", "rowwise4:2304")
+    assert offered["_softmax.default.0"] == offered["native_dropout.default.0:0"] == lines
+    assert offered["sigmoid.default.0"] == planes
+
+
 def test_rewrite_compresses_after_the_last_read_and_decodes_before_the_first(
     planned: tuple[JointGraph, Layout, Problem],
 ) -> None:

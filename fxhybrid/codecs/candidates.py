@@ -16,12 +16,13 @@ _ROW_WITHOUT_DIVISOR = 256
 _LARGEST = (("uint8", 255), ("int16", 2**15 - 1), ("int32", 2**31 - 1))
 
 
-def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None) -> tuple[Codec, ...]:
+def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None, planes: bool = True) -> tuple[Codec, ...]:
     """Codecs worth considering for a tensor, the most precise first.
 
     Args:
         meta: the tensor's meta.
         max_value: proven by the caller: every element of an integer tensor is in [0, max_value].
+        planes: see ``row_length``.
 
     Returns:
         Codecs that support the meta and make it smaller; empty if there is none.
@@ -29,7 +30,7 @@ def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None) -> tuple
     if meta.dtype == torch.bool:
         specs = ["bitpack"]
     elif meta.dtype in _FLOATS and meta.numel >= _MIN_ROW:
-        specs = [f"rowwise{bits}:{row_length(meta, bits)}" for bits in (8, 4, 2)]
+        specs = [f"rowwise{bits}:{row_length(meta, bits, planes=planes)}" for bits in (8, 4, 2)]
     elif max_value is not None:
         specs = [f"narrow:{name}" for name, largest in _LARGEST if 0 <= max_value <= largest][:1]
     else:
@@ -38,15 +39,15 @@ def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None) -> tuple
     return tuple(c for c in codecs if c.supports(meta) and sum(c.encoded_bytes(meta)) < meta.nbytes)
 
 
-def row_length(meta: TensorMeta, bits: int) -> int:
+def row_length(meta: TensorMeta, bits: int, *, planes: bool = True) -> int:
     """Elements per row for a dense float tensor.
 
-    A row is a natural channel: the plane of one sample and channel where the layout is N, C, ..., and
-    else the innermost dimension in storage. Planes too short, or not of whole bytes, are merged with
+    A row is a natural channel: the plane of one sample and channel where the layout is N, C, ... (unless ``planes``
+    is False), and else the innermost dimension in storage. Planes too short, or not of whole bytes, are merged with
     their neighbours; long ones are halved.
     """
     per_byte = 8 // bits
-    row = _natural_row(meta)
+    row = _natural_row(meta, planes)
     while row > _MAX_ROW and row % (2 * per_byte) == 0:
         row //= 2
     if row > _MAX_ROW:
@@ -56,9 +57,9 @@ def row_length(meta: TensorMeta, bits: int) -> int:
     return next((length for length in merged if meta.numel % length == 0), merged[0])
 
 
-def _natural_row(meta: TensorMeta) -> int:
+def _natural_row(meta: TensorMeta, planes: bool) -> int:
     order = meta.storage_order
     plane = math.prod(meta.shape[2:])
-    if len(order) > 3 and list(order) == sorted(order) and plane > 1:
+    if planes and len(order) > 3 and list(order) == sorted(order) and plane > 1:
         return plane
     return next((meta.shape[dim] for dim in reversed(order) if meta.shape[dim] > 1), 1)
