@@ -41,7 +41,7 @@ class Trial:
     check_every: int | None = None
 
     def compile(self, limit: float) -> fxhybrid.HybridModule:
-        """The model at its smallest reachable peak."""
+        """The model at 2 % above its smallest reachable peak."""
         target = suite_target(real_batch(self.case, self.size, 0))
 
         def compiled(budget: int) -> fxhybrid.HybridModule:

@@ -2,8 +2,8 @@
 
 Part ``corpus``: the recorded problems of real models (``tests/corpus``), each at five budgets between the smallest peak
 of the heuristic's ladder (share 0) and the peak of the step that keeps everything (share 1). The heuristic (MPS) builds
-its ladder once; the integer program (ILP) starts from the ladder's plan and gets 20 seconds, and where that
-does not close the gap to 1 %, another 60. gap = (added - proven bound) / max(added, 0.1 % of the step).
+its ladder once and fits the plan to the budget; the integer program (ILP) starts from that plan and gets 20 seconds,
+and where that does not close the gap to 1 %, another 60. gap = (added - proven bound) / max(added, 0.1 % of the step).
 
 Part ``families``: made-up chains, U-nets, dense residual and random layered graphs of growing length; the seconds
 of the whole ladder against the number of ops.

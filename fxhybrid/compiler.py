@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -127,20 +126,10 @@ class Signature:
         if known.rung.peak_bytes > self.budget_bytes:
             return None
         plans = PlanSet(problem, Ladder(()), max_error=error_target(self.options))
-        plans.plans = [known]
+        plans.plans, plans.fixed = [known], True
         if verifier.reference is None:
             return WithinError(self.prepared, plans)
         return measured_plans(self.prepared, verifier, plans, [known.rung])
-
-    def plan_for(self, budget_bytes: int) -> Plan:
-        """The plan that fresh gradients would get at this budget; nothing changes.
-
-        Raises:
-            BudgetError: no known plan fits.
-        """
-        self.plans.fitted(budget_bytes)
-        known = self.choose(budget_bytes, accumulating=False)
-        return dataclasses.replace(self._plan(known, False), budget_bytes=budget_bytes)
 
     def choose(self, budget_bytes: int, *, accumulating: bool) -> KnownPlan:
         """The cheapest known plan within the budget, in the given gradient state.
@@ -267,7 +256,7 @@ class Signature:
         problem, limit = self.prepared.problem, error_target(self.options, more_error)
         looser = laddered(problem, max_error=limit)
         looser.join(self.plans)  # all of them are within the looser limit too
-        cheapest = looser.cheapest(self.budget_bytes)
+        cheapest = looser.fitted(self.budget_bytes)
         added_s = cheapest.rung.added_s if cheapest else self.plan.added_s
         saved_bytes = self.minimum_bytes - looser.smallest.peak_bytes
         return ErrorPrice(more_error, saved_bytes, self.plan.added_s - added_s)

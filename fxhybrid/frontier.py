@@ -224,10 +224,10 @@ def _frontier_of(signature: Signature, budgets: Sequence[int]) -> Frontier:
     alone = plans.alone or (plans,)  # without compression, recomputing is all there is
     sets = {Technique.HYBRID: plans, **dict(zip((Technique.RECOMPUTE, Technique.COMPRESS), alone, strict=False))}
     for budget_bytes in budgets:
+        fitted = [one.fitted(budget_bytes) for one in alone]
+        plans.plans += [known for known in fitted if known]
         with contextlib.suppress(BudgetError):
             signature.set_budget(budget_bytes)  # lets an asked for solver add its plan; not made so
-        for plans in alone:
-            plans.fitted(budget_bytes)
     # only now, so that plans found for one budget serve the others, too; the largest first: its bound holds below it
     rows = [_row(plans, technique, budget_bytes) for budget_bytes in budgets for technique, plans in sets.items()]
     return Frontier(

@@ -36,8 +36,8 @@ def make_plans(
 def solve_for(plans: PlanSet, options: Options, budget_bytes: int) -> None:
     """Adds the solver's own plan for a budget to those known."""
     solver, problem, limit = options.solver, plans.problem, error_target(options)
-    known = plans.fitted(budget_bytes)
     if isinstance(solver, str):
+        known = plans.fitted(budget_bytes)
         if solver == "mps" or (known is None and plans.unmet(budget_bytes) is Status.INFEASIBLE):
             return
         auto = AutoSolver(time_limit_s=ILP_SECONDS, pays=ILP_PAYS if solver == "auto" else 0.0)

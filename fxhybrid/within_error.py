@@ -2,13 +2,13 @@
 
 Errors of single tensors are estimates, and they add up only roughly. So plans that matter are run once on the example
 batch; if one is off what plans aim at, all errors are scaled up and planning starts anew. The aim is lower than the
-limit because other batches differ; a plan between the two is taken where that does not help.
+limit because other batches differ; a plan between the two is taken where no other one fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from fxhybrid.calibration import ErrorPair, calibrate, measured_error
@@ -17,7 +17,7 @@ from fxhybrid.plan import Action, Actions
 from fxhybrid.prepare import Prepared
 from fxhybrid.verify import Verifier
 
-ROUNDS = 3
+ROUNDS = 5
 UNUSABLE = 1e6  # an error that no limit allows
 
 Plans = TypeVar("Plans")
@@ -83,29 +83,33 @@ def plans_within_error(
         aim: what plans are made for, lower than the limit.
         make_plans: plans by the errors of what it is given; plans that kept the aim before are to be among them, and
             those that kept only the limit where no other one fits.
-        that_matter: the plans to run.
+        that_matter: the plans to run, those first that do not depend on the budget: what follows from them then does
+            not either.
     """
     calibration = calibrate(prepared, verifier)
     prepared, errors = prepared.with_choices(calibration.choices), calibration.errors
     pairs, measured = calibration.pairs, dict[ActionsKey, float]()
     kept: list[Known] = []  # within the aim
     near: list[Known] = []  # only within the limit
-    for rounds_left in reversed(range(ROUNDS)):
-        allowed = aim if rounds_left else max_grad_error
+    for _ in range(ROUNDS):
         prepared = prepared.with_errors(errors)
         plans = make_plans(prepared, kept, near)
-        matter = [plan for plan in that_matter(plans) if _key(plan.actions) not in measured]
-        found = measured_plans(prepared, verifier, plans, matter)
-        pairs += found.pairs
-        measured |= found.measured
-        excess = [pair.measured / pair.predicted for pair in found.pairs if pair.measured > allowed]
-        if not excess:
-            return replace(found, pairs=pairs, measured=measured)
-        for plan in matter:
+        for plan in that_matter(plans):
+            if _key(plan.actions) in measured:
+                continue
+            found = measured_plans(prepared, verifier, plans, [plan])
+            pairs += found.pairs
+            measured |= found.measured
             error = measured.get(_key(plan.actions), 0.0)
+            if error <= aim:
+                kept.append(plan)
+                continue
             if error <= max_grad_error:
-                (kept if error <= aim else near).append(plan)
-        errors = {key: value * 1.1 * max(excess) for key, value in errors.items()}
+                near.append(plan)
+            errors = {key: value * 1.1 * error / plan.error for key, value in errors.items()}
+            break
+        else:
+            return WithinError(prepared, plans, pairs, measured)
     prepared = prepared.with_errors(dict.fromkeys(errors, UNUSABLE))
     return WithinError(prepared, make_plans(prepared, kept, near), pairs, measured)
 

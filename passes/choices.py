@@ -83,12 +83,12 @@ def _tolerates(reader: fx.Node, argument: int) -> bool:
 
 
 def _holds_softmax(root: fx.Node) -> bool:
-    """Whether a tensor is made by softmax, or by dropout of that.
+    """Whether a tensor is made by softmax, or by dropout of that, in any precision.
 
     Its lines sum to one each: one that attends to few places has values many times those of another, and on a grid
     that both share the small ones become 0.
     """
-    while root.target in (operator.getitem, aten.native_dropout.default):
+    while root.target in (operator.getitem, aten.native_dropout.default, aten._to_copy.default):
         source = root.args[0]
         assert isinstance(source, fx.Node)
         root = source

@@ -13,7 +13,7 @@ from fxhybrid.solvers.descent import Descent
 from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.moves import MoveTable
 
-ERROR_PAYS = 1e-3  # share of a step that a plan's own squared error is worth on the way
+ERROR_PAYS = 1e-5  # share of a step that a plan's own squared error is worth: enough to choose among equals
 MOVES = 1_000
 
 
@@ -31,7 +31,8 @@ def fitted(problem: Problem, actions: Actions, budget_bytes: int, *, max_error: 
     """
     base = Footprints(problem)
     search = Descent(base, MoveTable(Choices(base, max_error)), max_error**2)
-    if not search.stand_at(base.codes(actions)):
+    codes = base.codes(actions)
+    if codes is None or not search.stand_at(codes):
         return None
     before = base.footprint()
     search.error_price_s = ERROR_PAYS * problem.step_s / before.error2 if before.error2 else 0.0

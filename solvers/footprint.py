@@ -100,10 +100,15 @@ class Footprints(Settling):
         state, use, named = self.state, self.use, self._named
         return {t: named[t][state[t]] for t in self.changes_to(self._default) if t in named and use[t] < NEVER}
 
-    def codes(self, actions: Actions) -> bytes:
-        """The state in which ``actions`` are taken, and the default where they name nothing."""
+    def codes(self, actions: Actions) -> bytes | None:
+        """The state in which ``actions`` are taken, and the default where they name nothing; None if there is none.
+
+        Plans from elsewhere may hold what no state stands for: tensors made again more than once.
+        """
         state = self.default.copy()
         for t, action in actions.items():
+            if action not in self._named.get(t, ()):
+                return None
             state[t] = self._named[t].index(action)
         return bytes(state)
 

@@ -2,7 +2,8 @@
 
 The choice for a budget is the cheapest known plan that fits. Over a fixed set this makes a sweep monotone: as
 the budget falls, the added time never falls, and since cheaper plans that fit are always taken, neither does
-the peak rise. Where none fits, the smallest reachable peak is looked for, once.
+the peak rise. Fitting a plan to a budget adds to the set, so a sweep asks for that at all budgets first. Where no plan
+fits, those of stricter error limits are looked at, and then the smallest reachable peak is looked for, both once.
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ class PlanSet:
 
     Attributes:
         plans: all of them but the reserve.
-        reserve: plans that are taken where no other one fits.
+        reserve: plans that are taken where no other known one fits; their error is above ``max_error``.
         bounds_s: per budget, what every plan for it adds at least.
         lower_bound_bytes: no plan that makes each tensor at most once more peaks below; the cheap
             bound until ``look_lower`` raises it.
         min_peak: what ``look_lower`` found; None before.
+        fixed: whether these very plans are to be carried out, and no fitted ones.
         alone: plans of recomputing only and of compressing only, if ``laddered`` made this and there are codecs.
     """
 
@@ -72,6 +74,7 @@ class PlanSet:
         self.lower_bound_bytes = peak_lower_bound(problem)[0]
         self.min_peak: MinPeak | None = None
         self.alone: tuple[PlanSet, ...] = ()
+        self.fixed = False
         self._fitted: set[int] = set()  # limits that the cheapest plan was fitted to
         self._looked_stricter = False
         for rung in ladder.rungs:
@@ -94,8 +97,9 @@ class PlanSet:
         self._take(KnownPlan(judged(self.problem, result.actions), result.solver, solve_s=result.solve_s))
 
     def join(self, other: PlanSet) -> None:
-        """Takes in the plans of a problem that offers less of the same."""
+        """Takes in the plans of a problem that offers less of the same, or of a stricter error limit."""
         self.plans += other.plans
+        self.reserve += other.reserve
 
     def prove(self, budget_bytes: int) -> AddedBound:
         """Bounds what any plan for a budget adds, by linear programming; ``cheapest`` knows it from then on."""
@@ -117,14 +121,13 @@ class PlanSet:
         Rungs carry the heuristic's own figures, which tests hold equal to the simulator's. One that differs all
         the same is forgotten here, before it can run.
         """
+        if not any(plan.rung.peak_bytes <= limit_bytes for plan in self.plans):
+            self._look_stricter()
         while (known := self.cheapest(limit_bytes)) is not None:
             if judged(self.problem, known.rung.actions).peak_bytes <= limit_bytes:
                 return known
             for plans in (self.plans, self.reserve):
                 plans[:] = [plan for plan in plans if plan.rung.actions is not known.rung.actions]
-        if not self._looked_stricter:
-            self._look_stricter()
-            return self.checked(limit_bytes)
         if self.min_peak is None and limit_bytes >= self.lower_bound_bytes:
             self.look_lower()
             return self.checked(limit_bytes)
@@ -133,7 +136,7 @@ class PlanSet:
     def fitted(self, limit_bytes: int) -> KnownPlan | None:
         """``checked``, after the cheapest plan was fitted to this very limit; what that gives is known from then on."""
         known = self.checked(limit_bytes)
-        if known is None or limit_bytes in self._fitted:
+        if known is None or self.fixed or limit_bytes in self._fitted:
             return known
         self._fitted.add(limit_bytes)
         actions = fitted(self.problem, known.rung.actions, limit_bytes, max_error=self.max_error)
@@ -147,10 +150,11 @@ class PlanSet:
         if self._looked_stricter:
             return
         self._looked_stricter = True
-        if any(not codec.lossless for tensor in self.problem.tensors for codec in tensor.codecs):
+        codecs = [codec for tensor in self.problem.tensors for codec in tensor.codecs if not codec.lossless]
+        if any(codec.error <= self.max_error for codec in codecs):
             for limit in STRICTER:
-                if limit < self.max_error:
-                    self.plans += map(KnownPlan, build_ladder(self.problem, max_error=limit).rungs)
+                for rung in build_ladder(self.problem, max_error=limit).rungs if limit < self.max_error else ():
+                    self._take(KnownPlan(rung))
 
     def look_lower(self) -> None:
         """Takes in the smallest reachable peak, as far as that is found and proven in ``LOOK_LOWER_S``."""
@@ -158,7 +162,7 @@ class PlanSet:
             return
         self._look_stricter()
         solver = MinPeakSolver(time_limit_s=LOOK_LOWER_S)
-        found = solver.solve(self.problem, max_error=self.max_error, warm=self.smallest.actions)
+        found = solver.solve(self.problem, max_error=self.max_error, warm=smallest_of(self.plans).actions)
         self.min_peak, self.lower_bound_bytes = found, found.lower_bound_bytes
         if found.peak_bytes < self.smallest.peak_bytes:
             self._take(KnownPlan(judged(self.problem, found.actions), "min peak", solve_s=found.solve_s))
@@ -210,7 +214,7 @@ class PlanSet:
         schedule = lower(self.problem, self.smallest.actions)
         holder = describe_peak(self.problem, schedule, simulate(self.problem, schedule))
         minimum = self.smallest.peak_bytes + beside_bytes
-        bound = self.lower_bound_bytes + beside_bytes
+        bound = min(self.lower_bound_bytes + beside_bytes, minimum)  # one in reserve is not bound by it
         state = " while gradients of an earlier backward pass exist" if beside_bytes else ""
         return BudgetError(
             f"the budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) cannot be met{state}: the "

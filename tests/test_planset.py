@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import corpus
-from fxhybrid.plan import RECOMPUTE, Compress
+from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, Compress
 from fxhybrid.problem import CodecOption, Problem
 from fxhybrid.solvers.base import Ladder, Status
 from fxhybrid.solvers.mps import build_ladder
@@ -80,6 +80,13 @@ def test_a_plan_is_fitted_to_the_budget() -> None:
         assert len(plans.plans) == 2  # the other one stays, for smaller budgets
 
 
+def test_a_plan_that_no_state_stands_for_is_not_fitted() -> None:
+    plans = PlanSet(independent(), Ladder((judged(independent(), {1: RECOMPUTE_AGAIN}),)), max_error=0.0)
+    known = plans.fitted(220)
+    assert known is not None
+    assert known.rung.actions == {1: RECOMPUTE_AGAIN}
+
+
 def test_room_that_is_left_makes_codecs_more_exact() -> None:
     # Two tensors of 100 bytes are kept in 25 bytes each, with an error of 0.05, or for the same 1 s in 50 with 0.01.
     # Beside them are 400 bytes and the loss's 4: 454 bytes, 479 with one of them more exact, 504 with both.
@@ -105,7 +112,7 @@ def test_the_smallest_peak_falls_as_the_error_limit_grows() -> None:
         plans = PlanSet(problem, build_ladder(problem, max_error=limit), max_error=limit)
         assert plans.checked(1) is None
         smallest.append(plans.smallest.peak_bytes)
-        assert plans.smallest.error <= limit
+        assert all(plan.rung.error <= limit for plan in plans.plans)
     assert smallest == sorted(smallest, reverse=True)
 
 
