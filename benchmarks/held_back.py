@@ -146,11 +146,17 @@ def errors_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures what is missing, prints all and judges it."""
     parser = argparse.ArgumentParser("python -m benchmarks.held_back", description=__doc__)
     parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(suite.names())}")
-    parser.add_argument("--limits", metavar="LIST", help=f"of max_grad_error; default: {','.join(map(str, LIMITS))}")
+    parser.add_argument(
+        "--limits", type=_numbers, metavar="LIST", help=f"of max_grad_error; default: {','.join(map(str, LIMITS))}"
+    )
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument(
         "--check-every", type=int, metavar="STEPS", help="check the error so often in training, and plan anew"
@@ -161,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = (
         (name, limit, partial(run, name, arguments.size, limit, arguments.check_every))
         for name in names_of(arguments.models, suite.names(), "model")
-        for limit in map(float, arguments.limits.split(",") if arguments.limits else LIMITS)
+        for limit in arguments.limits or LIMITS
     )
     records = with_missing(arguments, runs, lambda r: f"{r['model']} at {r['key']}")
     console.print(errors_table(records))
