@@ -2,8 +2,8 @@
 
 The choice for a budget is the cheapest known plan that fits. Over a fixed set this makes a sweep monotone: as
 the budget falls, the added time never falls, and since cheaper plans that fit are always taken, neither does
-the peak rise. Fitting a plan to a budget adds to the set, so a sweep asks for that at all budgets first. Where no plan
-fits, those of stricter error limits are looked at, and then the smallest reachable peak is looked for, both once.
+the peak rise. Plans fitted to single budgets join the set as these are asked for. Where no plan fits, those of
+stricter error limits are looked at, and then the smallest reachable peak is looked for, both once.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PlanSet:
         self.min_peak: MinPeak | None = None
         self.alone: tuple[PlanSet, ...] = ()
         self.fixed = False
-        self._fitted: set[int] = set()  # limits that the cheapest plan was fitted to
+        self._fitted: dict[int, float] = {}  # limits that the cheapest plan was fitted to, and what it added then
         self._looked_stricter = False
         for rung in ladder.rungs:
             self._take(KnownPlan(rung, solve_s=solve_s))
@@ -134,16 +134,22 @@ class PlanSet:
         return None
 
     def fitted(self, limit_bytes: int) -> KnownPlan | None:
-        """``checked``, after the cheapest plan was fitted to this very limit; what that gives is known from then on."""
+        """``checked``, after the cheapest plan was fitted to this very limit; what that gives is known from then on.
+
+        A fit that adds less than what was given for a larger limit is left: sweeps are to be monotone in either order.
+        """
         known = self.checked(limit_bytes)
         if known is None or self.fixed or limit_bytes in self._fitted:
             return known
-        self._fitted.add(limit_bytes)
         actions = fitted(self.problem, known.rung.actions, limit_bytes, max_error=self.max_error)
-        if actions is None:
-            return known
-        self._take(replace(known, rung=judged(self.problem, actions)))
-        return self.checked(limit_bytes)
+        if actions is not None:
+            rung = judged(self.problem, actions)
+            larger = (added_s for limit, added_s in self._fitted.items() if limit > limit_bytes)
+            if rung.added_s >= max(larger, default=0.0):
+                self._take(replace(known, rung=rung))
+                known = self.checked(limit_bytes)
+        self._fitted[limit_bytes] = known.rung.added_s if known else 0.0
+        return known
 
     def _look_stricter(self) -> None:
         """Takes in plans of stricter error limits: each search is a heuristic, and one of these may reach lower."""

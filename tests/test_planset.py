@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -85,6 +86,21 @@ def test_a_plan_that_no_state_stands_for_is_not_fitted() -> None:
     known = plans.fitted(220)
     assert known is not None
     assert known.rung.actions == {1: RECOMPUTE_AGAIN}
+
+
+def test_fits_at_falling_budgets_never_add_less() -> None:
+    """Without a floor, 2 of these 99 steps down came to a cheaper plan."""
+    problem = corpus.load("unet")
+    ladder = build_ladder(problem, max_error=0.05)
+    plans = PlanSet(problem, ladder, max_error=0.05)
+    high, low = ladder.rungs[0].peak_bytes, ladder.rungs[-1].peak_bytes
+    found = [plans.fitted(high - (high - low) * i // 99) for i in range(100)]
+    rungs = [known.rung for known in found if known is not None]
+    assert len(rungs) == 100
+    for larger, smaller in pairwise(rungs):
+        assert smaller.added_s >= larger.added_s
+        assert smaller.peak_bytes <= larger.peak_bytes
+    assert sum(rung not in ladder.rungs for rung in rungs) > 20
 
 
 def test_room_that_is_left_makes_codecs_more_exact() -> None:
