@@ -23,7 +23,7 @@ from fxhybrid.solvers.planset import KnownPlan, PlanSet, laddered, smallest_of
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
-from fxhybrid.within_error import WithinError, measured_plans, plans_within_error
+from fxhybrid.within_error import WithinError, measured_plan, plans_within_error
 from fxhybrid.work import StepWork, work_of
 
 CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step
@@ -129,7 +129,7 @@ class Signature:
         plans.plans, plans.fixed = [known], True
         if verifier.reference is None:
             return WithinError(self.prepared, plans)
-        return measured_plans(self.prepared, verifier, plans, [known.rung])
+        return measured_plan(self.prepared, verifier, plans, known.rung)
 
     def choose(self, budget_bytes: int, *, accumulating: bool) -> KnownPlan:
         """The cheapest known plan within the budget, in the given gradient state.
@@ -255,7 +255,7 @@ class Signature:
         """What ``max_grad_error`` higher by ``more_error`` would save."""
         problem, limit = self.prepared.problem, error_target(self.options, more_error)
         looser = laddered(problem, max_error=limit)
-        looser.join(self.plans)  # all of them are within the looser limit too
+        looser.join(self.plans)  # they are within the looser limit too; the reserve was measured
         cheapest = looser.fitted(self.budget_bytes)
         added_s = cheapest.rung.added_s if cheapest else self.plan.added_s
         saved_bytes = self.minimum_bytes - looser.smallest.peak_bytes

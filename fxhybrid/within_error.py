@@ -97,7 +97,7 @@ def plans_within_error(
         for plan in that_matter(plans):
             if _key(plan.actions) in measured:
                 continue
-            found = measured_plans(prepared, verifier, plans, [plan])
+            found = measured_plan(prepared, verifier, plans, plan)
             pairs += found.pairs
             measured |= found.measured
             error = measured.get(_key(plan.actions), 0.0)
@@ -114,14 +114,10 @@ def plans_within_error(
     return WithinError(prepared, make_plans(prepared, kept, near), pairs, measured)
 
 
-def measured_plans(
-    prepared: Prepared, verifier: Verifier, plans: Plans, that_matter: Sequence[Estimated]
-) -> WithinError[Plans]:
-    """Runs those plans that matter and are not exact; the verifier must have a reference."""
-    pairs, measured = list[ErrorPair](), dict[ActionsKey, float]()
-    for plan in that_matter:
-        if plan.error > 0:
-            found = measured_error(prepared, verifier, plan.actions)
-            measured[_key(plan.actions)] = found
-            pairs.append(ErrorPair(f"plan of {format_bytes(plan.peak_bytes)}", "", plan.error, found))
-    return WithinError(prepared, plans, tuple(pairs), measured)
+def measured_plan(prepared: Prepared, verifier: Verifier, plans: Plans, plan: Estimated) -> WithinError[Plans]:
+    """Runs one of the plans, unless it is exact; the verifier must have a reference."""
+    if plan.error == 0:
+        return WithinError(prepared, plans)
+    found = measured_error(prepared, verifier, plan.actions)
+    pair = ErrorPair(f"plan of {format_bytes(plan.peak_bytes)}", "", plan.error, found)
+    return WithinError(prepared, plans, (pair,), {_key(plan.actions): found})

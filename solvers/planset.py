@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fxhybrid.errors import BudgetError, format_bytes
@@ -121,7 +121,7 @@ class PlanSet:
         Rungs carry the heuristic's own figures, which tests hold equal to the simulator's. One that differs all
         the same is forgotten here, before it can run.
         """
-        if not any(plan.rung.peak_bytes <= limit_bytes for plan in self.plans):
+        if not _within(self.plans, limit_bytes):
             self._look_stricter()
         while (known := self.cheapest(limit_bytes)) is not None:
             if judged(self.problem, known.rung.actions).peak_bytes <= limit_bytes:
@@ -158,8 +158,8 @@ class PlanSet:
         self._looked_stricter = True
         codecs = [codec for tensor in self.problem.tensors for codec in tensor.codecs if not codec.lossless]
         if any(codec.error <= self.max_error for codec in codecs):
-            for limit in STRICTER:
-                for rung in build_ladder(self.problem, max_error=limit).rungs if limit < self.max_error else ():
+            for limit in (limit for limit in STRICTER if limit < self.max_error):
+                for rung in build_ladder(self.problem, max_error=limit).rungs:
                     self._take(KnownPlan(rung))
 
     def look_lower(self) -> None:
@@ -179,13 +179,9 @@ class PlanSet:
 
     def cheapest(self, limit_bytes: int) -> KnownPlan | None:
         """The cheapest plan that peaks at or under the limit, with the best bound known for that limit."""
-        for plans in (self.plans, self.reserve):
-            fitting = [plan for plan in plans if plan.rung.peak_bytes <= limit_bytes]
-            if fitting:
-                return self._cheapest_of(fitting, limit_bytes)
-        return None
-
-    def _cheapest_of(self, fitting: Sequence[KnownPlan], limit_bytes: int) -> KnownPlan:
+        fitting = _within(self.plans, limit_bytes) or _within(self.reserve, limit_bytes)
+        if not fitting:
+            return None
         # of plans that cost nothing, the one that does nothing
         best = min(
             fitting,
@@ -248,6 +244,10 @@ def laddered(problem: Problem, *, max_error: float) -> PlanSet:
     for other in plans.alone:  # the heuristic misses some plans of one technique among all the others
         plans.join(other)
     return plans
+
+
+def _within(plans: Iterable[KnownPlan], limit_bytes: int) -> list[KnownPlan]:
+    return [plan for plan in plans if plan.rung.peak_bytes <= limit_bytes]
 
 
 def smallest_of(plans: Iterable[KnownPlan]) -> Rung:
