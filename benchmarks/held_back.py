@@ -42,7 +42,7 @@ class Trial:
 
     def compile(self, limit: float) -> fxhybrid.HybridModule:
         """The model at 2 % above its smallest reachable peak."""
-        target = suite_target(real_batch(self.case, self.size, 0))
+        target = suite_target(real_batch(self.case, 0))
 
         def compiled(budget: int) -> fxhybrid.HybridModule:
             return fxhybrid.compile(
@@ -62,7 +62,7 @@ class Trial:
         """Measured errors on the planned batch and on those held back."""
 
         def on(number: int) -> float:
-            batch = real_batch(self.case, self.size, number)
+            batch = real_batch(self.case, number)
             return hybrid.check_error(*batch.inputs, **batch.kwargs, loss_args=batch.loss_args)
 
         return {"example": on(0), "held_back": [on(number) for number in range(1, 1 + HELD_BACK)]}
@@ -74,7 +74,7 @@ class Trial:
         optimizer = torch.optim.AdamW(self.case.model.parameters(), lr=rate)
         losses = []
         for step in range(TRAINING_STEPS):
-            batch = real_batch(self.case, self.size, 1 + HELD_BACK + step)
+            batch = real_batch(self.case, 1 + HELD_BACK + step)
             optimizer.zero_grad()
             loss = hybrid(*batch.inputs, **batch.kwargs, loss_args=batch.loss_args)
             loss.backward()

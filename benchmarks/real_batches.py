@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from dataclasses import replace
 from functools import lru_cache
@@ -19,24 +20,27 @@ WORD = torch.tensor(list(b"self"))
 TEXT_BYTES = 4_000_000
 
 
-def real_batch(case: suite.SuiteCase, size: suite.Size, number: int) -> suite.SuiteCase:
+def real_batch(case: suite.SuiteCase, number: int) -> suite.SuiteCase:
     """The case with another batch, the same at every call.
 
-    Images are enlarged digits (U-Net: with four levels of brightness as regions), tokens are bytes of source (BERT:
-    whether they hold a certain word; T5: what comes next). The other models get random data of another seed.
+    Images are enlarged digits (U-Net: with four levels of brightness as regions); the GRU reads one line of a digit
+    at a step, the MLP all of its pixels. Tokens are bytes of source (BERT: whether they hold a certain word; T5: what
+    comes next).
     """
     generator = Generator().manual_seed(number)
-    x = case.inputs[0]
-    if x.dim() == 4:
-        images, digits = _digits()
-        chosen = torch.randint(len(digits), (len(x),), generator=generator)
-        large = F.interpolate(images[chosen], size=x.shape[2:], mode="bilinear").expand_as(x).contiguous()
-        regions = (large[:, 0] * 2 + 2).floor().clamp(0, 3).long()
-        is_unet = case.loss_args[0].dim() == 3
-        return replace(case, inputs=(large,), loss_args=(regions if is_unet else digits[chosen],))
-    if x.dtype == torch.int64:
-        return _text_batch(case, generator)
-    return replace(suite.load(case.name, size, seed=number), model=case.model)
+    return (_text_batch if case.inputs[0].dtype == torch.int64 else _digit_batch)(case, generator)
+
+
+def _digit_batch(case: suite.SuiteCase, generator: Generator) -> suite.SuiteCase:
+    x, target = case.inputs[0], case.loss_args[0]
+    images, digits = _digits()
+    chosen = torch.randint(len(digits), (len(x),), generator=generator)
+    height, width = x.shape[-2:] if x.dim() > 2 else (math.isqrt(x.shape[1]),) * 2
+    large = F.interpolate(images[chosen], size=(height, width), mode="bilinear")
+    channels = x.numel() // large.numel()
+    inputs = large.expand(-1, channels, -1, -1).contiguous().view(x.shape)
+    regions = (large[:, 0] * 2 + 2).floor().clamp(0, 3).long()
+    return replace(case, inputs=(inputs,), loss_args=(regions if target.dim() == 3 else digits[chosen],))
 
 
 def _text_batch(case: suite.SuiteCase, generator: Generator) -> suite.SuiteCase:
