@@ -230,7 +230,8 @@ class Signature:
         """
         if self.options.solver == "ilp" or not isinstance(self.options.solver, str):
             solve_for(self.plans, self.options, budget_bytes)
-        self.plans.fitted(budget_bytes)
+        else:
+            self.plans.fitted(budget_bytes)
         self.choose(budget_bytes, accumulating=False)
 
         def commit() -> None:

@@ -34,18 +34,16 @@ def make_plans(
 
 
 def solve_for(plans: PlanSet, options: Options, budget_bytes: int) -> None:
-    """Adds the solver's own plan for a budget to those known."""
+    """Fits the known plans to a budget, and adds the solver's own plan for it."""
     solver, problem, limit = options.solver, plans.problem, error_target(options)
-    if isinstance(solver, str):
-        known = plans.fitted(budget_bytes)
-        if solver == "mps" or (known is None and plans.unmet(budget_bytes) is Status.INFEASIBLE):
-            return
+    known = plans.fitted(budget_bytes)
+    if not isinstance(solver, str):
+        plans.add(solver.solve(problem, budget_bytes, max_error=limit), budget_bytes)
+    elif solver != "mps" and (known is not None or plans.unmet(budget_bytes) is not Status.INFEASIBLE):
         auto = AutoSolver(time_limit_s=ILP_SECONDS, pays=ILP_PAYS if solver == "auto" else 0.0)
         result = auto.improve(problem, budget_bytes, known.rung if known else None, max_error=limit)
-    else:
-        result = solver.solve(problem, budget_bytes, max_error=limit)
-    if result is not None:
-        plans.add(result, budget_bytes)
+        if result is not None:
+            plans.add(result, budget_bytes)
 
 
 def carried_plan(problem: Problem, plan: Plan, actions: Actions) -> KnownPlan:

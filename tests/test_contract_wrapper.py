@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 import fxhybrid
 from fxhybrid import HybridModule, InvalidArgument, Plan, PlanMismatchError
+from fxhybrid.problem import Problem
+from fxhybrid.solvers.base import SolveResult
+from fxhybrid.solvers.ilp import IlpSolver
 from tests.compare import tight_twins, tighten, total, twins
 from tests.models import WIDTH, mlp, rows
 
@@ -184,6 +187,29 @@ def test_plans_are_carried_and_checked() -> None:
     for other, args in ((mlp(0.1, depth=2).train(), x), (model, rows(32)), (mlp(0.0).train(), x)):
         with pytest.raises(PlanMismatchError, match="plan"):
             fxhybrid.compile(other, budget=1 << 30, example_inputs=(args,), compression="lossless", plan=plan)
+
+
+class OwnSolver:
+    """A user's solver: the integer program, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: dict[int, float] = {}  # budget in bytes -> added seconds of the answer
+
+    def solve(self, problem: Problem, budget_bytes: int, *, max_error: float) -> SolveResult:
+        result = IlpSolver().solve(problem, budget_bytes, max_error=max_error)
+        self.asked[budget_bytes] = result.added_s
+        return result
+
+
+def test_a_solver_of_ones_own() -> None:
+    solver, x = OwnSolver(), rows()
+    hybrid = fxhybrid.compile(mlp(0.1).train(), budget=0.95, example_inputs=(x,), solver=solver, compression="off")
+    for budget in (0.95, 0.9):
+        hybrid.set_budget(budget)
+        assert 0 < hybrid.plan.added_s <= solver.asked[hybrid.plan.budget_bytes]
+        assert hybrid.plan.peak_bytes <= hybrid.plan.budget_bytes
+    assert len(solver.asked) == 2
+    total(hybrid(x)).backward()
 
 
 def test_plan_without_wrapping() -> None:

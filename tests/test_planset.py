@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import corpus
+from fxhybrid.options import make_options
 from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, Compress
+from fxhybrid.planning import solve_for
 from fxhybrid.problem import CodecOption, Problem
-from fxhybrid.solvers.base import Ladder, Status
+from fxhybrid.solvers.base import Ladder, SolveResult, Status
 from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
 from fxhybrid.timeline import simulate_actions
@@ -79,6 +81,22 @@ def test_a_plan_is_fitted_to_the_budget() -> None:
         assert (known.rung.actions, known.rung.added_s) == (actions, added_s)
         assert plans.cheapest(budget_bytes) == known
         assert len(plans.plans) == 2  # the other one stays, for smaller budgets
+
+
+class FindsNothing:
+    """A solver of a user's own, on a bad day."""
+
+    def solve(self, problem: Problem, budget_bytes: int, *, max_error: float) -> SolveResult:
+        return SolveResult(Status.UNKNOWN, {}, 0, 0.0, 0.0, 0.0, "own", 0.0)
+
+
+def test_plans_are_fitted_beside_a_solver_of_ones_own() -> None:
+    plans = PlanSet(independent(), Ladder(()), max_error=0.0)
+    plans.plans = [KnownPlan(judged(independent(), {0: RECOMPUTE, 1: RECOMPUTE}))]
+    solve_for(plans, make_options(budget=180, solver=FindsNothing()), 180)
+    known = plans.cheapest(180)
+    assert known is not None
+    assert (known.rung.actions, known.solver) == ({1: RECOMPUTE}, "mps")
 
 
 def test_a_plan_that_no_state_stands_for_is_not_fitted() -> None:
