@@ -1,8 +1,9 @@
 """Gradient error on batches that no plan was made on: ``python -m benchmarks.held_back``.
 
 Each suite model is compiled 2 % above its smallest reachable peak for each error limit, on one batch of real data. Its
-error is measured on that batch and on 40 others: at the start, after training with that plan, and with a plan made anew
-after the training. Records are appended as they come and those of the file are not made again.
+error is measured on that batch and on 40 others of data that is not trained on: at the start, after training with that
+plan, and with a plan made anew after the training. Records are appended as they come and those of the file are not made
+again.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Trial:
         """Measured errors on the planned batch and on those held back."""
 
         def on(number: int) -> float:
-            batch = real_batch(self.case, number)
+            batch = real_batch(self.case, number, held_back=number > 0)
             return hybrid.check_error(*batch.inputs, **batch.kwargs, loss_args=batch.loss_args)
 
         return {"example": on(0), "held_back": [on(number) for number in range(1, 1 + HELD_BACK)]}
