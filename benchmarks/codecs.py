@@ -93,7 +93,8 @@ def activations(n_rows: int, row: int) -> Tensor:
 def lossy_codecs(x: Tensor) -> tuple[Codec, ...]:
     """Uniform codecs for a tensor, row-wise ones with the planner's row length."""
     meta = TensorMeta.of(x)
-    rowwise = (f"rowwise{bits}:{row_length(meta, bits)}" for bits in (8, 4, 2))
+    kinds = (("rowwise", 8), ("rowwise", 4), ("rowwise", 2), ("root", 8), ("root", 4))
+    rowwise = (f"{kind}{bits}:{row_length(meta, bits)}" for kind, bits in kinds)
     return tuple(map(get_codec, ("bf16", "fp8", *rowwise)))
 
 

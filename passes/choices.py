@@ -54,7 +54,7 @@ def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoice
         meta = TensorMeta.of(root.meta["val"])
         if meta.nbytes != storage.size_bytes:
             continue
-        codecs = candidate_codecs(meta, planes=not _holds_softmax(root))
+        codecs = candidate_codecs(meta, softmax=_holds_softmax(root))
         offered = [*_pool_offsets(root), *(c.spec for c in codecs if not _is_two_bit(c.spec))]
         tolerant = all(_tolerates(reader, argument) for reader, argument in readers.get(index, []))
         tolerant = tolerant and bool(readers.get(index))
@@ -86,7 +86,7 @@ def _holds_softmax(root: fx.Node) -> bool:
     """Whether a tensor is made by softmax, or by dropout of that, in any precision.
 
     Its lines sum to one each: one that attends to few places has values many times those of another, and on a grid
-    that both share the small ones become 0.
+    that both share the small ones become 0. Within a line, too, most are small.
     """
     while root.target in (operator.getitem, aten.native_dropout.default, aten._to_copy.default):
         source = root.args[0]

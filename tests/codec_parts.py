@@ -13,6 +13,7 @@ from fxhybrid.codecs import Codec, TensorMeta
 
 ROW = 64
 BITS = pytest.mark.parametrize("bits", [8, 4, 2])
+ROOT = pytest.mark.parametrize("root", [False, True], ids=["rows", "roots"])
 USUAL_ERROR = {8: 0.007, 4: 0.12, 2: 0.6}
 
 

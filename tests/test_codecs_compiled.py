@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxhybrid.codecs import Codec, TensorMeta
+from fxhybrid.codecs import Codec, TensorMeta, reference
 from fxhybrid.codecs.rowwise_compiled import CompiledRowwise, ReferenceRowwise
-from tests.codec_parts import BITS, ROW, USUAL_ERROR, relative_error, round_trip
+from tests.codec_parts import BITS, ROOT, ROW, USUAL_ERROR, relative_error, round_trip
 
 
-def codec_pair(bits: int) -> tuple[Codec, Codec]:
-    return CompiledRowwise(bits, ROW), ReferenceRowwise(bits, ROW)
+def codec_pair(bits: int, root: bool = False) -> tuple[Codec, Codec]:
+    return CompiledRowwise(bits, ROW, root), ReferenceRowwise(bits, ROW, root)
 
 
 def error_bound(x: Tensor, bits: int) -> Tensor:
@@ -42,13 +42,14 @@ def test_error_is_within_half_a_step(seed: int, bits: int, mean: float, std: flo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("row", [8, 24, 64, 200, 776])  # rows of 4 to 194 bytes at 4 bits: single bytes, vectors, both
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+@ROOT
 def test_compiled_kernels_and_reference_make_the_same_bytes(
-    bits: int, dtype: torch.dtype, row: int, scale: float
+    bits: int, root: bool, dtype: torch.dtype, row: int, scale: float
 ) -> None:
     torch.manual_seed(0)
     x = (torch.randn(50, row) * scale).to(dtype)
-    x[0], x[1], x[2, 3], x[3, 0] = 0, 1, math.nan, -math.inf
-    fast, reference, meta = CompiledRowwise(bits, row), ReferenceRowwise(bits, row), TensorMeta.of(x)
+    x[0], x[1], x[2, 3], x[3, 0], x[4] = 0, 1, math.nan, -math.inf, x[4].abs().softmax(0)
+    fast, reference, meta = CompiledRowwise(bits, row, root), ReferenceRowwise(bits, row, root), TensorMeta.of(x)
     (qdata, header), (reference_qdata, reference_header) = fast.encode(x), reference.encode(x)
     assert torch.equal(qdata, reference_qdata)
     assert torch.equal(header, reference_header)
@@ -60,21 +61,23 @@ def test_compiled_kernels_and_reference_make_the_same_bytes(
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("place", [0, 77, 64 * 5 - 1, -1])
-def test_non_finite_stays_non_finite(bits: int, bad: float, dtype: torch.dtype, place: int) -> None:
+@ROOT
+def test_non_finite_stays_non_finite(bits: int, root: bool, bad: float, dtype: torch.dtype, place: int) -> None:
     x = torch.randn(64 * 5 + 9, dtype=dtype)
     x[place] = bad
-    for codec in codec_pair(bits):
+    for codec in codec_pair(bits, root):
         decoded = round_trip(codec, x)
         assert not decoded[~x.isfinite()].isfinite().any()
         assert decoded[64:70].isfinite().all() == (place != 77)  # other rows are left alone
 
 
 @BITS
-def test_infinities_of_both_signs_and_many_nan(bits: int) -> None:
+@ROOT
+def test_infinities_of_both_signs_and_many_nan(bits: int, root: bool) -> None:
     x = torch.randn(10, ROW)
     x[3, 3], x[4, 4] = math.inf, -math.inf
     x[5, :32] = math.nan
-    for codec in codec_pair(bits):
+    for codec in codec_pair(bits, root):
         assert round_trip(codec, x).isnan().any(1).tolist() == [False] * 3 + [True] * 3 + [False] * 4
 
 
@@ -99,3 +102,33 @@ def test_rows_far_from_zero_keep_what_float32_holds(bits: int, offset: float) ->
         error = (round_trip(codec, x).double() - x.double()).abs().amax(1)
         width, ulp = x.amax(1).double() - x.amin(1).double(), abs(offset) * 2.0**-23
         assert (error <= 0.501 / (2**bits - 1) * width + 2 * ulp).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([8, 4, 2]), st.floats(0, 30))
+def test_roots_are_within_half_a_step(seed: int, bits: int, sharpness: float) -> None:
+    """A line has slopes of 1/2 to 1 times a root's own, so a step there is at most 4 sqrt(x) steps here."""
+    torch.manual_seed(seed)
+    x = torch.softmax(torch.randn(7, ROW) * sharpness, 1)
+    for codec in codec_pair(bits, root=True):
+        error = (round_trip(codec, x).double() - x.double()).abs()
+        step = reference.rooted(x).amax(1, keepdim=True).double() / (2**bits - 1)
+        largest = (x.double().sqrt() + step).square()  # what half a step up makes of x, at most
+        assert (error <= 0.501 * step * 4 * largest.sqrt() + 1e-6 * x).all()
+
+
+def test_roots_are_straight_between_powers_of_two_and_squares_undo_them() -> None:
+    x = torch.tensor([0.0, 0.25, 1.0, 1.5, 2.0, 3.0, 4.0, 16.0, -4.0, 3.4e38, 1e-45])
+    roots = torch.tensor([0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 4.0, -2.0])
+    assert torch.equal(reference.rooted(x)[:9], roots)
+    torch.testing.assert_close(reference.squared(reference.rooted(x)), x, rtol=2.0**-22, atol=1e-44)
+
+
+# Lines of 128 weights, the largest about 0.24. Rows: steps of 0.24 / 15 = 0.016 where most weights are below 0.008 and
+# become 0. Roots: steps of 0.49 / 15 = 0.033, which at the weight of 0.008 are 2 * 0.09 * 0.033 = 0.006.
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.4), (4, 0.6)])
+def test_roots_keep_the_small_weights_of_attention(bits: int, share: float) -> None:
+    torch.manual_seed(0)
+    x = torch.softmax(2 * torch.randn(1000, 128), 1)
+    rows, roots = (relative_error(round_trip(CompiledRowwise(bits, 128, root), x), x) for root in (False, True))
+    assert roots < share * rows

@@ -27,6 +27,8 @@ BAD_SPECS = [
     "rowwise4:-64",
     "rowwise4:49",
     "rowwise2:98",
+    "root4:49",
+    "root2:64",
     "rowwise8: 64",
     "rowwise8:64,2",
     "pool:3,3",
@@ -43,7 +45,8 @@ def test_bad_spec_is_an_error(spec: str) -> None:
 
 
 def test_unknown_name_lists_the_registered_ones() -> None:
-    with pytest.raises(CodecError, match="bf16, bitpack, channelwise, fp8, narrow, pool, rowwise2, rowwise4, rowwise8"):
+    known = "bf16, bitpack, channelwise, fp8, narrow, pool, root4, root8, rowwise2, rowwise4, rowwise8"
+    with pytest.raises(CodecError, match=known):
         get_codec("zip")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fxhybrid.codecs import Codec, TensorMeta, casts, channelwise, get_codec, reference, rowwise_compiled
 from fxhybrid.codecs.rowwise_compiled import CompiledRowwise, ReferenceRowwise
-from tests.codec_parts import BITS, plain_aten
+from tests.codec_parts import BITS, ROOT, plain_aten
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -71,22 +71,24 @@ def check(codec: Codec, plain: Codec, x: Tensor, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("row", [8, 200, 2056])  # less than a byte block, several parts, more than one block
 @pytest.mark.parametrize("scale", [1e-3, 300.0])
-def test_rows(on_triton: torch.device, bits: int, dtype: torch.dtype, row: int, scale: float) -> None:
+@ROOT
+def test_rows(on_triton: torch.device, bits: int, root: bool, dtype: torch.dtype, row: int, scale: float) -> None:
     torch.manual_seed(0)
     x = (torch.randn(23, row) * scale).to(dtype)
     x[0], x[1], x[2, 3], x[3, 0] = 0, 1, math.nan, -math.inf
     flat = torch.cat([x.view(-1), x[5, :7]])  # the last row is not a whole one
-    check(CompiledRowwise(bits, row), ReferenceRowwise(bits, row), flat, on_triton)
+    check(CompiledRowwise(bits, row, root), ReferenceRowwise(bits, row, root), flat, on_triton)
 
 
 @BITS
 @pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-8, 1e18, 1e30, 5e37])
 @pytest.mark.parametrize("offset", [0.0, 1e4, -3e7])
-def test_rows_of_any_scale(on_triton: torch.device, bits: int, scale: float, offset: float) -> None:
+@ROOT
+def test_rows_of_any_scale(on_triton: torch.device, bits: int, root: bool, scale: float, offset: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(9, 64) * scale + offset
     x[3, :4] = torch.tensor([3.4e38, -3.4e38, 0.0, 1.0])
-    check(CompiledRowwise(bits, 64), ReferenceRowwise(bits, 64), x, on_triton)
+    check(CompiledRowwise(bits, 64, root), ReferenceRowwise(bits, 64, root), x, on_triton)
 
 
 @pytest.mark.parametrize(("digits", "shape"), [("824", (5, 3, 7, 9)), ("4282", (3, 8, 5, 5)), ("28", (2, 2, 40, 32))])

@@ -24,11 +24,16 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, object]) -
 
 
 def main() -> None:
-    for bits, dtype, even in ((8, "bf16", True), (4, "fp32", True), (4, "fp32", False), (2, "fp16", True)):
-        shape = {"BITS": bits, "PARTS": 8 // bits, "EVEN": even, "ROWS": 4, "BLOCK": 256, "n_digits": 1}
+    for bits, root, dtype, even in (
+        (8, False, "bf16", True),
+        (4, False, "fp32", True),
+        (4, True, "fp32", False),
+        (2, False, "fp16", True),
+    ):
+        shape = {"BITS": bits, "ROOT": root, "PARTS": 8 // bits, "EVEN": even, "ROWS": 4, "BLOCK": 256, "n_digits": 1}
         for kernel in (triton_kernels._pack_rows, triton_kernels._unpack_rows):
             print(compiled(kernel, {"x": f"*{dtype}", "widths": "*u8", "starts": "*u8"}, shape))
-    shape = {"BITS": 0, "PARTS": 4, "EVEN": False, "ROWS": 4, "BLOCK": 256}
+    shape = {"BITS": 0, "ROOT": False, "PARTS": 4, "EVEN": False, "ROWS": 4, "BLOCK": 256}
     for kernel in (triton_kernels._pack_rows, triton_kernels._unpack_rows):
         print(compiled(kernel, {"x": "*fp32", "widths": "*i32", "starts": "*i64"}, shape))
     ones = {"n_rows": 1, "row": 1, "row_bytes": 1, "n_digits": 1}  # Triton makes a constant of each 1

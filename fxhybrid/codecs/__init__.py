@@ -7,6 +7,7 @@ spec                   lossless  for
 ``narrow:<dtype>``     yes       int64 and int32 whose range the caller has proven
 ``pool:kh,...,H,W``    yes       indices of a 2-d max pool: 1 byte each
 ``rowwise8:R`` (4, 2)  no        float32, bfloat16, float16: 8 (4, 2) bits each
+``root8:R`` (4)        no        the same of square roots, for rows with few large elements, such as softmax makes
 ``bf16``, ``fp8``      no        float32: a cast, for fp8 with one scale per block
 ``channelwise:<d...>`` no        float32 [N, C, ...]: 8, 4 or 2 bits, a digit per channel or group of them
 =====================  ========  =================================================
@@ -16,7 +17,7 @@ Importing this package defines ``torch.ops.fxhybrid.compress`` and ``.decompress
 
 from fxhybrid.codecs import casts, channelwise, lossless, ops, pool, rowwise_compiled  # noqa: F401  they register themselves
 from fxhybrid.codecs.base import Codec, get_codec, register, registered_names
-from fxhybrid.codecs.candidates import candidate_codecs
+from fxhybrid.codecs.candidates import candidate_codecs, spec_at_4_bits
 from fxhybrid.codecs.meta import TensorMeta
 from fxhybrid.codecs.widths import channels_per_row, lowest_price, widths_at
 
@@ -29,5 +30,6 @@ __all__ = [
     "lowest_price",
     "register",
     "registered_names",
+    "spec_at_4_bits",
     "widths_at",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -13,16 +14,17 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_ROW = 64  # shorter rows pack several times slower and spend more on scales
 _MAX_ROW = 4096  # longer rows gain nothing
 _ROW_WITHOUT_DIVISOR = 256
+_ROWS = {False: (("rowwise8", 8), ("rowwise4", 4), ("rowwise2", 2)), True: (("root8", 8), ("root4", 4))}
 _LARGEST = (("uint8", 255), ("int16", 2**15 - 1), ("int32", 2**31 - 1))
 
 
-def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None, planes: bool = True) -> tuple[Codec, ...]:
+def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None, softmax: bool = False) -> tuple[Codec, ...]:
     """Codecs worth considering for a tensor, the most precise first.
 
     Args:
         meta: the tensor's meta.
         max_value: proven by the caller: every element of an integer tensor is in [0, max_value].
-        planes: see ``row_length``.
+        softmax: whether the tensor's lines are results of softmax, or parts of such.
 
     Returns:
         Codecs that support the meta and make it smaller; empty if there is none.
@@ -30,13 +32,18 @@ def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None, planes: 
     if meta.dtype == torch.bool:
         specs = ["bitpack"]
     elif meta.dtype in _FLOATS and meta.numel >= _MIN_ROW:
-        specs = [f"rowwise{bits}:{row_length(meta, bits, planes=planes)}" for bits in (8, 4, 2)]
+        specs = [f"{name}:{row_length(meta, bits, planes=not softmax)}" for name, bits in _ROWS[softmax]]
     elif max_value is not None:
         specs = [f"narrow:{name}" for name, largest in _LARGEST if 0 <= max_value <= largest][:1]
     else:
         specs = []
     codecs = (get_codec(spec) for spec in specs)
     return tuple(c for c in codecs if c.supports(meta) and sum(c.encoded_bytes(meta)) < meta.nbytes)
+
+
+def spec_at_4_bits(specs: Iterable[str]) -> str | None:
+    """The first codec of 4 bits an element, the one whose noise is the unit; None if there is none."""
+    return next((spec for spec in specs if get_codec(spec).noise == 1.0), None)
 
 
 def row_length(meta: TensorMeta, bits: int, *, planes: bool = True) -> int:

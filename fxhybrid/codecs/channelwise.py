@@ -74,7 +74,7 @@ class Channelwise(Codec):
         if kernels is None:
             for planes, codes, parameters in self._samples(x.detach(), qdata, header):
                 for width, channels, places in self._groups(meta, x.device):
-                    packed, pair = reference.pack_rows(planes[channels], width)
+                    packed, pair = reference.pack_rows(planes[channels], width, root=False)
                     codes[places] = packed.view(-1)
                     parameters[channels] = pair
             return qdata, header
@@ -89,7 +89,7 @@ class Channelwise(Codec):
             for planes, codes, parameters in self._samples(out, qdata, header):
                 for width, channels, places in self._groups(meta, qdata.device):
                     packed = codes[places].view(len(channels), -1)
-                    planes[channels] = reference.unpack_rows(packed, parameters[channels], row, width)
+                    planes[channels] = reference.unpack_rows(packed, parameters[channels], row, width, root=False)
             return out
         kernels.unpack_channels(*_table(self, row, qdata.device), qdata, header, row, out)
         return out

@@ -26,10 +26,14 @@ class Kernels(Protocol):
     @property
     def row_dtypes(self) -> tuple[torch.dtype, ...]: ...
 
-    def pack_rows(self, bits: int, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor) -> None:
-        """Packs the first ``n_rows`` rows of a storage, ``row`` elements each."""
+    def pack_rows(
+        self, bits: int, root: bool, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor
+    ) -> None:
+        """Packs the first ``n_rows`` rows of a storage, ``row`` elements each, or their roots."""
 
-    def unpack_rows(self, bits: int, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor) -> None:
+    def unpack_rows(
+        self, bits: int, root: bool, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor
+    ) -> None:
         """Undoes :meth:`pack_rows`."""
 
     def pack_channels(

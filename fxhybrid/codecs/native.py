@@ -41,8 +41,8 @@ _LINK = ("-fopenmp", "-shared", "-fPIC")
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _EACH = (_POINTER, _LONG, _POINTER, _INT)
 _SIGNATURES = {
-    "pack_rows": (_INT, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
-    "unpack_rows": (_INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
+    "pack_rows": (_INT, _INT, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
+    "unpack_rows": (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
     "pack_channels": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT),
     "unpack_channels": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
     "pack_fp8": (_POINTER, _LONG, _POINTER, _POINTER, _INT),
@@ -60,15 +60,19 @@ class NativeKernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
 
-    def pack_rows(self, bits: int, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor) -> None:
+    def pack_rows(
+        self, bits: int, root: bool, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor
+    ) -> None:
         """Packs the first ``n_rows`` rows of a storage, ``row`` elements each."""
         places = (codes.data_ptr(), parameters.data_ptr(), torch.get_num_threads())
-        self.library.pack_rows(bits, rows.data_ptr(), n_rows, row, *places)
+        self.library.pack_rows(bits, root, rows.data_ptr(), n_rows, row, *places)
 
-    def unpack_rows(self, bits: int, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor) -> None:
+    def unpack_rows(
+        self, bits: int, root: bool, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor
+    ) -> None:
         """Undoes :meth:`pack_rows`."""
         places = (codes.data_ptr(), parameters.data_ptr())
-        self.library.unpack_rows(bits, *places, n_rows, row, rows.data_ptr(), torch.get_num_threads())
+        self.library.unpack_rows(bits, root, *places, n_rows, row, rows.data_ptr(), torch.get_num_threads())
 
     def pack_channels(
         self, widths: Tensor, starts: Tensor, x: Tensor, row: int, codes: Tensor, parameters: Tensor

@@ -3,6 +3,8 @@
 A row of R elements becomes (8 / bits) equal parts of m bytes, m = ceil(R * bits / 8): code p * m + j stands in
 byte j, at bit p * bits; codes past R repeat the last element. An element decodes to code * scale + low, with one
 float32 pair (scale, low) per row; the pair is NaN where the row holds a NaN or an infinity.
+
+Where the codec is one of roots, all that is said of elements there is of their roots.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 PARAMETER_BYTES = 8  # of one row: scale and lowest value, float32 each
+_MAGNITUDE, _LARGEST = 0x7FFFFFFF, 0x7F7FFFFF  # all bits but the sign; those of the largest finite float32
+_ONE, _LEAST = 127 << 22, 1.5 * 2.0**-64  # half of the bits of 1.0, and what halving makes of 0
 _ROUND = 12582912.0  # 1.5 * 2^23: after adding it, the low bits are the nearest integer
 
 
@@ -21,8 +25,23 @@ def code_bytes(row: int, bits: int) -> int:
     return -(-row * bits // 8)
 
 
-def pack_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Float32 rows [n, R] as uint8 codes [n, m] and float32 parameters [n, 2]."""
+def rooted(x: Tensor) -> Tensor:
+    """Square roots of float32 magnitudes, signs kept, by halving the exponent: straight lines between powers of two."""
+    bits = x.view(torch.int32)
+    root = (((bits & _MAGNITUDE) >> 1) + _ONE).view(torch.float32) - _LEAST
+    return torch.where(x.isfinite(), root.copysign(x), x)
+
+
+def squared(y: Tensor) -> Tensor:
+    """Undoes :func:`rooted`, to the last bit but one."""
+    half = (y.abs() + _LEAST).view(torch.int32) - _ONE
+    square = (half.clamp_(max=_LARGEST >> 1) << 1).view(torch.float32)
+    return torch.where(y.isfinite(), square.copysign(y), y)
+
+
+def pack_rows(rows: Tensor, bits: int, root: bool) -> tuple[Tensor, Tensor]:
+    """Float32 rows [n, R], or their roots, as uint8 codes [n, m] and float32 parameters [n, 2]."""
+    rows = rooted(rows) if root else rows
     parts, levels = 8 // bits, (1 << bits) - 1
     padding = code_bytes(rows.shape[1], bits) * parts - rows.shape[1]
     if padding:
@@ -51,7 +70,7 @@ def _fused(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
     return (a.double() * b.double() + c).float()
 
 
-def unpack_rows(codes: Tensor, parameters: Tensor, row: int, bits: int) -> Tensor:
+def unpack_rows(codes: Tensor, parameters: Tensor, row: int, bits: int, root: bool) -> Tensor:
     """What :func:`pack_rows` made, as float32 [n, row]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     split = (codes[:, None, :] >> shifts[:, None]) & ((1 << bits) - 1)
@@ -61,7 +80,8 @@ def unpack_rows(codes: Tensor, parameters: Tensor, row: int, bits: int) -> Tenso
     half = torch.where(scale * ((1 << bits) - 1) + low.abs() < 1.7e38, 1.0, 0.5)
     codes_f = split.reshape(codes.shape[0], -1)[:, :row].float()
     rows = _fused(codes_f, scale * half, (low * half).double())
-    return rows.mul_(1 / half).clamp_(-limit, limit)
+    rows.mul_(1 / half).clamp_(-limit, limit)
+    return squared(rows) if root else rows
 
 
 def pack_e4m3(blocks: Tensor) -> tuple[Tensor, Tensor]:

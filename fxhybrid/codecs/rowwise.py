@@ -19,16 +19,20 @@ _CHUNKS = 32
 
 
 class Rowwise(Codec):
-    """Rows of R elements, taken in storage order: specs ``rowwise8:R``, ``rowwise4:R``, ``rowwise2:R``."""
+    """Rows of R elements, taken in storage order: specs ``rowwise8:R``, ``rowwise4:R``, ``rowwise2:R``.
+
+    With ``root``, square roots of the elements are rounded instead: ``root8:R``, ``root4:R``.
+    """
 
     lossless = False
 
-    def __init__(self, bits: int, row: int) -> None:
+    def __init__(self, bits: int, row: int, root: bool = False) -> None:
+        self.spec = f"{'root' if root else 'rowwise'}{bits}:{row}"
         if row < 1 or row * bits % 8:
-            raise CodecError(f"rowwise{bits}:{row} needs a positive row length divisible by {8 // bits}")
+            raise CodecError(f"{self.spec} needs a positive row length divisible by {8 // bits}")
         self.bits = bits
         self.row = row
-        self.spec = f"rowwise{bits}:{row}"
+        self.root = root
         self.noise = 15 / ((1 << bits) - 1)
 
     def supports(self, meta: TensorMeta) -> bool:

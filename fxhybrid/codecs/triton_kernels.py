@@ -42,9 +42,26 @@ def _place(n_rows, row, row_bytes, n_digits, widths, starts, BITS: tl.constexpr,
 
 
 @triton.jit
+def _rooted(v):
+    bits = v.to(tl.int32, bitcast=True)
+    half = ((bits & 0x7FFFFFFF) >> 1) + 532676608  # half of the bits of 1.0
+    root = half.to(tl.float32, bitcast=True) - 8.131516293641283e-20  # 1.5 * 2^-64, what halving makes of 0
+    return (root.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _squared(y):
+    half = (tl.abs(y) + 8.131516293641283e-20).to(tl.int32, bitcast=True) - 532676608
+    square = tl.minimum(half, 1069547519) << 1  # at most the largest float32
+    square = square | (y.to(tl.int32, bitcast=True) & -2147483648)
+    return tl.where(y == y, square.to(tl.float32, bitcast=True), y)
+
+
+@triton.jit
 def _pack_rows(
     x, codes, parameters, widths, starts, n_rows, row, row_bytes, n_digits,
-    BITS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, ROOT: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     r, is_row, bits, m, start = _place(n_rows, row, row_bytes, n_digits, widths, starts, BITS, ROWS)
     levels = (1 << bits) - 1
@@ -62,6 +79,8 @@ def _pack_rows(
     finite = most < 0x7F800000
     low = tl.where(finite, low, 0.0)
     high = tl.where(finite, high, 0.0)
+    if ROOT:
+        low, high = _rooted(low), _rooted(high)
 
     one = tl.full([ROWS], 1.0, tl.float32)
     scale = (high * 0.5 - low * 0.5) * tl.div_rn(one + one, levels.to(tl.float32))  # high - low may overflow
@@ -84,6 +103,8 @@ def _pack_rows(
             if not EVEN:
                 at = tl.minimum(at, row - 1)
             v = tl.load(x + r[:, None] * row + at, mask=inside, other=0.0).to(tl.float32)
+            if ROOT:
+                v = _rooted(v)
             v = tl.where(hard[:, None], (v - low[:, None]) * up[:, None], v)
             y = tl.fma(v, factor[:, None] + tl.zeros_like(v), addend[:, None] + tl.zeros_like(v))
             y = tl.where(hard[:, None], y, y + 12582912.0)
@@ -98,7 +119,8 @@ def _pack_rows(
 @triton.jit
 def _unpack_rows(
     codes, parameters, x, widths, starts, n_rows, row, row_bytes, n_digits, limit,
-    BITS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, ROOT: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     r, is_row, bits, m, start = _place(n_rows, row, row_bytes, n_digits, widths, starts, BITS, ROWS)
     levels = (1 << bits) - 1
@@ -115,6 +137,8 @@ def _unpack_rows(
             code = ((joined >> (part * bits)[:, None]) & levels[:, None]).to(tl.float32)
             v = tl.fma(code, factor[:, None] + tl.zeros_like(code), addend[:, None] + tl.zeros_like(code))
             v = tl.where(half[:, None] < 1.0, v * 2.0, v)
+            if ROOT:
+                v = _squared(v)
             v = tl.where(v > limit, limit, v)  # rounding must not make infinities; a NaN stays one
             v = tl.where(v < -limit, -limit, v)
             inside = wanted & (part * bits < 8)[:, None]
@@ -160,15 +184,19 @@ class TritonKernels:
 
     row_dtypes = FLOATS
 
-    def pack_rows(self, bits: int, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor) -> None:
+    def pack_rows(
+        self, bits: int, root: bool, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor
+    ) -> None:
         """Packs the first ``n_rows`` rows of a storage, ``row`` elements each."""
         pointers = (storage_view(rows), codes, _pairs(parameters, n_rows), codes, codes)
-        _launch(_pack_rows, pointers, n_rows, row, (1,), bits)
+        _launch(_pack_rows, pointers, n_rows, row, (1,), bits, root)
 
-    def unpack_rows(self, bits: int, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor) -> None:
+    def unpack_rows(
+        self, bits: int, root: bool, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor
+    ) -> None:
         """Undoes :meth:`pack_rows`."""
         pointers = (codes, _pairs(parameters, n_rows), storage_view(rows), codes, codes)
-        _launch(_unpack_rows, pointers, n_rows, row, (1, torch.finfo(rows.dtype).max), bits)
+        _launch(_unpack_rows, pointers, n_rows, row, (1, torch.finfo(rows.dtype).max), bits, root)
 
     def pack_channels(
         self, widths: Tensor, starts: Tensor, x: Tensor, row: int, codes: Tensor, parameters: Tensor
@@ -210,14 +238,20 @@ def _pairs(parameters: Tensor, n_rows: int) -> Tensor:
 
 
 def _launch(
-    kernel: Any, pointers: tuple[Tensor, ...], n_rows: int, row: int, numbers: tuple[float, ...], bits: int = 0
+    kernel: Any,
+    pointers: tuple[Tensor, ...],
+    n_rows: int,
+    row: int,
+    numbers: tuple[float, ...],
+    bits: int = 0,
+    root: bool = False,
 ) -> None:
     """Runs a kernel over all rows; ``bits`` is 0 where each row has its own."""
     row_bytes = -(-row * (bits or 8) // 8)  # of the widest rows
     block = min(triton.next_power_of_2(max(row_bytes, 1)), _BLOCK)
     rows = max(1, min(_PROGRAM // block, triton.next_power_of_2(n_rows)))
     parts = 8 // (bits or 2)
-    shape = {"BITS": bits, "PARTS": parts, "EVEN": row % parts == 0, "ROWS": rows, "BLOCK": block}
+    shape = {"BITS": bits, "ROOT": root, "PARTS": parts, "EVEN": row % parts == 0, "ROWS": rows, "BLOCK": block}
     _run(kernel, triton.cdiv(n_rows, rows) if row else 0, pointers, (n_rows, row, row_bytes, *numbers), shape)
 
 
