@@ -22,7 +22,7 @@ from fxhybrid.problem import Problem
 
 CORPUS = Path(__file__).parents[1] / "tests" / "corpus"
 MODELS = ("resnet50", "mobilenetv2", "bert", "gpt2", "vit", "t5", "unet")
-MAX_ERROR = 0.05  # what plans aim at with the default ``max_grad_error``
+MAX_ERROR = 0.05  # that plans of the recorded problems are made for
 
 
 def names() -> list[str]:

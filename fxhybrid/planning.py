@@ -14,7 +14,7 @@ from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
 ILP_SECONDS = 15.0
 ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
 # Plans aim lower than the limit: the error is measured on one batch, and later ones differ.
-ERROR_MARGIN = 0.5
+ERROR_MARGIN = 1 / 3
 
 
 def error_target(options: Options, more_error: float = 0.0) -> float:

@@ -28,7 +28,7 @@ from fxhybrid.timeline import describe_peak, simulate, simulate_actions
 
 PROVEN = 0.01  # a plan this close to the bound counts as the best
 LESS_EFFORT = Effort(moves=(7_500, 0.0))  # for one technique alone: fewer choices
-STRICTER = (0.01, 0.05)  # what plans aim at for a ``max_grad_error`` of 0.02 and 0.1
+STRICTER = (0.02 / 3, 0.1 / 3)  # what plans aim at for a ``max_grad_error`` of 0.02 and 0.1
 LOOK_LOWER_S = 5.0  # half of the recorded problems' smallest peaks are proven in a second, the rest not in 20
 
 

@@ -140,9 +140,9 @@ def test_room_that_is_left_makes_codecs_more_exact() -> None:
 
 
 def test_the_smallest_peak_falls_as_the_error_limit_grows() -> None:
-    """On U-Net the search at a limit of 0.05 alone ends 0.5 % above that at 0.01."""
+    """On U-Net the search at a limit of 0.1 / 3 alone ends 0.3 % above that at 0.02 / 3."""
     problem, smallest = corpus.load("unet"), []
-    for limit in (0.01, 0.05):
+    for limit in (0.02 / 3, 0.1 / 3):
         plans = PlanSet(problem, build_ladder(problem, max_error=limit), max_error=limit)
         assert plans.checked(1) is None
         smallest.append(plans.smallest.peak_bytes)

@@ -23,7 +23,7 @@ from fxhybrid.solvers.planset import judged
 from fxhybrid.solvers.techniques import without_codecs, without_recomputation
 from fxhybrid.work import StepWork
 
-MAX_ERROR = 0.05  # of the gradient; plans of ``compile`` aim at the same
+MAX_ERROR = 0.05  # of the gradient, as estimated: half of the default limit
 N_BUCKETS = 50
 # A fleet has many kinds of devices and 50 buckets for each: a coarser ladder than one device's own will do.
 FLEET_EFFORT = Effort(moves=(3_000, 1), price_step=1.3, seeds=1, rungs=64)
