@@ -71,7 +71,7 @@ class Signature:
         self.states: dict[bool, Active] = {}
         self.carried: dict[str, dict[bool, Active]] = {}
         self.choices = self.prepared.choices  # before calibration adds channel-wise codecs
-        verifier = self._verifier(step, call)
+        verifier = self._verifier(step, call, against_eager=True)
         self.check = verifier.check
         self._plan_on(verifier, carried)
 
@@ -278,7 +278,7 @@ class Signature:
             raise InvalidArgument(verifier.check.note)
         return verifier.gradient_error(self.active(accumulating=False).function.graphs)
 
-    def _verifier(self, step: Step, call: StepCall) -> Verifier:
+    def _verifier(self, step: Step, call: StepCall, *, against_eager: bool = False) -> Verifier:
         return Verifier(
             self.prepared.capture,
             self.prepared.joint,
@@ -286,4 +286,5 @@ class Signature:
             call,
             save_all=lambda: self.prepared.save_all_graphs,
             save_all_bytes=self.save_all_bytes,
+            against_eager=against_eager,
         )
