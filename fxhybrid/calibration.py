@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxhybrid.attribution import neighbours, tensor_errors
 from fxhybrid.channel_choices import channelwise_choices
-from fxhybrid.codecs import get_codec, spec_at_4_bits
+from fxhybrid.codecs import get_codec, specs_at_4_bits
 from fxhybrid.codecs.channelwise import Channelwise
 from fxhybrid.codecs.widths import STEP_ERROR
 from fxhybrid.gradient_error import ErrorTable, lossy_groups
@@ -122,7 +122,7 @@ class _GroupRuns:
 
     def runs_at_4_bits(self) -> list[Callable[[], None]]:
         """One step for all, or for each part of similar depth where errors travel."""
-        four = self._at_4_bits()
+        four = specs_at_4_bits(self.prepared.choices, self.members)
         travels = any(self.near[t].travels for t in four)
         n_parts = min(MOST_PARTS, -(-len(four) // PART)) if travels else min(1, len(four))
         ends = [len(four) * part // n_parts for part in range(n_parts + 1)] if four else [0]
@@ -140,7 +140,8 @@ class _GroupRuns:
 
     def runs_of_others(self, name: str, choices: CodecChoices) -> list[Callable[[], None]]:
         """One step for each other kind of codec."""
-        kinds = {_kind(spec) for t in self.members for spec in choices[t]} - set(map(_kind, self._at_4_bits().values()))
+        kinds = {_kind(spec) for t in self.members for spec in choices[t]}
+        kinds -= set(map(_kind, specs_at_4_bits(self.prepared.choices, self.members).values()))
         rounds = ((kind, specs) for kind in sorted(kinds) for specs in self._of_kind(kind, choices))
         return [partial(self._run_other, name, kind, specs) for kind, specs in rounds]
 
@@ -151,9 +152,6 @@ class _GroupRuns:
         self.pairs.append(ErrorPair(name, kind, predicted**0.5, measured**0.5))
         for t, error in each.items():
             self.errors[t, specs[t]] = error * measured / predicted if predicted else measured / len(each)
-
-    def _at_4_bits(self) -> dict[int, str]:
-        return {t: spec for t in self.members if (spec := spec_at_4_bits(self.prepared.choices[t]))}
 
     def _of_kind(self, kind: str, choices: CodecChoices) -> list[dict[int, str]]:
         """The members' lossy codecs of one kind: one for each that has any, then a second one for each that has two."""

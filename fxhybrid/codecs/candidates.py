@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -41,9 +41,15 @@ def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None, softmax:
     return tuple(c for c in codecs if c.supports(meta) and sum(c.encoded_bytes(meta)) < meta.nbytes)
 
 
-def spec_at_4_bits(specs: Iterable[str]) -> str | None:
-    """The first codec of 4 bits an element, the one whose noise is the unit; None if there is none."""
-    return next((spec for spec in specs if get_codec(spec).noise == 1.0), None)
+def specs_at_4_bits(choices: Mapping[int, Iterable[str]], storages: Iterable[int]) -> dict[int, str]:
+    """The codec of 4 bits an element, whose noise is the unit, of each of the storages that is offered one.
+
+    Args:
+        choices: specs offered to each storage.
+        storages: keys of ``choices``.
+    """
+    first = {t: next((spec for spec in choices[t] if get_codec(spec).noise == 1.0), None) for t in storages}
+    return {t: spec for t, spec in first.items() if spec is not None}
 
 
 def row_length(meta: TensorMeta, bits: int, *, planes: bool = True) -> int:

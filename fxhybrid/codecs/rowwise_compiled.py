@@ -7,7 +7,7 @@ finite row keeps its usual error, whatever its range and offset. Without a compi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -114,19 +114,16 @@ def make_rowwise(bits: int, row: int) -> Rowwise:
     return LibraryRowwise(bits, row) if native_kernels() is None else CompiledRowwise(bits, row)
 
 
-def _register(bits: int) -> None:
-    register(f"rowwise{bits}", lambda parameters: make_rowwise(bits, *parse_integers(parameters, "R")))
+def make_root(bits: int, row: int) -> Rowwise:
+    """The same with roots: without a compiler by plain ATen, as the library has none."""
+    return CompiledRowwise(bits, row, root=True)
 
 
-def _register_root(bits: int) -> None:
-    def make(parameters: str) -> Rowwise:
-        (row,) = parse_integers(parameters, "R")
-        return CompiledRowwise(bits, row, root=True)  # without a compiler by plain ATen: the library has no roots
-
-    register(f"root{bits}", make)
+def _register(name: str, make: Callable[[int, int], Rowwise], bits: int) -> None:
+    register(f"{name}{bits}", lambda parameters: make(bits, *parse_integers(parameters, "R")))
 
 
 for _bits in (8, 4, 2):
-    _register(_bits)
+    _register("rowwise", make_rowwise, _bits)
 for _bits in (8, 4):
-    _register_root(_bits)
+    _register("root", make_root, _bits)
