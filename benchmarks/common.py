@@ -70,8 +70,8 @@ class Bench:
         """The loss by a compiled model."""
         inputs, loss_args = self.target.inputs, self.target.loss_args
         if isinstance(inputs, dict):
-            return model(**inputs, loss_args=loss_args)  # type: ignore[no-any-return]
-        return model(*inputs, loss_args=loss_args)  # type: ignore[no-any-return]
+            return model(**inputs, loss_args=loss_args)
+        return model(*inputs, loss_args=loss_args)
 
     def step_of(self, model: nn.Module) -> Step:
         """One step of a compiled model, with fresh gradients."""

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import fxhybrid
 from benchmarks.common import MARGIN, Bench, Record, Step, median_ratio, pair_ratios, seconds
@@ -213,7 +214,7 @@ def exact(session: Session) -> Iterator[Record]:
         hybrid.set_budget(budget_bytes)
         # before the peak is measured, because those steps move running statistics
         eager, again = bench.observe(bench.case.loss), bench.observe(bench.case.loss)
-        found = bench.observe(lambda hybrid=hybrid: bench.loss_of(hybrid))
+        found = bench.observe(partial(bench.loss_of, hybrid))
         yield {
             "key": compression,
             "compression": compression,

@@ -53,7 +53,7 @@ class Stochastic(CompiledRowwise):
     def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
         rows = x.detach().as_strided((meta.numel,), (1,))[: meta.numel // self.row * self.row].view(-1, self.row)
         low, high = rows.aminmax(dim=1, keepdim=True)
-        step = pack_rows(torch.cat([low, high], 1).repeat(1, 4), self.bits)[1][:, :1]
+        step = pack_rows(torch.cat([low, high], 1).repeat(1, 4), self.bits, root=False)[1][:, :1]
         noise = (torch.rand(rows.shape, generator=self.generator) - 0.5) * step
         noisy = torch.where((rows == low) | (rows == high), rows, (rows + noise).clamp(low, high))
         moved = x.detach().clone(memory_format=torch.preserve_format)
@@ -91,13 +91,14 @@ def train(task: Task, bits: int, rounding: str) -> Record:
     model, batches = task.make_model(), task.batches()
     step, example = Step(model, task.loss_fn, False), next(batches)
     call = StepCall((example[0],), {}, (example[1],))
-    function, record = step, {}
+    function: Callable[..., Tensor] = step
+    record = {}
     if bits < 32:
         prepared = prepare(step, call, make_options(budget=1.0, loss_fn=task.loss_fn))
         made = graphs(prepared, bits, rounding)
         record["error"] = _verifier(prepared, step, call).gradient_error(made)
         bound = prepared.capture.bind(StepFunction(made, prepared.joint, prepared.capture.metadata))
-        function = lambda *arguments: bound(step, *arguments)  # noqa: E731
+        function = partial(bound, step)
     _run(task, model, function, itertools.chain([example], batches))
     return record | evaluated(model, task)
 

@@ -103,7 +103,7 @@ class WindowClassifier(nn.Module):
         self.head = nn.Linear(width, len(PACKAGES))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.tokens(ids) + self.places)).mean(1))  # type: ignore[no-any-return]
+        return self.head(self.norm(self.blocks(self.tokens(ids) + self.places)).mean(1))
 
 
 def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
