@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxhybrid.codecs import Codec, TensorMeta, reference
 from fxhybrid.codecs.rowwise_compiled import CompiledRowwise, ReferenceRowwise
+from fxhybrid.measure import memory_rise
 from tests.codec_parts import BITS, ROOT, ROW, USUAL_ERROR, relative_error, round_trip
 
 
@@ -104,10 +105,20 @@ def test_rows_far_from_zero_keep_what_float32_holds(bits: int, offset: float) ->
         assert (error <= 0.501 / (2**bits - 1) * width + 2 * ulp).all()
 
 
+@BITS
+@ROOT
+def test_plain_aten_takes_the_same_memory_whatever_the_rows_are(bits: int, root: bool) -> None:
+    """Its rise is measured on made-up data, so flat rows, as of even attention, must not take more."""
+    codec, x = ReferenceRowwise(bits, ROW, root), torch.randn(1000, ROW)
+    flat = torch.full_like(x, 1 / ROW)
+    rises = [memory_rise(lambda rows=rows: codec.encode(rows)).peak_rise_bytes for rows in (x, flat)]
+    assert rises[0] == rises[1]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([8, 4, 2]), st.floats(0, 30))
 def test_roots_are_within_half_a_step(seed: int, bits: int, sharpness: float) -> None:
-    """A line has slopes of 1/2 to 1 times a root's own, so a step there is at most 4 sqrt(x) steps here."""
+    """A line's slope is a root's own times 1 / sqrt(2) or more, so a step there is below 4 sqrt(x) steps here."""
     torch.manual_seed(seed)
     x = torch.softmax(torch.randn(7, ROW) * sharpness, 1)
     for codec in codec_pair(bits, root=True):

@@ -80,7 +80,7 @@ static inline Extent extent(const float* x, int64_t n) {
 }
 
 // Square roots by halving the exponent: a straight line between powers of two, and 0 for 0. squared() undoes it to the
-// last bit but one. NaN and infinities become numbers.
+// last bits. NaN and infinities become numbers.
 static const int32_t kSign = INT32_MIN, kOne = 127 << 22, kLargest = 0x7f7fffff;
 static const float kLeast = 0x1.8p-64f;  // what halving makes of 0
 template <typename Ints, typename V> static inline V rooted(V v) {

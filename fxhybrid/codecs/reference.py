@@ -33,7 +33,7 @@ def rooted(x: Tensor) -> Tensor:
 
 
 def squared(y: Tensor) -> Tensor:
-    """Undoes :func:`rooted`, to the last bit but one."""
+    """Undoes :func:`rooted`, to the last bits."""
     half = (y.abs() + _LEAST).view(torch.int32) - _ONE
     square = (half.clamp_(max=_LARGEST >> 1) << 1).view(torch.float32)
     return torch.where(y.isfinite(), square.copysign(y), y)
@@ -50,12 +50,12 @@ def pack_rows(rows: Tensor, bits: int, root: bool) -> tuple[Tensor, Tensor]:
     share = torch.tensor(2 / levels, dtype=torch.float32, device=rows.device)
     scale = (high * 0.5 - low * 0.5) * share  # high - low may overflow
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    rounded = _fused(rows, inverse, -(low * inverse).double()) + _ROUND
     hard = (scale < 1e-30) | ((low * inverse).abs() > 2.0**18)  # no finite inverse, or its product is too coarse
-    if hard.any():
-        up = torch.where(scale < 1e-30, 2.0**60, 1.0)
-        exact = torch.where(scale == 0, 0.0, 1 / (scale * up))
-        rounded = torch.where(hard, _fused((rows - low) * up, exact, _ROUND), rounded)
+    # both ways for every row: with a branch, the memory that this takes would depend on the data
+    up = torch.where(scale < 1e-30, 2.0**60, 1.0)
+    exact = torch.where(scale == 0, 0.0, 1 / (scale * up))
+    hard_rounded = _fused((rows - low) * up, exact, _ROUND)
+    rounded = torch.where(hard, hard_rounded, _fused(rows, inverse, -(low * inverse).double()) + _ROUND)
     codes = rounded.view(torch.int32).bitwise_and_(levels).view(rows.shape[0], parts, -1)
     finite = low.isfinite() & high.isfinite()
     joined = codes[:, 0] * finite
@@ -66,7 +66,7 @@ def pack_rows(rows: Tensor, bits: int, root: bool) -> tuple[Tensor, Tensor]:
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
-    """a * b + c with float32 rounding at the end only, as a fused multiply-add has it."""
+    """a * b + c with float32 rounding at the end only, as a fused multiply-add has it but for rare ties."""
     return (a.double() * b.double() + c).float()
 
 

@@ -28,7 +28,7 @@ class CompiledRowwise(Rowwise):
     qdata holds the rows' codes; header holds their parameters, then the elements past the last full row as
     they are. The error of an element is at most half a step of its row, range / (2^bits - 1) / 2.
 
-    With ``root``, it is at most about half a step of the roots times 2 sqrt(|x|) (``reference.rooted``): where a row
+    With ``root``, it is at most about half a step of the roots times 2 sqrt(2 |x|) (``reference.rooted``): where a row
     of n sums to 1, like those of softmax, the sum of squared errors is about step^2 / 3 however uneven the row is, and
     for a row that has one large element 4 / n of what it is without roots.
     """
