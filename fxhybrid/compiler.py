@@ -22,7 +22,7 @@ from fxhybrid.solvers.base import Ladder, Rung
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, laddered, smallest_of
 from fxhybrid.step import Step, StepCall
 from fxhybrid.timeline import simulate_actions
-from fxhybrid.verify import Verifier
+from fxhybrid.verify import CaptureCheck, Verifier
 from fxhybrid.within_error import WithinError, measured_plan, plans_within_error
 from fxhybrid.work import StepWork, work_of
 
@@ -71,9 +71,8 @@ class Signature:
         self.states: dict[bool, Active] = {}
         self.carried: dict[str, dict[bool, Active]] = {}
         self.choices = self.prepared.choices  # before calibration adds channel-wise codecs
-        verifier = self._verifier(step, call, against_eager=True)
-        self.check = verifier.check
-        self._plan_on(verifier, carried)
+        self.check = CaptureCheck(None, "not compared with eager")
+        self._plan_on(self._verifier(step, call), carried)
 
     def _plan_on(self, verifier: Verifier, carried: Plan | None) -> None:
         """Plans by the errors on the verifier's batch, where memory allows to measure them, or takes a plan over."""
@@ -278,13 +277,17 @@ class Signature:
             raise InvalidArgument(verifier.check.note)
         return verifier.gradient_error(self.active(accumulating=False).function.graphs)
 
-    def _verifier(self, step: Step, call: StepCall, *, against_eager: bool = False) -> Verifier:
-        return Verifier(
+    def _verifier(self, step: Step, call: StepCall) -> Verifier:
+        """A verifier on one batch; the first that memory allows compares the capture with eager."""
+        compared = self.check.difference is not None
+        verifier = Verifier(
             self.prepared.capture,
             self.prepared.joint,
             step,
             call,
             save_all=lambda: self.prepared.save_all_graphs,
             save_all_bytes=self.save_all_bytes,
-            against_eager=against_eager,
+            against_eager=not compared,
         )
+        self.check = self.check if compared else verifier.check
+        return verifier

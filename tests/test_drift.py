@@ -69,6 +69,16 @@ def test_a_plan_above_the_limit_is_made_anew() -> None:
     assert hybrid.plan.graph_fingerprint == graph
 
 
+def test_what_lacked_memory_is_compared_with_eager_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as low:
+        low.setattr("fxhybrid.verify.available_bytes", lambda: 0)
+        hybrid = smallest()
+    assert "not compared with eager" in str(hybrid.report()).replace("\n", " ")
+    x, y = batch(1)
+    hybrid.check_error(x, loss_args=(y,))
+    assert "bit-equal to eager" in hybrid.report().signatures[0].capture_check
+
+
 def test_nothing_is_checked_unless_asked_for() -> None:
     hybrid = smallest()
     train(hybrid, 3)
