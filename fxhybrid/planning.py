@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fxhybrid.errors import PlanError, PlanMismatchError
 from fxhybrid.options import Options
 from fxhybrid.plan import Actions, Plan
 from fxhybrid.problem import Problem
@@ -47,5 +48,15 @@ def solve_for(plans: PlanSet, options: Options, budget_bytes: int) -> None:
 
 
 def carried_plan(problem: Problem, plan: Plan, actions: Actions) -> KnownPlan:
-    """A plan made elsewhere, with the figures that its ``actions`` have here."""
-    return KnownPlan(judged(problem, actions), plan.solver, solve_s=plan.solve_s)
+    """A plan made elsewhere, with the figures that its ``actions`` have here.
+
+    Raises:
+        PlanMismatchError: an action cannot be carried out here.
+    """
+    try:
+        rung = judged(problem, actions)
+    except PlanError as error:
+        raise PlanMismatchError(
+            f"the plan cannot be carried out here: {error}; plan again with fxhybrid.plan"
+        ) from error
+    return KnownPlan(rung, plan.solver, solve_s=plan.solve_s)

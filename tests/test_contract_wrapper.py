@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 import fxhybrid
 from fxhybrid import HybridModule, InvalidArgument, Plan, PlanMismatchError
+from fxhybrid.plan import Compress
 from fxhybrid.problem import Problem
 from fxhybrid.solvers.base import SolveResult
 from fxhybrid.solvers.ilp import IlpSolver
@@ -187,6 +189,20 @@ def test_plans_are_carried_and_checked() -> None:
     for other, args in ((mlp(0.1, depth=2).train(), x), (model, rows(32)), (mlp(0.0).train(), x)):
         with pytest.raises(PlanMismatchError, match="plan"):
             fxhybrid.compile(other, budget=1 << 30, example_inputs=(args,), compression="lossless", plan=plan)
+
+
+@pytest.mark.parametrize("codec", ["rowwise4:7", "channelwise:44", "of a later version"])
+def test_plans_with_codecs_that_are_not_offered_are_refused(codec: str) -> None:
+    x, model = rows(), mlp(0.1).train()
+    plan = fxhybrid.plan(model, (x,), budget=0.9, compression="lossless", solver="mps")
+    first = next(iter(plan.actions))
+    other = replace(plan, actions={first: Compress(codec)})
+    with pytest.raises(PlanMismatchError, match=f"{codec}.*plan again"):
+        fxhybrid.compile(model, budget=1 << 30, example_inputs=(x,), compression="lossless", plan=other)
+    hybrid = fxhybrid.compile(model, budget=1 << 30, example_inputs=(x,), compression="lossless")
+    with pytest.raises(PlanMismatchError, match=f"{codec}.*plan again"):
+        hybrid.use_plan(other)
+    total(hybrid(x)).backward()
 
 
 class OwnSolver:
