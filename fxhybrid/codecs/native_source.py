@@ -79,27 +79,53 @@ static inline Extent extent(const float* x, int64_t n) {
     return {both[0], -both[8], is_spoiled(sum0 + sum1)};
 }
 
-// Square roots by halving the exponent: a straight line between powers of two, and 0 for 0. squared() undoes it to the
-// last bits. NaN and infinities become numbers.
+// Square roots by halving the exponent: a straight line between powers of two. 0 of either sign becomes 1.5 * 2^-64,
+// whose square unmapped() takes for 0. NaN and infinities become numbers.
 static const int32_t kSign = INT32_MIN, kOne = 127 << 22, kLargest = 0x7f7fffff;
-static const float kLeast = 0x1.8p-64f;  // what halving makes of 0
-template <typename Ints, typename V> static inline V rooted(V v) {
-    const Ints b = bits_of<Ints>(v);
-    return bits_of<V>(bits_of<Ints>(bits_of<V>(((b & ~kSign) >> 1) + kOne) - kLeast) | (b & kSign));
+enum Map { kPlain, kRoot, kRootUnsigned };  // unsigned: of rows without negative elements, like those of softmax
+template <typename Ints, Map map, typename V> static inline V mapped(V v) {
+    if (map == kPlain) return v;
+    const Ints half = ((bits_of<Ints>(v) & ~kSign) >> 1) + kOne;
+    return bits_of<V>(map == kRootUnsigned ? half : half | (bits_of<Ints>(v + 0.0f) & kSign));  // -0 becomes positive
 }
-template <typename Ints, typename V> static inline V squared(V y) {
-    const Ints b = bits_of<Ints>(y), half = bits_of<Ints>(bits_of<V>(b & ~kSign) + kLeast) - kOne;
-    return bits_of<V>((LESS(half, (kLargest >> 1)) << 1) | (b & kSign));
+template <typename Ints, Map map, typename V> static inline V unmapped(V y) {
+    if (map == kPlain) return y;
+    const Ints b = bits_of<Ints>(y), half = (map == kRootUnsigned ? b : b & ~kSign) - kOne;
+    const Ints square = LESS(half, (kLargest >> 1)) << 1;
+    return bits_of<V>(map == kRootUnsigned ? square : MORE(square, 0) | (b & kSign));
 }
-template <bool root> static inline floats mapped(floats v) { return root ? rooted<ints>(v) : v; }
-template <bool root> static inline float mapped(float v) { return root ? rooted<int32_t>(v) : v; }
+
+static inline bytes low_bytes(ints v) {
+#if defined(__AVX512F__)
+    return (bytes)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+    return __builtin_convertvector(v & 255, bytes);  // without the mask GCC 12 narrows one by one, three times slower
+#endif
+}
+
+template <int width, Map map>
+static inline void pack_codes(const float* x, int64_t m, float inverse, float start, uint8_t* q) {
+    const int parts = 8 / width, levels = (1 << width) - 1;
+    for (int64_t k = 0; k < m; k += kLanes) {
+        const int64_t j = m < kLanes ? 0 : at(k, m);
+        ints joined = {};
+        for (int p = 0; p < parts; p++) {
+            const floats y = mapped<ints, map>(load<floats>(x + p * m + j));
+            const ints code = bits_of<ints>((y * inverse - start) + kRound);
+            joined |= (p < parts - 1 ? code & levels : code) << (width * p);
+        }
+        const bytes narrow = low_bytes(joined);
+        if (m >= kLanes) store(q + j, narrow);
+        else std::memcpy(q, &narrow, m);
+    }
+}
 
 // One row of up to (8 / width) * m elements; code p * m + j stands in byte j, at bit p * width.
-template <int width, bool root>
+template <int width, Map map>
 static inline void pack_row(const float* row, int64_t n, Extent of, const float* x, int64_t m, uint8_t* q,
                             float* parameters) {
     const int parts = 8 / width, levels = (1 << width) - 1;
-    const float low = mapped<root>(of.low), high = mapped<root>(of.high);
+    const float low = mapped<int32_t, map>(of.low), high = mapped<int32_t, map>(of.high);
     if (of.suspect) {
         bool bad = false;
         for (int64_t i = 0; i < n; i++) bad |= !std::isfinite(row[i]);
@@ -113,29 +139,20 @@ static inline void pack_row(const float* row, int64_t n, Extent of, const float*
         const float up = scale < 1e-30f ? 0x1p60f : 1.0f, exact = 1.0f / (scale * up);
         std::memset(q, 0, m);
         for (int64_t i = 0; i < m * parts; i++) {
-            const float y = (mapped<root>(x[i]) - low) * up * exact + kRound;
+            const float y = (mapped<int32_t, map>(x[i]) - low) * up * exact + kRound;
             q[i % m] |= (bits_of<int32_t>(y) & levels) << (width * (i / m));
         }
         return;
     }
-    for (int64_t k = 0; k < m; k += kLanes) {
-        const int64_t j = m < kLanes ? 0 : at(k, m);
-        ints joined = {};
-        for (int p = 0; p < parts; p++)  // without the mask GCC 12 narrows 8-bit codes one by one, three times slower
-            joined |= (bits_of<ints>((mapped<root>(load<floats>(x + p * m + j)) * inverse - start) + kRound) & levels)
-                      << (width * p);
-        const bytes narrow = __builtin_convertvector(joined, bytes);
-        if (m >= kLanes) store(q + j, narrow);
-        else std::memcpy(q, &narrow, m);
-    }
+    if (map == kRoot && of.low >= 0) return pack_codes<width, kRootUnsigned>(x, m, inverse, start, q);
+    pack_codes<width, map>(x, m, inverse, start, q);
 }
 
-template <int width, bool root>
+template <int width, Map map>
 static inline void unpack_16(const uint8_t* q, int part, float scale, float low, float* x) {
     int32_t codes[kLanes];  // GCC 12 widens bytes one by one where it is told to convert a vector
     for (int i = 0; i < kLanes; i++) codes[i] = (q[i] >> (width * part)) & ((1 << width) - 1);
-    const floats y = __builtin_convertvector(load<ints>(codes), floats) * scale + low;
-    store(x, root ? squared<ints>(y) : y);
+    store(x, unmapped<ints, map>(__builtin_convertvector(load<ints>(codes), floats) * scale + low));
 }
 
 // At half size: near the end of float32 the widest range would overflow. NaN stays.
@@ -149,67 +166,71 @@ static void unpack_extreme(const uint8_t* q, int64_t m, float scale, float low, 
     }
 }
 
-// Vectors may write up to 15 elements past the end where m < 16. Roots are never extreme, only NaN.
-template <int width, bool root>
-static inline void unpack_row(const uint8_t* __restrict__ q, int64_t m, const float* parameters, float* x) {
+template <int width, Map map>
+static inline void unpack_codes(const uint8_t* __restrict__ q, int64_t m, float scale, float low, float* x) {
     const int parts = 8 / width, levels = (1 << width) - 1;
-    const float scale = parameters[0], low = parameters[1];
-    if (!(scale * levels + std::fabs(low) < 1.7e38f)) return unpack_extreme<width>(q, m, scale, low, x);
     for (int p = 0; p < parts; p++) {
         float* __restrict__ target = x + p * m;
         if (m >= 4 * kLanes)
-            for (int64_t j = 0; j < m; j++) {
-                const float y = float((q[j] >> (width * p)) & levels) * scale + low;
-                target[j] = root ? squared<int32_t>(y) : y;
-            }
+            for (int64_t j = 0; j < m; j++)
+                target[j] = unmapped<int32_t, map>(float((q[j] >> (width * p)) & levels) * scale + low);
         else if (m >= kLanes)  // the compiler's own vectors are longer than what is left
             for (int64_t k = 0; k < m; k += kLanes)
-                unpack_16<width, root>(q + at(k, m), p, scale, low, target + at(k, m));
+                unpack_16<width, map>(q + at(k, m), p, scale, low, target + at(k, m));
         else
-            unpack_16<width, root>(q, p, scale, low, target);
+            unpack_16<width, map>(q, p, scale, low, target);
     }
 }
 
+// Vectors may write up to 15 elements past the end where m < 16. Roots are never extreme, only NaN.
+template <int width, Map map>
+static inline void unpack_row(const uint8_t* q, int64_t m, const float* parameters, float* x) {
+    const float scale = parameters[0], low = parameters[1];
+    if (!(scale * ((1 << width) - 1) + std::fabs(low) < 1.7e38f)) return unpack_extreme<width>(q, m, scale, low, x);
+    if (map == kRoot && low > 0) return unpack_codes<width, kRootUnsigned>(q, m, scale, low, x);
+    unpack_codes<width, map>(q, m, scale, low, x);
+}
+
 // The same for a row that is not of whole bytes or shorter than a vector: by way of a padded copy.
-template <int width, bool root>
+template <int width, Map map>
 static void pack_any(const float* x, int64_t row, Extent of, uint8_t* q, float* parameters) {
     const int64_t m = (row * width + 7) / 8, padded = m * (8 / width);
-    if (padded == row && m >= kLanes) return pack_row<width, root>(x, row, of, x, m, q, parameters);
+    if (padded == row && m >= kLanes) return pack_row<width, map>(x, row, of, x, m, q, parameters);
     float scratch[kScratch];
     std::memcpy(scratch, x, row * sizeof(float));
     for (int64_t i = row; i < padded + kLanes; i++) scratch[i] = x[row - 1];
-    pack_row<width, root>(x, row, of, scratch, m, q, parameters);  // x: what is just written is slow to read
+    pack_row<width, map>(x, row, of, scratch, m, q, parameters);  // x: what is just written is slow to read
 }
 
-template <int width, bool root>
+template <int width, Map map>
 static void unpack_any(const uint8_t* q, const float* parameters, int64_t row, float* x) {
     const int64_t m = (row * width + 7) / 8;
-    if (m * (8 / width) == row && m >= kLanes) return unpack_row<width, root>(q, m, parameters, x);
+    if (m * (8 / width) == row && m >= kLanes) return unpack_row<width, map>(q, m, parameters, x);
     float scratch[kScratch];
     uint8_t codes[kLanes] = {};
     if (m < kLanes) std::memcpy(codes, q, m);
-    unpack_row<width, root>(m < kLanes ? codes : q, m, parameters, scratch);
+    unpack_row<width, map>(m < kLanes ? codes : q, m, parameters, scratch);
     std::memcpy(x, scratch, row * sizeof(float));
 }
 
-template <bool root = false>
+template <Map map = kPlain>
 static void pack_width(int width, const float* x, int64_t row, Extent of, uint8_t* q, float* parameters) {
-    if (width == 8) pack_any<8, root>(x, row, of, q, parameters);
-    else if (width == 4) pack_any<4, root>(x, row, of, q, parameters);
-    else pack_any<2, root>(x, row, of, q, parameters);
+    if (width == 8) pack_any<8, map>(x, row, of, q, parameters);
+    else if (width == 4) pack_any<4, map>(x, row, of, q, parameters);
+    else pack_any<2, map>(x, row, of, q, parameters);
 }
 
-template <bool root = false>
+template <Map map = kPlain>
 static void unpack_width(int width, const uint8_t* q, const float* parameters, int64_t row, float* x) {
-    if (width == 8) unpack_any<8, root>(q, parameters, row, x);
-    else if (width == 4) unpack_any<4, root>(q, parameters, row, x);
-    else unpack_any<2, root>(q, parameters, row, x);
+    if (width == 8) unpack_any<8, map>(q, parameters, row, x);
+    else if (width == 4) unpack_any<4, map>(q, parameters, row, x);
+    else unpack_any<2, map>(q, parameters, row, x);
 }
 
 // Packs rows of a storage; place(r) gives the width of row r and where its codes begin. A few rows' extents are found
 // before the first of these rows is packed: each ends in a chain of steps that wait for each other, and chains of
 // different rows overlap.
-template <bool root, typename Place>
+template <Map map, typename Place>
 static void pack_all(const float* x, int64_t n_rows, int64_t row, float* parameters, int threads, Place place) {
     const int64_t together = row <= 2048 ? kTogether : 1;  // what the nearest cache holds
     #pragma omp parallel for num_threads(threads) if (n_rows * row >= kSerial)
@@ -219,41 +240,41 @@ static void pack_all(const float* x, int64_t n_rows, int64_t row, float* paramet
         for (int64_t r = first; r < end; r++) of[r - first] = extent(x + r * row, row);
         for (int64_t r = first; r < end; r++) {
             const auto at = place(r);
-            pack_width<root>(at.first, x + r * row, row, of[r - first], at.second, parameters + 2 * r);
+            pack_width<map>(at.first, x + r * row, row, of[r - first], at.second, parameters + 2 * r);
         }
     }
 }
 
-template <bool root>
+template <Map map>
 static void pack_uniform(int width, const float* x, int64_t n_rows, int64_t row, uint8_t* q, float* parameters,
                          int threads) {
     const int64_t m = (row * width + 7) / 8;
-    pack_all<root>(x, n_rows, row, parameters, threads, [=](int64_t r) { return std::make_pair(width, q + r * m); });
+    pack_all<map>(x, n_rows, row, parameters, threads, [=](int64_t r) { return std::make_pair(width, q + r * m); });
 }
 
-template <bool root>
+template <Map map>
 static void unpack_uniform(int width, const uint8_t* q, const float* parameters, int64_t n_rows, int64_t row, float* x,
                            int threads) {
     const int64_t m = (row * width + 7) / 8;
     #pragma omp parallel for num_threads(threads) if (n_rows * row >= kSerial)
-    for (int64_t r = 0; r < n_rows; r++) unpack_width<root>(width, q + r * m, parameters + 2 * r, row, x + r * row);
+    for (int64_t r = 0; r < n_rows; r++) unpack_width<map>(width, q + r * m, parameters + 2 * r, row, x + r * row);
 }
 
 extern "C" void pack_rows(int width, int root, const float* x, int64_t n_rows, int64_t row, uint8_t* q,
                           float* parameters, int threads) {
-    (root ? pack_uniform<true> : pack_uniform<false>)(width, x, n_rows, row, q, parameters, threads);
+    (root ? pack_uniform<kRoot> : pack_uniform<kPlain>)(width, x, n_rows, row, q, parameters, threads);
 }
 
 extern "C" void unpack_rows(int width, int root, const uint8_t* q, const float* parameters, int64_t n_rows, int64_t row,
                             float* x, int threads) {
-    (root ? unpack_uniform<true> : unpack_uniform<false>)(width, q, parameters, n_rows, row, x, threads);
+    (root ? unpack_uniform<kRoot> : unpack_uniform<kPlain>)(width, q, parameters, n_rows, row, x, threads);
 }
 
 // Rows are channels of samples, in order; channel c has its own width and begins at offsets[c] of a sample's bytes,
 // offsets[n_channels] in all.
 extern "C" void pack_channels(const int32_t* widths, const int64_t* offsets, const float* x, int64_t n_rows,
                               int64_t row, int64_t n_channels, uint8_t* q, float* parameters, int threads) {
-    pack_all<false>(x, n_rows, row, parameters, threads, [=](int64_t r) {
+    pack_all<kPlain>(x, n_rows, row, parameters, threads, [=](int64_t r) {
         const int64_t c = r % n_channels;
         return std::make_pair(widths[c], q + r / n_channels * offsets[n_channels] + offsets[c]);
     });

@@ -16,7 +16,7 @@ from torch import Tensor
 
 PARAMETER_BYTES = 8  # of one row: scale and lowest value, float32 each
 _MAGNITUDE, _LARGEST = 0x7FFFFFFF, 0x7F7FFFFF  # all bits but the sign; those of the largest finite float32
-_ONE, _LEAST = 127 << 22, 1.5 * 2.0**-64  # half of the bits of 1.0, and what halving makes of 0
+_ONE = 127 << 22  # half of the bits of 1.0
 _ROUND = 12582912.0  # 1.5 * 2^23: after adding it, the low bits are the nearest integer
 
 
@@ -26,16 +26,18 @@ def code_bytes(row: int, bits: int) -> int:
 
 
 def rooted(x: Tensor) -> Tensor:
-    """Square roots of float32 magnitudes, signs kept, by halving the exponent: straight lines between powers of two."""
-    bits = x.view(torch.int32)
-    root = (((bits & _MAGNITUDE) >> 1) + _ONE).view(torch.float32) - _LEAST
-    return torch.where(x.isfinite(), root.copysign(x), x)
+    """Square roots of float32 magnitudes, signs kept, by halving the exponent: straight lines between powers of two.
+
+    Zeros of either sign become 1.5 * 2^-64, whose square is taken for 0.
+    """
+    root = (((x.view(torch.int32) & _MAGNITUDE) >> 1) + _ONE).view(torch.float32)
+    return torch.where(x.isfinite(), torch.where(x < 0, -root, root), x)
 
 
 def squared(y: Tensor) -> Tensor:
-    """Undoes :func:`rooted`, to the last bits."""
-    half = (y.abs() + _LEAST).view(torch.int32) - _ONE
-    square = (half.clamp_(max=_LARGEST >> 1) << 1).view(torch.float32)
+    """Undoes :func:`rooted`, to the last bit."""
+    half = y.abs().view(torch.int32) - _ONE
+    square = (half.clamp_(0, _LARGEST >> 1) << 1).view(torch.float32)
     return torch.where(y.isfinite(), square.copysign(y), y)
 
 

@@ -43,16 +43,15 @@ def _place(n_rows, row, row_bytes, n_digits, widths, starts, BITS: tl.constexpr,
 
 @triton.jit
 def _rooted(v):
-    bits = v.to(tl.int32, bitcast=True)
-    half = ((bits & 0x7FFFFFFF) >> 1) + 532676608  # half of the bits of 1.0
-    root = half.to(tl.float32, bitcast=True) - 8.131516293641283e-20  # 1.5 * 2^-64, what halving makes of 0
-    return (root.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
+    half = ((v.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 1) + 532676608  # half of the bits of 1.0
+    root = half.to(tl.float32, bitcast=True)
+    return tl.where(v < 0, -root, root)
 
 
 @triton.jit
 def _squared(y):
-    half = (tl.abs(y) + 8.131516293641283e-20).to(tl.int32, bitcast=True) - 532676608
-    square = tl.minimum(half, 1069547519) << 1  # at most the largest float32
+    half = tl.abs(y).to(tl.int32, bitcast=True) - 532676608
+    square = tl.maximum(tl.minimum(half, 1069547519), 0) << 1  # at most the largest float32
     square = square | (y.to(tl.int32, bitcast=True) & -2147483648)
     return tl.where(y == y, square.to(tl.float32, bitcast=True), y)
 
