@@ -69,10 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cases(n_bytes: int) -> Iterator[Case]:
-    """Float rows and planes of at least this many bytes, then bool, integers and pool indices."""
+    """Float rows, softmax's weights and planes of at least this many bytes, then bool, integers and pool indices."""
     for row in ROWS:
         x = activations(-(-n_bytes // (4 * row)), row)
         yield Case(f"rows {row}", row, x, lossy_codecs(x))
+        weights = x.softmax(1)
+        yield Case(f"weights {row}", row, weights, root_codecs(weights))
     for side in PLANES:
         n_samples = -(-n_bytes // (4 * CHANNELS * side * side))
         x = activations(n_samples * CHANNELS, side * side).view(n_samples, CHANNELS, side, side)
@@ -93,9 +95,14 @@ def activations(n_rows: int, row: int) -> Tensor:
 def lossy_codecs(x: Tensor) -> tuple[Codec, ...]:
     """Uniform codecs for a tensor, row-wise ones with the planner's row length."""
     meta = TensorMeta.of(x)
-    kinds = (("rowwise", 8), ("rowwise", 4), ("rowwise", 2), ("root", 8), ("root", 4))
-    rowwise = (f"{kind}{bits}:{row_length(meta, bits)}" for kind, bits in kinds)
+    rowwise = (f"rowwise{bits}:{row_length(meta, bits)}" for bits in (8, 4, 2))
     return tuple(map(get_codec, ("bf16", "fp8", *rowwise)))
+
+
+def root_codecs(weights: Tensor) -> tuple[Codec, ...]:
+    """Codecs of roots, which only results of softmax are offered."""
+    meta = TensorMeta.of(weights)
+    return tuple(get_codec(f"root{bits}:{row_length(meta, bits, planes=False)}") for bits in (8, 4))
 
 
 def channelwise_codec(x: Tensor) -> Codec:
