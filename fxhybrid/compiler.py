@@ -14,7 +14,7 @@ from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, for
 from fxhybrid.graph import JointGraph
 from fxhybrid.options import Options
 from fxhybrid.plan import Actions, GradientError, Plan
-from fxhybrid.planning import carried_plan, error_target, make_plans, solve_for
+from fxhybrid.planning import PlanMaker, carried_plan, error_target, solve_for
 from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
@@ -78,14 +78,15 @@ class Signature:
         """Plans by the errors on the verifier's batch, where memory allows to measure them, or takes a plan over."""
         options = self.options
         found = self._carried_over(verifier, carried) if carried else None
+        make_plans = PlanMaker(options, self.budget_bytes)
         if found is None and verifier.reference is None:
-            found = WithinError(self.prepared, make_plans(self.prepared.problem, options, self.budget_bytes))
+            found = WithinError(self.prepared, make_plans(self.prepared.problem))
         self.found = found or plans_within_error(
             self.prepared,
             verifier,
             options.max_grad_error,
             error_target(options),
-            lambda prepared, kept, near: make_plans(prepared.problem, options, self.budget_bytes, kept, near),
+            lambda prepared, kept, near: make_plans(prepared.problem, kept, near),
             self._that_matter,
         )
         self.prepared, self.plans = self.found.prepared, self.found.plans

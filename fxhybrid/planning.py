@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from fxhybrid.errors import PlanError, PlanMismatchError
 from fxhybrid.options import Options
@@ -13,6 +14,7 @@ from fxhybrid.solvers.base import Rung, Status
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
 
 ILP_SECONDS = 15.0
+ILP_LEAST_SECONDS = 2.0  # of a round that comes when these are used up
 ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
 # Plans aim lower than the limit: the error is measured on one batch, and later ones differ.
 ERROR_MARGIN = 1 / 3
@@ -23,28 +25,53 @@ def error_target(options: Options, more_error: float = 0.0) -> float:
     return ERROR_MARGIN * (options.max_grad_error + more_error)
 
 
-def make_plans(
-    problem: Problem, options: Options, budget_bytes: int, kept: Iterable[Rung] = (), reserve: Iterable[Rung] = ()
-) -> PlanSet:
-    """The ladders' plans, those ``kept``, the solver's own for the budget, and a ``reserve`` if no other fits."""
-    plans = laddered(problem, max_error=error_target(options))
-    plans.plans += map(KnownPlan, kept)
-    plans.reserve += map(KnownPlan, reserve)
-    solve_for(plans, options, budget_bytes)
-    return plans
+@dataclass
+class PlanMaker:
+    """Makes plans for one budget, in several rounds where measured errors are not the estimated ones.
+
+    Attributes:
+        options: what the user asked for.
+        budget_bytes: the budget.
+        ilp_s: seconds that are left of those that the integer program may take in all rounds.
+    """
+
+    options: Options
+    budget_bytes: int
+    ilp_s: float = ILP_SECONDS
+
+    def __call__(self, problem: Problem, kept: Iterable[Rung] = (), reserve: Iterable[Rung] = ()) -> PlanSet:
+        """The ladders' plans, those ``kept``, the solver's own for the budget, and a ``reserve`` if no other fits."""
+        plans = laddered(problem, max_error=error_target(self.options))
+        plans.plans += map(KnownPlan, kept)
+        plans.reserve += map(KnownPlan, reserve)
+        self.ilp_s -= solve_for(plans, self.options, self.budget_bytes, self.ilp_s)
+        return plans
 
 
-def solve_for(plans: PlanSet, options: Options, budget_bytes: int) -> None:
-    """Fits the known plans to a budget, and adds the solver's own plan for it."""
+def solve_for(plans: PlanSet, options: Options, budget_bytes: int, ilp_s: float = ILP_SECONDS) -> float:
+    """Fits the known plans to a budget, and adds the solver's own plan for it.
+
+    Args:
+        plans: what is known; the new plan joins them.
+        options: which solver, and how much error is allowed.
+        budget_bytes: limit of the peak.
+        ilp_s: seconds that the integer program may take, but ``ILP_LEAST_SECONDS`` in any case.
+
+    Returns:
+        Seconds that it took.
+    """
     solver, problem, limit = options.solver, plans.problem, error_target(options)
     known = plans.fitted(budget_bytes)
     if not isinstance(solver, str):
         plans.add(solver.solve(problem, budget_bytes, max_error=limit), budget_bytes)
     elif solver != "mps" and (known is not None or plans.unmet(budget_bytes) is not Status.INFEASIBLE):
-        auto = AutoSolver(time_limit_s=ILP_SECONDS, pays=ILP_PAYS if solver == "auto" else 0.0)
+        time_limit_s = max(ilp_s, ILP_LEAST_SECONDS)
+        auto = AutoSolver(time_limit_s=time_limit_s, pays=ILP_PAYS if solver == "auto" else 0.0)
         result = auto.improve(problem, budget_bytes, known.rung if known else None, max_error=limit)
         if result is not None:
             plans.add(result, budget_bytes)
+            return result.solve_s
+    return 0.0
 
 
 def carried_plan(problem: Problem, plan: Plan, actions: Actions) -> KnownPlan:

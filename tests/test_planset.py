@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks import corpus
 from fxhybrid.options import make_options
 from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, Compress
-from fxhybrid.planning import solve_for
+from fxhybrid.planning import PlanMaker, solve_for
 from fxhybrid.problem import CodecOption, Problem
 from fxhybrid.solvers.base import Ladder, SolveResult, Status
 from fxhybrid.solvers.mps import build_ladder
@@ -97,6 +97,18 @@ def test_plans_are_fitted_beside_a_solver_of_ones_own() -> None:
     known = plans.cheapest(180)
     assert known is not None
     assert (known.rung.actions, known.solver) == ({1: RECOMPUTE}, "mps")
+
+
+def test_rounds_share_the_integer_programs_seconds() -> None:
+    problem = independent()
+    make_plans = PlanMaker(make_options(budget=180, solver="ilp"), 180)
+    left_s = [make_plans.ilp_s]
+    for _ in range(2):
+        assert any(plan.solver == "ilp" for plan in make_plans(problem).plans)
+        left_s.append(make_plans.ilp_s)
+    assert left_s[0] > left_s[1] > left_s[2]
+    make_plans.ilp_s = -1.0
+    assert any(plan.solver == "ilp" for plan in make_plans(problem).plans), "a late round gets some, too"
 
 
 def test_a_plan_that_no_state_stands_for_is_not_fitted() -> None:
