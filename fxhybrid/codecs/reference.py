@@ -68,8 +68,18 @@ def pack_rows(rows: Tensor, bits: int, root: bool) -> tuple[Tensor, Tensor]:
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
-    """a * b + c with float32 rounding at the end only, as a fused multiply-add has it but for rare ties."""
-    return (a.double() * b.double() + c).float()
+    """a * b + c with float32 rounding at the end only, as a fused multiply-add has it.
+
+    The product is exact in float64. The sum is not, and rounding it again would see a tie where there is none: so its
+    last bit is set where something was lost (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008).
+    """
+    product = a.double().mul_(b.double())
+    total = product + c
+    of_c = total - product
+    lost = product.sub_(total - of_c).add_(c - of_c)
+    del of_c
+    to_odd = (lost != 0).logical_and_(total.view(torch.int64).bitwise_and(1) == 0)
+    return torch.where(to_odd, total.nextafter(lost.sign_().mul_(math.inf)), total).float()
 
 
 def unpack_rows(codes: Tensor, parameters: Tensor, row: int, bits: int, root: bool) -> Tensor:
