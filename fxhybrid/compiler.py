@@ -290,5 +290,6 @@ class Signature:
             save_all_bytes=self.save_all_bytes,
             against_eager=not compared,
         )
-        self.check = self.check if compared else verifier.check
+        if not compared:
+            self.check = verifier.check
         return verifier
