@@ -23,7 +23,7 @@ from benchmarks.bars import Bar, bars_table
 from benchmarks.common import names_of, wide_console
 from fxhybrid.calibration import channels_at_4_bits
 from fxhybrid.channel_choices import channelwise_specs
-from fxhybrid.codecs import get_codec, specs_at_4_bits
+from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.extras import require
 from fxhybrid.lossy_step import LossyStep
 from fxhybrid.options import make_options
@@ -132,7 +132,7 @@ def all_choices(prepared: Prepared, on: Verifier) -> Iterator[tuple[str, tuple[S
 
 def pair(prepared: Prepared, channels: Mapping[int, Tensor]) -> tuple[Specs, Specs]:
     """The 4-bit codecs of these tensors, and the best channel-wise ones that take no more bytes."""
-    four = specs_at_4_bits(prepared.choices, channels)
+    four = coarsest_lossy(prepared.choices, channels)
     return four, four | channelwise_specs({t: prepared.meta(t) for t in channels}, channels, four)
 
 

@@ -2,7 +2,7 @@
 
 Steps at 4 bits, a few for each group of lossy candidates, tell the error of each tensor and how it spreads over its
 channels. From that the widths of the channel-wise codecs follow. Then one step for each group and each other kind of
-codec says by how much the prediction from 4 bits is off there.
+codec says by how much the prediction from 4 bits is off there. Tensors that are offered no 4 bits begin with 8.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxhybrid.attribution import neighbours, tensor_errors
 from fxhybrid.channel_choices import channelwise_choices
-from fxhybrid.codecs import get_codec, specs_at_4_bits
+from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.codecs.channelwise import Channelwise
 from fxhybrid.codecs.widths import STEP_ERROR
 from fxhybrid.gradient_error import ErrorTable, lossy_groups
@@ -89,7 +89,7 @@ def channels_at_4_bits(prepared: Prepared, step: LossyStep) -> dict[str, dict[in
 def _groups_at_4_bits(prepared: Prepared, step: LossyStep) -> dict[str, _GroupRuns]:
     found = lossy_groups(prepared.layout, prepared.choices)
     groups = {", ".join(sorted(group)): _GroupRuns(prepared, step, members) for group, members in found.items()}
-    runs = [run for group in groups.values() for run in group.runs_at_4_bits()]
+    runs = [run for group in groups.values() for run in group.coarse_runs()]
     for run in tracked(runs, "measuring gradient errors"):
         run()
     return groups
@@ -105,7 +105,7 @@ class _GroupRuns:
     """The measured steps of one group of lossy candidates.
 
     Attributes:
-        at_4_bits: squared error of each tensor.
+        at_4_bits: squared error of each tensor; predicted for those that are offered no 4 bits.
         channels: the same of its rows of channels, where they were seen.
         errors: squared error of each (storage, lossy codec).
         pairs: what was both predicted and measured.
@@ -120,43 +120,49 @@ class _GroupRuns:
         self.errors: dict[tuple[int, str], float] = {}
         self.pairs: list[ErrorPair] = []
 
-    def runs_at_4_bits(self) -> list[Callable[[], None]]:
-        """One step for all, or for each part of similar depth where errors travel."""
-        four = specs_at_4_bits(self.prepared.choices, self.members)
-        travels = any(self.near[t].travels for t in four)
-        n_parts = min(MOST_PARTS, -(-len(four) // PART)) if travels else min(1, len(four))
-        ends = [len(four) * part // n_parts for part in range(n_parts + 1)] if four else [0]
-        parts = [sorted(four)[start:end] for start, end in itertools.pairwise(ends)]
-        return [partial(self._run_at_4_bits, {t: four[t] for t in part}) for part in parts]
+    def coarse_runs(self) -> list[Callable[[], None]]:
+        """One step for all with the coarsest codec that they are offered, or for each part of similar depth."""
+        coarsest = coarsest_lossy(self.prepared.choices, self.members)
+        by_noise: dict[float, dict[int, str]] = {}  # what the louder ones do would hide the others
+        for t, spec in sorted(coarsest.items()):
+            by_noise.setdefault(get_codec(spec).noise, {})[t] = spec
+        return [partial(self._run_coarse, part) for specs in by_noise.values() for part in self._parts(specs)]
 
-    def _run_at_4_bits(self, specs: Mapping[int, str]) -> None:
+    def _parts(self, specs: Mapping[int, str]) -> list[dict[int, str]]:
+        """Several where errors travel."""
+        travels = any(self.near[t].travels for t in specs)
+        n_parts = min(MOST_PARTS, -(-len(specs) // PART)) if travels else 1
+        ends = [len(specs) * part // n_parts for part in range(n_parts + 1)]
+        return [dict(itertools.islice(specs.items(), *span)) for span in itertools.pairwise(ends)]
+
+    def _run_coarse(self, specs: Mapping[int, str]) -> None:
         near = {t: self.near[t] for t in specs}
         by_parameter = self.step.differences(specs, near)
         for t, error in tensor_errors(by_parameter, near).items():
-            self.at_4_bits[t] = self.errors[t, specs[t]] = error
+            noise = get_codec(specs[t]).noise
+            self.errors[t, specs[t]], self.at_4_bits[t] = error, error / noise**2
             seen = self.step.watch.channel_errors(t, by_parameter, error)
-            if seen is not None:
+            if seen is not None and noise == 1.0:
                 self.channels[t] = seen
 
     def runs_of_others(self, name: str, choices: CodecChoices) -> list[Callable[[], None]]:
         """One step for each other kind of codec."""
-        kinds = {_kind(spec) for t in self.members for spec in choices[t]}
-        kinds -= set(map(_kind, specs_at_4_bits(self.prepared.choices, self.members).values()))
-        rounds = ((kind, specs) for kind in sorted(kinds) for specs in self._of_kind(kind, choices))
+        kinds = sorted({_kind(spec) for t in self.members for spec in choices[t]})
+        rounds = ((kind, specs) for kind in kinds for specs in self._of_kind(kind, choices))
         return [partial(self._run_other, name, kind, specs) for kind, specs in rounds]
 
     def _run_other(self, name: str, kind: str, specs: Mapping[int, str]) -> None:
         """All tensors with codecs of one kind: by how much the prediction from 4 bits is off."""
-        each = {t: predicted_error(spec, self.at_4_bits.get(t, 0.0), self.channels.get(t)) for t, spec in specs.items()}
+        each = {t: predicted_error(spec, self.at_4_bits[t], self.channels.get(t)) for t, spec in specs.items()}
         predicted, measured = sum(each.values()), sum(self.step.differences(specs).values())
         self.pairs.append(ErrorPair(name, kind, predicted**0.5, measured**0.5))
         for t, error in each.items():
             self.errors[t, specs[t]] = error * measured / predicted if predicted else measured / len(each)
 
     def _of_kind(self, kind: str, choices: CodecChoices) -> list[dict[int, str]]:
-        """The members' lossy codecs of one kind: one for each that has any, then a second one for each that has two."""
+        """Lossy codecs of one kind that were not run yet: one for each member, then a second for each that has two."""
         found = {
-            t: [spec for spec in choices[t] if _kind(spec) == kind and not get_codec(spec).lossless]
+            t: [s for s in choices[t] if _kind(s) == kind and not get_codec(s).lossless and (t, s) not in self.errors]
             for t in self.members
         }
         rounds = range(max(map(len, found.values()), default=0))

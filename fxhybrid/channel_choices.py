@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from fxhybrid.codecs import TensorMeta, get_codec, lowest_price, specs_at_4_bits, widths_at
+from fxhybrid.codecs import TensorMeta, coarsest_lossy, get_codec, lowest_price, widths_at
 from fxhybrid.codecs.reference import PARAMETER_BYTES, code_bytes
 from fxhybrid.prepare import Prepared
 
@@ -19,7 +19,7 @@ def channelwise_choices(prepared: Prepared, groups: Iterable[Mapping[int, Tensor
         groups: squared gradient error of each tensor's rows of channels at 4 bits.
     """
     errors = {t: each for group in groups for t, each in group.items()}
-    four = specs_at_4_bits(prepared.choices, errors)
+    four = coarsest_lossy(prepared.choices, errors)
     specs = channelwise_specs({t: prepared.meta(t) for t in errors}, errors, four)
     # what is uniform is offered already
     return {t: (spec,) for t, spec in specs.items() if set(spec.partition(":")[2]) not in ({"4"}, {"8"})}

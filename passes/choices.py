@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 
@@ -39,6 +40,19 @@ TOLERANT: dict[object, frozenset[int]] = {
     aten.baddbmm.default: frozenset([1, 2]),
     aten.mul.Tensor: frozenset([0, 1]),
 }
+# Layers whose parameters' gradients are a product of the input and what comes from behind.
+LAYERS = frozenset(
+    [
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.convolution_backward.default,
+    ]
+)
+# They take the part along their input out of a gradient, line by line: where that is most of it, an error of the input
+# is felt out of proportion.
+LINE_NORMS = frozenset([aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default])
 SMALLEST_BYTES = 4096
 
 
@@ -47,6 +61,7 @@ def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoice
     choices = {}
     forward = {s for op in layout.forward for s in op.outputs}
     readers = _backward_readers(layout)
+    drifting = _drifting(layout)
     for index, storage in enumerate(layout.storages):
         root = storage.root
         if index not in forward or root is None or storage.size_bytes < SMALLEST_BYTES:
@@ -59,6 +74,7 @@ def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoice
         tolerant = all(_tolerates(reader, argument) for reader, argument in readers.get(index, []))
         tolerant = tolerant and bool(readers.get(index))
         kept = [s for s in offered if (lossless if get_codec(s).lossless else lossy and tolerant)]
+        kept = [s for s in kept if index not in drifting or get_codec(s).noise < 1]
         kept = [s for s in kept if sum(get_codec(s).encoded_bytes(meta)) < storage.size_bytes]
         if kept:
             choices[index] = tuple(kept)
@@ -76,6 +92,17 @@ def _backward_readers(layout: Layout) -> dict[int, list[tuple[fx.Node, int]]]:
                 for storage in layout.storages_of.get(node, ()):
                     readers.setdefault(storage, []).append((op.node, position))
     return readers
+
+
+def _drifting(layout: Layout) -> frozenset[int]:
+    """Storages whose error at 4 bits one batch at the start of training does not tell (docs/adr/0014).
+
+    These are inputs of norms over lines, and of the output layer: what reads the forward pass first on the way back.
+    """
+    made = {s for op in layout.forward for s in op.outputs}
+    layers = (op for op in layout.backward if op.node.target in LAYERS and made.intersection(op.inputs))
+    norms = (op for op in layout.backward if op.node.target in LINE_NORMS)
+    return frozenset(s for op in (*itertools.islice(layers, 1), *norms) for s in op.inputs)
 
 
 def _tolerates(reader: fx.Node, argument: int) -> bool:

@@ -117,7 +117,7 @@ def test_only_tolerant_readers_get_lossy_codecs(planned: tuple[JointGraph, Layou
     _, _, problem = planned
     offered = {t.name: [o.codec for o in t.codecs] for t in problem.tensors if t.codecs}
     assert offered == {
-        "relu.default.0": ["rowwise8:64", "rowwise4:64"],
+        "relu.default.0": ["rowwise8:64"],  # no 4 bits: the input of the output layer
         "keep_mask.default.0": ["bitpack"],
     }
 
@@ -126,12 +126,12 @@ def test_lines_of_attention_weights_and_planes_of_feature_maps_are_rows() -> Non
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.convolution = nn.Conv2d(4, 4, 1)
+            self.first, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = torch.sigmoid(self.convolution(x))
+            x = torch.sigmoid(self.first(x))
             weights = torch.softmax(x @ x.transpose(2, 3), -1)
-            return (torch.dropout(weights, 0.1, True) @ x).sum()
+            return self.last(torch.dropout(weights, 0.1, True) @ x).sum()
 
     # [2, 4, 48, 48]: a plane has 2,304 elements, two lines of 48 have 96
     layout = layout_of(canonicalize(joint_of(Attention(), torch.randn(2, 4, 48, 48))))
@@ -142,11 +142,32 @@ def test_lines_of_attention_weights_and_planes_of_feature_maps_are_rows() -> Non
     assert offered["sigmoid.default.0"] == planes
 
 
+def test_inputs_of_layer_norms_and_of_the_output_layer_get_8_bits() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner, self.last = (nn.Linear(64, 64) for _ in range(3))
+            self.norm = nn.LayerNorm(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.first(x))
+            x = torch.sigmoid(self.inner(x))
+            return self.last(x).sum()
+
+    layout = layout_of(canonicalize(joint_of(Block(), torch.randn(64, 64))))
+    choices = codec_choices(layout, lossy=True, lossless=False)
+    assert {layout.storages[t].name: specs for t, specs in choices.items()} == {
+        "addmm.default.0": ("rowwise8:64",),  # read by the layer norm
+        "native_layer_norm.default.0:0": ("rowwise8:64", "rowwise4:64"),  # read by the inner linear layer
+        "sigmoid.default.0": ("rowwise8:64",),  # read by the last one
+    }
+
+
 def test_rewrite_compresses_after_the_last_read_and_decodes_before_the_first(
     planned: tuple[JointGraph, Layout, Problem],
 ) -> None:
     actions: dict[str, Action] = {
-        "relu.default.0": Compress("rowwise4:64"),
+        "relu.default.0": Compress("rowwise8:64"),
         "keep_mask.default.0": Compress("bitpack"),
     }
     text = graph_text(rewritten(planned, actions)).splitlines()
@@ -154,7 +175,7 @@ def test_rewrite_compresses_after_the_last_read_and_decodes_before_the_first(
     assert text[at["compress_1"] - 1] == "F mm_1 = mm(relu, t_1)"
     assert text[at["compress_0"]] == "F compress_0 = fxhybrid.compress(keep_mask_default, bitpack)"
     assert text[at["decompress_1"] + 1] == "B apply_mask_default = fxhybrid.apply_mask(mm_3, decompress_1)"
-    assert text[at["decompress_0"]].startswith("B decompress_0 = fxhybrid.decompress(getitem_2, getitem_3, rowwise4:64")
+    assert text[at["decompress_0"]].startswith("B decompress_0 = fxhybrid.decompress(getitem_2, getitem_3, rowwise8:64")
     assert text[at["mm_2"]] == "B mm_2 = mm(t_2, decompress_0)"
 
 
@@ -262,9 +283,9 @@ def test_decoding_is_measured_on_real_data_of_the_tensors_own_device(
     # run for real, decoding writes the whole tensor: 64 x 64 float32 are 16 KiB, a mask of bools 4 KiB (and the
     # operators' scalars a few bytes)
     rises = {o.codec: o.decode_rise_bytes for t in problem.tensors for o in t.codecs}
-    assert rises["rowwise4:64"] == 16 * 1024
+    assert rises["rowwise8:64"] == 16 * 1024
     assert 4 * 1024 <= rises["bitpack"] < 4 * 1024 + 64
-    call = next(call for call in decodes if "rowwise4" in call.key)
+    call = next(call for call in decodes if "rowwise8" in call.key)
     arguments, _ = made_up_arguments(call.target, call.args, call.kwargs)
     decoded = torch.ops.fxhybrid.decompress(*arguments)
     assert decoded.isfinite().all()
@@ -277,11 +298,11 @@ def test_codec_costs_are_kept_per_kernels(
     _, layout, _ = planned
     choices = codec_choices(layout, lossy=True, lossless=True)
     before = {call.key for call in calls_of(layout, choices)}
-    monkeypatch.setattr(get_codec("rowwise4:64"), "kernels_key", "other")
+    monkeypatch.setattr(get_codec("rowwise8:64"), "kernels_key", "other")
     changed = before ^ {call.key for call in calls_of(layout, choices)}
     # encode and decode of the one codec, and nothing else: under the old key and under the new one
     assert len(changed) == 2 * 2
-    assert all("rowwise4:64" in key for key in changed)
+    assert all("rowwise8:64" in key for key in changed)
 
 
 def test_every_lossy_choice_counts_in_the_problem(planned: tuple[JointGraph, Layout, Problem]) -> None:

@@ -17,7 +17,7 @@ Importing this package defines ``torch.ops.fxhybrid.compress`` and ``.decompress
 
 from fxhybrid.codecs import casts, channelwise, lossless, ops, pool, rowwise_compiled  # noqa: F401  they register themselves
 from fxhybrid.codecs.base import Codec, get_codec, register, registered_names
-from fxhybrid.codecs.candidates import candidate_codecs, specs_at_4_bits
+from fxhybrid.codecs.candidates import candidate_codecs, coarsest_lossy
 from fxhybrid.codecs.meta import TensorMeta
 from fxhybrid.codecs.widths import channels_per_row, lowest_price, widths_at
 
@@ -26,10 +26,10 @@ __all__ = [
     "TensorMeta",
     "candidate_codecs",
     "channels_per_row",
+    "coarsest_lossy",
     "get_codec",
     "lowest_price",
     "register",
     "registered_names",
-    "specs_at_4_bits",
     "widths_at",
 ]

@@ -41,15 +41,15 @@ def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None, softmax:
     return tuple(c for c in codecs if c.supports(meta) and sum(c.encoded_bytes(meta)) < meta.nbytes)
 
 
-def specs_at_4_bits(choices: Mapping[int, Iterable[str]], storages: Iterable[int]) -> dict[int, str]:
-    """The codec of 4 bits an element, whose noise is the unit, of each of the storages that is offered one.
+def coarsest_lossy(choices: Mapping[int, Iterable[str]], storages: Iterable[int]) -> dict[int, str]:
+    """The codec of most noise of each of the storages that is offered a lossy one.
 
     Args:
         choices: specs offered to each storage.
         storages: keys of ``choices``.
     """
-    first = {t: next((spec for spec in choices[t] if get_codec(spec).noise == 1.0), None) for t in storages}
-    return {t: spec for t, spec in first.items() if spec is not None}
+    lossy = {t: [codec for codec in map(get_codec, choices[t]) if not codec.lossless] for t in storages}
+    return {t: max(codecs, key=lambda codec: codec.noise).spec for t, codecs in lossy.items() if codecs}
 
 
 def row_length(meta: TensorMeta, bits: int, *, planes: bool = True) -> int:
