@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import fxhybrid
 from fxhybrid import BudgetError, HybridModule, InvalidArgument
+from fxhybrid.plan import Action, Compress
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:
@@ -18,7 +20,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(16, 3, 16, 16), torch.randint(10, (16,))
 
 
-def smallest(**options: Any) -> HybridModule:
+def compiled(**options: Any) -> HybridModule:
     """Four convolutions, whose smallest plan is a lossy one."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -27,9 +29,14 @@ def smallest(**options: Any) -> HybridModule:
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 256, 10))
     x, y = batch(1)
     call = {"example_inputs": (x,), "loss_fn": F.cross_entropy, "loss_args": (y,), "solver": "mps"}
+    return fxhybrid.compile(model, **call, **options)
+
+
+def smallest(**options: Any) -> HybridModule:
+    """With a budget 10 % above the smallest peak."""
     with pytest.raises(BudgetError) as caught:
-        fxhybrid.compile(model, budget=1, **call, **options)
-    return fxhybrid.compile(model, budget=int(1.1 * caught.value.minimum_bytes), **call, **options)
+        compiled(budget=1, **options)
+    return compiled(budget=int(1.1 * caught.value.minimum_bytes), **options)
 
 
 def train(hybrid: HybridModule, steps: int) -> None:
@@ -53,8 +60,11 @@ def test_a_plan_within_the_limit_stays() -> None:
 
 def test_a_plan_above_the_limit_is_made_anew() -> None:
     """A channel that grows a thousand times between two checks takes the error above the limit."""
-    first = smallest().plan.gradient_error.value
-    hybrid = smallest(check_error_every=2, max_grad_error=1.5 * first)
+    inputs_of_norms = (f"convolution.default.{n}" for n in range(4))
+    actions: dict[str, Action] = {name: Compress("rowwise4:256") for name in inputs_of_norms}
+    plan = dataclasses.replace(compiled(budget=1.0).plan, actions=actions)  # a solver's follows measured times
+    first = compiled(budget=1.0, plan=plan, max_grad_error=0.9).plan.gradient_error.value
+    hybrid = compiled(budget=1.0, plan=plan, max_grad_error=1.5 * first, check_error_every=2)
     graph = hybrid.plan.graph_fingerprint
     with torch.no_grad():
         for norm in hybrid[1::3]:
