@@ -37,10 +37,10 @@ from rich.table import Table
 
 from benchmarks.bars import bar_of, bars_table
 from benchmarks.common import wide_console
-from fxhybrid.problem import Op, Problem, Tensor
+from fxhybrid.ir.problem import Op, Problem, Tensor
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.min_peak import MinPeakSolver
-from fxhybrid.timeline import simulate_actions
 
 LENGTHS = (8, 12, 16, 20)
 SHARES = (0.0, 0.3, 0.6)

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.common import Bench, names_of
 from fxhybrid import suite
-from fxhybrid.problem import Problem
+from fxhybrid.ir.problem import Problem
 
 CORPUS = Path(__file__).parents[1] / "tests" / "corpus"
 MODELS = ("resnet50", "mobilenetv2", "bert", "gpt2", "vit", "t5", "unet")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from fxhybrid.problem import CodecOption, Fusion, Op, Problem, Tensor, check_problem
+from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor, check_problem
 
 MIB = 1 << 20
 CODEC_SHARE = 0.8  # of the float tensors that backward reads

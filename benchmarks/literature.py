@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fxhybrid.plan import RECOMPUTE, SAVE, Action
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action
+from fxhybrid.ir.problem import Problem, without_codecs
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import Ladder
 from fxhybrid.solvers.mps import build_ladder
-from fxhybrid.solvers.techniques import without_codecs
-from fxhybrid.timeline import simulate_actions
 
 Actions = dict[int, Action]
 GRAINS = 2000  # sizes are rounded up to one part in so many of the capacity

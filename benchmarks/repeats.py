@@ -17,11 +17,10 @@ from rich.table import Table
 from benchmarks.common import names_of, wide_console
 from benchmarks.corpus import MAX_ERROR, load, names
 from fxhybrid.errors import format_bytes
-from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, Action, Actions, Compress
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Action, Actions, Compress
+from fxhybrid.ir.problem import Problem, without_codecs
+from fxhybrid.ir.simulator import Timeline, simulate_actions
 from fxhybrid.solvers.mps import build_ladder
-from fxhybrid.solvers.techniques import without_codecs
-from fxhybrid.timeline import Timeline, simulate_actions
 
 NEAR_PEAK = 0.98  # heights above this share of the peak count
 

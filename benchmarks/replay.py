@@ -24,17 +24,17 @@ from rich.table import Table
 from benchmarks import corpus
 from benchmarks.common import Record, append_record, names_of, read_records, wide_console
 from fxhybrid import suite
+from fxhybrid.ir.plan import Action, Actions, Compress
+from fxhybrid.ir.problem import CodecOption, Op, Problem
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
-from fxhybrid.plan import Action, Actions, Compress
 from fxhybrid.prepare import prepare
-from fxhybrid.problem import CodecOption, Op, Problem
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.min_peak import MinPeakSolver
 from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.planset import PlanSet, laddered
 from fxhybrid.step import Step, StepCall
 from fxhybrid.targets import suite_target
-from fxhybrid.timeline import simulate_actions
 
 SHARES = (0.1, 0.4, 0.7)  # of the way from the smallest peak to that of the save-all step
 ILP_GAP, ILP_LIMIT_S = 0.05, 120.0

@@ -22,13 +22,13 @@ from benchmarks.training_tasks import Task, digits, language, packages
 from fxhybrid.codecs import TensorMeta, register
 from fxhybrid.codecs.reference import pack_rows
 from fxhybrid.codecs.rowwise_compiled import CompiledRowwise
+from fxhybrid.ir.plan import SAVE, Action, Compress
+from fxhybrid.ir.schedule import lower
 from fxhybrid.options import make_options
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
-from fxhybrid.plan import SAVE, Action, Compress
 from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.runtime import StepFunction
-from fxhybrid.schedule import lower
 from fxhybrid.step import Step, StepCall
 from fxhybrid.verify import Verifier
 

@@ -26,13 +26,13 @@ from benchmarks import corpus
 from benchmarks.bars import Bar, bar_of, bars_table
 from benchmarks.common import Record, add_record_files, names_of, records_of, wide_console
 from benchmarks.families import FAMILIES
-from fxhybrid.plan import GAP_FLOOR_SHARE
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import GAP_FLOOR_SHARE
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import Ladder
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.planset import PlanSet
-from fxhybrid.timeline import simulate_actions
 
 PARTS = ("corpus", "families")
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)

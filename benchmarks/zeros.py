@@ -19,8 +19,8 @@ from fxhybrid import suite
 from fxhybrid.codecs import get_codec
 from fxhybrid.errors import format_bytes
 from fxhybrid.graph import node_name
+from fxhybrid.ir.plan import SAVE, Action
 from fxhybrid.options import make_options
-from fxhybrid.plan import SAVE, Action
 from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.step import Step, StepCall
 from fxhybrid.verify import Verifier

@@ -19,9 +19,9 @@ from fxhybrid.errors import (
     ProfileError,
 )
 from fxhybrid.frontier import Frontier, frontier
+from fxhybrid.ir.plan import Plan
 from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.module import HybridModule
-from fxhybrid.plan import Plan
 from fxhybrid.version import __version__
 
 __all__ = [

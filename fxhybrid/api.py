@@ -12,9 +12,9 @@ from fxhybrid.compiler import Signature
 from fxhybrid.devices import DeviceProfile
 from fxhybrid.elsewhere import plan_elsewhere
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.ir.plan import Plan
 from fxhybrid.module import HybridModule, wrap
 from fxhybrid.options import make_options
-from fxhybrid.plan import Plan
 from fxhybrid.planning import error_target
 from fxhybrid.solvers.base import Solver
 from fxhybrid.step import Loss, StepCall

@@ -20,9 +20,9 @@ from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.codecs.channelwise import Channelwise
 from fxhybrid.codecs.widths import STEP_ERROR
 from fxhybrid.gradient_error import ErrorTable, lossy_groups
+from fxhybrid.ir.plan import Actions
 from fxhybrid.lossy_step import LossyStep
 from fxhybrid.passes.to_problem import CodecChoices
-from fxhybrid.plan import Actions
 from fxhybrid.prepare import Prepared, build_graphs
 from fxhybrid.progress import tracked
 from fxhybrid.verify import Verifier

@@ -22,17 +22,7 @@ from torch._guards import TracingContext
 from torch.utils import _pytree as pytree
 
 from fxhybrid.errors import CaptureError, FxHybridError
-from fxhybrid.graph import (
-    TAG,
-    InputKind,
-    InputRole,
-    JointGraph,
-    NodeTag,
-    OutputKind,
-    OutputRole,
-    Phase,
-    node_name,
-)
+from fxhybrid.graph import TAG, InputKind, InputRole, JointGraph, NodeTag, OutputKind, OutputRole, Phase, node_name
 from fxhybrid.kernel_facts import follow_kernels
 from fxhybrid.recurrent import make_opaque
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fxhybrid.errors import PlanMismatchError
-from fxhybrid.plan import Action, Actions, Plan
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import Action, Actions, Plan
+from fxhybrid.ir.problem import Problem
 from fxhybrid.version import __version__
 
 

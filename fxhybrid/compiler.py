@@ -12,8 +12,9 @@ from fxhybrid.budget import gradient_bytes
 from fxhybrid.carried import carried_actions, named_actions, versions
 from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.graph import JointGraph
+from fxhybrid.ir.plan import Actions, GradientError, Plan
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
-from fxhybrid.plan import Actions, GradientError, Plan
 from fxhybrid.planning import PlanMaker, carried_plan, error_target, solve_for
 from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.report import ErrorPrice
@@ -21,7 +22,6 @@ from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.base import Ladder, Rung
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, laddered, smallest_of
 from fxhybrid.step import Step, StepCall
-from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import CaptureCheck, Verifier
 from fxhybrid.within_error import WithinError, measured_plan, plans_within_error
 from fxhybrid.work import StepWork, work_of

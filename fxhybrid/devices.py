@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.problem import CodecOption, Op, Problem
+from fxhybrid.ir.problem import CodecOption, Op, Problem
 from fxhybrid.work import OpWork, StepWork
 
 REFERENCE_FLOPS_PER_S = 2e9

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fxhybrid.devices import DeviceProfile, problem_on
-from fxhybrid.plan import GradientError, Plan
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import GradientError, Plan
+from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.base import Rung
 from fxhybrid.solvers.planset import laddered
 from fxhybrid.work import StepWork

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxhybrid.attribution import ChannelWatch, Neighbours
 from fxhybrid.codecs import TensorMeta, get_codec
-from fxhybrid.plan import SAVE, Action
+from fxhybrid.ir.plan import SAVE, Action
 from fxhybrid.prepare import Prepared, build_graphs
 from fxhybrid.step import squared_differences
 from fxhybrid.verify import Verifier

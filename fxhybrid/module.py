@@ -15,9 +15,9 @@ from fxhybrid.budget import Budget, check_budget
 from fxhybrid.compiler import Signature
 from fxhybrid.drift import DriftGuard
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.ir.plan import Plan
+from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
-from fxhybrid.plan import Plan
-from fxhybrid.problem import Problem
 from fxhybrid.report import Report, make_report
 from fxhybrid.step import Step, StepCall, check_call
 from fxhybrid.work import StepWork

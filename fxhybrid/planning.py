@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fxhybrid.errors import PlanError, PlanMismatchError
+from fxhybrid.ir.plan import Actions, Plan
+from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
-from fxhybrid.plan import Actions, Plan
-from fxhybrid.problem import Problem
 from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.base import Rung, Status
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered

@@ -13,6 +13,9 @@ from fxhybrid.capture import Capture, capture
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.gradient_error import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
 from fxhybrid.graph import JointGraph
+from fxhybrid.ir.plan import Actions, Compress
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.schedule import lower
 from fxhybrid.options import Options
 from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.choices import codec_choices
@@ -21,10 +24,7 @@ from fxhybrid.passes.layout import Layout, layout_of
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.passes.to_problem import CodecChoices, calls_of, problem_of
-from fxhybrid.plan import Actions, Compress
-from fxhybrid.problem import Problem
 from fxhybrid.profile import Profile, profile_calls
-from fxhybrid.schedule import lower
 from fxhybrid.step import Step, StepCall
 
 

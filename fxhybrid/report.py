@@ -12,7 +12,7 @@ from rich.table import Table
 from fxhybrid.calibration import ErrorPair
 from fxhybrid.drift import DriftCheck
 from fxhybrid.errors import format_bytes
-from fxhybrid.plan import Plan
+from fxhybrid.ir.plan import Plan
 
 if TYPE_CHECKING:
     from fxhybrid.compiler import Signature

@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 
 from fxhybrid.calibration import ErrorPair, calibrate, measured_error
 from fxhybrid.errors import format_bytes
-from fxhybrid.plan import Action, Actions
+from fxhybrid.ir.plan import Action, Actions
 from fxhybrid.prepare import Prepared
 from fxhybrid.verify import Verifier
 

@@ -11,8 +11,8 @@ from torch import fx
 
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.graph import InputKind, JointGraph
+from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
 from fxhybrid.passes.layout import Layout, OpCall, fused_form
-from fxhybrid.problem import CodecOption, Fusion, Op, Problem, Tensor
 from fxhybrid.profile import Call, OpCost, Profile, call_of
 
 CodecChoices = Mapping[int, tuple[str, ...]]

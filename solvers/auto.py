@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from fxhybrid.plan import GAP_FLOOR_SHARE
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import GAP_FLOOR_SHARE
+from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.base import Rung, SolveResult, Status
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.mps_solver import MpsSolver

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions, Compress, relative_gap
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Actions, Compress, relative_gap
+from fxhybrid.ir.problem import Problem
 
 
 class Status(Enum):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxhybrid.errors import format_bytes
-from fxhybrid.problem import Problem
-from fxhybrid.schedule import Schedule, fused_op
-from fxhybrid.timeline import Timeline, describe_peak
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.schedule import Schedule, fused_op
+from fxhybrid.ir.simulator import Timeline, describe_peak
 
 
 def peak_lower_bound(problem: Problem) -> tuple[int, str]:

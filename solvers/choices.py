@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxhybrid.problem import CodecOption
+from fxhybrid.ir.problem import CodecOption
 from fxhybrid.solvers.footprint import Footprints
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED
 

@@ -6,8 +6,8 @@ more exact codecs where they cost no time.
 
 from __future__ import annotations
 
-from fxhybrid.plan import Actions
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import Actions
+from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.choices import Choices
 from fxhybrid.solvers.descent import Descent
 from fxhybrid.solvers.footprint import Footprints

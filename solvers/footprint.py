@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions, Compress
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Actions, Compress
+from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, Ints, State
 from fxhybrid.solvers.settling import Settling
 

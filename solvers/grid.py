@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from fxhybrid.problem import Problem
-from fxhybrid.schedule import fused_op
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.schedule import fused_op
 
 State = list[int]
 Ints = npt.NDArray[np.int64]

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxhybrid.errors import InvalidArgument, PlanError
-from fxhybrid.plan import GAP_FLOOR_SHARE, Action, Actions, relative_gap
-from fxhybrid.problem import Problem, check_problem
-from fxhybrid.schedule import Schedule, lower
+from fxhybrid.ir.plan import GAP_FLOOR_SHARE, Action, Actions, relative_gap
+from fxhybrid.ir.problem import Problem, check_problem
+from fxhybrid.ir.schedule import Schedule, lower
+from fxhybrid.ir.simulator import Timeline, simulate
 from fxhybrid.solvers.base import SolveResult, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp_backend import BACKENDS
@@ -31,7 +32,6 @@ from fxhybrid.solvers.ilp_model import COST_SCALE, IlpModel
 from fxhybrid.solvers.ilp_rows import MemoryRows
 from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
 from fxhybrid.solvers.moments import Moment, moments_of
-from fxhybrid.timeline import Timeline, simulate
 
 PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
 LOOSE_GAP = 0.05  # of the rounds that only find out which rows matter

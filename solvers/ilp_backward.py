@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fxhybrid.problem import Op
-from fxhybrid.schedule import fused_op
+from fxhybrid.ir.problem import Op
+from fxhybrid.ir.schedule import fused_op
 from fxhybrid.solvers.ilp_facts import certain_backward
 from fxhybrid.solvers.ilp_model import IlpModel, Literal, Term
 from fxhybrid.solvers.moments import Moment

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from itertools import accumulate
 
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Actions
-from fxhybrid.problem import CodecOption, Problem
+from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Actions
+from fxhybrid.ir.problem import CodecOption, Problem
 from fxhybrid.solvers.base import default_action
 
 NEVER = 1 << 60

@@ -47,8 +47,8 @@ from typing import Any
 
 import pulp
 
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Compress
+from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.ilp_facts import Facts, chain_seconds
 
 Literal = Any  # a pulp variable, or a plain 0 or 1 where it is known

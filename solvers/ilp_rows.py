@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fxhybrid.problem import Problem
-from fxhybrid.schedule import Schedule
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.schedule import Schedule
+from fxhybrid.ir.simulator import Timeline
 from fxhybrid.solvers.ilp_backward import BackwardTerms
 from fxhybrid.solvers.ilp_facts import Facts, saved_bytes
 from fxhybrid.solvers.ilp_forward import ForwardTerms
 from fxhybrid.solvers.ilp_model import IlpModel, Term
 from fxhybrid.solvers.moments import Moment, moments_of
-from fxhybrid.timeline import Timeline
 
 ROW_SCALE = 1e3  # the budget in the rows' units
 

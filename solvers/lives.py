@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from fxhybrid.problem import CodecOption, Problem
+from fxhybrid.ir.problem import CodecOption, Problem
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, Grid, State
 
 NO_GROUP = -NEVER

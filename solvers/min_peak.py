@@ -30,16 +30,16 @@ from dataclasses import dataclass
 import pulp
 
 from fxhybrid.errors import format_bytes
-from fxhybrid.plan import Action, Actions
-from fxhybrid.problem import Problem, check_problem
-from fxhybrid.schedule import lower
+from fxhybrid.ir.plan import Action, Actions
+from fxhybrid.ir.problem import Problem, check_problem
+from fxhybrid.ir.schedule import lower
+from fxhybrid.ir.simulator import simulate
 from fxhybrid.solvers.base import plan_error
 from fxhybrid.solvers.bounds import holder_in_words, peak_lower_bound
 from fxhybrid.solvers.ilp_backend import BACKENDS
 from fxhybrid.solvers.ilp_facts import completed, facts_of, reached
 from fxhybrid.solvers.ilp_model import COST_SCALE, IlpModel
 from fxhybrid.solvers.ilp_rows import MemoryRows
-from fxhybrid.timeline import simulate
 
 ROUNDS = 400
 ROWS_PER_ROUND = 12

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxhybrid.problem import Problem
-from fxhybrid.schedule import Kind, Schedule
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.schedule import Kind, Schedule
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from fxhybrid.problem import Problem, check_problem
+from fxhybrid.ir.problem import Problem, check_problem
 from fxhybrid.solvers.base import Ladder, Rung, plan_error
 from fxhybrid.solvers.choices import Choices
 from fxhybrid.solvers.descent import Descent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from fxhybrid.problem import Problem
+from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.base import SolveResult, Status
 from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.planset import PlanSet

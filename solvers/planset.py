@@ -14,17 +14,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fxhybrid.errors import BudgetError, format_bytes
-from fxhybrid.plan import SAVE, Action, Actions, relative_gap
-from fxhybrid.problem import Problem
-from fxhybrid.schedule import lower
+from fxhybrid.ir.plan import SAVE, Action, Actions, relative_gap
+from fxhybrid.ir.problem import Problem, single_techniques
+from fxhybrid.ir.schedule import lower
+from fxhybrid.ir.simulator import describe_peak, simulate, simulate_actions
 from fxhybrid.solvers.base import Ladder, Rung, SolveResult, Status, default_action, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.fitting import fitted
 from fxhybrid.solvers.lp_bound import AddedBound, added_lower_bound
 from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
 from fxhybrid.solvers.mps import Effort, build_ladder
-from fxhybrid.solvers.techniques import single_techniques
-from fxhybrid.timeline import describe_peak, simulate, simulate_actions
 
 PROVEN = 0.01  # a plan this close to the bound counts as the best
 LESS_EFFORT = Effort(moves=(7_500, 0.0))  # for one technique alone: fewer choices

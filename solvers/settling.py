@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fxhybrid.problem import Problem
+from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, Ints
 from fxhybrid.solvers.lives import NO_GROUP, Life, Lives
 

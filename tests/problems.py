@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from hypothesis import strategies as st
 
-from fxhybrid.plan import RECOMPUTE, SAVE, Action, Compress
-from fxhybrid.problem import CodecOption, Fusion, Op, Problem, Tensor
+from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Compress
+from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
 
 LOSSY = (("q8", 4, 0.01), ("q4", 8, 0.04), ("q2", 16, 0.2))
 

@@ -6,15 +6,15 @@ import random
 from dataclasses import dataclass
 
 from fxhybrid.codecs import get_codec
+from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Compress
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.options import make_options
-from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Compress
 from fxhybrid.prepare import Prepared, build_graphs, prepare
-from fxhybrid.problem import Problem
 from fxhybrid.runtime import StepFunction
 from fxhybrid.step import Step, StepCall, StepResult, observe_step
 from fxhybrid.suite import SuiteCase, load
-from fxhybrid.timeline import simulate_actions
 
 
 def random_actions(problem: Problem, rng: random.Random, *, lossy: bool) -> dict[int, Action]:

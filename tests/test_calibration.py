@@ -15,14 +15,14 @@ import fxhybrid
 from fxhybrid.attribution import Neighbours, neighbours, tensor_errors
 from fxhybrid.calibration import calibrate
 from fxhybrid.codecs import coarsest_lossy, get_codec
+from fxhybrid.ir.plan import SAVE, Actions, Compress
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.lossy_step import LossyStep
 from fxhybrid.options import make_options
-from fxhybrid.plan import SAVE, Actions, Compress
 from fxhybrid.prepare import Prepared, build_graphs, prepare
-from fxhybrid.problem import Problem
 from fxhybrid.solvers.base import plan_error
 from fxhybrid.step import Step, StepCall
-from fxhybrid.timeline import simulate_actions
 from fxhybrid.verify import Verifier
 
 

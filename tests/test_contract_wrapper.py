@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import fxhybrid
 from fxhybrid import HybridModule, InvalidArgument, Plan, PlanMismatchError
-from fxhybrid.plan import Compress
-from fxhybrid.problem import Problem
+from fxhybrid.ir.plan import Compress
+from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.base import SolveResult
 from fxhybrid.solvers.ilp import IlpSolver
 from tests.compare import tight_twins, tighten, total, twins

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fxhybrid
 from fxhybrid import BudgetError, HybridModule, InvalidArgument
-from fxhybrid.plan import Action, Compress
+from fxhybrid.ir.plan import Action, Compress
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:

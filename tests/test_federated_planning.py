@@ -10,9 +10,9 @@ import fxhybrid
 from fxhybrid.devices import DeviceProfile, problem_on
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
 from fxhybrid.federated.planning import FleetPlanner, Technique, capture_step
+from fxhybrid.ir.plan import Plan
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.module import HybridModule
-from fxhybrid.plan import Plan
-from fxhybrid.timeline import simulate_actions
 from fxhybrid.work import OpWork
 from tests.federated_parts import tiny_task
 

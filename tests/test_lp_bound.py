@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fxhybrid.plan import RECOMPUTE
+from fxhybrid.ir.plan import RECOMPUTE
 from fxhybrid.solvers.lp_bound import added_lower_bound
 from fxhybrid.solvers.oracle import OracleSolver
 from tests.problems import small_problems

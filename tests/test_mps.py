@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxhybrid.errors import PlanError
-from fxhybrid.plan import RECOMPUTE, Action, Compress
-from fxhybrid.problem import CodecOption, Op, Problem, Tensor
+from fxhybrid.ir.plan import RECOMPUTE, Action, Compress
+from fxhybrid.ir.problem import CodecOption, Op, Problem, Tensor, without_codecs, without_recomputation
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import Ladder, Rung, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.choices import Choices
@@ -22,8 +23,6 @@ from fxhybrid.solvers.min_peak import MinPeakSolver
 from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.mps_solver import MpsSolver
 from fxhybrid.solvers.planset import PlanSet
-from fxhybrid.solvers.techniques import without_codecs, without_recomputation
-from fxhybrid.timeline import simulate_actions
 from tests.problems import choices, problems, random_actions, random_problem, small_problems
 
 MAX_ERROR = 0.1

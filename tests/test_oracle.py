@@ -7,11 +7,11 @@ import itertools
 import pytest
 
 from fxhybrid.errors import InvalidArgument, PlanError
-from fxhybrid.problem import Problem
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import Status, plan_error
 from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.oracle import OracleSolver
-from fxhybrid.timeline import simulate_actions
 from tests.problems import choices, random_problem, small_problems
 
 

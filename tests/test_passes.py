@@ -12,6 +12,9 @@ from fxhybrid.capture import capture
 from fxhybrid.codecs import get_codec
 from fxhybrid.gradient_error import error_table, lossy_groups
 from fxhybrid.graph import JointGraph
+from fxhybrid.ir.plan import RECOMPUTE, Action, Compress
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.schedule import lower
 from fxhybrid.made_up import made_up_arguments
 from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.choices import codec_choices
@@ -20,10 +23,7 @@ from fxhybrid.passes.layout import Layout, layout_of
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import split
 from fxhybrid.passes.to_problem import calls_of, problem_of
-from fxhybrid.plan import RECOMPUTE, Action, Compress
-from fxhybrid.problem import Problem
 from fxhybrid.profile import profile_calls
-from fxhybrid.schedule import lower
 from fxhybrid.step import Step
 from tests.graph_text import graph_text
 

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import corpus
+from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Compress
+from fxhybrid.ir.problem import CodecOption, Problem
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
-from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, Compress
 from fxhybrid.planning import PlanMaker, solve_for
-from fxhybrid.problem import CodecOption, Problem
 from fxhybrid.solvers.base import Ladder, SolveResult, Status
 from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
-from fxhybrid.timeline import simulate_actions
 from tests.problems import problems
 from tests.test_corpus import independent
 from tests.test_mps import chain_with_wide_backward

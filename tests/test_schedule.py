@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from fxhybrid.errors import PlanError
-from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Compress, parse_action
-from fxhybrid.problem import CodecOption, Fusion, Op, Problem, Tensor, check_problem
-from fxhybrid.schedule import Kind, lower
-from fxhybrid.timeline import describe_peak, simulate, simulate_actions
+from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Compress, parse_action
+from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor, check_problem
+from fxhybrid.ir.schedule import Kind, lower
+from fxhybrid.ir.simulator import describe_peak, simulate, simulate_actions
 
 KB = 1024
 LOSSY = CodecOption("rowwise4:64", 1 * KB, 2e-3, 3e-3, 1 * KB, 8 * KB, lossless=False, error=0.05)

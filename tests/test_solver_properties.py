@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fxhybrid.errors import ProblemError
-from fxhybrid.problem import Op, Problem, Tensor
+from fxhybrid.ir.problem import Op, Problem, Tensor
+from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.base import Status
 from fxhybrid.solvers.bounds import peak_lower_bound
@@ -22,7 +23,6 @@ from fxhybrid.solvers.min_peak import MinPeakSolver
 from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.mps_solver import MpsSolver
 from fxhybrid.solvers.oracle import OracleSolver
-from fxhybrid.timeline import simulate_actions
 from tests.problems import problems
 
 MAX_ERROR = 0.1

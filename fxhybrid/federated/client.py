@@ -18,7 +18,7 @@ from fxhybrid.federated.messages import Arrays, Facts
 from fxhybrid.federated.planning import capture_step, make_optimizer
 from fxhybrid.federated.tasks import Task
 from fxhybrid.federated.wire import load_arrays, to_arrays
-from fxhybrid.plan import Plan
+from fxhybrid.ir.plan import Plan
 
 LOOK_AGAIN_S = 5.0  # after finding too little memory for any plan
 FREE_SHARE = 0.9  # of what is free before a step that its plan may take: it may fall while the step runs

@@ -14,7 +14,7 @@ from fxhybrid.federated.guard import data_limit
 from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.tasks import Task, digits_task, text_task
 from fxhybrid.federated.transport import is_out_of_memory
-from fxhybrid.plan import Plan
+from fxhybrid.ir.plan import Plan
 
 GUARD_SLACK_BYTES = 64 << 20  # what libraries and the C library take beside the tensors of a step
 ASSUMED_BYTES_PER_S = 1e6

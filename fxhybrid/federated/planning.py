@@ -14,13 +14,12 @@ from fxhybrid.devices import DeviceProfile, problem_on
 from fxhybrid.elsewhere import plan_of
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.tasks import Task
+from fxhybrid.ir.plan import Plan
+from fxhybrid.ir.problem import Problem, without_codecs, without_recomputation
 from fxhybrid.module import HybridModule
-from fxhybrid.plan import Plan
-from fxhybrid.problem import Problem
 from fxhybrid.solvers.base import Ladder
 from fxhybrid.solvers.mps import Effort, build_ladder
 from fxhybrid.solvers.planset import judged
-from fxhybrid.solvers.techniques import without_codecs, without_recomputation
 from fxhybrid.work import StepWork
 
 MAX_ERROR = 0.05  # of the gradient, as estimated: half of the default limit

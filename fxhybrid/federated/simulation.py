@@ -12,7 +12,7 @@ from fxhybrid.devices import DeviceProfile
 from fxhybrid.federated.client import LocalWork, TrainerPool, reply_facts
 from fxhybrid.federated.data import ClientData
 from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed, n_bytes
-from fxhybrid.plan import Plan
+from fxhybrid.ir.plan import Plan
 
 READING_INTERVAL_S = 30.0
 MOST_READINGS = 20

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fxhybrid.plan import Actions
-from fxhybrid.problem import Problem
-from fxhybrid.schedule import Schedule, lower
+from fxhybrid.ir.plan import Actions
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.schedule import Schedule, lower
 
 Bytes = npt.NDArray[np.int64]
 

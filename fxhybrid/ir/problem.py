@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -310,3 +310,23 @@ def _check_numbers(problem: Problem) -> None:
         check(f"op {op.name!r}", "rise_bytes", op.rise_bytes, True)
     check("problem", "resident_bytes", problem.resident_bytes, True)
     check("problem", "tangent_bytes", problem.tangent_bytes, True)
+
+
+def without_codecs(problem: Problem) -> Problem:
+    """The problem where tensors are kept as they are or made again."""
+    return replace(problem, tensors=tuple(replace(t, codecs=()) for t in problem.tensors))
+
+
+def without_recomputation(problem: Problem) -> Problem:
+    """The problem where no op runs twice; those that only serve the backward pass may still wait for it."""
+    once = tuple(
+        op if i in problem.deferrable else replace(op, recomputable=False) for i, op in enumerate(problem.forward)
+    )
+    return replace(problem, forward=once)
+
+
+def single_techniques(problem: Problem) -> tuple[Problem, ...]:
+    """Recomputing only and compressing only; nothing where ``problem`` offers no codecs."""
+    if not any(t.codecs for t in problem.tensors):
+        return ()
+    return without_codecs(problem), without_recomputation(problem)

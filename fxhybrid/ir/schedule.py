@@ -18,8 +18,8 @@ from enum import Enum
 from typing import Protocol
 
 from fxhybrid.errors import PlanError
-from fxhybrid.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Actions, Compress
-from fxhybrid.problem import CodecOption, Fusion, Op, Problem
+from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Actions, Compress
+from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem
 
 NEAR = 2  # backward ops between two uses that count as one: a weight gradient and its input gradient
 

@@ -1,0 +1,1 @@
+"""The planning problem as data, without torch: problem, plan, schedule, simulator."""
