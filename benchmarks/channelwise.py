@@ -21,16 +21,16 @@ from torch.nn import functional as F
 
 from benchmarks.bars import Bar, bars_table
 from benchmarks.common import names_of, wide_console
-from fxhybrid.calibration import channels_at_4_bits
-from fxhybrid.channel_choices import channelwise_specs
+from fxhybrid.accuracy.calibration import channels_at_4_bits
+from fxhybrid.accuracy.channel_widths import channelwise_specs
+from fxhybrid.accuracy.compression_trial import LossyStep
+from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.extras import require
-from fxhybrid.lossy_step import LossyStep
 from fxhybrid.options import make_options
 from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.step import Step, StepCall
 from fxhybrid.suite.convnets import MobileNetV2, ResNet
-from fxhybrid.verify import Verifier
 
 MODELS = {
     "resnet50": (lambda: ResNet((3, 4, 6, 3), n_classes=10), 8, 112),

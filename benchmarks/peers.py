@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.bars import Bar, bars_table
 from benchmarks.common import Bench, Record, Step, append_record, median_ratio, names_of, wide_console
 from fxhybrid import BudgetError, suite
-from fxhybrid.step import relative_difference
+from fxhybrid.accuracy.step_result import relative_difference
 
 RATIOS = (0.75, 0.5, 0.25)
 SMALLEST = 4096  # elements below which int8 is not worth it

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fxhybrid.accuracy.replan_loop import WithinError, measured_plan, plans_within_error
+from fxhybrid.accuracy.verifier import CaptureCheck, Verifier
 from fxhybrid.budget import gradient_bytes
 from fxhybrid.carried import carried_actions, named_actions, versions
 from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
@@ -22,8 +24,6 @@ from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.base import Ladder, Rung
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, laddered, smallest_of
 from fxhybrid.step import Step, StepCall
-from fxhybrid.verify import CaptureCheck, Verifier
-from fxhybrid.within_error import WithinError, measured_plan, plans_within_error
 from fxhybrid.work import StepWork, work_of
 
 CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step

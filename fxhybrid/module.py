@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from fxhybrid.accuracy.drift_monitor import DriftGuard
 from fxhybrid.budget import Budget, check_budget
 from fxhybrid.compiler import Signature
-from fxhybrid.drift import DriftGuard
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem

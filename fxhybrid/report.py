@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from fxhybrid.calibration import ErrorPair
-from fxhybrid.drift import DriftCheck
+from fxhybrid.accuracy.calibration import ErrorPair
+from fxhybrid.accuracy.drift_monitor import DriftCheck
 from fxhybrid.errors import format_bytes
 from fxhybrid.ir.plan import Plan
 

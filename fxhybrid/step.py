@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -104,102 +101,3 @@ def check_call(call: StepCall, model: nn.Module) -> None:
                 f"{where} is a {type(leaf).__name__}; only tensors, bool, int, str and None can be passed: "
                 "make it a tensor or an attribute of the model"
             )
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Everything that a step leaves behind.
-
-    Attributes:
-        outputs: tensors that it returned.
-        gradients: by parameter name; None where none arrived.
-        buffers: by name, after the step.
-        rng_state: of the CPU generator, after the step.
-    """
-
-    outputs: list[Tensor]
-    gradients: dict[str, Tensor | None]
-    buffers: dict[str, Tensor]
-    rng_state: Tensor
-
-    def same_bits(self, other: StepResult) -> bool:
-        """Whether two steps left the very same bits behind: outputs, gradients, buffers and generator."""
-        if len(self.outputs) != len(other.outputs) or self.buffers.keys() != other.buffers.keys():
-            return False
-        pairs: list[tuple[Tensor | None, Tensor | None]] = [*zip(self.outputs, other.outputs, strict=True)]
-        pairs += [(buffer, other.buffers[name]) for name, buffer in self.buffers.items()]
-        pairs += [(gradient, other.gradients[name]) for name, gradient in self.gradients.items()]
-        pairs.append((self.rng_state, other.rng_state))
-        return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
-
-
-def observe_step(
-    run: Callable[[], Any], model: nn.Module, *, has_loss: bool, changed: Iterable[Tensor] = (), seed: int = 0
-) -> StepResult:
-    """Runs a step at a fixed seed; model, gradients, generator and ``changed`` tensors stay as they were.
-
-    Without a loss, the outputs are weighted with fixed random numbers to get a scalar.
-    """
-    with _restored([*model.buffers(), *changed]), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        result = run()
-        outputs = list(output_tensors(result))
-        scalar = outputs[0] if has_loss else _weighted_sum(outputs)
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        parameters = [p for _, p in named]
-        gradients = torch.autograd.grad(scalar, parameters, allow_unused=True) if parameters else ()
-        return StepResult(
-            [t.detach().clone() for t in outputs],
-            {name: g for (name, _), g in zip(named, gradients, strict=True)},
-            {name: b.detach().clone() for name, b in model.named_buffers()},
-            torch.get_rng_state(),
-        )
-
-
-def output_tensors(output: Any, _within: tuple[int, ...] = ()) -> Iterator[Tensor]:
-    """The tensors of a model's output in order: containers, dataclasses and plain objects are looked into."""
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in _within:
-            yield from output_tensors(list(vars(leaf).values()), (*_within, id(leaf)))
-
-
-def _weighted_sum(outputs: list[Tensor]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    total = torch.zeros(())
-    for t in outputs:
-        if t.requires_grad:
-            weight = torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
-            total = total + (t * weight).sum().to(total.device, total.dtype)
-    return total
-
-
-@contextlib.contextmanager
-def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    before = [(t, t.detach().clone()) for t in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
-
-
-def relative_difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> float:
-    """||found - expected|| / ||expected|| over all tensors together; inf where only one of two is None."""
-    return float(sum(squared_differences(found, expected).values()) ** 0.5)
-
-
-def squared_differences(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> dict[str, float]:
-    """Each tensor's part of the square of :func:`relative_difference`."""
-    differences: dict[str, float] = {}
-    norm = 0.0
-    for name, reference in expected.items():
-        value = found[name]
-        if value is not None and reference is not None:
-            differences[name] = float((value - reference).double().square().sum())
-            norm += float(reference.double().square().sum())
-        else:
-            differences[name] = 0.0 if value is None and reference is None else math.inf
-    return {name: difference / max(norm, 1e-30) for name, difference in differences.items()}

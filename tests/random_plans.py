@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from fxhybrid.accuracy.step_result import StepResult, observe_step
 from fxhybrid.codecs import get_codec
 from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Compress
 from fxhybrid.ir.problem import Problem
@@ -13,7 +14,7 @@ from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.options import make_options
 from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.runtime import StepFunction
-from fxhybrid.step import Step, StepCall, StepResult, observe_step
+from fxhybrid.step import Step, StepCall
 from fxhybrid.suite import SuiteCase, load
 
 

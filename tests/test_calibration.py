@@ -12,18 +12,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxhybrid
-from fxhybrid.attribution import Neighbours, neighbours, tensor_errors
-from fxhybrid.calibration import calibrate
+from fxhybrid.accuracy.attribution import Neighbours, neighbours, tensor_errors
+from fxhybrid.accuracy.calibration import calibrate
+from fxhybrid.accuracy.compression_trial import LossyStep
+from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.ir.plan import SAVE, Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.lossy_step import LossyStep
 from fxhybrid.options import make_options
 from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.solvers.base import plan_error
 from fxhybrid.step import Step, StepCall
-from fxhybrid.verify import Verifier
 
 
 def net() -> nn.Sequential:
@@ -234,7 +234,7 @@ def test_recalibrating_keeps_the_plan_where_none_fits_any_more(monkeypatch: pyte
     )
     before, problem = hybrid.plan, hybrid.planning_problem
     with monkeypatch.context() as patch:
-        patch.setattr("fxhybrid.within_error.ROUNDS", 0)  # as if no lossy plan kept the error
+        patch.setattr("fxhybrid.accuracy.replan_loop.ROUNDS", 0)  # as if no lossy plan kept the error
         patch.setattr(hybrid._fxhybrid_session.signatures[0][0], "budget_bytes", hybrid.plan.peak_bytes // 2)
         with pytest.raises(fxhybrid.BudgetError):
             hybrid.recalibrate(*call.args, loss_args=call.loss_args)
@@ -260,7 +260,7 @@ def test_a_plan_that_kept_the_error_stays_known(monkeypatch: pytest.MonkeyPatch)
         measured.append(simulate_actions(prepared.problem, actions).peak_bytes)
         return limit / 2 if measured[-1] == smallest else 2 * limit
 
-    monkeypatch.setattr("fxhybrid.within_error.measured_error", measured_error)
+    monkeypatch.setattr("fxhybrid.accuracy.replan_loop.measured_error", measured_error)
     hybrid = fxhybrid.compile(model, budget=int(1.04 * smallest), max_grad_error=limit, **options)
     assert max(measured) > smallest
     assert hybrid.plan.peak_bytes == smallest
@@ -280,7 +280,7 @@ def test_plans_aim_below_the_limit_by_measurement(monkeypatch: pytest.MonkeyPatc
         measured.append(scale * plan_error(problem, actions))
         return measured[-1]
 
-    monkeypatch.setattr("fxhybrid.within_error.measured_error", measured_error)
+    monkeypatch.setattr("fxhybrid.accuracy.replan_loop.measured_error", measured_error)
     options = {"example_inputs": call.args, "loss_fn": F.cross_entropy, "loss_args": call.loss_args, "solver": "mps"}
     lossy = fxhybrid.compile(deeper_net(), budget=1_100_000, max_grad_error=limit, **options)
     assert measured[0] == pytest.approx(0.8 * limit)
@@ -297,7 +297,7 @@ def test_a_plan_between_aim_and_limit_is_taken_where_no_other_fits(monkeypatch: 
         first.append(actions)
         return 0.8 * limit if actions == first[0] else 3 * limit
 
-    monkeypatch.setattr("fxhybrid.within_error.measured_error", measured_error)
+    monkeypatch.setattr("fxhybrid.accuracy.replan_loop.measured_error", measured_error)
     options = {"example_inputs": call.args, "loss_fn": F.cross_entropy, "loss_args": call.loss_args, "solver": "mps"}
     with pytest.raises(fxhybrid.BudgetError) as caught:
         fxhybrid.compile(deeper_net(), budget=1, max_grad_error=limit, **options)

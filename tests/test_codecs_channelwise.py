@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxhybrid.channel_choices import channelwise_specs
+from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.codecs import TensorMeta, channels_per_row, channelwise, get_codec, lowest_price, widths_at
 from fxhybrid.codecs.widths import STEP_ERROR
 from tests.codec_parts import plain_aten, round_trip

@@ -81,7 +81,7 @@ def test_a_plan_above_the_limit_is_made_anew() -> None:
 
 def test_what_lacked_memory_is_compared_with_eager_later(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as low:
-        low.setattr("fxhybrid.verify.available_bytes", lambda: 0)
+        low.setattr("fxhybrid.accuracy.verifier.available_bytes", lambda: 0)
         hybrid = smallest()
     assert "not compared with eager" in str(hybrid.report()).replace("\n", " ")
     x, y = batch(1)

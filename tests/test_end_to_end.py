@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fxhybrid
+from fxhybrid.accuracy.step_result import observe_step
 from fxhybrid.measure import measure_step
-from fxhybrid.step import Step, observe_step
+from fxhybrid.step import Step
 from fxhybrid.suite import SuiteCase, load, names
 
 QUICK = ("mobilenetv2", "bert")

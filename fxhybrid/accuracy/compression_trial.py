@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from fxhybrid.attribution import ChannelWatch, Neighbours
+from fxhybrid.accuracy.attribution import ChannelWatch, Neighbours
+from fxhybrid.accuracy.step_result import squared_differences
+from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ir.plan import SAVE, Action
 from fxhybrid.prepare import Prepared, build_graphs
-from fxhybrid.step import squared_differences
-from fxhybrid.verify import Verifier
 
 
 class LossyStep:

@@ -14,18 +14,18 @@ from functools import partial
 
 from torch import Tensor
 
-from fxhybrid.attribution import neighbours, tensor_errors
-from fxhybrid.channel_choices import channelwise_choices
+from fxhybrid.accuracy.attribution import neighbours, tensor_errors
+from fxhybrid.accuracy.channel_widths import channelwise_choices
+from fxhybrid.accuracy.compression_trial import LossyStep
+from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.codecs.channelwise import Channelwise
 from fxhybrid.codecs.widths import STEP_ERROR
 from fxhybrid.gradient_error import ErrorTable, lossy_groups
 from fxhybrid.ir.plan import Actions
-from fxhybrid.lossy_step import LossyStep
 from fxhybrid.passes.to_problem import CodecChoices
 from fxhybrid.prepare import Prepared, build_graphs
 from fxhybrid.progress import tracked
-from fxhybrid.verify import Verifier
 
 PART, MOST_PARTS = 8, 5  # tensors in a step where errors travel, unless that made more steps
 MEASURED_ZERO = 1e-6  # a lossy codec never counts as exact, even if one batch does not show it

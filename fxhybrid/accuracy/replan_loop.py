@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from fxhybrid.calibration import ErrorPair, calibrate, measured_error
+from fxhybrid.accuracy.calibration import ErrorPair, calibrate, measured_error
+from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.errors import format_bytes
 from fxhybrid.ir.plan import Action, Actions
 from fxhybrid.prepare import Prepared
-from fxhybrid.verify import Verifier
 
 ROUNDS = 5
 UNUSABLE = 1e6  # an error that no limit allows

@@ -1,0 +1,1 @@
+"""Gradient error: verification against eager, calibration, channel widths, drift."""
