@@ -25,11 +25,11 @@ from fxhybrid.accuracy.calibration import channels_at_4_bits
 from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.accuracy.compression_trial import LossyStep
 from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.extras import require
 from fxhybrid.options import make_options
 from fxhybrid.prepare import Prepared, build_graphs, prepare
-from fxhybrid.step import Step, StepCall
 from fxhybrid.suite.convnets import MobileNetV2, ResNet
 
 MODELS = {

@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks import corpus
 from benchmarks.common import Record, append_record, names_of, read_records, wide_console
 from fxhybrid import suite
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.ir.plan import Action, Actions, Compress
 from fxhybrid.ir.problem import CodecOption, Op, Problem
 from fxhybrid.ir.simulator import simulate_actions
@@ -33,7 +34,6 @@ from fxhybrid.solvers.ilp import IlpSolver
 from fxhybrid.solvers.min_peak import MinPeakSolver
 from fxhybrid.solvers.mps import build_ladder
 from fxhybrid.solvers.planset import PlanSet, laddered
-from fxhybrid.step import Step, StepCall
 from fxhybrid.targets import suite_target
 
 SHARES = (0.1, 0.4, 0.7)  # of the way from the smallest peak to that of the save-all step

@@ -20,6 +20,7 @@ from benchmarks.common import Record, add_slices, names_of, wide_console, with_m
 from benchmarks.convergence import evaluated
 from benchmarks.training_tasks import Task, digits, language, packages
 from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, register
 from fxhybrid.codecs.reference import pack_rows
 from fxhybrid.codecs.rowwise_compiled import CompiledRowwise
@@ -30,7 +31,6 @@ from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.runtime import StepFunction
-from fxhybrid.step import Step, StepCall
 
 TASKS: dict[str, Callable[[int, int], Task]] = {"digits": digits, "packages": packages, "language": language}
 WIDTHS = (4,)  # the narrowest that plans are offered

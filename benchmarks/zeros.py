@@ -17,13 +17,13 @@ from torch import Tensor
 from benchmarks.common import Bench, names_of, wide_console
 from fxhybrid import suite
 from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.capture.joint_graph import node_name
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import get_codec
 from fxhybrid.errors import format_bytes
-from fxhybrid.graph import node_name
 from fxhybrid.ir.plan import SAVE, Action
 from fxhybrid.options import make_options
 from fxhybrid.prepare import build_graphs, prepare
-from fxhybrid.step import Step, StepCall
 
 MARGIN = 0.05  # what a guaranteed capacity must leave above the share of one batch
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fxhybrid.budget import Budget
+from fxhybrid.capture.step import Loss, StepCall
 from fxhybrid.compiler import Signature
 from fxhybrid.devices import DeviceProfile
 from fxhybrid.elsewhere import plan_elsewhere
@@ -17,7 +18,6 @@ from fxhybrid.module import HybridModule, wrap
 from fxhybrid.options import make_options
 from fxhybrid.planning import error_target
 from fxhybrid.solvers.base import Solver
-from fxhybrid.step import Loss, StepCall
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 

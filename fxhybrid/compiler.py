@@ -11,9 +11,10 @@ from typing import Any
 from fxhybrid.accuracy.replan_loop import WithinError, measured_plan, plans_within_error
 from fxhybrid.accuracy.verifier import CaptureCheck, Verifier
 from fxhybrid.budget import gradient_bytes
+from fxhybrid.capture.joint_graph import JointGraph
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.carried import carried_actions, named_actions, versions
 from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
-from fxhybrid.graph import JointGraph
 from fxhybrid.ir.plan import Actions, GradientError, Plan
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
@@ -23,7 +24,6 @@ from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.base import Ladder, Rung
 from fxhybrid.solvers.planset import KnownPlan, PlanSet, laddered, smallest_of
-from fxhybrid.step import Step, StepCall
 from fxhybrid.work import StepWork, work_of
 
 CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from fxhybrid.capture.joint_graph import node_name
 from fxhybrid.codecs import get_codec
-from fxhybrid.graph import node_name
 from fxhybrid.passes.layout import Layout
 from fxhybrid.passes.to_problem import CodecChoices
 

@@ -13,13 +13,13 @@ from torch import fx, nn
 
 from fxhybrid.accuracy.drift_monitor import DriftGuard
 from fxhybrid.budget import Budget, check_budget
+from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler import Signature
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
 from fxhybrid.report import Report, make_report
-from fxhybrid.step import Step, StepCall, check_call
 from fxhybrid.work import StepWork
 
 M = TypeVar("M", bound=nn.Module)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from fxhybrid.budget import Budget, check_budget, check_bytes
+from fxhybrid.capture.step import Loss
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.solvers.base import Solver
-from fxhybrid.step import Loss
 
 SOLVERS = ("auto", "mps", "ilp")
 COMPRESSIONS = ("auto", "lossless", "off")

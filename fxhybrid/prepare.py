@@ -9,10 +9,11 @@ from functools import cached_property
 from torch import Tensor
 
 from fxhybrid.budget import optimizer_bytes, storage_bytes
-from fxhybrid.capture import Capture, capture
+from fxhybrid.capture.capture import Capture, capture
+from fxhybrid.capture.joint_graph import JointGraph
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.gradient_error import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
-from fxhybrid.graph import JointGraph
 from fxhybrid.ir.plan import Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import lower
@@ -25,7 +26,6 @@ from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.passes.to_problem import CodecChoices, calls_of, problem_of
 from fxhybrid.profile import Profile, profile_calls
-from fxhybrid.step import Step, StepCall
 
 
 @dataclass(frozen=True, eq=False)

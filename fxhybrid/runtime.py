@@ -10,7 +10,7 @@ from torch._functorch._aot_autograd.runtime_wrappers import make_output_handler
 from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
 from torch.autograd.function import once_differentiable
 
-from fxhybrid.graph import InputKind, JointGraph, OutputKind
+from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
 from fxhybrid.passes.split import SplitGraphs
 
 _DIFFERENTIABLE = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)

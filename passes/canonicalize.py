@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 import fxhybrid.mask_ops  # noqa: F401  (registers keep_mask and apply_mask)
-from fxhybrid.graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
+from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
 from fxhybrid.passes.edit import call, tangent_free
 from fxhybrid.passes.layout import is_random
 from fxhybrid.passes.lean import lean_batch_norm, parameter_gradients_first, split_convolution_gradients

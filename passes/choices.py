@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 import fxhybrid.norm_ops  # noqa: F401  (registers batch_norm_backward)
+from fxhybrid.capture.joint_graph import Phase, phase_of
 from fxhybrid.codecs import TensorMeta, candidate_codecs, get_codec
-from fxhybrid.graph import Phase, phase_of
 from fxhybrid.passes.layout import Layout
 from fxhybrid.passes.to_problem import CodecChoices
 

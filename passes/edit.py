@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhybrid.graph import TAG, InputKind, JointGraph, NodeTag, Phase
+from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, Phase
 
 
 def call(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhybrid.graph import JointGraph
+from fxhybrid.capture.joint_graph import JointGraph
 
 
 def fingerprint(joint: JointGraph) -> str:

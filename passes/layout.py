@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhybrid.graph import InputKind, JointGraph, OutputKind, Phase, node_name, phase_of, storages
+from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phase, node_name, phase_of, storages
 
 aten = torch.ops.aten
 

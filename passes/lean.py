@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 import fxhybrid.norm_ops  # noqa: F401  (registers batch_norm_backward)
-from fxhybrid.graph import JointGraph, Phase, phase_of
+from fxhybrid.capture.joint_graph import JointGraph, Phase, phase_of
 from fxhybrid.passes.edit import call, output_parts
 
 aten = torch.ops.aten

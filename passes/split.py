@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx.graph import _BoxedCodeGen
 
-from fxhybrid.graph import InputKind, JointGraph, OutputKind, Phase, phase_of
+from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phase, phase_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxhybrid.capture.joint_graph import InputKind, JointGraph
 from fxhybrid.codecs import TensorMeta, get_codec
-from fxhybrid.graph import InputKind, JointGraph
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
 from fxhybrid.passes.layout import Layout, OpCall, fused_form
 from fxhybrid.profile import Call, OpCost, Profile, call_of

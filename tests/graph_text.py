@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxhybrid.graph import TAG, JointGraph
+from fxhybrid.capture.joint_graph import TAG, JointGraph
 
 
 def graph_text(graph: JointGraph | fx.GraphModule) -> str:

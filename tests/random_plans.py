@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from fxhybrid.accuracy.step_result import StepResult, observe_step
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import get_codec
 from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Compress
 from fxhybrid.ir.problem import Problem
@@ -14,7 +15,6 @@ from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.options import make_options
 from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.runtime import StepFunction
-from fxhybrid.step import Step, StepCall
 from fxhybrid.suite import SuiteCase, load
 
 

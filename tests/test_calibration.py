@@ -16,6 +16,7 @@ from fxhybrid.accuracy.attribution import Neighbours, neighbours, tensor_errors
 from fxhybrid.accuracy.calibration import calibrate
 from fxhybrid.accuracy.compression_trial import LossyStep
 from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.ir.plan import SAVE, Actions, Compress
 from fxhybrid.ir.problem import Problem
@@ -23,7 +24,6 @@ from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
 from fxhybrid.prepare import Prepared, build_graphs, prepare
 from fxhybrid.solvers.base import plan_error
-from fxhybrid.step import Step, StepCall
 
 
 def net() -> nn.Sequential:

@@ -9,8 +9,8 @@ import torch
 
 import fxhybrid
 from fxhybrid.accuracy.step_result import observe_step
+from fxhybrid.capture.step import Step
 from fxhybrid.measure import measure_step
-from fxhybrid.step import Step
 from fxhybrid.suite import SuiteCase, load, names
 
 QUICK = ("mobilenetv2", "bert")

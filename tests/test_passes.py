@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxhybrid.capture import capture
+from fxhybrid.capture.capture import capture
+from fxhybrid.capture.joint_graph import JointGraph
+from fxhybrid.capture.step import Step
 from fxhybrid.codecs import get_codec
 from fxhybrid.gradient_error import error_table, lossy_groups
-from fxhybrid.graph import JointGraph
 from fxhybrid.ir.plan import RECOMPUTE, Action, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import lower
@@ -24,7 +25,6 @@ from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import split
 from fxhybrid.passes.to_problem import calls_of, problem_of
 from fxhybrid.profile import profile_calls
-from fxhybrid.step import Step
 from tests.graph_text import graph_text
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, fx
 
 import fxhybrid.norm_ops  # noqa: F401  (registers batch_norm_backward)
+from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
 from fxhybrid.codecs import channels_per_row
-from fxhybrid.graph import InputKind, JointGraph, OutputKind
 from fxhybrid.passes.layout import Layout, OpCall
 from fxhybrid.passes.split import SplitGraphs
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import BudgetError, InvalidArgument
-from fxhybrid.step import Step, StepCall
 
 if TYPE_CHECKING:
     from fxhybrid.compiler import Signature

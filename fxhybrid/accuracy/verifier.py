@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fxhybrid.accuracy.step_result import StepResult, observe_step, relative_difference
 from fxhybrid.budget import available_bytes
-from fxhybrid.capture import Capture
+from fxhybrid.capture.capture import Capture
+from fxhybrid.capture.joint_graph import InputKind, JointGraph
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import CaptureError, format_bytes
-from fxhybrid.graph import InputKind, JointGraph
 from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.runtime import StepFunction
-from fxhybrid.step import Step, StepCall
 
 SAME_GRAPH = 1e-3  # relative gradient difference above which a capture is not the user's model
 LOW_PRECISION = 5e-2  # the same where bfloat16 or float16 is involved

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxhybrid.graph import TAG
+from fxhybrid.capture.joint_graph import TAG
 
 aten = torch.ops.aten
 

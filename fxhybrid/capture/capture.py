@@ -21,9 +21,19 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext
 from torch.utils import _pytree as pytree
 
+from fxhybrid.capture.fake_tensor_fixes import follow_kernels
+from fxhybrid.capture.joint_graph import (
+    TAG,
+    InputKind,
+    InputRole,
+    JointGraph,
+    NodeTag,
+    OutputKind,
+    OutputRole,
+    Phase,
+    node_name,
+)
 from fxhybrid.errors import CaptureError, FxHybridError
-from fxhybrid.graph import TAG, InputKind, InputRole, JointGraph, NodeTag, OutputKind, OutputRole, Phase, node_name
-from fxhybrid.kernel_facts import follow_kernels
 from fxhybrid.recurrent import make_opaque
 
 FlatFunction = Callable[..., Sequence[Any]]
