@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-import fxhybrid.mask_ops  # noqa: F401  (registers keep_mask and apply_mask)
+import fxhybrid.ops.masks  # noqa: F401  (registers keep_mask and apply_mask)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
 from fxhybrid.passes.edit import call, tangent_free
 from fxhybrid.passes.layout import is_random

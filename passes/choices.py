@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-import fxhybrid.norm_ops  # noqa: F401  (registers batch_norm_backward)
+import fxhybrid.ops.batch_norm  # noqa: F401  (registers batch_norm_backward)
 from fxhybrid.capture.joint_graph import Phase, phase_of
 from fxhybrid.codecs import TensorMeta, candidate_codecs, get_codec
 from fxhybrid.passes.layout import Layout

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-import fxhybrid.norm_ops  # noqa: F401  (registers batch_norm_backward)
+import fxhybrid.ops.batch_norm  # noqa: F401  (registers batch_norm_backward)
 from fxhybrid.capture.joint_graph import JointGraph, Phase, phase_of
 from fxhybrid.passes.edit import call, output_parts
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import fxhybrid.norm_ops  # noqa: F401  (registers batch_norm_backward)
+import fxhybrid.ops.batch_norm  # noqa: F401  (registers batch_norm_backward)
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
 from fxhybrid.codecs import channels_per_row
 from fxhybrid.passes.layout import Layout, OpCall

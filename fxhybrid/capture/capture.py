@@ -34,7 +34,7 @@ from fxhybrid.capture.joint_graph import (
     node_name,
 )
 from fxhybrid.errors import CaptureError, FxHybridError
-from fxhybrid.recurrent import make_opaque
+from fxhybrid.ops.recurrent import make_opaque
 
 FlatFunction = Callable[..., Sequence[Any]]
 
