@@ -22,7 +22,7 @@ from benchmarks.training_tasks import Task, digits, language, packages
 from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, register
-from fxhybrid.codecs.reference import pack_rows
+from fxhybrid.codecs.kernels.reference import pack_rows
 from fxhybrid.codecs.rowwise_compiled import CompiledRowwise
 from fxhybrid.ir.plan import SAVE, Action, Compress
 from fxhybrid.ir.schedule import lower

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxhybrid.codecs import TensorMeta, casts, get_codec, native, rowwise_compiled
-from fxhybrid.codecs.kernels import kernels_for
-from fxhybrid.codecs.native import native_kernels
+from fxhybrid.codecs import TensorMeta, casts, get_codec, rowwise_compiled
+from fxhybrid.codecs.kernels import cpu as native
+from fxhybrid.codecs.kernels.cpu import native_kernels
+from fxhybrid.codecs.kernels.protocol import kernels_for
 from fxhybrid.codecs.rowwise_library import LibraryRowwise
 from tests.codec_parts import plain_aten, round_trip
 

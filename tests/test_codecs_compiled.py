@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxhybrid.codecs import Codec, TensorMeta, reference
+from fxhybrid.codecs import Codec, TensorMeta
+from fxhybrid.codecs.kernels import reference
 from fxhybrid.codecs.rowwise_compiled import CompiledRowwise, ReferenceRowwise
 from fxhybrid.measure import memory_rise
 from tests.codec_parts import BITS, ROOT, ROW, USUAL_ERROR, relative_error, round_trip

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SAY_KEY = "from fxhybrid.codecs.native import kernels_key; print(kernels_key())"
+SAY_KEY = "from fxhybrid.codecs.kernels.cpu import kernels_key; print(kernels_key())"
 
 
 def started(cache: Path, **environment: str) -> subprocess.Popen[str]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs import TensorMeta, base, candidate_codecs, get_codec, register
+from fxhybrid.codecs import TensorMeta, candidate_codecs, get_codec, register
+from fxhybrid.codecs import codec as base
 from fxhybrid.codecs.rowwise_library import LibraryRowwise
 from fxhybrid.errors import CodecError
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs import Codec, TensorMeta, casts, channelwise, get_codec, reference, rowwise_compiled
+from fxhybrid.codecs import Codec, TensorMeta, casts, channelwise, get_codec, rowwise_compiled
+from fxhybrid.codecs.kernels import reference
 from fxhybrid.codecs.rowwise_compiled import CompiledRowwise, ReferenceRowwise
 from tests.codec_parts import BITS, ROOT, plain_aten
 
@@ -34,7 +35,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         return
     from triton.runtime import interpreter
 
-    from fxhybrid.codecs.triton_kernels import TritonKernels
+    from fxhybrid.codecs.kernels.cuda import TritonKernels
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)

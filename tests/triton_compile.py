@@ -8,8 +8,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxhybrid.codecs import triton_kernels
-from fxhybrid.codecs.kernels import FP8_BLOCK
+from fxhybrid.codecs.kernels import cuda as triton_kernels
+from fxhybrid.codecs.kernels.reference import FP8_BLOCK
 
 TARGET = GPUTarget("cuda", 80, 32)
 POINTERS = {"codes": "*u8", "parameters": "*fp32", "units": "*fp32", "limit": "fp32"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from fxhybrid.codecs import TensorMeta, coarsest_lossy, get_codec, lowest_price, widths_at
-from fxhybrid.codecs.reference import PARAMETER_BYTES, code_bytes
+from fxhybrid.codecs.kernels.reference import PARAMETER_BYTES, code_bytes
 from fxhybrid.prepare import Prepared
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from fxhybrid.codecs.base import Codec, get_codec
-from fxhybrid.codecs.meta import TensorMeta
+from fxhybrid.codecs.codec import Codec, get_codec
+from fxhybrid.codecs.kernels.storage import TensorMeta
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_ROW = 64  # shorter rows pack several times slower and spend more on scales

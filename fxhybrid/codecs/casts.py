@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs import reference
-from fxhybrid.codecs.base import Codec, empty_encoded, empty_header, register
-from fxhybrid.codecs.kernels import FP8_BLOCK, kernels_for, kernels_key
-from fxhybrid.codecs.meta import TensorMeta, storage_view
+from fxhybrid.codecs.codec import Codec, empty_encoded, empty_header, register
+from fxhybrid.codecs.kernels import reference
+from fxhybrid.codecs.kernels.protocol import kernels_for, kernels_key
+from fxhybrid.codecs.kernels.reference import FP8_BLOCK
+from fxhybrid.codecs.kernels.storage import TensorMeta, storage_view
 
 _CHUNK_BLOCKS = 16
 

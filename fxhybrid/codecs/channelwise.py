@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs import reference
-from fxhybrid.codecs.base import Codec, empty_encoded, get_codec, register
-from fxhybrid.codecs.kernels import Kernels, kernels_for, kernels_key
-from fxhybrid.codecs.meta import TensorMeta
-from fxhybrid.codecs.reference import PARAMETER_BYTES
+from fxhybrid.codecs.codec import Codec, empty_encoded, get_codec, register
+from fxhybrid.codecs.kernels import reference
+from fxhybrid.codecs.kernels.protocol import Kernels, kernels_for, kernels_key
+from fxhybrid.codecs.kernels.reference import PARAMETER_BYTES
+from fxhybrid.codecs.kernels.storage import TensorMeta
 from fxhybrid.codecs.widths import STEP_ERROR
 
 _LARGEST_PART = 4096  # elements; the kernels copy a longer row to the stack if it is not of whole bytes

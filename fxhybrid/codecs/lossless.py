@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs.base import Codec, empty_header, register
-from fxhybrid.codecs.meta import TensorMeta, storage_view
+from fxhybrid.codecs.codec import Codec, empty_header, register
+from fxhybrid.codecs.kernels.storage import TensorMeta, storage_view
 from fxhybrid.errors import CodecError
 
 _NARROW_TO = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}

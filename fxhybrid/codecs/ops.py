@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs.base import get_codec
-from fxhybrid.codecs.meta import TensorMeta
+from fxhybrid.codecs.codec import get_codec
+from fxhybrid.codecs.kernels.storage import TensorMeta
 
 # kept for the life of the process: the operators go when it goes
 _LIBRARY: Any = torch.library.Library("fxhybrid", "FRAGMENT")  # type: ignore[no-untyped-call]

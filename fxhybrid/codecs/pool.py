@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs.base import Codec, empty_header, parse_integers, register
-from fxhybrid.codecs.meta import TensorMeta
+from fxhybrid.codecs.codec import Codec, empty_header, parse_integers, register
+from fxhybrid.codecs.kernels.storage import TensorMeta
 
 _PARAMETERS = "kh,kw,sh,sw,ph,pw,dh,dw,H,W"
 _CHUNK_ELEMENTS = 1 << 18

@@ -6,13 +6,11 @@ Two formats carry the same specs; which one a process uses is settled once, by w
 
 from __future__ import annotations
 
-import torch
-
-from fxhybrid.codecs.base import Codec
-from fxhybrid.codecs.meta import TensorMeta
+from fxhybrid.codecs.codec import Codec
+from fxhybrid.codecs.kernels.reference import FLOATS
+from fxhybrid.codecs.kernels.storage import TensorMeta
 from fxhybrid.errors import CodecError
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Elements worked on at a time where a float32 copy is needed: little beside the tensor, at most 256 KiB.
 _CHUNK_ELEMENTS = (1 << 12, 1 << 16)
 _CHUNKS = 32

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs import reference
-from fxhybrid.codecs.base import empty_encoded, parse_integers, register
-from fxhybrid.codecs.kernels import Kernels, kernels_for, kernels_key
-from fxhybrid.codecs.meta import TensorMeta, storage_view
-from fxhybrid.codecs.native import native_kernels
-from fxhybrid.codecs.reference import PARAMETER_BYTES
+from fxhybrid.codecs.codec import empty_encoded, parse_integers, register
+from fxhybrid.codecs.kernels import reference
+from fxhybrid.codecs.kernels.cpu import native_kernels
+from fxhybrid.codecs.kernels.protocol import Kernels, kernels_for, kernels_key
+from fxhybrid.codecs.kernels.reference import PARAMETER_BYTES
+from fxhybrid.codecs.kernels.storage import TensorMeta, storage_view
 from fxhybrid.codecs.rowwise import Rowwise, chunk_elements
 from fxhybrid.codecs.rowwise_library import LibraryRowwise
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs.meta import TensorMeta, storage_view
+from fxhybrid.codecs.kernels.storage import TensorMeta, storage_view
 from fxhybrid.codecs.rowwise import Rowwise, chunk_elements
 from fxhybrid.codecs.rowwise_kernels import (
     RowKernels,

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs.meta import TensorMeta
+from fxhybrid.codecs.kernels.storage import TensorMeta
 from fxhybrid.errors import CodecError
 
 

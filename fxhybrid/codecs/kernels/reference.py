@@ -118,3 +118,9 @@ def pack_e4m3(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def unpack_e4m3(codes: Tensor, units: Tensor) -> Tensor:
     """What :func:`pack_e4m3` made, as float32."""
     return codes.view(torch.float8_e4m3fn).float().mul_(units[:, None])
+
+
+FP8_BLOCK = 4096  # elements with one unit
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)

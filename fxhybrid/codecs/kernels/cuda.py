@@ -14,10 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxhybrid.codecs.kernels import FP8_BLOCK
-from fxhybrid.codecs.meta import storage_view
-from fxhybrid.codecs.reference import PARAMETER_BYTES
-from fxhybrid.codecs.rowwise import FLOATS
+from fxhybrid.codecs.kernels.reference import FLOATS, FP8_BLOCK, PARAMETER_BYTES
+from fxhybrid.codecs.kernels.storage import storage_view
 
 _BLOCK = 1024  # elements or bytes of a row that one program looks at together
 _PROGRAM = 2048  # elements that one program looks at together, over all its rows

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs.native_casts import CASTS
-from fxhybrid.codecs.native_source import ROWS
-from fxhybrid.codecs.reference import PARAMETER_BYTES
+from fxhybrid.codecs.kernels.cpu_casts_source import CASTS
+from fxhybrid.codecs.kernels.cpu_rows_source import ROWS
+from fxhybrid.codecs.kernels.reference import PARAMETER_BYTES
 
 _SOURCE = ROWS + CASTS
 _BUILD_LIMIT_S = 120  # a build takes one second

@@ -10,10 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs.native import kernels_key as native_key
-from fxhybrid.codecs.native import native_kernels
-
-FP8_BLOCK = 4096  # elements with one unit
+from fxhybrid.codecs.kernels.cpu import kernels_key as native_key
+from fxhybrid.codecs.kernels.cpu import native_kernels
 
 
 class Kernels(Protocol):
@@ -71,7 +69,7 @@ def _cuda_kernels() -> Kernels | None:
     """Triton's kernels; None where it is not installed."""
     if find_spec("triton") is None:
         return None
-    from fxhybrid.codecs.triton_kernels import TritonKernels
+    from fxhybrid.codecs.kernels.cuda import TritonKernels
 
     return TritonKernels()
 

@@ -1,0 +1,1 @@
+"""What writes and reads the formats: plain ATen, compiled C++, Triton."""
