@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fxhybrid
 from fxhybrid import suite
 from fxhybrid.accuracy.step_result import StepResult, observe_step
-from fxhybrid.measure import StepMeasurement, measure_step
+from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 from fxhybrid.targets import Target, suite_target
 
 Record = dict[str, Any]

@@ -26,7 +26,7 @@ from benchmarks.bars import Bar, bars_table
 from benchmarks.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
 from benchmarks.training_tasks import FOLDS, Task, digits, language, packages
 from fxhybrid.extras import require
-from fxhybrid.measure import measure_step
+from fxhybrid.profiling.allocator import measure_step
 
 POINTS, LOSS_SHARE = 0.3, 0.01
 CONFIDENCE = 0.95

@@ -20,8 +20,8 @@ from fxhybrid.errors import (
 )
 from fxhybrid.frontier import Frontier, frontier
 from fxhybrid.ir.plan import Plan
-from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.module import HybridModule
+from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 from fxhybrid.version import __version__
 
 __all__ = [

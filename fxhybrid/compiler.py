@@ -10,7 +10,6 @@ from typing import Any
 
 from fxhybrid.accuracy.replan_loop import WithinError, measured_plan, plans_within_error
 from fxhybrid.accuracy.verifier import CaptureCheck, Verifier
-from fxhybrid.budget import gradient_bytes
 from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.carried import carried_actions, named_actions, versions
@@ -20,6 +19,7 @@ from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
 from fxhybrid.planning import PlanMaker, carried_plan, error_target, solve_for
 from fxhybrid.prepare import build_graphs, prepare
+from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.base import Ladder, Rung

@@ -8,7 +8,6 @@ from functools import cached_property
 
 from torch import Tensor
 
-from fxhybrid.budget import optimizer_bytes, storage_bytes
 from fxhybrid.capture.capture import Capture, capture
 from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.step import Step, StepCall
@@ -25,7 +24,8 @@ from fxhybrid.passes.layout import Layout, layout_of
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.passes.to_problem import CodecChoices, calls_of, problem_of
-from fxhybrid.profile import Profile, profile_calls
+from fxhybrid.profiling.op_profiler import Profile, profile_calls
+from fxhybrid.profiling.state_bytes import optimizer_bytes, storage_bytes
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 from fxhybrid.passes.layout import Layout, OpCall
-from fxhybrid.profile import call_of
+from fxhybrid.profiling.op_profiler import call_of
 
 
 @dataclass(frozen=True)

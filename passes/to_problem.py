@@ -13,7 +13,7 @@ from fxhybrid.capture.joint_graph import InputKind, JointGraph
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
 from fxhybrid.passes.layout import Layout, OpCall, fused_form
-from fxhybrid.profile import Call, OpCost, Profile, call_of
+from fxhybrid.profiling.op_profiler import Call, OpCost, Profile, call_of
 
 CodecChoices = Mapping[int, tuple[str, ...]]
 

@@ -11,9 +11,9 @@ from fxhybrid.codecs import get_codec
 from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.options import make_options
 from fxhybrid.prepare import Prepared, build_graphs, prepare
+from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 from fxhybrid.runtime import StepFunction
 from fxhybrid.suite import SuiteCase, load
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fxhybrid.codecs import Codec, TensorMeta
 from fxhybrid.codecs.kernels import reference
 from fxhybrid.codecs.rowwise_compiled import CompiledRowwise, ReferenceRowwise
-from fxhybrid.measure import memory_rise
+from fxhybrid.profiling.allocator import memory_rise
 from tests.codec_parts import BITS, ROOT, ROW, USUAL_ERROR, relative_error, round_trip
 
 

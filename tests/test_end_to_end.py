@@ -10,7 +10,7 @@ import torch
 import fxhybrid
 from fxhybrid.accuracy.step_result import observe_step
 from fxhybrid.capture.step import Step
-from fxhybrid.measure import measure_step
+from fxhybrid.profiling.allocator import measure_step
 from fxhybrid.suite import SuiteCase, load, names
 
 QUICK = ("mobilenetv2", "bert")

@@ -20,7 +20,7 @@ from fxhybrid.federated.planning import FleetPlanner
 from fxhybrid.federated.simulation import SimulatedDevice, SimulatedMemory
 from fxhybrid.federated.wire import to_arrays
 from fxhybrid.ir.plan import Plan
-from fxhybrid.measure import measure_step
+from fxhybrid.profiling.allocator import measure_step
 from tests.federated_parts import PLENTY, tiny_task
 
 TASK = tiny_task()

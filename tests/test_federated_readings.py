@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fxhybrid.errors import FxHybridError, InvalidArgument
-from fxhybrid.federated.readings import MemoryReading, read_memory
+from fxhybrid.profiling.system_memory import MemoryReading, read_memory
 
 MIB = 1 << 20
 KIB = 1024

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxhybrid.errors import InvalidArgument, ProfileError
-from fxhybrid.measure import measure_step, memory_rise, memory_rises
+from fxhybrid.profiling.allocator import measure_step, memory_rise, memory_rises
 
 MIB = 1 << 20
 SCALARS = 64  # a sum, its gradient, a Python number made a tensor (12 B): always below this

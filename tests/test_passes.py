@@ -16,7 +16,6 @@ from fxhybrid.gradient_error import error_table, lossy_groups
 from fxhybrid.ir.plan import RECOMPUTE, Action, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import lower
-from fxhybrid.made_up import made_up_arguments
 from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.choices import codec_choices
 from fxhybrid.passes.fingerprint import fingerprint
@@ -24,7 +23,8 @@ from fxhybrid.passes.layout import Layout, layout_of
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import split
 from fxhybrid.passes.to_problem import calls_of, problem_of
-from fxhybrid.profile import profile_calls
+from fxhybrid.profiling.op_profiler import profile_calls
+from fxhybrid.profiling.synthetic_inputs import made_up_arguments
 from tests.graph_text import graph_text
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxhybrid import suite
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.measure import measure_step
+from fxhybrid.profiling.allocator import measure_step
 from fxhybrid.suite import SuiteCase
 from fxhybrid.suite.case import smooth_images, word_ids
 

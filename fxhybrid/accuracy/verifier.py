@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fxhybrid.accuracy.step_result import StepResult, observe_step, relative_difference
-from fxhybrid.budget import available_bytes
 from fxhybrid.capture.capture import Capture
 from fxhybrid.capture.joint_graph import InputKind, JointGraph
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import CaptureError, format_bytes
 from fxhybrid.passes.split import SplitGraphs
+from fxhybrid.profiling.system_memory import available_bytes
 from fxhybrid.runtime import StepFunction
 
 SAME_GRAPH = 1e-3  # relative gradient difference above which a capture is not the user's model

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fxhybrid.api import compile
 from fxhybrid.demo.tasks import Batch, Task
 from fxhybrid.errors import BudgetError
-from fxhybrid.measure import StepMeasurement, measure_step
 from fxhybrid.module import HybridModule
+from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 
 MARGIN = 1.02  # over the smallest known peak, where a share is out of reach
 PAIRS = 11

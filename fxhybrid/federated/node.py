@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from fxhybrid.budget import available_bytes
 from fxhybrid.devices import DeviceProfile
 from fxhybrid.federated.client import LocalWork, Trainer, reply_facts
-from fxhybrid.federated.guard import data_limit
 from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.tasks import Task, digits_task, text_task
 from fxhybrid.federated.transport import is_out_of_memory
 from fxhybrid.ir.plan import Plan
+from fxhybrid.profiling.system_memory import available_bytes, data_limit
 
 GUARD_SLACK_BYTES = 64 << 20  # what libraries and the C library take beside the tensors of a step
 ASSUMED_BYTES_PER_S = 1e6

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.readings import MemoryReading, read_memory
 from fxhybrid.federated.traces import MemoryTrace
+from fxhybrid.profiling.system_memory import MemoryReading, read_memory
 
 
 def record_trace(

@@ -30,10 +30,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from fxhybrid.budget import storage_bytes
 from fxhybrid.errors import ProfileError
-from fxhybrid.made_up import made_up_arguments
-from fxhybrid.measure import Recording, recording
+from fxhybrid.profiling.allocator import Recording, recording
+from fxhybrid.profiling.state_bytes import storage_bytes
+from fxhybrid.profiling.synthetic_inputs import made_up_arguments
 
 ROUNDS = 2  # over all calls
 FEWEST_RUNS, MOST_RUNS = 2, 4  # of a call, in each round

@@ -9,7 +9,9 @@ allocator holds here.
 from __future__ import annotations
 
 import importlib
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,3 +129,71 @@ def _read_cuda(device: str) -> MemoryReading:
     free, total = torch.cuda.mem_get_info(device)
     own = int(torch.cuda.memory_reserved(device))
     return MemoryReading(int(free) + own, own, int(total))
+
+
+def available_bytes() -> int:
+    """Memory that this process can still take: free memory, the control group's and the process's limits."""
+    limits = [_meminfo("MemAvailable")]
+    used = _status("VmData")
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            limits.append(soft - (used if kind == resource.RLIMIT_DATA else _status("VmSize")))
+    limits.append(_cgroup_free())
+    return max(min(limits), 0)
+
+
+def _meminfo(field: str) -> int:
+    return _field(Path("/proc/meminfo"), field)
+
+
+def _status(field: str) -> int:
+    return _field(Path("/proc/self/status"), field) if Path("/proc/self/status").exists() else 0
+
+
+def _field(path: Path, field: str) -> int:
+    """Bytes of one ``Name:  n kB`` line; without the file, as much as can be (nothing is known)."""
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 1 << 62
+
+
+def _cgroup_free() -> int:
+    root = Path("/sys/fs/cgroup")
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return int((root / limit).read_text()) - int((root / usage).read_text())
+        except (OSError, ValueError):
+            continue
+    return 1 << 62
+
+
+@contextmanager
+def data_limit(extra_bytes: int) -> Iterator[None]:
+    """Within the block the process may take ``extra_bytes`` of private memory beyond what it has now.
+
+    An allocation above that raises MemoryError, or torch's RuntimeError. The limit is the whole process's: use it
+    where the process serves one device.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = data_bytes() + extra_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def data_bytes() -> int:
+    """Private writable memory of this process: what ``RLIMIT_DATA`` bounds."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) << 10
+    return 0

@@ -1,0 +1,1 @@
+"""What this device really does: seconds, allocator peaks, free memory."""
