@@ -12,18 +12,18 @@ from fxhybrid.capture.capture import Capture, capture
 from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, get_codec
-from fxhybrid.gradient_error import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
 from fxhybrid.ir.plan import Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import lower
 from fxhybrid.options import Options
+from fxhybrid.passes.build_problem import CodecChoices, calls_of, problem_of
 from fxhybrid.passes.canonicalize import canonicalize
-from fxhybrid.passes.choices import codec_choices
+from fxhybrid.passes.codec_choices import codec_choices
+from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
 from fxhybrid.passes.fingerprint import fingerprint
-from fxhybrid.passes.layout import Layout, layout_of
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
-from fxhybrid.passes.to_problem import CodecChoices, calls_of, problem_of
+from fxhybrid.passes.storages import Layout, layout_of
 from fxhybrid.profiling.op_profiler import Profile, profile_calls
 from fxhybrid.profiling.state_bytes import optimizer_bytes, storage_bytes
 

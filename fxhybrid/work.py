@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
-from fxhybrid.passes.layout import Layout, OpCall
+from fxhybrid.passes.storages import Layout, OpCall
 from fxhybrid.profiling.op_profiler import call_of
 
 

@@ -14,9 +14,9 @@ from torch import fx
 
 import fxhybrid.ops.masks  # noqa: F401  (registers keep_mask and apply_mask)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
-from fxhybrid.passes.edit import call, tangent_free
-from fxhybrid.passes.layout import is_random
-from fxhybrid.passes.lean import lean_batch_norm, parameter_gradients_first, split_convolution_gradients
+from fxhybrid.passes.graph_edit import call, tangent_free
+from fxhybrid.passes.low_memory_backward import lean_batch_norm, parameter_gradients_first, split_convolution_gradients
+from fxhybrid.passes.storages import is_random
 
 aten = torch.ops.aten
 Pass = Callable[[JointGraph], None]

@@ -15,7 +15,7 @@ from torch import fx
 import fxhybrid.codecs  # noqa: F401  (registers the compress and decompress operators)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase
 from fxhybrid.ir.schedule import Instruction, Kind, Schedule, without_mask
-from fxhybrid.passes.layout import Layout, OpCall, fused_form, recompute_form
+from fxhybrid.passes.storages import Layout, OpCall, fused_form, recompute_form
 
 
 def rewrite(joint: JointGraph, layout: Layout, schedule: Schedule) -> JointGraph:

@@ -12,17 +12,17 @@ from fxhybrid.capture.capture import capture
 from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.step import Step
 from fxhybrid.codecs import get_codec
-from fxhybrid.gradient_error import error_table, lossy_groups
 from fxhybrid.ir.plan import RECOMPUTE, Action, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import lower
+from fxhybrid.passes.build_problem import calls_of, problem_of
 from fxhybrid.passes.canonicalize import canonicalize
-from fxhybrid.passes.choices import codec_choices
+from fxhybrid.passes.codec_choices import codec_choices
+from fxhybrid.passes.error_prior import error_table, lossy_groups
 from fxhybrid.passes.fingerprint import fingerprint
-from fxhybrid.passes.layout import Layout, layout_of
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import split
-from fxhybrid.passes.to_problem import calls_of, problem_of
+from fxhybrid.passes.storages import Layout, layout_of
 from fxhybrid.profiling.op_profiler import profile_calls
 from fxhybrid.profiling.synthetic_inputs import made_up_arguments
 from tests.graph_text import graph_text

@@ -22,8 +22,8 @@ from torch import Tensor, fx
 import fxhybrid.ops.batch_norm  # noqa: F401  (registers batch_norm_backward)
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
 from fxhybrid.codecs import channels_per_row
-from fxhybrid.passes.layout import Layout, OpCall
 from fxhybrid.passes.split import SplitGraphs
+from fxhybrid.passes.storages import Layout, OpCall
 
 aten = torch.ops.aten
 CONVOLUTION = aten.convolution_backward.default

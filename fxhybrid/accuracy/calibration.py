@@ -21,9 +21,9 @@ from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.codecs.channelwise import Channelwise
 from fxhybrid.codecs.widths import STEP_ERROR
-from fxhybrid.gradient_error import ErrorTable, lossy_groups
 from fxhybrid.ir.plan import Actions
-from fxhybrid.passes.to_problem import CodecChoices
+from fxhybrid.passes.build_problem import CodecChoices
+from fxhybrid.passes.error_prior import ErrorTable, lossy_groups
 from fxhybrid.prepare import Prepared, build_graphs
 from fxhybrid.progress import tracked
 

@@ -9,7 +9,7 @@ from torch import fx
 
 import fxhybrid.ops.batch_norm  # noqa: F401  (registers batch_norm_backward)
 from fxhybrid.capture.joint_graph import JointGraph, Phase, phase_of
-from fxhybrid.passes.edit import call, output_parts
+from fxhybrid.passes.graph_edit import call, output_parts
 
 aten = torch.ops.aten
 LARGE = 2  # batch norms of at least 1 / LARGE of the largest input are made lean

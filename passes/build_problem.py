@@ -12,7 +12,7 @@ from torch import fx
 from fxhybrid.capture.joint_graph import InputKind, JointGraph
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
-from fxhybrid.passes.layout import Layout, OpCall, fused_form
+from fxhybrid.passes.storages import Layout, OpCall, fused_form
 from fxhybrid.profiling.op_profiler import Call, OpCost, Profile, call_of
 
 CodecChoices = Mapping[int, tuple[str, ...]]

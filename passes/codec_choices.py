@@ -12,8 +12,8 @@ from torch import fx
 import fxhybrid.ops.batch_norm  # noqa: F401  (registers batch_norm_backward)
 from fxhybrid.capture.joint_graph import Phase, phase_of
 from fxhybrid.codecs import TensorMeta, candidate_codecs, get_codec
-from fxhybrid.passes.layout import Layout
-from fxhybrid.passes.to_problem import CodecChoices
+from fxhybrid.passes.build_problem import CodecChoices
+from fxhybrid.passes.storages import Layout
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from fxhybrid.capture.joint_graph import node_name
 from fxhybrid.codecs import get_codec
-from fxhybrid.passes.layout import Layout
-from fxhybrid.passes.to_problem import CodecChoices
+from fxhybrid.passes.build_problem import CodecChoices
+from fxhybrid.passes.storages import Layout
 
 # Relative gradient error of a whole group at 4 bits, for when nothing can be measured: a cautious guess, about the
 # worst group seen so far (the convolution inputs of a MobileNetV2 at random initialisation).
