@@ -39,8 +39,8 @@ from benchmarks.bars import bar_of, bars_table
 from benchmarks.common import wide_console
 from fxhybrid.ir.problem import Op, Problem, Tensor
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.solvers.ilp import IlpSolver
-from fxhybrid.solvers.min_peak import MinPeakSolver
+from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
+from fxhybrid.solvers.ilp.solver import IlpSolver
 
 LENGTHS = (8, 12, 16, 20)
 SHARES = (0.0, 0.3, 0.6)

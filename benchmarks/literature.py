@@ -23,7 +23,7 @@ from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action
 from fxhybrid.ir.problem import Problem, without_codecs
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import Ladder
-from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.mps.frontier_search import build_ladder
 
 Actions = dict[int, Action]
 GRAINS = 2000  # sizes are rounded up to one part in so many of the capacity

@@ -16,7 +16,7 @@ from fxhybrid.carried import named_actions
 from fxhybrid.ir.problem import without_codecs, without_recomputation
 from fxhybrid.planning import ERROR_MARGIN
 from fxhybrid.solvers.base import Rung
-from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.mps.frontier_search import build_ladder
 
 SHARES = (0.8, 0.65, 0.5, 0.4)
 CHEAP_SHARE = {"resnet50": 0.65}  # parameters and gradients alone are 0.38 of its peak

@@ -20,7 +20,7 @@ from fxhybrid.errors import format_bytes
 from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Action, Actions, Compress
 from fxhybrid.ir.problem import Problem, without_codecs
 from fxhybrid.ir.simulator import Timeline, simulate_actions
-from fxhybrid.solvers.mps import build_ladder
+from fxhybrid.solvers.mps.frontier_search import build_ladder
 
 NEAR_PEAK = 0.98  # heights above this share of the peak count
 

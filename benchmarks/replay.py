@@ -30,10 +30,10 @@ from fxhybrid.ir.problem import CodecOption, Op, Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
 from fxhybrid.prepare import prepare
-from fxhybrid.solvers.ilp import IlpSolver
-from fxhybrid.solvers.min_peak import MinPeakSolver
-from fxhybrid.solvers.mps import build_ladder
-from fxhybrid.solvers.planset import PlanSet, laddered
+from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
+from fxhybrid.solvers.ilp.solver import IlpSolver
+from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.portfolio.known_plans import PlanSet, laddered
 from fxhybrid.targets import suite_target
 
 SHARES = (0.1, 0.4, 0.7)  # of the way from the smallest peak to that of the save-all step

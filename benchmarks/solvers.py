@@ -30,9 +30,9 @@ from fxhybrid.ir.plan import GAP_FLOOR_SHARE
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import Ladder
-from fxhybrid.solvers.ilp import IlpSolver
-from fxhybrid.solvers.mps import build_ladder
-from fxhybrid.solvers.planset import PlanSet
+from fxhybrid.solvers.ilp.solver import IlpSolver
+from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.portfolio.known_plans import PlanSet
 
 PARTS = ("corpus", "families")
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)

@@ -23,7 +23,7 @@ from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.base import Ladder, Rung
-from fxhybrid.solvers.planset import KnownPlan, PlanSet, laddered, smallest_of
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, laddered, smallest_of
 from fxhybrid.work import StepWork, work_of
 
 CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step

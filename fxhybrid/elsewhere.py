@@ -6,7 +6,7 @@ from fxhybrid.devices import DeviceProfile, problem_on
 from fxhybrid.ir.plan import GradientError, Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.base import Rung
-from fxhybrid.solvers.planset import laddered
+from fxhybrid.solvers.portfolio.known_plans import laddered
 from fxhybrid.work import StepWork
 
 

@@ -22,7 +22,7 @@ from fxhybrid.errors import BudgetError, InvalidArgument, format_bytes
 from fxhybrid.extras import require
 from fxhybrid.module import wrap
 from fxhybrid.options import make_options
-from fxhybrid.solvers.planset import PlanSet
+from fxhybrid.solvers.portfolio.known_plans import PlanSet
 
 DEFAULT_COUNT = 12
 FRONTIER_FORMAT = 2

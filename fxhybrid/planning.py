@@ -9,9 +9,9 @@ from fxhybrid.errors import PlanError, PlanMismatchError
 from fxhybrid.ir.plan import Actions, Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
-from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.base import Rung, Status
-from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, judged, laddered
+from fxhybrid.solvers.portfolio.solvers import AutoSolver
 
 ILP_SECONDS = 15.0
 ILP_LEAST_SECONDS = 2.0  # of a round that comes when these are used up

@@ -18,7 +18,7 @@ from fxhybrid import HybridModule, InvalidArgument, Plan, PlanMismatchError
 from fxhybrid.ir.plan import Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.base import SolveResult
-from fxhybrid.solvers.ilp import IlpSolver
+from fxhybrid.solvers.ilp.solver import IlpSolver
 from tests.compare import tight_twins, tighten, total, twins
 from tests.models import WIDTH, mlp, rows
 

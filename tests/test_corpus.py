@@ -12,8 +12,8 @@ from fxhybrid.ir.plan import RECOMPUTE, SAVE, Actions, Compress
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import Solver, Status
-from fxhybrid.solvers.ilp import IlpSolver
-from fxhybrid.solvers.oracle import OracleSolver
+from fxhybrid.solvers.exhaustive import OracleSolver
+from fxhybrid.solvers.ilp.solver import IlpSolver
 
 EXACT: tuple[Solver, ...] = (OracleSolver(), IlpSolver(gap=0.0))
 

@@ -11,10 +11,10 @@ from fxhybrid.errors import InvalidArgument, PlanError
 from fxhybrid.ir.plan import RECOMPUTE, SAVE, Actions, Compress
 from fxhybrid.ir.problem import CodecOption, Op, Problem, Tensor
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.solvers import ilp
-from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.base import SolveResult, Status, plan_error
-from fxhybrid.solvers.ilp import IlpSolver
+from fxhybrid.solvers.ilp import solver as ilp
+from fxhybrid.solvers.ilp.solver import IlpSolver
+from fxhybrid.solvers.portfolio.solvers import AutoSolver
 from tests.problems import choices, random_actions, random_problem, small_problems
 
 SHARES = (0.0, 0.02, 0.3, 0.65, 0.95)

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from fxhybrid.ir.plan import RECOMPUTE
-from fxhybrid.solvers.lp_bound import added_lower_bound
-from fxhybrid.solvers.oracle import OracleSolver
+from fxhybrid.solvers.exhaustive import OracleSolver
+from fxhybrid.solvers.ilp.lp_bound import added_lower_bound
 from tests.problems import small_problems
 from tests.test_corpus import independent
 

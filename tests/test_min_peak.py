@@ -8,8 +8,8 @@ from fxhybrid.ir.plan import RECOMPUTE
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
-from fxhybrid.solvers.min_peak import MinPeakSolver
-from fxhybrid.solvers.oracle import OracleSolver
+from fxhybrid.solvers.exhaustive import OracleSolver
+from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from tests.problems import random_problem, small_problems
 from tests.test_corpus import independent
 

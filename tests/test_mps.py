@@ -16,13 +16,13 @@ from fxhybrid.ir.problem import CodecOption, Op, Problem, Tensor, without_codecs
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import Ladder, Rung, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
-from fxhybrid.solvers.choices import Choices
-from fxhybrid.solvers.footprint import Footprints
-from fxhybrid.solvers.grid import FIRST_CODEC, RECOMPUTED, SAVED
-from fxhybrid.solvers.min_peak import MinPeakSolver
-from fxhybrid.solvers.mps import build_ladder
-from fxhybrid.solvers.mps_solver import MpsSolver
-from fxhybrid.solvers.planset import PlanSet
+from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
+from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.mps.neighbourhood import Choices
+from fxhybrid.solvers.mps.plan_state import Footprints
+from fxhybrid.solvers.mps.problem_tables import FIRST_CODEC, RECOMPUTED, SAVED
+from fxhybrid.solvers.portfolio.known_plans import PlanSet
+from fxhybrid.solvers.portfolio.solvers import MpsSolver
 from tests.problems import choices, problems, random_actions, random_problem, small_problems
 
 MAX_ERROR = 0.1

@@ -10,8 +10,8 @@ from fxhybrid.errors import InvalidArgument, PlanError
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import Status, plan_error
-from fxhybrid.solvers.ilp import IlpSolver
-from fxhybrid.solvers.oracle import OracleSolver
+from fxhybrid.solvers.exhaustive import OracleSolver
+from fxhybrid.solvers.ilp.solver import IlpSolver
 from tests.problems import choices, random_problem, small_problems
 
 

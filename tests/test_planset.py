@@ -16,8 +16,8 @@ from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
 from fxhybrid.planning import PlanMaker, solve_for
 from fxhybrid.solvers.base import Ladder, SolveResult, Status
-from fxhybrid.solvers.mps import build_ladder
-from fxhybrid.solvers.planset import KnownPlan, PlanSet, judged, laddered
+from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, judged, laddered
 from tests.problems import problems
 from tests.test_corpus import independent
 from tests.test_mps import chain_with_wide_backward

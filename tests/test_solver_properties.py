@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from fxhybrid.errors import ProblemError
 from fxhybrid.ir.problem import Op, Problem, Tensor
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.solvers.auto import AutoSolver
 from fxhybrid.solvers.base import Status
 from fxhybrid.solvers.bounds import peak_lower_bound
-from fxhybrid.solvers.ilp import IlpSolver
-from fxhybrid.solvers.lp_bound import added_lower_bound
-from fxhybrid.solvers.min_peak import MinPeakSolver
-from fxhybrid.solvers.mps import build_ladder
-from fxhybrid.solvers.mps_solver import MpsSolver
-from fxhybrid.solvers.oracle import OracleSolver
+from fxhybrid.solvers.exhaustive import OracleSolver
+from fxhybrid.solvers.ilp.lp_bound import added_lower_bound
+from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
+from fxhybrid.solvers.ilp.solver import IlpSolver
+from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.portfolio.solvers import AutoSolver, MpsSolver
 from tests.problems import problems
 
 MAX_ERROR = 0.1

@@ -18,8 +18,8 @@ from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem, without_codecs, without_recomputation
 from fxhybrid.module import HybridModule
 from fxhybrid.solvers.base import Ladder
-from fxhybrid.solvers.mps import Effort, build_ladder
-from fxhybrid.solvers.planset import judged
+from fxhybrid.solvers.mps.frontier_search import Effort, build_ladder
+from fxhybrid.solvers.portfolio.known_plans import judged
 from fxhybrid.work import StepWork
 
 MAX_ERROR = 0.05  # of the gradient, as estimated: half of the default limit

@@ -18,9 +18,9 @@ from collections.abc import Iterable
 
 from fxhybrid.ir.problem import Op
 from fxhybrid.ir.schedule import fused_op
-from fxhybrid.solvers.ilp_facts import certain_backward
-from fxhybrid.solvers.ilp_model import IlpModel, Literal, Term
-from fxhybrid.solvers.moments import Moment
+from fxhybrid.solvers.ilp.model import IlpModel, Literal, Term
+from fxhybrid.solvers.ilp.presolve import certain_backward
+from fxhybrid.solvers.ilp.program_points import Moment
 
 
 class BackwardTerms:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.problem import Problem
-from fxhybrid.solvers.choices import Choices
-from fxhybrid.solvers.descent import Descent
-from fxhybrid.solvers.footprint import Footprints
-from fxhybrid.solvers.moves import MoveTable
+from fxhybrid.solvers.mps.move_table import MoveTable
+from fxhybrid.solvers.mps.neighbourhood import Choices
+from fxhybrid.solvers.mps.plan_state import Footprints
+from fxhybrid.solvers.mps.search import Descent
 
 ERROR_PAYS = 1e-5  # share of a step that a plan's own squared error is worth: enough to choose among equals
 MOVES = 1_000

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from fxhybrid.ir.problem import CodecOption, Problem
-from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, Grid, State
+from fxhybrid.solvers.mps.problem_tables import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, Grid, State
 
 NO_GROUP = -NEVER
 MAX_KNOWN = 1 << 17  # lives remembered

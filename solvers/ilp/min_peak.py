@@ -36,10 +36,10 @@ from fxhybrid.ir.schedule import lower
 from fxhybrid.ir.simulator import simulate
 from fxhybrid.solvers.base import plan_error
 from fxhybrid.solvers.bounds import holder_in_words, peak_lower_bound
-from fxhybrid.solvers.ilp_backend import BACKENDS
-from fxhybrid.solvers.ilp_facts import completed, facts_of, reached
-from fxhybrid.solvers.ilp_model import COST_SCALE, IlpModel
-from fxhybrid.solvers.ilp_rows import MemoryRows
+from fxhybrid.solvers.ilp.backend import BACKENDS
+from fxhybrid.solvers.ilp.memory_rows import MemoryRows
+from fxhybrid.solvers.ilp.model import COST_SCALE, IlpModel
+from fxhybrid.solvers.ilp.presolve import completed, facts_of, reached
 
 ROUNDS = 400
 ROWS_PER_ROUND = 12

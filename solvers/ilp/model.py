@@ -49,7 +49,7 @@ import pulp
 
 from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.ir.problem import Problem
-from fxhybrid.solvers.ilp_facts import Facts, chain_seconds
+from fxhybrid.solvers.ilp.presolve import Facts, chain_seconds
 
 Literal = Any  # a pulp variable, or a plain 0 or 1 where it is known
 Term = tuple[float, Literal]

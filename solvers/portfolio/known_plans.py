@@ -20,10 +20,10 @@ from fxhybrid.ir.schedule import lower
 from fxhybrid.ir.simulator import describe_peak, simulate, simulate_actions
 from fxhybrid.solvers.base import Ladder, Rung, SolveResult, Status, default_action, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
-from fxhybrid.solvers.fitting import fitted
-from fxhybrid.solvers.lp_bound import AddedBound, added_lower_bound
-from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
-from fxhybrid.solvers.mps import Effort, build_ladder
+from fxhybrid.solvers.ilp.lp_bound import AddedBound, added_lower_bound
+from fxhybrid.solvers.ilp.min_peak import MinPeak, MinPeakSolver
+from fxhybrid.solvers.mps.frontier_search import Effort, build_ladder
+from fxhybrid.solvers.mps.polish import fitted
 
 PROVEN = 0.01  # a plan this close to the bound counts as the best
 LESS_EFFORT = Effort(moves=(7_500, 0.0))  # for one technique alone: fewer choices

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 from fxhybrid.ir.problem import Problem, check_problem
 from fxhybrid.solvers.base import Ladder, Rung, plan_error
-from fxhybrid.solvers.choices import Choices
-from fxhybrid.solvers.descent import Descent
-from fxhybrid.solvers.footprint import Footprints
-from fxhybrid.solvers.grid import SAVED, State
-from fxhybrid.solvers.moves import MoveTable
-from fxhybrid.solvers.points import Point, by_peak, undominated
-from fxhybrid.solvers.seeds import coarse_states, segment_states
+from fxhybrid.solvers.mps.initial_plans import coarse_states, segment_states
+from fxhybrid.solvers.mps.move_table import MoveTable
+from fxhybrid.solvers.mps.neighbourhood import Choices
+from fxhybrid.solvers.mps.plan_state import Footprints
+from fxhybrid.solvers.mps.problem_tables import SAVED, State
+from fxhybrid.solvers.mps.search import Descent, Point, by_peak, undominated
 
 STEPS = 32  # of a walk from one end to the other
 STEPS_DOWN = (0.95, 0.99, 0.999)  # of the peak, on the way to the lowest

@@ -20,10 +20,10 @@ from fxhybrid.ir.schedule import lower
 from fxhybrid.ir.simulator import simulate
 from fxhybrid.solvers.base import plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
-from fxhybrid.solvers.ilp_backend import BACKENDS
-from fxhybrid.solvers.ilp_facts import facts_of
-from fxhybrid.solvers.ilp_model import IlpModel
-from fxhybrid.solvers.ilp_rows import MemoryRows
+from fxhybrid.solvers.ilp.backend import BACKENDS
+from fxhybrid.solvers.ilp.memory_rows import MemoryRows
+from fxhybrid.solvers.ilp.model import IlpModel
+from fxhybrid.solvers.ilp.presolve import facts_of
 
 PRUNED_SHARE = 0.02  # of the budget: what is left out only lowers the bound, and a small program is quick
 NEAR = 0.97  # of the budget: what is lower hardly matters

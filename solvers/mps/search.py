@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from fxhybrid.solvers.choices import Changes
-from fxhybrid.solvers.footprint import Footprints
-from fxhybrid.solvers.grid import Ints
-from fxhybrid.solvers.moves import Bools, Floats, MoveTable, Pace, lowest, sums
-from fxhybrid.solvers.points import Point
+from fxhybrid.solvers.mps.move_table import Bools, Floats, MoveTable, Pace, lowest, sums
+from fxhybrid.solvers.mps.neighbourhood import Changes
+from fxhybrid.solvers.mps.plan_state import Footprint, Footprints
+from fxhybrid.solvers.mps.problem_tables import Ints
 
 SHARPNESS = 200.0  # slots one part in so many below the peak weigh 1 / e of it
 NEARLY = 0.99  # of the target: slots above that count as overloaded, so that moves reach below it
@@ -295,3 +295,25 @@ def _excess(heights: Ints, target: int) -> float:
     """How far above the target, all slots counted."""
     over = np.maximum(heights - NEARLY * target, 0.0)
     return float((over * over).sum())
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured state; its codes as bytes."""
+
+    codes: bytes
+    mark: Footprint
+
+
+def by_peak(point: Point) -> tuple[int, float]:
+    """Sorts points by their peaks."""
+    return point.mark.peak_bytes, point.mark.added_s
+
+
+def undominated(points: list[Point]) -> list[Point]:
+    """The points that no other one beats, the cheapest first; the first of ``points`` is the start."""
+    best: list[Point] = []
+    for point in sorted(points[1:], key=lambda p: (p.mark.added_s, p.mark.peak_bytes, p.mark.error2)):
+        if point.mark.peak_bytes < min(points[0].mark.peak_bytes, best[-1].mark.peak_bytes if best else 1 << 62):
+            best.append(point)
+    return best

@@ -6,9 +6,9 @@ its encoded bytes if it is encoded; reads by ops that only some plans run move t
 
 from __future__ import annotations
 
-from fxhybrid.solvers.ilp_facts import certain_forward
-from fxhybrid.solvers.ilp_model import IlpModel, Term
-from fxhybrid.solvers.moments import Moment
+from fxhybrid.solvers.ilp.model import IlpModel, Term
+from fxhybrid.solvers.ilp.presolve import certain_forward
+from fxhybrid.solvers.ilp.program_points import Moment
 
 
 class ForwardTerms:

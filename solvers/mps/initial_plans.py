@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from fxhybrid.solvers.choices import Choices
-from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, State
+from fxhybrid.solvers.mps.neighbourhood import Choices
+from fxhybrid.solvers.mps.problem_tables import FIRST_CODEC, NEVER, RECOMPUTED, SAVED, State
 
 SPEEDS = (0.0, 0.5, 0.9)  # quantiles of the speed from which ops are made again
 SEGMENTS = (0.5, 1.0, 2.0, 4.0)  # lengths, relative to the root of the number of forward ops

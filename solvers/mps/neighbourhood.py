@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fxhybrid.ir.problem import CodecOption
-from fxhybrid.solvers.footprint import Footprints
-from fxhybrid.solvers.grid import FIRST_CODEC, NEVER, RECOMPUTED, SAVED
+from fxhybrid.solvers.mps.plan_state import Footprints
+from fxhybrid.solvers.mps.problem_tables import FIRST_CODEC, NEVER, RECOMPUTED, SAVED
 
 Changes = dict[int, int]
 Todo = list[tuple[int, int]]  # tensors changed, and how many ops away from each more may be recomputed

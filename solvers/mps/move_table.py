@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fxhybrid.solvers.choices import MAX_CHAIN, Changes, Choices
-from fxhybrid.solvers.grid import NEVER, RECOMPUTED, Ints
-from fxhybrid.solvers.lives import Interval
+from fxhybrid.solvers.mps.live_ranges import Interval
+from fxhybrid.solvers.mps.neighbourhood import MAX_CHAIN, Changes, Choices
+from fxhybrid.solvers.mps.problem_tables import NEVER, RECOMPUTED, Ints
 
 DEPTHS = (2, 3, MAX_CHAIN)  # of chains made again, beside single ops
 AROUND = 2  # ops between a tensor and those whose codes its moves depend on, as a rule

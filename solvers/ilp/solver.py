@@ -26,12 +26,12 @@ from fxhybrid.ir.schedule import Schedule, lower
 from fxhybrid.ir.simulator import Timeline, simulate
 from fxhybrid.solvers.base import SolveResult, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
-from fxhybrid.solvers.ilp_backend import BACKENDS
-from fxhybrid.solvers.ilp_facts import completed, facts_of, reached
-from fxhybrid.solvers.ilp_model import COST_SCALE, IlpModel
-from fxhybrid.solvers.ilp_rows import MemoryRows
-from fxhybrid.solvers.min_peak import MinPeak, MinPeakSolver
-from fxhybrid.solvers.moments import Moment, moments_of
+from fxhybrid.solvers.ilp.backend import BACKENDS
+from fxhybrid.solvers.ilp.memory_rows import MemoryRows
+from fxhybrid.solvers.ilp.min_peak import MinPeak, MinPeakSolver
+from fxhybrid.solvers.ilp.model import COST_SCALE, IlpModel
+from fxhybrid.solvers.ilp.presolve import completed, facts_of, reached
+from fxhybrid.solvers.ilp.program_points import Moment, moments_of
 
 PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
 LOOSE_GAP = 0.05  # of the rounds that only find out which rows matter

@@ -12,11 +12,11 @@ import numpy as np
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import Schedule
 from fxhybrid.ir.simulator import Timeline
-from fxhybrid.solvers.ilp_backward import BackwardTerms
-from fxhybrid.solvers.ilp_facts import Facts, saved_bytes
-from fxhybrid.solvers.ilp_forward import ForwardTerms
-from fxhybrid.solvers.ilp_model import IlpModel, Term
-from fxhybrid.solvers.moments import Moment, moments_of
+from fxhybrid.solvers.ilp.backward_rows import BackwardTerms
+from fxhybrid.solvers.ilp.forward_rows import ForwardTerms
+from fxhybrid.solvers.ilp.model import IlpModel, Term
+from fxhybrid.solvers.ilp.presolve import Facts, saved_bytes
+from fxhybrid.solvers.ilp.program_points import Moment, moments_of
 
 ROW_SCALE = 1e3  # the budget in the rows' units
 

@@ -1,0 +1,1 @@
+"""The integer program, and what is proven with it."""

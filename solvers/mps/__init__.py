@@ -1,0 +1,1 @@
+"""The heuristic: memory saved per second, as a local search over plans."""

@@ -1,0 +1,1 @@
+"""The known plans of one problem, and the portfolio of solvers."""
