@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import wide_console
-from fxhybrid.devices import DeviceProfile
+from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.driver import Driver
 from fxhybrid.federated.ledger import DeviceRecord, Ledger
 from fxhybrid.federated.messages import Kind, Outcome, Reply, Request

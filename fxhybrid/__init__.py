@@ -6,7 +6,7 @@ model(x, loss_args=(y,)).backward()
 """
 
 from fxhybrid.api import compile, plan
-from fxhybrid.devices import DeviceProfile
+from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import (
     BudgetError,
     CaptureError,

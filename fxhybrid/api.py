@@ -10,8 +10,8 @@ from torch import nn
 from fxhybrid.budget import Budget
 from fxhybrid.capture.step import Loss, StepCall
 from fxhybrid.compiler import Signature
-from fxhybrid.devices import DeviceProfile
-from fxhybrid.elsewhere import plan_elsewhere
+from fxhybrid.devices.device_profile import DeviceProfile
+from fxhybrid.devices.remote_plan import plan_elsewhere
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.module import HybridModule, wrap

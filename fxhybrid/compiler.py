@@ -13,6 +13,7 @@ from fxhybrid.accuracy.verifier import CaptureCheck, Verifier
 from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.carried import carried_actions, named_actions, versions
+from fxhybrid.devices.op_work import StepWork, work_of
 from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.ir.plan import Actions, GradientError, Plan
 from fxhybrid.ir.simulator import simulate_actions
@@ -24,7 +25,6 @@ from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.base import Ladder, Rung
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, laddered, smallest_of
-from fxhybrid.work import StepWork, work_of
 
 CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step
 

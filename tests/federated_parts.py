@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxhybrid.devices import DeviceProfile
+from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.data import ArrayData
 from fxhybrid.federated.driver import Driver
 from fxhybrid.federated.forecast import LastReading

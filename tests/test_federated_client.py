@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fxhybrid.devices import DeviceProfile
+from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.client import LocalWork, Trainer, TrainerPool
 from fxhybrid.federated.messages import Kind, Outcome, Request

@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 
 import fxhybrid
-from fxhybrid.devices import DeviceProfile, problem_on
+from fxhybrid.devices.device_profile import DeviceProfile, problem_on
+from fxhybrid.devices.op_work import OpWork
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
 from fxhybrid.federated.planning import FleetPlanner, Technique, capture_step
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.module import HybridModule
-from fxhybrid.work import OpWork
 from tests.federated_parts import tiny_task
 
 SLOW_COMPUTE = DeviceProfile("slow compute", flops_per_s=1e6, moved_bytes_per_s=1e9)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from fxhybrid.devices import DeviceProfile
+from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.client import LocalWork, Trainer, reply_facts
 from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.tasks import Task, digits_task, text_task

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fxhybrid.api import compile
-from fxhybrid.devices import DeviceProfile, problem_on
-from fxhybrid.elsewhere import plan_of
+from fxhybrid.devices.device_profile import DeviceProfile, problem_on
+from fxhybrid.devices.op_work import StepWork
+from fxhybrid.devices.remote_plan import plan_of
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.tasks import Task
 from fxhybrid.ir.plan import Plan
@@ -20,7 +21,6 @@ from fxhybrid.module import HybridModule
 from fxhybrid.solvers.base import Ladder
 from fxhybrid.solvers.mps.frontier_search import Effort, build_ladder
 from fxhybrid.solvers.portfolio.known_plans import judged
-from fxhybrid.work import StepWork
 
 MAX_ERROR = 0.05  # of the gradient, as estimated: half of the default limit
 N_BUCKETS = 50

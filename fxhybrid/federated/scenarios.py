@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fxhybrid.devices import DeviceProfile
+from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.simulation import SimulatedDevice, SimulatedMemory
 from fxhybrid.federated.tasks import Task, digits_task, text_task

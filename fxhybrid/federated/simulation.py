@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fxhybrid.devices import DeviceProfile
+from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.client import LocalWork, TrainerPool, reply_facts
 from fxhybrid.federated.data import ClientData
 from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed, n_bytes

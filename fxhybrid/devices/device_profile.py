@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fxhybrid.devices.op_work import OpWork, StepWork
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.problem import CodecOption, Op, Problem
-from fxhybrid.work import OpWork, StepWork
 
 REFERENCE_FLOPS_PER_S = 2e9
 REFERENCE_MOVED_BYTES_PER_S = 2e9

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fxhybrid.devices import DeviceProfile, problem_on
+from fxhybrid.devices.device_profile import DeviceProfile, problem_on
+from fxhybrid.devices.op_work import StepWork
 from fxhybrid.ir.plan import GradientError, Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.base import Rung
 from fxhybrid.solvers.portfolio.known_plans import laddered
-from fxhybrid.work import StepWork
 
 
 def plan_elsewhere(
