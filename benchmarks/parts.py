@@ -12,9 +12,9 @@ from functools import partial
 import fxhybrid
 from benchmarks.common import MARGIN, Bench, Record, Step, median_ratio, pair_ratios, seconds
 from fxhybrid import BudgetError, HybridModule, Plan
-from fxhybrid.carried import named_actions
+from fxhybrid.compiler.plan_transfer import named_actions
+from fxhybrid.compiler.planner import ERROR_MARGIN
 from fxhybrid.ir.problem import without_codecs, without_recomputation
-from fxhybrid.planning import ERROR_MARGIN
 from fxhybrid.solvers.base import Rung
 from fxhybrid.solvers.mps.frontier_search import build_ladder
 

@@ -9,14 +9,14 @@ from torch import nn
 
 from fxhybrid.budget import Budget
 from fxhybrid.capture.step import Loss, StepCall
-from fxhybrid.compiler import Signature
+from fxhybrid.compiler.planner import error_target
+from fxhybrid.compiler.signature import Signature
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.devices.remote_plan import plan_elsewhere
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.module import HybridModule, wrap
 from fxhybrid.options import make_options
-from fxhybrid.planning import error_target
 from fxhybrid.solvers.base import Solver
 
 Inputs = tuple[Any, ...] | dict[str, Any]

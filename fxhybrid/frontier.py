@@ -17,7 +17,7 @@ from torch import nn
 
 from fxhybrid.api import Inputs, _plan_now
 from fxhybrid.budget import Budget, check_budget
-from fxhybrid.compiler import Signature
+from fxhybrid.compiler.signature import Signature
 from fxhybrid.errors import BudgetError, InvalidArgument, format_bytes
 from fxhybrid.extras import require
 from fxhybrid.module import wrap

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import corpus
+from fxhybrid.compiler.planner import PlanMaker, solve_for
 from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Compress
 from fxhybrid.ir.problem import CodecOption, Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
-from fxhybrid.planning import PlanMaker, solve_for
 from fxhybrid.solvers.base import Ladder, SolveResult, Status
 from fxhybrid.solvers.mps.frontier_search import build_ladder
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, judged, laddered

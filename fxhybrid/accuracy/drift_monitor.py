@@ -9,7 +9,7 @@ from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import BudgetError, InvalidArgument
 
 if TYPE_CHECKING:
-    from fxhybrid.compiler import Signature
+    from fxhybrid.compiler.signature import Signature
 
 
 @dataclass(frozen=True)

@@ -11,31 +11,12 @@ from rich.table import Table
 
 from fxhybrid.accuracy.calibration import ErrorPair
 from fxhybrid.accuracy.drift_monitor import DriftCheck
+from fxhybrid.compiler.signature import ErrorPrice
 from fxhybrid.errors import format_bytes
 from fxhybrid.ir.plan import Plan
 
 if TYPE_CHECKING:
-    from fxhybrid.compiler import Signature
-
-
-@dataclass(frozen=True)
-class ErrorPrice:
-    """What a higher limit of the gradient error would save, as far as the heuristic finds it.
-
-    Attributes:
-        more_error: by how much ``max_grad_error`` would be higher.
-        saved_bytes: how much smaller the smallest peak would be.
-        saved_s: how much less the plan for the present budget would add.
-    """
-
-    more_error: float
-    saved_bytes: int
-    saved_s: float
-
-    def __str__(self) -> str:
-        return (
-            f"saves {format_bytes(self.saved_bytes)} of the smallest peak, {self.saved_s * 1e3:.1f} ms at this budget"
-        )
+    from fxhybrid.compiler.signature import Signature
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,15 @@ from fxhybrid.accuracy.replan_loop import WithinError, measured_plan, plans_with
 from fxhybrid.accuracy.verifier import CaptureCheck, Verifier
 from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.step import Step, StepCall
-from fxhybrid.carried import carried_actions, named_actions, versions
+from fxhybrid.compiler.plan_transfer import carried_actions, named_actions, versions
+from fxhybrid.compiler.planner import PlanMaker, carried_plan, error_target, solve_for
 from fxhybrid.devices.op_work import StepWork, work_of
 from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
 from fxhybrid.ir.plan import Actions, GradientError, Plan
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
-from fxhybrid.planning import PlanMaker, carried_plan, error_target, solve_for
 from fxhybrid.prepare import build_graphs, prepare
 from fxhybrid.profiling.state_bytes import gradient_bytes
-from fxhybrid.report import ErrorPrice
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.base import Ladder, Rung
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, laddered, smallest_of
@@ -293,3 +292,23 @@ class Signature:
         if not compared:
             self.check = verifier.check
         return verifier
+
+
+@dataclass(frozen=True)
+class ErrorPrice:
+    """What a higher limit of the gradient error would save, as far as the heuristic finds it.
+
+    Attributes:
+        more_error: by how much ``max_grad_error`` would be higher.
+        saved_bytes: how much smaller the smallest peak would be.
+        saved_s: how much less the plan for the present budget would add.
+    """
+
+    more_error: float
+    saved_bytes: int
+    saved_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"saves {format_bytes(self.saved_bytes)} of the smallest peak, {self.saved_s * 1e3:.1f} ms at this budget"
+        )

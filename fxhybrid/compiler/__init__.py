@@ -1,0 +1,1 @@
+"""One call signature: its plans, active graphs and report."""
