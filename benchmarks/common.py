@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import fxhybrid
 from fxhybrid import suite
 from fxhybrid.accuracy.step_result import StepResult, observe_step
+from fxhybrid.cli.model_spec import Target, suite_target
 from fxhybrid.profiling.allocator import StepMeasurement, measure_step
-from fxhybrid.targets import Target, suite_target
 
 Record = dict[str, Any]
 Step = Callable[[], Any]

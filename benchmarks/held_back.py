@@ -22,7 +22,7 @@ from benchmarks.bars import Bar, bars_table
 from benchmarks.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
 from benchmarks.real_batches import real_batch
 from fxhybrid import suite
-from fxhybrid.targets import suite_target
+from fxhybrid.cli.model_spec import suite_target
 
 LIMITS = (0.02, 0.1, 0.3)
 HELD_BACK = 40

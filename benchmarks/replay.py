@@ -25,6 +25,7 @@ from benchmarks import corpus
 from benchmarks.common import Record, append_record, names_of, read_records, wide_console
 from fxhybrid import suite
 from fxhybrid.capture.step import Step, StepCall
+from fxhybrid.cli.model_spec import suite_target
 from fxhybrid.ir.plan import Action, Actions, Compress
 from fxhybrid.ir.problem import CodecOption, Op, Problem
 from fxhybrid.ir.simulator import simulate_actions
@@ -34,7 +35,6 @@ from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.ilp.solver import IlpSolver
 from fxhybrid.solvers.mps.frontier_search import build_ladder
 from fxhybrid.solvers.portfolio.known_plans import PlanSet, laddered
-from fxhybrid.targets import suite_target
 
 SHARES = (0.1, 0.4, 0.7)  # of the way from the smallest peak to that of the save-all step
 ILP_GAP, ILP_LIMIT_S = 0.05, 120.0

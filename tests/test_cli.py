@@ -11,9 +11,9 @@ from torch import nn
 
 import fxhybrid
 from fxhybrid import Frontier, InvalidArgument, Plan
-from fxhybrid.cli import FAILED, main, parse_budget
+from fxhybrid.cli.main import FAILED, main, parse_budget
+from fxhybrid.cli.model_spec import load_target
 from fxhybrid.frontier import FrontierRow, Technique
-from fxhybrid.targets import load_target
 
 FACTORIES = """
 import torch

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fxhybrid.cli import FAILED, main
+from fxhybrid.cli.main import FAILED, main
 from fxhybrid.demo import Run, run_demo
 from fxhybrid.demo.show import budget_text
 from fxhybrid.demo.tasks import digits_task, text_task

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fxhybrid.cli import main
+from fxhybrid.cli.main import main
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.data import (
     ArrayData,

@@ -148,7 +148,7 @@ def parse_budget(text: str) -> int | float | str:
 
 
 def _common(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
-    from fxhybrid.targets import load_target
+    from fxhybrid.cli.model_spec import load_target
 
     target = load_target(arguments.model, arguments.size)
     options = {
