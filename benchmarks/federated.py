@@ -19,9 +19,9 @@ from rich.table import Table
 
 from benchmarks.common import Record, append_record, names_of, wide_console
 from fxhybrid.extras import require
-from fxhybrid.federated.laboratory import Laboratory
-from fxhybrid.federated.policies import POLICIES, Settings, policy_of
-from fxhybrid.federated.scenarios import DEADLINE_S, Scenario
+from fxhybrid.federated.server.policies import POLICIES, Settings, policy_of
+from fxhybrid.federated.simulation.experiment import Laboratory
+from fxhybrid.federated.simulation.scenarios import DEADLINE_S, Scenario
 
 # capable share, label skew by device, contention
 GRID = {

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from fxhybrid.federated.predictor import pinball
-from fxhybrid.federated.traces import MIB, MemoryTrace
+from fxhybrid.federated.memory.predictor import pinball
+from fxhybrid.federated.memory.traces import MIB, MemoryTrace
 
 Floats = NDArray[np.float64]
 Method = Callable[[float], Floats]

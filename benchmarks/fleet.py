@@ -17,18 +17,19 @@ import torch
 
 from benchmarks.common import wide_console
 from fxhybrid.devices.device_profile import DeviceProfile
-from fxhybrid.federated.driver import Driver
-from fxhybrid.federated.ledger import DeviceRecord, Ledger
-from fxhybrid.federated.messages import Kind, Outcome, Reply, Request
-from fxhybrid.federated.planning import FleetPlanner, capture_step
-from fxhybrid.federated.policies import Settings, policy_of
-from fxhybrid.federated.predictor import MemoryBudgetPredictor
-from fxhybrid.federated.preparation import Fleet
-from fxhybrid.federated.scenarios import KINDS
-from fxhybrid.federated.selectors import SELECTORS
-from fxhybrid.federated.tasks import Score, digits_task
-from fxhybrid.federated.transport import InProcessTransport
-from fxhybrid.federated.wire import to_arrays
+from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
+from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request
+from fxhybrid.federated.protocol.model_arrays import to_arrays
+from fxhybrid.federated.protocol.transport import InProcessTransport
+from fxhybrid.federated.selection.strategies import SELECTORS
+from fxhybrid.federated.server.device_registry import DeviceRecord, Ledger
+from fxhybrid.federated.server.driver import Driver
+from fxhybrid.federated.server.fleet_planner import FleetPlanner
+from fxhybrid.federated.server.offers import Fleet
+from fxhybrid.federated.server.policies import Settings, policy_of
+from fxhybrid.federated.simulation.scenarios import KINDS
+from fxhybrid.federated.tasks.captured_step import capture_step
+from fxhybrid.federated.tasks.tasks import Score, digits_task
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,8 +27,8 @@ from benchmarks.bars import Bar, bar_of, bars_table
 from benchmarks.common import Record, add_record_files, names_of, records_of, wide_console
 from benchmarks.fixed_forecasts import Floats, Rounds, methods, rounds_of, score, tuned
 from fxhybrid.extras import require
-from fxhybrid.federated.predictor import MemoryBudgetPredictor
-from fxhybrid.federated.traces import POPULATIONS, MemoryTrace, generate_fleet
+from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
+from fxhybrid.federated.memory.traces import POPULATIONS, MemoryTrace, generate_fleet
 
 PROMISED = 0.05
 MISS_RATES = (0.03, 0.07)

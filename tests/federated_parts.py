@@ -12,16 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxhybrid.devices.device_profile import DeviceProfile
-from fxhybrid.federated.data import ArrayData
-from fxhybrid.federated.driver import Driver
-from fxhybrid.federated.forecast import LastReading
-from fxhybrid.federated.messages import Arrays, Kind, Outcome, Reply, Request
-from fxhybrid.federated.planning import FleetPlanner
-from fxhybrid.federated.policies import Policy, Settings
-from fxhybrid.federated.preparation import Fleet
-from fxhybrid.federated.selection import Candidate, Selection
-from fxhybrid.federated.tasks import Score, Task
-from fxhybrid.federated.transport import InProcessTransport
+from fxhybrid.federated.memory.forecast import LastReading
+from fxhybrid.federated.protocol.messages import Arrays, Kind, Outcome, Reply, Request
+from fxhybrid.federated.protocol.transport import InProcessTransport
+from fxhybrid.federated.selection.candidates import Candidate, Selection
+from fxhybrid.federated.server.driver import Driver
+from fxhybrid.federated.server.fleet_planner import FleetPlanner
+from fxhybrid.federated.server.offers import Fleet
+from fxhybrid.federated.server.policies import Policy, Settings
+from fxhybrid.federated.tasks.data import ArrayData
+from fxhybrid.federated.tasks.tasks import Score, Task
 
 N_CLASSES, N_FEATURES, BATCH = 4, 16, 64
 PLENTY = 1 << 40

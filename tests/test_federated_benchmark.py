@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.fixed_forecasts import Rounds, methods, rounds_of, score, tuned
 from benchmarks.predictor import compare, forecasts_of, judge, table_of
-from fxhybrid.federated.traces import MIB, POPULATIONS, MemoryTrace, generate_fleet
+from fxhybrid.federated.memory.traces import MIB, POPULATIONS, MemoryTrace, generate_fleet
 
 
 def test_rounds_are_cut_back_to_back() -> None:

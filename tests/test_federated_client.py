@@ -14,11 +14,11 @@ import torch
 
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.client import LocalWork, Trainer, TrainerPool
-from fxhybrid.federated.messages import Kind, Outcome, Request
-from fxhybrid.federated.planning import FleetPlanner
-from fxhybrid.federated.simulation import SimulatedDevice, SimulatedMemory
-from fxhybrid.federated.wire import to_arrays
+from fxhybrid.federated.client.trainer import LocalWork, Trainer, TrainerPool
+from fxhybrid.federated.protocol.messages import Kind, Outcome, Request
+from fxhybrid.federated.protocol.model_arrays import to_arrays
+from fxhybrid.federated.server.fleet_planner import FleetPlanner
+from fxhybrid.federated.simulation.devices import SimulatedDevice, SimulatedMemory
 from fxhybrid.ir.plan import Plan
 from fxhybrid.profiling.allocator import measure_step
 from tests.federated_parts import PLENTY, tiny_task

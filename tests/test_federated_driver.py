@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
-from fxhybrid.federated.client import LocalWork
-from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed
-from fxhybrid.federated.planning import FleetPlanner, Technique, capture_step
-from fxhybrid.federated.policies import POLICIES, Policy, policy_of
+from fxhybrid.federated.client.trainer import LocalWork
+from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed
+from fxhybrid.federated.server.fleet_planner import FleetPlanner, Technique
+from fxhybrid.federated.server.policies import POLICIES, Policy, policy_of
+from fxhybrid.federated.tasks.captured_step import capture_step
 from tests.federated_parts import adds_one, device, driver_of, report, tiny_task
 
 

@@ -11,7 +11,11 @@ import torch
 
 from fxhybrid.cli.main import main
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.data import (
+from fxhybrid.federated.protocol.model_arrays import corner, to_arrays
+from fxhybrid.federated.server.policies import Policy, Settings, policy_of
+from fxhybrid.federated.simulation.experiment import Laboratory, run_policy
+from fxhybrid.federated.simulation.scenarios import Scenario
+from fxhybrid.federated.tasks.data import (
     ArrayData,
     capability_split,
     dirichlet_split,
@@ -19,11 +23,7 @@ from fxhybrid.federated.data import (
     library_packages,
     windows,
 )
-from fxhybrid.federated.laboratory import Laboratory, run_policy
-from fxhybrid.federated.policies import Policy, Settings, policy_of
-from fxhybrid.federated.scenarios import Scenario
-from fxhybrid.federated.tasks import text_task
-from fxhybrid.federated.wire import corner, to_arrays
+from fxhybrid.federated.tasks.tasks import text_task
 
 SCENARIO = Scenario("text", n_devices=6, capable_share=0.34)
 SETTINGS = Settings(rounds=3, devices_per_round=3, local_steps=2)
@@ -71,7 +71,9 @@ def test_narrow_models_train_a_corner_of_the_wide_one(laboratory: Laboratory) ->
 def test_the_command_runs_and_writes(
     laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fxhybrid.federated.command.Laboratory", lambda: laboratory)  # captured and planned already
+    monkeypatch.setattr(
+        "fxhybrid.federated.simulation.cli.Laboratory", lambda: laboratory
+    )  # captured and planned already
     arguments = ["federated", "--task", "text", "--devices", "4", "--rounds", "1", "--per-round", "2"]
     arguments += ["--local-steps", "1", "--policies", "exclude", "--folder", str(tmp_path)]
     assert main(arguments) == 0

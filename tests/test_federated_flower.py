@@ -15,9 +15,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
-from fxhybrid.federated.flower import FlowerTransport, decode_request, encode_request
-from fxhybrid.federated.messages import Kind, Outcome, Reply, Request
-from fxhybrid.federated.planning import FleetPlanner, capture_step
+from fxhybrid.federated.flower.apps import FlowerTransport, decode_request, encode_request
+from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request
+from fxhybrid.federated.server.fleet_planner import FleetPlanner
+from fxhybrid.federated.tasks.captured_step import capture_step
 from tests.federated_parts import Trained, adds_one, device, driver_of, tiny_task
 
 Answer = Callable[[Message], "Message | None"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxhybrid.federated.history import CAPACITY, ReadingHistory
+from fxhybrid.federated.memory.history import CAPACITY, ReadingHistory
 
 
 @given(

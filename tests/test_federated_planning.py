@@ -10,7 +10,8 @@ import fxhybrid
 from fxhybrid.devices.device_profile import DeviceProfile, problem_on
 from fxhybrid.devices.op_work import OpWork
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
-from fxhybrid.federated.planning import FleetPlanner, Technique, capture_step
+from fxhybrid.federated.server.fleet_planner import FleetPlanner, Technique
+from fxhybrid.federated.tasks.captured_step import capture_step
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.module import HybridModule

@@ -11,7 +11,7 @@ import pytest
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated import MemoryBudgetPredictor
-from fxhybrid.federated.predictor import SETBACK, pinball
+from fxhybrid.federated.memory.predictor import SETBACK, pinball
 
 MIB = 1 << 20
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.selection import Candidate, ClientSelector, Selection
-from fxhybrid.federated.selectors import (
+from fxhybrid.federated.selection.candidates import Candidate, ClientSelector, Selection
+from fxhybrid.federated.selection.strategies import (
     SELECTORS,
     OortSelector,
     OracleSelector,

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
-from fxhybrid.federated.aggregation import Update, average, shapes_of, weight_of, why_invalid
-from fxhybrid.federated.messages import Arrays, Kind, Outcome, Reply, Request
-from fxhybrid.federated.transport import Handler, InProcessTransport
-from fxhybrid.federated.wire import corner, load_arrays, to_arrays
+from fxhybrid.federated.protocol.messages import Arrays, Kind, Outcome, Reply, Request
+from fxhybrid.federated.protocol.model_arrays import corner, load_arrays, to_arrays
+from fxhybrid.federated.protocol.transport import Handler, InProcessTransport
+from fxhybrid.federated.server.aggregation import Update, average, shapes_of, weight_of, why_invalid
 
 FACTS = {"n_examples": 3, "loss": 0.5, "squared_loss": 0.25}
 
@@ -166,5 +166,6 @@ def test_arrays_are_copies() -> None:
 
 
 def test_flower_is_not_imported() -> None:
-    code = "import sys; sys.modules['flwr'] = None; import fxhybrid.federated.transport, fxhybrid.federated.aggregation"
+    names = "fxhybrid.federated.protocol.transport, fxhybrid.federated.server.aggregation"
+    code = f"import sys; sys.modules['flwr'] = None; import {names}"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -205,7 +205,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _federated(arguments: argparse.Namespace) -> None:
-    from fxhybrid.federated.command import run
+    from fxhybrid.federated.simulation.cli import run
 
     run(arguments)
 

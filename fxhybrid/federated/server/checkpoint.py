@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.messages import Array, Arrays
+from fxhybrid.federated.protocol.messages import Array, Arrays
 
 FORMAT = 1
 _MODEL = "model/"

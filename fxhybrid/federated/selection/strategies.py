@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.selection import Candidate, ClientSelector, Selection
+from fxhybrid.federated.selection.candidates import Candidate, ClientSelector, Selection
 
 CUTOFF = 0.95
 EXPLORATION, EXPLORATION_DECAY, LEAST_EXPLORATION = 0.9, 0.98, 0.2

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.history import ReadingHistory, Windows
+from fxhybrid.federated.memory.history import ReadingHistory, Windows
 
 GAIN = 0.01
 COLD_SHARE = 0.5  # of the reading, for a device of which nothing else is known

@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from typing import Any
 
 from fxhybrid.devices.device_profile import DeviceProfile
-from fxhybrid.federated.client import LocalWork, Trainer, reply_facts
-from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed
-from fxhybrid.federated.tasks import Task, digits_task, text_task
-from fxhybrid.federated.transport import is_out_of_memory
+from fxhybrid.federated.client.trainer import LocalWork, Trainer, reply_facts
+from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed
+from fxhybrid.federated.protocol.transport import is_out_of_memory
+from fxhybrid.federated.tasks.tasks import Task, digits_task, text_task
 from fxhybrid.ir.plan import Plan
 from fxhybrid.profiling.system_memory import available_bytes, data_limit
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fxhybrid.federated.assembly import make_driver
-from fxhybrid.federated.client import Trainer
-from fxhybrid.federated.driver import Driver
-from fxhybrid.federated.node import task_of
-from fxhybrid.federated.planning import FleetPlanner
-from fxhybrid.federated.policies import Settings, policy_of
-from fxhybrid.federated.transport import Transport
+from fxhybrid.federated.client.node import task_of
+from fxhybrid.federated.client.trainer import Trainer
+from fxhybrid.federated.protocol.transport import Transport
+from fxhybrid.federated.server.build_driver import make_driver
+from fxhybrid.federated.server.driver import Driver
+from fxhybrid.federated.server.fleet_planner import FleetPlanner
+from fxhybrid.federated.server.policies import Settings, policy_of
 
 
 def build_driver(transport: Transport, config: Mapping[str, Any]) -> Driver:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.planning import Technique
+from fxhybrid.federated.server.fleet_planner import Technique
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Record this machine's available memory to a trace file: ``python -m fxhybrid.federated.recorder FILE``.
+"""Record this machine's available memory to a trace file: ``python -m fxhybrid.federated.memory.recorder FILE``.
 
 Every reading is on disk when the next is taken, so that a kill loses none; an existing file is not overwritten.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.traces import MemoryTrace
+from fxhybrid.federated.memory.traces import MemoryTrace
 from fxhybrid.profiling.system_memory import MemoryReading, read_memory
 
 
@@ -67,7 +67,7 @@ def record_trace(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Records until the given time is over or Ctrl-C."""
-    parser = argparse.ArgumentParser("python -m fxhybrid.federated.recorder", description=__doc__)
+    parser = argparse.ArgumentParser("python -m fxhybrid.federated.memory.recorder", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--interval", type=float, default=5.0, metavar="S", help="seconds between readings (5)")
     parser.add_argument("--duration", type=float, metavar="S", help="default: until Ctrl-C")

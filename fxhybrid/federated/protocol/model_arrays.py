@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxhybrid.federated.messages import Array, Arrays
+from fxhybrid.federated.protocol.messages import Array, Arrays
 
 WIDENED = (torch.bfloat16,)  # numpy has no such type; float32 holds every one of its values
 

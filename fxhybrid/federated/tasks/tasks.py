@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxhybrid.extras import require
-from fxhybrid.federated.data import (
+from fxhybrid.federated.tasks.data import (
     ArrayData,
     Batch,
     ClientData,
@@ -20,7 +20,7 @@ from fxhybrid.federated.data import (
     library_packages,
     windows,
 )
-from fxhybrid.federated.models import SmallMobileNet, SmallTransformer
+from fxhybrid.federated.tasks.models import SmallMobileNet, SmallTransformer
 
 HELD_OUT = 0.2
 TEXT_LENGTH, PACKAGE_BYTES = 32, 60_000

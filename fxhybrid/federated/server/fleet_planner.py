@@ -6,15 +6,9 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from enum import Enum
 
-import torch
-from torch import nn
-
-from fxhybrid.api import compile
 from fxhybrid.devices.device_profile import DeviceProfile, problem_on
 from fxhybrid.devices.op_work import StepWork
 from fxhybrid.devices.remote_plan import plan_of
-from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.tasks import Task
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem, without_codecs, without_recomputation
 from fxhybrid.module import HybridModule
@@ -50,42 +44,6 @@ class DevicePlan:
     plan: Plan
     text: str
     step_s: float
-
-
-def capture_step(task: Task, width: float = 1.0, *, plan: Plan | None = None) -> tuple[nn.Module, HybridModule]:
-    """The task's model at a width, and the same compiled without a limit: what plans are made from and run on.
-
-    Args:
-        task: model, loss and an example batch.
-        width: of the model.
-        plan: to carry out; without one, all plans for this device are made.
-    """
-    model = task.make_model(width)
-    inputs, targets = task.example()
-    hybrid = compile(
-        model,
-        budget=1.0,
-        example_inputs=(inputs,),
-        loss_fn=task.loss_fn,
-        loss_args=(targets,),
-        optimizer=make_optimizer(task, model),
-        solver="mps",
-        plan=plan,
-    )
-    return model, hybrid
-
-
-def make_optimizer(task: Task, model: nn.Module) -> torch.optim.Optimizer:
-    """The task's optimizer with fresh state.
-
-    Raises:
-        InvalidArgument: the task names another one.
-    """
-    if task.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=task.learning_rate)
-    if task.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=task.learning_rate)
-    raise InvalidArgument(f'optimizer of task {task.name!r} is {task.optimizer!r}; it must be "sgd" or "adam"')
 
 
 class FleetPlanner:

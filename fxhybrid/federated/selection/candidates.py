@@ -1,7 +1,8 @@
 """Who trains in a round: what is known about each client, what was chosen, and what a selector is.
 
-Selectors are in :mod:`fxhybrid.federated.selectors`. They draw from a generator seeded by their seed and the round,
-and what they carry from round to round is ``state``: JSON, so that a driver can store it and go on bit-exactly.
+Selectors are in :mod:`fxhybrid.federated.selection.strategies`. They draw from a generator seeded by their seed and
+the round, and what they carry from round to round is ``state``: JSON, so that a driver can store it and go on
+bit-exactly.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxhybrid.devices.device_profile import DeviceProfile
-from fxhybrid.federated.client import LocalWork, TrainerPool, reply_facts
-from fxhybrid.federated.data import ClientData
-from fxhybrid.federated.messages import Kind, Outcome, Reply, Request, failed, n_bytes
+from fxhybrid.federated.client.trainer import LocalWork, TrainerPool, reply_facts
+from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed, n_bytes
+from fxhybrid.federated.tasks.data import ClientData
 from fxhybrid.ir.plan import Plan
 
 READING_INTERVAL_S = 30.0

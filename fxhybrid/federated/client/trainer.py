@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.data import ClientData
-from fxhybrid.federated.messages import Arrays, Facts
-from fxhybrid.federated.planning import capture_step, make_optimizer
-from fxhybrid.federated.tasks import Task
-from fxhybrid.federated.wire import load_arrays, to_arrays
+from fxhybrid.federated.protocol.messages import Arrays, Facts
+from fxhybrid.federated.protocol.model_arrays import load_arrays, to_arrays
+from fxhybrid.federated.tasks.captured_step import capture_step, make_optimizer
+from fxhybrid.federated.tasks.data import ClientData
+from fxhybrid.federated.tasks.tasks import Task
 from fxhybrid.ir.plan import Plan
 
 LOOK_AGAIN_S = 5.0  # after finding too little memory for any plan

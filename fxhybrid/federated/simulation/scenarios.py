@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.simulation import SimulatedDevice, SimulatedMemory
-from fxhybrid.federated.tasks import Task, digits_task, text_task
-from fxhybrid.federated.traces import POPULATIONS, generate_fleet
+from fxhybrid.federated.memory.traces import POPULATIONS, generate_fleet
+from fxhybrid.federated.simulation.devices import SimulatedDevice, SimulatedMemory
+from fxhybrid.federated.tasks.tasks import Task, digits_task, text_task
 
 TRACE_S, TRACE_INTERVAL_S = 24 * 3600.0, 10.0
 # Tasks are tiny so that many runs can be made; these devices are slowed down in proportion, so that a round lasts

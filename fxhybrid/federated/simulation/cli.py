@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.laboratory import Laboratory, run_policy
-from fxhybrid.federated.policies import Settings, policy_of
-from fxhybrid.federated.scenarios import DEADLINE_S, Scenario
+from fxhybrid.federated.server.policies import Settings, policy_of
+from fxhybrid.federated.simulation.experiment import Laboratory, run_policy
+from fxhybrid.federated.simulation.scenarios import DEADLINE_S, Scenario
 
 
 def run(arguments: argparse.Namespace) -> None:

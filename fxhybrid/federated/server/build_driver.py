@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from fxhybrid.federated.driver import Driver
-from fxhybrid.federated.forecast import Forecaster, LastReading
-from fxhybrid.federated.messages import Arrays
-from fxhybrid.federated.planning import FleetPlanner
-from fxhybrid.federated.policies import Policy, Settings
-from fxhybrid.federated.predictor import MemoryBudgetPredictor
-from fxhybrid.federated.preparation import Fleet
-from fxhybrid.federated.selectors import SELECTORS
-from fxhybrid.federated.tasks import Score, Task, evaluate
-from fxhybrid.federated.transport import Transport
-from fxhybrid.federated.wire import load_arrays, to_arrays
+from fxhybrid.federated.memory.forecast import Forecaster, LastReading
+from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
+from fxhybrid.federated.protocol.messages import Arrays
+from fxhybrid.federated.protocol.model_arrays import load_arrays, to_arrays
+from fxhybrid.federated.protocol.transport import Transport
+from fxhybrid.federated.selection.strategies import SELECTORS
+from fxhybrid.federated.server.driver import Driver
+from fxhybrid.federated.server.fleet_planner import FleetPlanner
+from fxhybrid.federated.server.offers import Fleet
+from fxhybrid.federated.server.policies import Policy, Settings
+from fxhybrid.federated.tasks.tasks import Score, Task, evaluate
 
 
 def make_driver(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.messages import Array, Arrays, Reply
+from fxhybrid.federated.protocol.messages import Array, Arrays, Reply
 
 MOST_EXAMPLES = 1 << 32  # a count above this is no count; it would drown all others
 Shapes = Mapping[str, tuple[int, ...]]

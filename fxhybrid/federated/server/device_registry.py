@@ -11,7 +11,7 @@ from typing import Any
 
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.messages import Reply
+from fxhybrid.federated.protocol.messages import Reply
 
 
 @dataclass

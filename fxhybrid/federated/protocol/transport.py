@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from fxhybrid.errors import PlanMismatchError
-from fxhybrid.federated.messages import Outcome, Reply, Request, failed
+from fxhybrid.federated.protocol.messages import Outcome, Reply, Request, failed
 
 Handler = Callable[[Request], Reply]
 

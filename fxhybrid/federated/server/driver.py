@@ -14,16 +14,16 @@ from typing import Any
 from rich.progress import Progress
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.aggregation import Update, average, shapes_of, weight_of, why_invalid
-from fxhybrid.federated.checkpoint import Checkpoint
-from fxhybrid.federated.forecast import Forecaster
-from fxhybrid.federated.ledger import Ledger
-from fxhybrid.federated.messages import Arrays, Kind, Outcome, Reply, Request
-from fxhybrid.federated.policies import Policy, Settings
-from fxhybrid.federated.preparation import Fleet, Offer
-from fxhybrid.federated.selection import ClientSelector, Selection
-from fxhybrid.federated.tasks import Score
-from fxhybrid.federated.transport import Transport
+from fxhybrid.federated.memory.forecast import Forecaster
+from fxhybrid.federated.protocol.messages import Arrays, Kind, Outcome, Reply, Request
+from fxhybrid.federated.protocol.transport import Transport
+from fxhybrid.federated.selection.candidates import ClientSelector, Selection
+from fxhybrid.federated.server.aggregation import Update, average, shapes_of, weight_of, why_invalid
+from fxhybrid.federated.server.checkpoint import Checkpoint
+from fxhybrid.federated.server.device_registry import Ledger
+from fxhybrid.federated.server.offers import Fleet, Offer
+from fxhybrid.federated.server.policies import Policy, Settings
+from fxhybrid.federated.tasks.tasks import Score
 
 PATIENCE = 0.5  # share of a round's deadline that a device may wait for memory
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from fxhybrid.federated.assembly import make_driver
-from fxhybrid.federated.client import Trainer, TrainerPool
-from fxhybrid.federated.driver import Driver
-from fxhybrid.federated.planning import FleetPlanner, Technique
-from fxhybrid.federated.policies import Policy, Settings
-from fxhybrid.federated.scenarios import KINDS, Scenario, population
-from fxhybrid.federated.transport import InProcessTransport
+from fxhybrid.federated.client.trainer import Trainer, TrainerPool
+from fxhybrid.federated.protocol.transport import InProcessTransport
+from fxhybrid.federated.server.build_driver import make_driver
+from fxhybrid.federated.server.driver import Driver
+from fxhybrid.federated.server.fleet_planner import FleetPlanner, Technique
+from fxhybrid.federated.server.policies import Policy, Settings
+from fxhybrid.federated.simulation.scenarios import KINDS, Scenario, population
 
 
 class Laboratory:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from fxhybrid.federated.ledger import DeviceRecord, Ledger
-from fxhybrid.federated.messages import Arrays, n_bytes
-from fxhybrid.federated.planning import DevicePlan, FleetPlanner
-from fxhybrid.federated.policies import Policy, Settings
-from fxhybrid.federated.selection import Candidate
-from fxhybrid.federated.wire import corner
+from fxhybrid.federated.protocol.messages import Arrays, n_bytes
+from fxhybrid.federated.protocol.model_arrays import corner
+from fxhybrid.federated.selection.candidates import Candidate
+from fxhybrid.federated.server.device_registry import DeviceRecord, Ledger
+from fxhybrid.federated.server.fleet_planner import DevicePlan, FleetPlanner
+from fxhybrid.federated.server.policies import Policy, Settings
 
 N_SMALLER = 3  # plans that an elastic client gets beside the first
 SLACK = 1.5  # a round may take so much longer than predicted for the unmodified step: what memory is forecast over

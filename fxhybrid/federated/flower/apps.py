@@ -18,11 +18,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
-from fxhybrid.federated.driver import Driver
-from fxhybrid.federated.messages import Arrays, Kind, Outcome, Reply, Request, failed
-from fxhybrid.federated.node import Node
-from fxhybrid.federated.server import build_driver
-from fxhybrid.federated.transport import is_out_of_memory
+from fxhybrid.federated.client.node import Node
+from fxhybrid.federated.flower.server import build_driver
+from fxhybrid.federated.protocol.messages import Arrays, Kind, Outcome, Reply, Request, failed
+from fxhybrid.federated.protocol.transport import is_out_of_memory
+from fxhybrid.federated.server.driver import Driver
 
 POLL_S = 0.3
 MESSAGE_TYPES = {Kind.REPORT: "query", Kind.TRAIN: "train"}

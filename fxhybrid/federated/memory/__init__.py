@@ -1,0 +1,1 @@
+"""Readings, traces and forecasts of memory."""

@@ -1,0 +1,1 @@
+"""Rounds, planning for the fleet, aggregation, checkpoints."""

@@ -1,0 +1,1 @@
+"""Simulated devices, scenarios and experiments."""
