@@ -17,8 +17,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from benchmarks.bars import Bar, bars_table
-from benchmarks.common import Record, append_record, seconds, wide_console
+from benchmarks.lib.checks import Bar, bars_table
+from benchmarks.lib.common import Record, append_record, seconds, wide_console
 from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.codecs import Codec, TensorMeta, channels_per_row, get_codec, registered_names
 from fxhybrid.codecs.candidates import row_length

@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxhybrid
-from benchmarks.bars import Bar, bars_table
-from benchmarks.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
-from benchmarks.training_tasks import FOLDS, Task, digits, language, packages
+from benchmarks.lib.checks import Bar, bars_table
+from benchmarks.lib.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
+from benchmarks.lib.training_tasks import FOLDS, Task, digits, language, packages
 from fxhybrid.extras import require
 from fxhybrid.profiling.allocator import measure_step
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from benchmarks.common import Record, append_record, names_of, wide_console
+from benchmarks.lib.common import Record, append_record, names_of, wide_console
 from fxhybrid.extras import require
 from fxhybrid.federated.server.policies import POLICIES, Settings, policy_of
 from fxhybrid.federated.simulation.experiment import Laboratory

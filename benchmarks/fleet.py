@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from benchmarks.common import wide_console
+from benchmarks.lib.common import wide_console
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request

@@ -18,9 +18,9 @@ import torch
 from rich.table import Table
 
 import fxhybrid
-from benchmarks.bars import Bar, bars_table
-from benchmarks.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
-from benchmarks.real_batches import real_batch
+from benchmarks.lib.checks import Bar, bars_table
+from benchmarks.lib.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
+from benchmarks.lib.real_batches import real_batch
 from fxhybrid import suite
 from fxhybrid.cli.model_spec import suite_target
 

@@ -18,8 +18,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.bars import Bar, bars_table
-from benchmarks.common import Bench, Record, Step, append_record, median_ratio, names_of, wide_console
+from benchmarks.lib.checks import Bar, bars_table
+from benchmarks.lib.common import Bench, Record, Step, append_record, median_ratio, names_of, wide_console
 from fxhybrid import BudgetError, suite
 from fxhybrid.accuracy.step_result import relative_difference
 

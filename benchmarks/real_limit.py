@@ -144,7 +144,7 @@ def _train(arguments: argparse.Namespace) -> Result:
 def _print(arguments: argparse.Namespace, results: Sequence[tuple[str, int | None, Result]], budget: int) -> None:
     from rich.table import Table
 
-    from benchmarks.common import wide_console
+    from benchmarks.lib.common import wide_console
     from fxhybrid.errors import format_bytes
 
     table = Table(

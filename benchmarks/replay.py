@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from benchmarks import corpus
-from benchmarks.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.lib import record_corpus as corpus
+from benchmarks.lib.common import Record, append_record, names_of, read_records, wide_console
 from fxhybrid import suite
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.cli.model_spec import suite_target

@@ -22,10 +22,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table
 
-from benchmarks import corpus
-from benchmarks.bars import Bar, bar_of, bars_table
-from benchmarks.common import Record, add_record_files, names_of, records_of, wide_console
-from benchmarks.families import FAMILIES
+from benchmarks.lib import record_corpus as corpus
+from benchmarks.lib.checks import Bar, bar_of, bars_table
+from benchmarks.lib.common import Record, add_record_files, names_of, records_of, wide_console
+from benchmarks.lib.synthetic_problems import FAMILIES
 from fxhybrid.ir.plan import GAP_FLOOR_SHARE
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import corpus
+from benchmarks.lib import record_corpus as corpus
 from fxhybrid.ir.plan import RECOMPUTE, SAVE, Actions, Compress
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
 from fxhybrid.ir.simulator import simulate_actions

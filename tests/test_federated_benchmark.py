@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.fixed_forecasts import Rounds, methods, rounds_of, score, tuned
+from benchmarks.lib.fixed_forecasts import Rounds, methods, rounds_of, score, tuned
 from benchmarks.predictor import compare, forecasts_of, judge, table_of
 from fxhybrid.federated.memory.traces import MIB, POPULATIONS, MemoryTrace, generate_fleet
 

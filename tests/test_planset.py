@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import corpus
+from benchmarks.lib import record_corpus as corpus
 from fxhybrid.compiler.planner import PlanMaker, solve_for
 from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Compress
 from fxhybrid.ir.problem import CodecOption, Problem

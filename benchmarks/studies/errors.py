@@ -1,4 +1,4 @@
-"""Predicted against measured gradient errors: ``python -m benchmarks.errors``.
+"""Predicted against measured gradient errors: ``python -m benchmarks.studies.errors``.
 
 For suite models as they are initialised: each kind of codec on each group of tensors, predicted from 4 bits a row; then
 random sets of lossy tensors with random codecs of those offered, predicted as the root of the sum of squares of their
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.common import Bench, append_record, names_of, wide_console
+from benchmarks.lib.common import Bench, append_record, names_of, wide_console
 from fxhybrid import suite
 from fxhybrid.accuracy.calibration import Calibration, ErrorPair, calibrate
 from fxhybrid.accuracy.compression_trial import LossyStep
@@ -33,7 +33,7 @@ SHARES = (0.02, 0.1, 0.3, 1.0)  # of the tensors that may be lossy
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints both tables, and draws the scatter if asked to."""
-    parser = argparse.ArgumentParser("python -m benchmarks.errors", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.studies.errors", description=__doc__)
     parser.add_argument("--models", metavar="LIST", help=f"default: {','.join(MODELS)}")
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--plans", type=int, default=20, help="random plans per model (default: 20)")

@@ -1,4 +1,4 @@
-"""Records the planning problems of the suite's models: ``python -m benchmarks.corpus``.
+"""Records the planning problems of the suite's models: ``python -m benchmarks.lib.record_corpus``.
 
 Each model is captured and profiled on this device, and its problem is written to ``tests/corpus/<model>.json``: plain
 numbers, on which every solver runs without the model and without torch. Record anew when the capture, the
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import Bench, names_of
+from benchmarks.lib.common import Bench, names_of
 from fxhybrid import suite
 from fxhybrid.ir.problem import Problem
 
-CORPUS = Path(__file__).parents[1] / "tests" / "corpus"
+CORPUS = Path(__file__).parents[2] / "tests" / "corpus"
 MODELS = ("resnet50", "mobilenetv2", "bert", "gpt2", "vit", "t5", "unet")
 MAX_ERROR = 0.05  # that plans of the recorded problems are made for
 
@@ -47,7 +47,7 @@ def compact_json(problem: Problem) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Records the chosen models."""
-    parser = argparse.ArgumentParser("python -m benchmarks.corpus", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.lib.record_corpus", description=__doc__)
     parser.add_argument("--models", metavar="LIST", help=f"default: {','.join(MODELS)}")
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--out", type=Path, default=CORPUS, metavar="DIR", help="default: tests/corpus")

@@ -1,4 +1,4 @@
-"""How many zeros saved tensors hold: ``python -m benchmarks.zeros``.
+"""How many zeros saved tensors hold: ``python -m benchmarks.studies.zeros``.
 
 For suite models as they are initialised: the share of zeros in every float tensor that the forward pass would keep for
 the backward pass, masks taken out (readers that need only a predicate have a mask of their own). A lossless sparse form
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import Bench, names_of, wide_console
+from benchmarks.lib.common import Bench, names_of, wide_console
 from fxhybrid import suite
 from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.capture.joint_graph import node_name
@@ -52,7 +52,7 @@ class Kept:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs each model's forward pass once and prints what its saved tensors hold, by the operators that made them."""
-    parser = argparse.ArgumentParser("python -m benchmarks.zeros", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.studies.zeros", description=__doc__)
     parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(suite.names())}")
     parser.add_argument("--size", choices=("full", "small"), default="full")
     arguments = parser.parse_args(argv)

@@ -7,7 +7,7 @@
 
 Both only save and recompute, so they are compared with a ladder that does no more than that, and with the whole one:
 
-    python -m benchmarks.literature PROBLEM.json ...
+    python -m benchmarks.studies.literature PROBLEM.json ...
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stochastic against nearest rounding in real training: ``python -m benchmarks.rounding``.
+"""Stochastic against nearest rounding in real training: ``python -m benchmarks.studies.rounding``.
 
 Everything that may be lossy is kept at the same width, so both take the same bytes; no error limit holds. The models
 and data are those of ``benchmarks.convergence``. Stochastic rounding exists in this script only (docs/adr/0010).
@@ -16,9 +16,9 @@ import torch
 from rich.table import Table
 from torch import Generator, Tensor, nn
 
-from benchmarks.common import Record, add_slices, names_of, wide_console, with_missing
 from benchmarks.convergence import evaluated
-from benchmarks.training_tasks import Task, digits, language, packages
+from benchmarks.lib.common import Record, add_slices, names_of, wide_console, with_missing
+from benchmarks.lib.training_tasks import Task, digits, language, packages
 from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, register
@@ -153,7 +153,7 @@ def _record(name: str, seed: int, bits: int, rounding: str) -> Record:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing and prints all."""
-    parser = argparse.ArgumentParser("python -m benchmarks.rounding", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.studies.rounding", description=__doc__)
     parser.add_argument("--tasks", metavar="LIST", help=f"default: all of {','.join(TASKS)}")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many (default: {SEEDS})")
     add_slices(parser)

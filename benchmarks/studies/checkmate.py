@@ -1,4 +1,4 @@
-"""Checkmate's full integer program on small steps, against ours: ``python -m benchmarks.checkmate``.
+"""Checkmate's full integer program on small steps, against ours: ``python -m benchmarks.studies.checkmate``.
 
 Problem
     As published (Jain et al., 2020): a step runs in stages, one per op; in stage t everything up to op t may run again.
@@ -35,8 +35,8 @@ from typing import Any
 import pulp
 from rich.table import Table
 
-from benchmarks.bars import bar_of, bars_table
-from benchmarks.common import wide_console
+from benchmarks.lib.checks import bar_of, bars_table
+from benchmarks.lib.common import wide_console
 from fxhybrid.ir.problem import Op, Problem, Tensor
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
@@ -133,7 +133,9 @@ class Checkmate:
 def main(argv: Sequence[str] | None = None) -> None:
     """Solves each small step with both programs and prints the differences."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.checkmate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.studies.checkmate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--lengths", default=",".join(map(str, LENGTHS)), metavar="LIST", help="ops (default: %(default)s)"

@@ -1,4 +1,4 @@
-"""Widths per channel against uniform 4 bits: ``python -m benchmarks.channelwise``.
+"""Widths per channel against uniform 4 bits: ``python -m benchmarks.studies.channelwise``.
 
 Trains a convolutional network on scikit-learn's digits, enlarged, and compares the gradient error of keeping the inputs
 of all convolutions and batch norms at 4 bits a row with that of channel-wise widths of no more bytes, on a batch that
@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.bars import Bar, bars_table
-from benchmarks.common import names_of, wide_console
+from benchmarks.lib.checks import Bar, bars_table
+from benchmarks.lib.common import names_of, wide_console
 from fxhybrid.accuracy.calibration import channels_at_4_bits
 from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.accuracy.compression_trial import LossyStep
@@ -59,7 +59,7 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the comparison, prints its table and judges it."""
-    parser = argparse.ArgumentParser("python -m benchmarks.channelwise", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.studies.channelwise", description=__doc__)
     parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(MODELS)}")
     parser.add_argument("--steps", type=int, default=200, help="training steps (default: 200)")
     parser.add_argument("--later", type=int, default=100, help="more steps with the same widths (default: 100)")

@@ -1,4 +1,4 @@
-"""What making a tensor more than once would save: ``python -m benchmarks.repeats``.
+"""What making a tensor more than once would save: ``python -m benchmarks.studies.repeats``.
 
 From the smallest plan of the ladder, each recomputed or compressed tensor in turn is dropped again between distant
 uses, and this is kept where it lowers the heights near the peak, until nothing changes. Runs on the recorded
@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 from rich.table import Table
 
-from benchmarks.common import names_of, wide_console
-from benchmarks.corpus import MAX_ERROR, load, names
+from benchmarks.lib.common import names_of, wide_console
+from benchmarks.lib.record_corpus import MAX_ERROR, load, names
 from fxhybrid.errors import format_bytes
 from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Action, Actions, Compress
 from fxhybrid.ir.problem import Problem, without_codecs
@@ -27,7 +27,7 @@ NEAR_PEAK = 0.98  # heights above this share of the peak count
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints one row per problem and technique."""
-    parser = argparse.ArgumentParser("python -m benchmarks.repeats", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.studies.repeats", description=__doc__)
     parser.add_argument("--problems", metavar="LIST", help=f"default: {','.join(names())}")
     console = wide_console()
     table = Table(title="smallest peak, each tensor made once or more often")

@@ -1,0 +1,1 @@
+"""Measurements that decided one architecture decision record each."""
