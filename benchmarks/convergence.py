@@ -25,7 +25,7 @@ import fxhybrid
 from benchmarks.lib.checks import Bar, bars_table
 from benchmarks.lib.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
 from benchmarks.lib.training_tasks import FOLDS, Task, digits, language, packages
-from fxhybrid.extras import require
+from fxhybrid.optional_imports import require
 from fxhybrid.profiling.allocator import measure_step
 
 POINTS, LOSS_SHARE = 0.3, 0.01

@@ -18,10 +18,10 @@ import torch
 from rich.table import Table
 
 from benchmarks.lib.common import Record, append_record, names_of, wide_console
-from fxhybrid.extras import require
 from fxhybrid.federated.server.policies import POLICIES, Settings, policy_of
 from fxhybrid.federated.simulation.experiment import Laboratory
 from fxhybrid.federated.simulation.scenarios import DEADLINE_S, Scenario
+from fxhybrid.optional_imports import require
 
 # capable share, label skew by device, contention
 GRID = {

@@ -26,9 +26,9 @@ from rich.table import Table
 from benchmarks.lib.checks import Bar, bar_of, bars_table
 from benchmarks.lib.common import Record, add_record_files, names_of, records_of, wide_console
 from benchmarks.lib.fixed_forecasts import Floats, Rounds, methods, rounds_of, score, tuned
-from fxhybrid.extras import require
 from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
 from fxhybrid.federated.memory.traces import POPULATIONS, MemoryTrace, generate_fleet
+from fxhybrid.optional_imports import require
 
 PROMISED = 0.05
 MISS_RATES = (0.03, 0.07)

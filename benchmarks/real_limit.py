@@ -145,7 +145,7 @@ def _print(arguments: argparse.Namespace, results: Sequence[tuple[str, int | Non
     from rich.table import Table
 
     from benchmarks.lib.common import wide_console
-    from fxhybrid.errors import format_bytes
+    from fxhybrid.units import format_bytes
 
     table = Table(
         title=f"{arguments.model}, {arguments.size} batch x {arguments.repeat}, {arguments.steps} steps",

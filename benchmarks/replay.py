@@ -30,7 +30,7 @@ from fxhybrid.ir.plan import Action, Actions, Compress
 from fxhybrid.ir.problem import CodecOption, Op, Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
-from fxhybrid.prepare import prepare
+from fxhybrid.pipeline import prepare
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.ilp.solver import IlpSolver
 from fxhybrid.solvers.mps.frontier_search import build_ladder

@@ -20,7 +20,7 @@ from benchmarks.lib.checks import Bar, bar_of, bars_table
 from benchmarks.lib.common import Bench, Record, add_record_files, names_of, records_of, wide_console
 from benchmarks.lib.suite_parts import PARTS, Session, run_parts
 from fxhybrid import suite
-from fxhybrid.errors import format_bytes
+from fxhybrid.units import format_bytes
 
 Row = Callable[[Record], tuple[str, ...]]
 

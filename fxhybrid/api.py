@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxhybrid.budget import Budget
 from fxhybrid.capture.step import Loss, StepCall
 from fxhybrid.compiler.planner import error_target
 from fxhybrid.compiler.signature import Signature
@@ -18,6 +17,7 @@ from fxhybrid.ir.plan import Plan
 from fxhybrid.module import HybridModule, wrap
 from fxhybrid.options import make_options
 from fxhybrid.solvers.base import Solver
+from fxhybrid.units import Budget
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 

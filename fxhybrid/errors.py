@@ -14,16 +14,6 @@ FxHybridError
 from __future__ import annotations
 
 
-def format_bytes(n_bytes: float) -> str:
-    """A byte count as people read it: ``format_bytes(3 << 20) == "3.0 MiB"``."""
-    value = float(n_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024 or unit == "GiB":
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
-
-
 class FxHybridError(Exception):
     """Base of all errors raised by fxhybrid."""
 

@@ -16,13 +16,13 @@ from rich.table import Table
 from torch import nn
 
 from fxhybrid.api import Inputs, _plan_now
-from fxhybrid.budget import Budget, check_budget
 from fxhybrid.compiler.signature import Signature
-from fxhybrid.errors import BudgetError, InvalidArgument, format_bytes
-from fxhybrid.extras import require
+from fxhybrid.errors import BudgetError, InvalidArgument
 from fxhybrid.module import wrap
+from fxhybrid.optional_imports import require
 from fxhybrid.options import make_options
 from fxhybrid.solvers.portfolio.known_plans import PlanSet
+from fxhybrid.units import Budget, check_budget, format_bytes
 
 DEFAULT_COUNT = 12
 FRONTIER_FORMAT = 2

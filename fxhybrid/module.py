@@ -12,7 +12,6 @@ import torch
 from torch import fx, nn
 
 from fxhybrid.accuracy.drift_monitor import DriftGuard
-from fxhybrid.budget import Budget, check_budget
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.report import Report, make_report
 from fxhybrid.compiler.signature import Signature
@@ -21,6 +20,7 @@ from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
+from fxhybrid.units import Budget, check_budget
 
 M = TypeVar("M", bound=nn.Module)
 MANY_SIGNATURES = 32  # more than a real model has shapes; a Python counter makes one a step

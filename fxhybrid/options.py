@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from fxhybrid.budget import Budget, check_budget, check_bytes
 from fxhybrid.capture.step import Loss
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.solvers.base import Solver
+from fxhybrid.units import Budget, check_budget, check_bytes
 
 SOLVERS = ("auto", "mps", "ilp")
 COMPRESSIONS = ("auto", "lossless", "off")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxhybrid.errors import format_bytes
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import Schedule, fused_op
 from fxhybrid.ir.simulator import Timeline, describe_peak
+from fxhybrid.units import format_bytes
 
 
 def peak_lower_bound(problem: Problem) -> tuple[int, str]:

@@ -22,13 +22,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fxhybrid.errors import InvalidArgument, format_bytes
+from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.ir.problem import CodecOption, Problem, check_problem
 from fxhybrid.ir.schedule import lower
 from fxhybrid.ir.simulator import simulate
 from fxhybrid.solvers.base import SolveResult, Status, default_action, plan_error
 from fxhybrid.solvers.bounds import holder_in_words
+from fxhybrid.units import format_bytes
 
 
 @dataclass(frozen=True)

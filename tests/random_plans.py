@@ -12,7 +12,7 @@ from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
-from fxhybrid.prepare import Prepared, build_graphs, prepare
+from fxhybrid.pipeline import Prepared, build_graphs, prepare
 from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 from fxhybrid.runtime import StepFunction
 from fxhybrid.suite import SuiteCase, load

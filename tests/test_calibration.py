@@ -22,7 +22,7 @@ from fxhybrid.ir.plan import SAVE, Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
-from fxhybrid.prepare import Prepared, build_graphs, prepare
+from fxhybrid.pipeline import Prepared, build_graphs, prepare
 from fxhybrid.solvers.base import plan_error
 
 

@@ -77,7 +77,7 @@ class Bench:
         """One step of a compiled model, with fresh gradients."""
         return lambda: self.step_with(lambda: self.loss_of(model))
 
-    def compile(self, budget: fxhybrid.budget.Budget, **options: Any) -> fxhybrid.HybridModule:
+    def compile(self, budget: fxhybrid.units.Budget, **options: Any) -> fxhybrid.HybridModule:
         """The case's model at a budget."""
         target = self.target
         return fxhybrid.compile(

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from fxhybrid import suite
-from fxhybrid.extras import require
+from fxhybrid.optional_imports import require
 
 FIRST_ID = 10  # of the bytes; ids below are left to special tokens
 WORD = torch.tensor(list(b"self"))

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from fxhybrid.demo.tasks import Batch, Block, ByteTransformer, DigitsNet, next_byte_loss, text_task
-from fxhybrid.extras import require
+from fxhybrid.optional_imports import require
 
 FOLDS = 5
 PACKAGES = (

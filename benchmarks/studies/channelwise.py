@@ -27,9 +27,9 @@ from fxhybrid.accuracy.compression_trial import LossyStep
 from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import coarsest_lossy, get_codec
-from fxhybrid.extras import require
+from fxhybrid.optional_imports import require
 from fxhybrid.options import make_options
-from fxhybrid.prepare import Prepared, build_graphs, prepare
+from fxhybrid.pipeline import Prepared, build_graphs, prepare
 from fxhybrid.suite.convnets import MobileNetV2, ResNet
 
 MODELS = {

@@ -23,9 +23,9 @@ from fxhybrid.accuracy.compression_trial import LossyStep
 from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import get_codec
-from fxhybrid.extras import require
+from fxhybrid.optional_imports import require
 from fxhybrid.options import make_options
-from fxhybrid.prepare import build_graphs, prepare
+from fxhybrid.pipeline import build_graphs, prepare
 
 MODELS = ("mlp", "mobilenetv2", "resnet50", "bert", "vit")
 SHARES = (0.02, 0.1, 0.3, 1.0)  # of the tensors that may be lossy

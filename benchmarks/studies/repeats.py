@@ -16,11 +16,11 @@ from rich.table import Table
 
 from benchmarks.lib.common import names_of, wide_console
 from benchmarks.lib.record_corpus import MAX_ERROR, load, names
-from fxhybrid.errors import format_bytes
 from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Action, Actions, Compress
 from fxhybrid.ir.problem import Problem, without_codecs
 from fxhybrid.ir.simulator import Timeline, simulate_actions
 from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.units import format_bytes
 
 NEAR_PEAK = 0.98  # heights above this share of the peak count
 

@@ -29,7 +29,7 @@ from fxhybrid.ir.schedule import lower
 from fxhybrid.options import make_options
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
-from fxhybrid.prepare import Prepared, build_graphs, prepare
+from fxhybrid.pipeline import Prepared, build_graphs, prepare
 from fxhybrid.runtime import StepFunction
 
 TASKS: dict[str, Callable[[int, int], Task]] = {"digits": digits, "packages": packages, "language": language}

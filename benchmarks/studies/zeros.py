@@ -20,10 +20,10 @@ from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.capture.joint_graph import node_name
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import get_codec
-from fxhybrid.errors import format_bytes
 from fxhybrid.ir.plan import SAVE, Action
 from fxhybrid.options import make_options
-from fxhybrid.prepare import build_graphs, prepare
+from fxhybrid.pipeline import build_graphs, prepare
+from fxhybrid.units import format_bytes
 
 MARGIN = 0.05  # what a guaranteed capacity must leave above the share of one batch
 

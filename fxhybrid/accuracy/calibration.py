@@ -21,11 +21,11 @@ from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.codecs.channelwise import Channelwise
 from fxhybrid.codecs.widths import STEP_ERROR
+from fxhybrid.console import tracked
 from fxhybrid.ir.plan import Actions
 from fxhybrid.passes.build_problem import CodecChoices
 from fxhybrid.passes.error_prior import ErrorTable, lossy_groups
-from fxhybrid.prepare import Prepared, build_graphs
-from fxhybrid.progress import tracked
+from fxhybrid.pipeline import Prepared, build_graphs
 
 PART, MOST_PARTS = 8, 5  # tensors in a step where errors travel, unless that made more steps
 MEASURED_ZERO = 1e-6  # a lossy codec never counts as exact, even if one batch does not show it

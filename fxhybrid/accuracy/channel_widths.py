@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxhybrid.codecs import TensorMeta, coarsest_lossy, get_codec, lowest_price, widths_at
 from fxhybrid.codecs.kernels.reference import PARAMETER_BYTES, code_bytes
-from fxhybrid.prepare import Prepared
+from fxhybrid.pipeline import Prepared
 
 
 def channelwise_choices(prepared: Prepared, groups: Iterable[Mapping[int, Tensor]]) -> dict[int, tuple[str, ...]]:

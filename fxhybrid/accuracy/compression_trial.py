@@ -11,7 +11,7 @@ from fxhybrid.accuracy.step_result import squared_differences
 from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ir.plan import SAVE, Action
-from fxhybrid.prepare import Prepared, build_graphs
+from fxhybrid.pipeline import Prepared, build_graphs
 
 
 class LossyStep:

@@ -13,9 +13,9 @@ from typing import Generic, Protocol, TypeVar
 
 from fxhybrid.accuracy.calibration import ErrorPair, calibrate, measured_error
 from fxhybrid.accuracy.verifier import Verifier
-from fxhybrid.errors import format_bytes
 from fxhybrid.ir.plan import Action, Actions
-from fxhybrid.prepare import Prepared
+from fxhybrid.pipeline import Prepared
+from fxhybrid.units import format_bytes
 
 ROUNDS = 5
 UNUSABLE = 1e6  # an error that no limit allows

@@ -12,10 +12,11 @@ from fxhybrid.accuracy.step_result import StepResult, observe_step, relative_dif
 from fxhybrid.capture.capture import Capture
 from fxhybrid.capture.joint_graph import InputKind, JointGraph
 from fxhybrid.capture.step import Step, StepCall
-from fxhybrid.errors import CaptureError, format_bytes
+from fxhybrid.errors import CaptureError
 from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.profiling.system_memory import available_bytes
 from fxhybrid.runtime import StepFunction
+from fxhybrid.units import format_bytes
 
 SAME_GRAPH = 1e-3  # relative gradient difference above which a capture is not the user's model
 LOW_PRECISION = 5e-2  # the same where bfloat16 or float16 is involved

@@ -163,7 +163,7 @@ def _common(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     import fxhybrid
-    from fxhybrid.budget import check_budget
+    from fxhybrid.units import check_budget
 
     budget = check_budget(parse_budget(arguments.budget))
     model, inputs, options = _common(arguments)
@@ -174,8 +174,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _frontier(arguments: argparse.Namespace) -> None:
-    from fxhybrid.budget import check_budget
     from fxhybrid.frontier import frontier
+    from fxhybrid.units import check_budget
 
     budgets = None
     if arguments.budgets:

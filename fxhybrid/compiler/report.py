@@ -12,8 +12,8 @@ from rich.table import Table
 from fxhybrid.accuracy.calibration import ErrorPair
 from fxhybrid.accuracy.drift_monitor import DriftCheck
 from fxhybrid.compiler.signature import ErrorPrice
-from fxhybrid.errors import format_bytes
 from fxhybrid.ir.plan import Plan
+from fxhybrid.units import format_bytes
 
 if TYPE_CHECKING:
     from fxhybrid.compiler.signature import Signature

@@ -15,15 +15,16 @@ from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.compiler.plan_transfer import carried_actions, named_actions, versions
 from fxhybrid.compiler.planner import PlanMaker, carried_plan, error_target, solve_for
 from fxhybrid.devices.op_work import StepWork, work_of
-from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError, format_bytes
+from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError
 from fxhybrid.ir.plan import Actions, GradientError, Plan
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
-from fxhybrid.prepare import build_graphs, prepare
+from fxhybrid.pipeline import build_graphs, prepare
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.runtime import StepFunction
 from fxhybrid.solvers.base import Ladder, Rung
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, laddered, smallest_of
+from fxhybrid.units import format_bytes
 
 CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step
 

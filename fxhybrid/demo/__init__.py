@@ -10,7 +10,7 @@ from rich.console import Console
 from fxhybrid.demo.show import plot_runs, runs_table
 from fxhybrid.demo.tasks import digits_task, text_task
 from fxhybrid.demo.train import Run, train_task
-from fxhybrid.extras import require
+from fxhybrid.optional_imports import require
 
 __all__ = ["Run", "run_demo"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from fxhybrid.demo.train import Run
-from fxhybrid.errors import format_bytes
-from fxhybrid.extras import require
+from fxhybrid.optional_imports import require
+from fxhybrid.units import format_bytes
 
 SMOOTHED = 0.9  # weight of the past in the plotted loss
 MIB = 1 << 20

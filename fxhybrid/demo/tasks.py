@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from fxhybrid.extras import require
+from fxhybrid.optional_imports import require
 
 Batch = tuple[Tensor, Tensor]
 

@@ -10,7 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from fxhybrid.errors import PlanMismatchError, format_bytes
+from fxhybrid.errors import PlanMismatchError
+from fxhybrid.units import format_bytes
 
 PLAN_FORMAT = 1
 GAP_FLOOR_SHARE = 1e-3  # of the step: added seconds below that count as that in the gap

@@ -36,7 +36,8 @@ from torch._C._profiler import (
 )
 from torch.utils._pytree import tree_leaves
 
-from fxhybrid.errors import InvalidArgument, ProfileError, format_bytes
+from fxhybrid.errors import InvalidArgument, ProfileError
+from fxhybrid.units import format_bytes
 
 _MARK = "fxhybrid::mark"
 _Event = tuple[int, int]  # (address, bytes); negative bytes are a free

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 
 import pulp
 
-from fxhybrid.errors import format_bytes
 from fxhybrid.ir.plan import Action, Actions
 from fxhybrid.ir.problem import Problem, check_problem
 from fxhybrid.ir.schedule import lower
@@ -40,6 +39,7 @@ from fxhybrid.solvers.ilp.backend import BACKENDS
 from fxhybrid.solvers.ilp.memory_rows import MemoryRows
 from fxhybrid.solvers.ilp.model import COST_SCALE, IlpModel
 from fxhybrid.solvers.ilp.presolve import completed, facts_of, reached
+from fxhybrid.units import format_bytes
 
 ROUNDS = 400
 ROWS_PER_ROUND = 12

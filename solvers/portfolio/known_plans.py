@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fxhybrid.errors import BudgetError, format_bytes
+from fxhybrid.errors import BudgetError
 from fxhybrid.ir.plan import SAVE, Action, Actions, relative_gap
 from fxhybrid.ir.problem import Problem, single_techniques
 from fxhybrid.ir.schedule import lower
@@ -24,6 +24,7 @@ from fxhybrid.solvers.ilp.lp_bound import AddedBound, added_lower_bound
 from fxhybrid.solvers.ilp.min_peak import MinPeak, MinPeakSolver
 from fxhybrid.solvers.mps.frontier_search import Effort, build_ladder
 from fxhybrid.solvers.mps.polish import fitted
+from fxhybrid.units import format_bytes
 
 PROVEN = 0.01  # a plan this close to the bound counts as the best
 LESS_EFFORT = Effort(moves=(7_500, 0.0))  # for one technique alone: fewer choices

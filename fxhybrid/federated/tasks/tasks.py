@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxhybrid.extras import require
 from fxhybrid.federated.tasks.data import (
     ArrayData,
     Batch,
@@ -21,6 +20,7 @@ from fxhybrid.federated.tasks.data import (
     windows,
 )
 from fxhybrid.federated.tasks.models import SmallMobileNet, SmallTransformer
+from fxhybrid.optional_imports import require
 
 HELD_OUT = 0.2
 TEXT_LENGTH, PACKAGE_BYTES = 32, 60_000

@@ -55,3 +55,13 @@ def check_bytes(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise InvalidArgument(f"{name} is {value!r}; it must be a whole number of bytes of at least 0")
     return value
+
+
+def format_bytes(n_bytes: float) -> str:
+    """A byte count as people read it: ``format_bytes(3 << 20) == "3.0 MiB"``."""
+    value = float(n_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
