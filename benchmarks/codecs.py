@@ -21,7 +21,7 @@ from benchmarks.lib.checks import Bar, bars_table
 from benchmarks.lib.common import Record, append_record, seconds, wide_console
 from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.codecs import Codec, TensorMeta, channels_per_row, get_codec, registered_names
-from fxhybrid.codecs.candidates import row_length
+from fxhybrid.codecs.candidate_codecs import row_length
 
 ROWS = (16, 48, 64, 196, 256, 784, 3136)
 PLANES = (7, 14, 28, 56)

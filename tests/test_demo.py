@@ -11,8 +11,8 @@ from rich.console import Console
 
 from fxhybrid.cli.main import FAILED, main
 from fxhybrid.demo import Run, run_demo
+from fxhybrid.demo.demo_tasks import digits_task, text_task
 from fxhybrid.demo.show import budget_text
-from fxhybrid.demo.tasks import digits_task, text_task
 from fxhybrid.demo.train import train_task
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from fxhybrid.demo.tasks import Batch, Block, ByteTransformer, DigitsNet, next_byte_loss, text_task
+from fxhybrid.demo.demo_tasks import Batch, Block, ByteTransformer, DigitsNet, next_byte_loss, text_task
 from fxhybrid.optional_imports import require
 
 FOLDS = 5

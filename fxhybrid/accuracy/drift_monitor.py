@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import BudgetError, InvalidArgument
+from fxhybrid.ir.plan import Plan
 
-if TYPE_CHECKING:
-    from fxhybrid.compiler.signature import Signature
+
+class Monitored(Protocol):
+    """A planned kind of call whose gradient error can be measured, and which can be planned again."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan for fresh gradients."""
+
+    def measure_error(self, step: Step, call: StepCall) -> float:
+        """Measures the plan's relative gradient error on a batch."""
+
+    def recalibrate(self, step: Step, call: StepCall) -> None:
+        """Plans again by the errors on a batch."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +58,13 @@ class DriftGuard:
         self.steps = 0
         self.checks: list[DriftCheck] = []
 
-    def before(self, signature: Signature, step: Step, call: StepCall) -> None:
+    def before(self, signature: Monitored, step: Step, call: StepCall) -> None:
         """Looks at the plan, if it is time to, on the batch that is about to be trained on."""
         self.steps += 1
         if self.every is not None and self.steps % self.every == 0:
             self.checks.append(self._check(signature, step, call.detached()))
 
-    def _check(self, signature: Signature, step: Step, call: StepCall) -> DriftCheck:
+    def _check(self, signature: Monitored, step: Step, call: StepCall) -> DriftCheck:
         if signature.plan.gradient_error.source == "exact":
             return DriftCheck(self.steps, 0.0, False, "the plan is exact")
         try:

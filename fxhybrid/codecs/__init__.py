@@ -16,7 +16,7 @@ Importing this package defines ``torch.ops.fxhybrid.compress`` and ``.decompress
 """
 
 from fxhybrid.codecs import casts, channelwise, lossless, ops, pool, rowwise_compiled  # noqa: F401  they register themselves
-from fxhybrid.codecs.candidates import candidate_codecs, coarsest_lossy
+from fxhybrid.codecs.candidate_codecs import candidate_codecs, coarsest_lossy
 from fxhybrid.codecs.codec import Codec, get_codec, register, registered_names
 from fxhybrid.codecs.kernels.storage import TensorMeta
 from fxhybrid.codecs.widths import channels_per_row, lowest_price, widths_at

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fxhybrid.demo.demo_tasks import digits_task, text_task
 from fxhybrid.demo.show import plot_runs, runs_table
-from fxhybrid.demo.tasks import digits_task, text_task
 from fxhybrid.demo.train import Run, train_task
 from fxhybrid.optional_imports import require
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from fxhybrid.api import compile
-from fxhybrid.demo.tasks import Batch, Task
+from fxhybrid.demo.demo_tasks import Batch, Task
 from fxhybrid.errors import BudgetError
 from fxhybrid.module import HybridModule
 from fxhybrid.profiling.allocator import StepMeasurement, measure_step
