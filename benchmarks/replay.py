@@ -33,8 +33,8 @@ from fxhybrid.options import make_options
 from fxhybrid.pipeline import prepare
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.ilp.solver import IlpSolver
-from fxhybrid.solvers.mps.frontier_search import build_ladder
-from fxhybrid.solvers.portfolio.known_plans import PlanSet, laddered
+from fxhybrid.solvers.mps.frontier_search import build_frontier
+from fxhybrid.solvers.portfolio.known_plans import PlanSet, frontier_plans
 
 SHARES = (0.1, 0.4, 0.7)  # of the way from the smallest peak to that of the save-all step
 ILP_GAP, ILP_LIMIT_S = 0.05, 120.0
@@ -112,38 +112,38 @@ def with_byte_seconds(problem: Problem) -> Problem:
 
 def plans_of(problem: Problem, max_error: float) -> Iterator[Record]:
     """The frontier, fitted plans, the integer program's plans and the smallest peak."""
-    ladder = build_ladder(problem, max_error=max_error)
-    points = [(rung.peak_bytes, rung.added_s) for rung in ladder.rungs]
+    frontier = build_frontier(problem, max_error=max_error)
+    points = [(point.peak_bytes, point.overhead_s) for point in frontier.points]
 
-    def plan_record(actions: Actions, peak_bytes: int, added_s: float) -> Record:
-        return {"peak_bytes": peak_bytes, "added_s": added_s, "digest": digest_of(problem, [actions])}
+    def plan_record(actions: Actions, peak_bytes: int, overhead_s: float) -> Record:
+        return {"peak_bytes": peak_bytes, "added_s": overhead_s, "digest": digest_of(problem, [actions])}
 
     yield {
         "part": "frontier",
         "key": "mps",
         "points": points,
-        "digest": digest_of(problem, (r.actions for r in ladder.rungs)),
+        "digest": digest_of(problem, (r.actions for r in frontier.points)),
     }
-    plans = laddered(problem, max_error=max_error)
+    plans = frontier_plans(problem, max_error=max_error)
     low, high = plans.smallest.peak_bytes, simulate_actions(problem, {}).peak_bytes
-    yield {"part": "plan", "key": "smallest", **plan_record(plans.smallest.actions, low, plans.smallest.added_s)}
+    yield {"part": "plan", "key": "smallest", **plan_record(plans.smallest.actions, low, plans.smallest.overhead_s)}
     budgets = {share: int(low + share * (high - low)) for share in SHARES}
-    fresh = PlanSet(problem, ladder, max_error=max_error)
+    fresh = PlanSet(problem, frontier, max_error=max_error)
     for share, budget_bytes in budgets.items():
         known = fresh.fitted(budget_bytes)
         assert known is not None, "every share lies above the ladder's smallest peak"
         yield {
             "part": "mps",
             "key": share,
-            **plan_record(known.rung.actions, known.rung.peak_bytes, known.rung.added_s),
+            **plan_record(known.point.actions, known.point.peak_bytes, known.point.overhead_s),
         }
         solver = IlpSolver(time_limit_s=ILP_LIMIT_S, gap=ILP_GAP)
-        result = solver.solve(problem, budget_bytes, max_error=max_error, warm=known.rung.actions)
+        result = solver.solve(problem, budget_bytes, max_error=max_error, warm_start=known.point.actions)
         limited = result.solve_s >= ILP_LIMIT_S
-        figures = plan_record(result.actions, result.peak_bytes, result.added_s)
+        figures = plan_record(result.actions, result.peak_bytes, result.overhead_s)
         yield {"part": "ilp", "key": share, **figures, "lower_bound_s": result.lower_bound_s, "limited": limited}
     lowest = MinPeakSolver(time_limit_s=MIN_PEAK_LIMIT_S).solve(
-        problem, max_error=max_error, warm=plans.smallest.actions
+        problem, max_error=max_error, warm_start=plans.smallest.actions
     )
     yield {
         "part": "smallest peak",

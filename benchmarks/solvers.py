@@ -1,12 +1,13 @@
 """How good and how fast the solvers are: ``python -m benchmarks.solvers``.
 
 Part ``corpus``: the recorded problems of real models (``tests/corpus``), each at five budgets between the smallest peak
-of the heuristic's ladder (share 0) and the peak of the step that keeps everything (share 1). The heuristic (MPS) builds
-its ladder once and fits the plan to the budget; the integer program (ILP) starts from that plan and gets 20 seconds,
-and where that does not close the gap to 1 %, another 60. gap = (added - proven bound) / max(added, 0.1 % of the step).
+of the heuristic's frontier (share 0) and the peak of the step that keeps everything (share 1). The heuristic (MPS)
+builds its frontier once and fits the plan to the budget; the integer program (ILP) starts from that plan and gets 20
+seconds, and where that does not close the gap to 1 %, another 60.
+gap = (added - proven bound) / max(added, 0.1 % of the step).
 
 Part ``families``: made-up chains, U-nets, dense residual and random layered graphs of growing length; the seconds
-of the whole ladder against the number of ops.
+of the whole frontier against the number of ops.
 
 Records are appended to a JSON-lines file as they come, so that a run can be split (``--models``, ``--parts``) and
 continued; ``--summary FILE`` judges what is there. Times are wall-clock: run nothing beside it.
@@ -29,9 +30,9 @@ from benchmarks.lib.synthetic_problems import FAMILIES
 from fxhybrid.ir.plan import GAP_FLOOR_SHARE
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.solvers.base import Ladder
+from fxhybrid.solvers.base import PlanFrontier
 from fxhybrid.solvers.ilp.solver import IlpSolver
-from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.solvers.portfolio.known_plans import PlanSet
 
 PARTS = ("corpus", "families")
@@ -82,18 +83,18 @@ def n_nodes(problem: Problem) -> int:
     return len(problem.forward) + len(problem.backward)
 
 
-def timed_ladder(problem: Problem) -> tuple[Ladder, float]:
-    """The heuristic's ladder and its seconds."""
+def timed_frontier(problem: Problem) -> tuple[PlanFrontier, float]:
+    """The heuristic's frontier and its seconds."""
     start = time.perf_counter()
-    ladder = build_ladder(problem, max_error=corpus.MAX_ERROR)
-    return ladder, time.perf_counter() - start
+    frontier = build_frontier(problem, max_error=corpus.MAX_ERROR)
+    return frontier, time.perf_counter() - start
 
 
 def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
     """One record per budget."""
-    ladder, ladder_s = timed_ladder(problem)
-    plans = PlanSet(problem, ladder, max_error=corpus.MAX_ERROR)
-    low, high = ladder.rungs[-1].peak_bytes, simulate_actions(problem, {}).peak_bytes
+    frontier, frontier_s = timed_frontier(problem)
+    plans = PlanSet(problem, frontier, max_error=corpus.MAX_ERROR)
+    low, high = frontier.points[-1].peak_bytes, simulate_actions(problem, {}).peak_bytes
     for share in SHARES:
         budget_bytes = int(low + share * (high - low))
         known = plans.fitted(budget_bytes)
@@ -105,20 +106,20 @@ def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
             "save_all_bytes": high,
             "budget_bytes": budget_bytes,
             "backend": backend,
-            "ladder_s": ladder_s,
-            "mps_s": known.rung.added_s,
+            "ladder_s": frontier_s,
+            "mps_s": known.point.overhead_s,
         }
-        warm = known.rung.actions
+        warm_start = known.point.actions
         for name, limit_s in (("quick", QUICK_S), ("long", LONG_S)):
             if name == "long" and record["quick_gap"] <= LONG_GAP + 1e-9:
                 record |= {"long_gap": record["quick_gap"], "long_solve_s": record["quick_solve_s"]}
                 break
             solver = IlpSolver(time_limit_s=limit_s, backend=backend)
-            result = solver.solve(problem, budget_bytes, max_error=corpus.MAX_ERROR, warm=warm)
+            result = solver.solve(problem, budget_bytes, max_error=corpus.MAX_ERROR, warm_start=warm_start)
             record |= {
                 f"{name}_gap": result.gap(problem.step_s),
                 f"{name}_solve_s": result.solve_s,
-                "added_s": result.added_s,
+                "added_s": result.overhead_s,
                 "lower_bound_s": result.lower_bound_s,
                 "peak_bytes": result.peak_bytes,
                 "status": result.status.value,
@@ -128,17 +129,17 @@ def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
 
 
 def family_record(problem: Problem) -> Record:
-    """The ladder of one made-up problem."""
-    ladder, ladder_s = timed_ladder(problem)
+    """The frontier of one made-up problem."""
+    frontier, frontier_s = timed_frontier(problem)
     high = simulate_actions(problem, {}).peak_bytes
-    low = ladder.rungs[-1]
+    low = frontier.points[-1]
     return {
         "nodes": n_nodes(problem),
         "candidates": len(problem.candidates),
-        "ladder_s": ladder_s,
-        "rungs": len(ladder.rungs),
+        "ladder_s": frontier_s,
+        "rungs": len(frontier.points),
         "reach": low.peak_bytes / high,
-        "dearest": low.added_s / problem.step_s,
+        "dearest": low.overhead_s / problem.step_s,
     }
 
 
@@ -168,7 +169,7 @@ def family_table(records: Sequence[Record]) -> Table:
     for name in ("family", "nodes", "candidates", "ladder", "rungs", "smallest peak", "its added time"):
         table.add_column(name, justify="left" if name == "family" else "right")
     for r in records:
-        numbers = (str(r["nodes"]), str(r["candidates"]), f"{r['ladder_s']:.2f} s", str(r["rungs"]))
+        numbers = (str(r["nodes"]), str(r["candidates"]), f"{r['frontier_s']:.2f} s", str(r["rungs"]))
         table.add_row(r["model"], *numbers, f"{r['reach']:.3f}", f"{r['dearest']:.1%}")
     return table
 
@@ -192,8 +193,8 @@ def judge(records: Sequence[Record]) -> list[Bar]:
         bar_of("MPS, each", f"added + 0.1 % of step, / ILP <= {WORST_RATIO}", ratios, WORST_RATIO, "{:.3f}"),
     ]
     for n_ops, limit_s in LADDER_S.items():
-        ladders = {r["model"]: r["ladder_s"] for r in made_up if r["key"] == n_ops}
-        bars.append(bar_of(f"ladder, {n_ops} ops", f"<= {limit_s:.0f} s", ladders, limit_s, "{:.2f} s"))
+        frontiers = {r["model"]: r["ladder_s"] for r in made_up if r["key"] == n_ops}
+        bars.append(bar_of(f"ladder, {n_ops} ops", f"<= {limit_s:.0f} s", frontiers, limit_s, "{:.2f} s"))
     growth = {}
     for name in dict.fromkeys(r["model"] for r in made_up):
         own = [r for r in made_up if r["model"] == name]

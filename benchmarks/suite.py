@@ -126,7 +126,7 @@ def _monotone_row(r: Record) -> tuple[str, ...]:
     return (
         r["model"],
         " ".join(f"{p['measured_bytes'] / 2**20:.1f}" for p in points),
-        " ".join(f"{p['added_s'] * 1e3:.1f}" for p in points),
+        " ".join(f"{p['overhead_s'] * 1e3:.1f}" for p in points),
         f"{max(p['set_budget_s'] for p in points):.2f} s",
     )
 

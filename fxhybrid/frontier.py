@@ -245,5 +245,5 @@ def _row(plans: PlanSet, technique: Technique, budget_bytes: int) -> FrontierRow
     price = plans.prove(budget_bytes).saved_s_per_byte * MIB
     known = plans.cheapest(budget_bytes)
     assert known is not None
-    figures = known.rung.peak_bytes, known.rung.added_s, known.lower_bound_s
+    figures = known.point.peak_bytes, known.point.overhead_s, known.lower_bound_s
     return FrontierRow(budget_bytes, technique, known.status.value, *figures, price)

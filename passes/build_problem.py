@@ -72,13 +72,13 @@ def _ops(layout: Layout, profile: Profile) -> tuple[tuple[Op, ...], tuple[Op, ..
         fused, mask = profile.cost(call_of(*form)), forward[call.fused_with]
         kept_s = max(mask.seconds + op.seconds - fused.seconds, 0.0)
         forward[call.fused_with] = replace(mask, seconds=kept_s)
-        backward.append(replace(op, seconds=fused.seconds, fusion=Fusion(call.fused_with, fused.rise_bytes)))
+        backward.append(replace(op, seconds=fused.seconds, fusion=Fusion(call.fused_with, fused.alloc_peak_bytes)))
     return tuple(forward), tuple(backward)
 
 
 def _op(op: OpCall, profile: Profile) -> Op:
     cost = profile.cost(_op_call(op))
-    return Op(op.name, op.inputs, op.outputs, cost.seconds, cost.rise_bytes, op.recomputable, op.pinned)
+    return Op(op.name, op.inputs, op.outputs, cost.seconds, cost.alloc_peak_bytes, op.recomputable, op.pinned)
 
 
 def _op_call(op: OpCall) -> Call:
@@ -105,7 +105,7 @@ def _codec_costs(profile: Profile, value: torch.Tensor, codec: str) -> tuple[OpC
     stand_in, meta = get_codec(codec).profiled_as(), TensorMeta.of(value)
     encode, decode = (profile.cost(call) for call in _codec_calls(value, stand_in.spec))
     more = sum(get_codec(codec).encoded_bytes(meta)) - sum(stand_in.encoded_bytes(meta))
-    return replace(encode, rise_bytes=encode.rise_bytes + more), decode
+    return replace(encode, alloc_peak_bytes=encode.alloc_peak_bytes + more), decode
 
 
 def _by_kernels(call: Call, codec: str) -> Call:
@@ -131,8 +131,8 @@ def _options(
                 sum(codec.encoded_bytes(TensorMeta.of(value))),
                 encode.seconds,
                 decode.seconds,
-                encode.rise_bytes + codec.spare_bytes(TensorMeta.of(value)),
-                decode.rise_bytes,
+                encode.alloc_peak_bytes + codec.spare_bytes(TensorMeta.of(value)),
+                decode.alloc_peak_bytes,
                 codec.lossless,
                 0.0 if codec.lossless else errors[storage, text],
             )

@@ -35,7 +35,7 @@ class SolveResult:
         actions: tensor index -> action; tensors not named keep the default of ``schedule.lower``. For
             INFEASIBLE and UNKNOWN the actions of the smallest peak found.
         peak_bytes: simulated peak of these actions.
-        added_s: simulated added seconds of these actions.
+        overhead_s: simulated added seconds of these actions.
         lower_bound_s: no plan within budget and error limit adds less.
         error: root of the sum of squared errors of the chosen lossy codecs.
         solver: which solver it came from.
@@ -47,7 +47,7 @@ class SolveResult:
     status: Status
     actions: Mapping[int, Action]
     peak_bytes: int
-    added_s: float
+    overhead_s: float
     lower_bound_s: float
     error: float
     solver: str
@@ -57,29 +57,29 @@ class SolveResult:
 
     def gap(self, step_s: float) -> float:
         """``relative_gap`` in a step of ``step_s`` seconds."""
-        return relative_gap(self.added_s, self.lower_bound_s, step_s)
+        return relative_gap(self.overhead_s, self.lower_bound_s, step_s)
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One plan of a ladder, with its simulated figures."""
+class FrontierPoint:
+    """One plan of a frontier, with its simulated figures."""
 
     actions: Actions
     peak_bytes: int
-    added_s: float
+    overhead_s: float
     error: float
 
 
 @dataclass(frozen=True)
-class Ladder:
+class PlanFrontier:
     """Plans from keep-everything to the smallest peak found: the peak falls, the added time never does."""
 
-    rungs: tuple[Rung, ...]
+    points: tuple[FrontierPoint, ...]
 
-    def rung_for(self, budget_bytes: int) -> Rung | None:
+    def point_for(self, budget_bytes: int) -> FrontierPoint | None:
         """The cheapest plan with a peak of at most ``budget_bytes``."""
-        place = bisect_left(self.rungs, -budget_bytes, key=lambda rung: -rung.peak_bytes)
-        return self.rungs[place] if place < len(self.rungs) else None
+        place = bisect_left(self.points, -budget_bytes, key=lambda point: -point.peak_bytes)
+        return self.points[place] if place < len(self.points) else None
 
 
 class Solver(Protocol):

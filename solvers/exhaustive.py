@@ -38,7 +38,7 @@ class Tried:
 
     actions: Mapping[int, Action]
     peak_bytes: int
-    added_s: float
+    overhead_s: float
     holder: str
 
 
@@ -71,8 +71,8 @@ class OracleSolver:
             Status.OPTIMAL if fitting else Status.INFEASIBLE,
             shown.actions,
             shown.peak_bytes,
-            shown.added_s,
-            shown.added_s,
+            shown.overhead_s,
+            shown.overhead_s,
             plan_error(problem, shown.actions),
             "oracle",
             time.perf_counter() - started,
@@ -95,7 +95,7 @@ class OracleSolver:
             )
         tried = [_tried(problem, actions) for actions in every_plan(problem, max_error)]
         best: list[Tried] = []
-        for plan in sorted(tried, key=lambda plan: (plan.added_s, plan.peak_bytes)):
+        for plan in sorted(tried, key=lambda plan: (plan.overhead_s, plan.peak_bytes)):
             if not best or plan.peak_bytes < best[-1].peak_bytes:
                 best.append(plan)
         return best, len(tried)
@@ -143,4 +143,4 @@ def _actions(problem: Problem, t: int) -> Iterator[tuple[Action, CodecOption | N
 def _tried(problem: Problem, actions: Mapping[int, Action]) -> Tried:
     schedule = lower(problem, actions)
     timeline = simulate(problem, schedule)
-    return Tried(actions, timeline.peak_bytes, timeline.added_s, holder_in_words(problem, schedule, timeline))
+    return Tried(actions, timeline.peak_bytes, timeline.overhead_s, holder_in_words(problem, schedule, timeline))

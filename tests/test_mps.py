@@ -1,4 +1,4 @@
-"""The MPS ladder against the simulator, hand-made problems and an exhaustive oracle."""
+"""The MPS frontier against the simulator, hand-made problems and an exhaustive oracle."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fxhybrid.errors import PlanError
 from fxhybrid.ir.plan import RECOMPUTE, Action, Compress
 from fxhybrid.ir.problem import CodecOption, Op, Problem, Tensor, without_codecs, without_recomputation
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.solvers.base import Ladder, Rung, Status, plan_error
+from fxhybrid.solvers.base import FrontierPoint, PlanFrontier, Status, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
-from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.solvers.mps.neighbourhood import Choices
 from fxhybrid.solvers.mps.plan_state import Footprints
 from fxhybrid.solvers.mps.problem_tables import FIRST_CODEC, RECOMPUTED, SAVED
@@ -61,20 +61,20 @@ def two_layers(*, codecs: tuple[CodecOption, ...] = ()) -> Problem:
 def test_keep_all_is_rung_zero_and_dropping_helps_nothing_that_forward_needs() -> None:
     # While make_b runs, a and b are both there: 200 B. With a dropped, back_b has b + loss + grad = 114 B and
     # back_a has a + loss + grad_b + grad_a = 124 B; so the peak is make_b's 200 B.
-    ladder = build_ladder(two_layers(), max_error=0.0)
-    assert [(rung.peak_bytes, rung.added_s) for rung in ladder.rungs] == [(214, 0.0), (200, 1.0)]
-    assert ladder.rungs[1].actions == {0: RECOMPUTE}
-    assert ladder.rung_for(213) == ladder.rungs[1]
-    assert ladder.rung_for(199) is None
+    frontier = build_frontier(two_layers(), max_error=0.0)
+    assert [(point.peak_bytes, point.overhead_s) for point in frontier.points] == [(214, 0.0), (200, 1.0)]
+    assert frontier.points[1].actions == {0: RECOMPUTE}
+    assert frontier.point_for(213) == frontier.points[1]
+    assert frontier.point_for(199) is None
 
 
 def test_a_codec_whose_encoding_is_the_peak_is_not_used() -> None:
     # Encoding and decoding cost 0.5 s, running make_a again 1 s. But a is encoded after its last
     # read (make_b), while b is there: 100 a + 100 b + 25 = 225 B, above keep-all, so the codec gains nothing.
     problem = two_layers(codecs=(quarter(100, 0.5, 0.05),))
-    assert [r.actions for r in build_ladder(problem, max_error=0.1).rungs] == [{}, {0: RECOMPUTE}]
+    assert [r.actions for r in build_frontier(problem, max_error=0.1).points] == [{}, {0: RECOMPUTE}]
     # Without recomputation nothing helps.
-    assert len(build_ladder(without_recomputation(problem), max_error=0.1).rungs) == 1
+    assert len(build_frontier(without_recomputation(problem), max_error=0.1).points) == 1
 
 
 def chain_with_wide_backward(error: float) -> Problem:
@@ -100,19 +100,19 @@ def chain_with_wide_backward(error: float) -> Problem:
 
 def test_error_limit_decides_between_codec_and_recomputation() -> None:
     # Both encoded: 400 + 4 + 25 + 25 = 454 B for 2 s, error 0.05 * sqrt(2) = 0.0707.
-    rich = build_ladder(chain_with_wide_backward(0.05), max_error=0.08)
-    rung = rich.rung_for(454)
-    assert rung is not None
-    assert (rung.peak_bytes, rung.added_s) == (454, 2.0)
-    assert rung.error == pytest.approx(0.05 * math.sqrt(2))
+    rich = build_frontier(chain_with_wide_backward(0.05), max_error=0.08)
+    point = rich.point_for(454)
+    assert point is not None
+    assert (point.peak_bytes, point.overhead_s) == (454, 2.0)
+    assert point.error == pytest.approx(0.05 * math.sqrt(2))
     # Error for one codec only: the other tensor is made again, 400 + 4 + 25 = 429 B for 9 s.
-    scarce = build_ladder(chain_with_wide_backward(0.05), max_error=0.06)
-    rung = scarce.rung_for(454)
-    assert rung is not None
-    assert (rung.peak_bytes, rung.added_s, rung.error) == (429, 9.0, 0.05)
+    scarce = build_frontier(chain_with_wide_backward(0.05), max_error=0.06)
+    point = scarce.point_for(454)
+    assert point is not None
+    assert (point.peak_bytes, point.overhead_s, point.error) == (429, 9.0, 0.05)
     # Both made again: 404 B for 16 s.
-    assert rich.rungs[-1].peak_bytes == 404
-    assert rich.rungs[-1].added_s == 16.0
+    assert rich.points[-1].peak_bytes == 404
+    assert rich.points[-1].overhead_s == 16.0
 
 
 @pytest.mark.parametrize(("depth", "again"), [(0, {3}), (1, {2, 3}), (2, {1, 2, 3}), (12, {0, 1, 2, 3})])
@@ -151,47 +151,47 @@ def test_a_mask_is_kept_packed_when_its_source_turns_lossy() -> None:
         Op("conv", (0, 4), (), 1.0, 0),
     )
     problem = Problem(tensors, forward, backward, (2,), (), (4,), resident_bytes=0)
-    ladder = build_ladder(problem, max_error=0.1)
+    frontier = build_frontier(problem, max_error=0.1)
     # Keep-all: 320 x + 4 + 500 = 824 B. Packed: 80 + 10 + 4 + 500 = 594 B for 0.2 + 0.02 s.
-    rung = ladder.rung_for(600)
-    assert rung is not None
-    assert rung.actions == {0: Compress("q"), 1: Compress("bitpack")}
-    assert (ladder.rungs[0].peak_bytes, rung.peak_bytes) == (824, 594)
-    assert rung.added_s == pytest.approx(0.22)
+    point = frontier.point_for(600)
+    assert point is not None
+    assert point.actions == {0: Compress("q"), 1: Compress("bitpack")}
+    assert (frontier.points[0].peak_bytes, point.peak_bytes) == (824, 594)
+    assert point.overhead_s == pytest.approx(0.22)
 
 
-def check_ladder(problem: Problem, ladder: Ladder, max_error: float) -> None:
-    assert ladder.rungs[0].actions == {}
-    for rung in ladder.rungs:
-        line = simulate_actions(problem, rung.actions)
-        assert (line.peak_bytes, line.added_s) == (rung.peak_bytes, rung.added_s)
-        assert plan_error(problem, rung.actions) == rung.error <= max_error * (1 + 1e-6)
-    for above, below in itertools.pairwise(ladder.rungs):
+def check_ladder(problem: Problem, frontier: PlanFrontier, max_error: float) -> None:
+    assert frontier.points[0].actions == {}
+    for point in frontier.points:
+        line = simulate_actions(problem, point.actions)
+        assert (line.peak_bytes, line.overhead_s) == (point.peak_bytes, point.overhead_s)
+        assert plan_error(problem, point.actions) == point.error <= max_error * (1 + 1e-6)
+    for above, below in itertools.pairwise(frontier.points):
         assert above.peak_bytes > below.peak_bytes
-        assert above.added_s <= below.added_s
+        assert above.overhead_s <= below.overhead_s
 
 
 @settings(max_examples=40, deadline=None)
 @given(problems(), st.sampled_from((0.0, 0.05, 0.3)), st.booleans())
 def test_rungs_are_what_they_say(problem: Problem, max_error: float, recompute: bool) -> None:
     offered = problem if recompute else without_recomputation(problem)
-    ladder = build_ladder(offered, max_error=max_error)
-    check_ladder(problem, ladder, max_error)
-    assert ladder.rung_for(ladder.rungs[0].peak_bytes) == ladder.rungs[0]
-    assert ladder.rung_for(1 << 60) == ladder.rungs[0]
-    assert ladder.rung_for(ladder.rungs[-1].peak_bytes) == ladder.rungs[-1]
-    assert ladder.rung_for(ladder.rungs[-1].peak_bytes - 1) is None
-    for rung in ladder.rungs if not recompute else ():
-        for t, action in rung.actions.items():
+    frontier = build_frontier(offered, max_error=max_error)
+    check_ladder(problem, frontier, max_error)
+    assert frontier.point_for(frontier.points[0].peak_bytes) == frontier.points[0]
+    assert frontier.point_for(1 << 60) == frontier.points[0]
+    assert frontier.point_for(frontier.points[-1].peak_bytes) == frontier.points[-1]
+    assert frontier.point_for(frontier.points[-1].peak_bytes - 1) is None
+    for point in frontier.points if not recompute else ():
+        for t, action in point.actions.items():
             assert action is not RECOMPUTE or problem.producer[t] in problem.deferrable
 
 
 @settings(max_examples=10, deadline=None)
 @given(problems())
 def test_without_codecs_nothing_is_compressed(problem: Problem) -> None:
-    ladder = build_ladder(without_codecs(problem), max_error=1.0)
-    check_ladder(problem, ladder, 0.0)
-    assert not any(isinstance(action, Compress) for rung in ladder.rungs for action in rung.actions.values())
+    frontier = build_frontier(without_codecs(problem), max_error=1.0)
+    check_ladder(problem, frontier, 0.0)
+    assert not any(isinstance(action, Compress) for point in frontier.points for action in point.actions.values())
 
 
 @settings(max_examples=100, deadline=None)
@@ -200,12 +200,12 @@ def test_footprint_equals_simulation_however_it_came_there(problem: Problem, see
     base = Footprints(problem)
     for seed in seeds:
         actions = random_actions(problem, seed)
-        mark, line = base.measure(list(base.codes(actions))), simulate_actions(problem, actions)
-        assert mark is not None
-        assert mark.peak_bytes == line.peak_bytes
-        assert mark.added_s == pytest.approx(line.added_s, abs=1e-9)
-        assert base.exact_added_s() == line.added_s
-        assert mark.error2 == pytest.approx(plan_error(problem, base.actions()) ** 2)
+        cost, line = base.measure(list(base.codes(actions))), simulate_actions(problem, actions)
+        assert cost is not None
+        assert cost.peak_bytes == line.peak_bytes
+        assert cost.overhead_s == pytest.approx(line.overhead_s, abs=1e-9)
+        assert base.exact_overhead_s() == line.overhead_s
+        assert cost.error2 == pytest.approx(plan_error(problem, base.actions()) ** 2)
         assert simulate_actions(problem, base.actions()).peak_bytes == line.peak_bytes
 
 
@@ -221,8 +221,8 @@ def test_a_move_taken_back_leaves_nothing_behind(problem: Problem, seed: int, da
         assert (base.footprint(), base.valid, base.state, base.heights().tolist()) == before
         base.move({t: code})
         assert (effect is not None) == base.valid
-        if effect is not None and before[0].added_s > 0 and base.added_s > 0:  # below that it is cut off
-            assert base.added_s - before[0].added_s == pytest.approx(effect[1], abs=1e-9 * problem.step_s)
+        if effect is not None and before[0].overhead_s > 0 and base.overhead_s > 0:  # below that it is cut off
+            assert base.overhead_s - before[0].overhead_s == pytest.approx(effect[1], abs=1e-9 * problem.step_s)
         assert effect is None or base.error2 - before[0].error2 == pytest.approx(effect[2], abs=1e-12)
         base.undo()
         assert (base.footprint(), base.valid, base.state, base.heights().tolist()) == before
@@ -250,13 +250,13 @@ def test_solver_keeps_the_budget(problem: Problem, part: float) -> None:
     if result.status is Status.INFEASIBLE:
         assert budget < MinPeakSolver().solve(problem, max_error=MAX_ERROR).lower_bound_bytes
     if part >= 1.0:
-        assert (result.status, result.actions, result.added_s) == (Status.OPTIMAL, {}, 0.0)
+        assert (result.status, result.actions, result.overhead_s) == (Status.OPTIMAL, {}, 0.0)
 
 
 def test_same_input_same_ladder() -> None:
     for seed in range(3):
-        first = build_ladder(random_problem(seed, 15), max_error=MAX_ERROR)
-        again = build_ladder(random_problem(seed, 15), max_error=MAX_ERROR)
+        first = build_frontier(random_problem(seed, 15), max_error=MAX_ERROR)
+        again = build_frontier(random_problem(seed, 15), max_error=MAX_ERROR)
         assert first == again
 
 
@@ -277,7 +277,7 @@ def all_plans(problem: Problem, max_error: float) -> list[tuple[int, float]]:
             line = simulate_actions(problem, actions)
         except PlanError:
             continue
-        found.append((line.peak_bytes, line.added_s))
+        found.append((line.peak_bytes, line.overhead_s))
     return found
 
 
@@ -287,16 +287,16 @@ def compare_with_oracle(count: int, max_candidates: int, first_seed: int) -> tup
     peaks: list[float] = []
     for problem in small_problems(count, max_candidates, first_seed):
         plans = all_plans(problem, MAX_ERROR)
-        ladder = build_ladder(problem, max_error=MAX_ERROR)
-        smallest, top = min(peak for peak, _ in plans), ladder.rungs[0].peak_bytes
-        peaks.append(ladder.rungs[-1].peak_bytes / smallest)
+        frontier = build_frontier(problem, max_error=MAX_ERROR)
+        smallest, top = min(peak for peak, _ in plans), frontier.points[0].peak_bytes
+        peaks.append(frontier.points[-1].peak_bytes / smallest)
         for k in range(5):
             budget = smallest + (top - smallest) * k // 5
-            rung = ladder.rung_for(budget)
-            if rung is not None and smallest < top:
+            point = frontier.point_for(budget)
+            if point is not None and smallest < top:
                 best = min(added for peak, added in plans if peak <= budget)
                 floor = 1e-3 * problem.step_s
-                times.append((rung.added_s + floor) / (best + floor))
+                times.append((point.overhead_s + floor) / (best + floor))
     return times, peaks
 
 
@@ -309,13 +309,13 @@ def test_close_to_the_oracle_on_small_problems() -> None:
 
 
 def test_a_rung_that_the_simulator_refuses_is_forgotten_before_it_can_run() -> None:
-    # keep-all peaks at 214 B and recomputing a at 200 B, for 1 s; a rung that claims 100 B for keep-all is a lie
+    # keep-all peaks at 214 B and recomputing a at 200 B, for 1 s; a point that claims 100 B for keep-all is a lie
     problem = two_layers()
-    ladder = build_ladder(problem, max_error=0.0)
-    plans = PlanSet(problem, Ladder((*ladder.rungs, Rung({}, 100, 0.0, 0.0))), max_error=0.0)
+    frontier = build_frontier(problem, max_error=0.0)
+    plans = PlanSet(problem, PlanFrontier((*frontier.points, FrontierPoint({}, 100, 0.0, 0.0))), max_error=0.0)
     assert plans.smallest.peak_bytes == 100
     known = plans.checked(200)
     assert known is not None
-    assert known.rung == ladder.rungs[1]
+    assert known.point == frontier.points[1]
     assert plans.checked(199) is None
     assert plans.smallest.peak_bytes == 200

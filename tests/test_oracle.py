@@ -26,7 +26,7 @@ def optimum_of_all(problem: Problem, budget_bytes: int, max_error: float) -> flo
             continue
         # an unread tensor's codec costs nothing and errs nothing; the plain sum would count it
         if plan_error(problem, actions) <= max_error and timeline.peak_bytes <= budget_bytes:
-            best = timeline.added_s if best is None else min(best, timeline.added_s)
+            best = timeline.overhead_s if best is None else min(best, timeline.overhead_s)
     return best
 
 
@@ -39,7 +39,7 @@ def test_leaves_no_plan_out() -> None:
             optimum = optimum_of_all(problem, int(share * high), max_error)
             assert result.status is (Status.INFEASIBLE if optimum is None else Status.OPTIMAL)
             if optimum is not None:
-                assert result.added_s == pytest.approx(optimum, abs=1e-12)
+                assert result.overhead_s == pytest.approx(optimum, abs=1e-12)
                 assert result.peak_bytes <= share * high
                 assert plan_error(problem, result.actions) <= max_error
             else:
@@ -62,7 +62,7 @@ def test_the_integer_program_equals_the_oracle(first_seed: int) -> None:
         plans, _ = OracleSolver().best_plans(problem, max_error=max_error)
         low, high = plans[-1].peak_bytes, plans[0].peak_bytes
         for budget_bytes in (low - 1, low, low + 2 * (high - low) // 3):
-            optimum = min((plan.added_s for plan in plans if plan.peak_bytes <= budget_bytes), default=None)
+            optimum = min((plan.overhead_s for plan in plans if plan.peak_bytes <= budget_bytes), default=None)
             result = IlpSolver(gap=0.0).solve(problem, budget_bytes, max_error=max_error)
             assert result.status is (Status.INFEASIBLE if optimum is None else Status.OPTIMAL)
             if optimum is None:
@@ -70,4 +70,4 @@ def test_the_integer_program_equals_the_oracle(first_seed: int) -> None:
             else:
                 assert result.peak_bytes <= budget_bytes
                 assert result.lower_bound_s <= optimum + 1e-9 * problem.step_s
-                assert result.added_s == pytest.approx(optimum, rel=1e-6, abs=1e-12 * problem.step_s)
+                assert result.overhead_s == pytest.approx(optimum, rel=1e-6, abs=1e-12 * problem.step_s)

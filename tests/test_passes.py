@@ -282,7 +282,7 @@ def test_decoding_is_measured_on_real_data_of_the_tensors_own_device(
     assert not [call.key for call in calls if "meta" in call.key]
     # run for real, decoding writes the whole tensor: 64 x 64 float32 are 16 KiB, a mask of bools 4 KiB (and the
     # operators' scalars a few bytes)
-    rises = {o.codec: o.decode_rise_bytes for t in problem.tensors for o in t.codecs}
+    rises = {o.codec: o.decode_alloc_peak_bytes for t in problem.tensors for o in t.codecs}
     assert rises["rowwise8:64"] == 16 * 1024
     assert 4 * 1024 <= rises["bitpack"] < 4 * 1024 + 64
     call = next(call for call in decodes if "rowwise8" in call.key)

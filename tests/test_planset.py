@@ -15,9 +15,9 @@ from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Compress
 from fxhybrid.ir.problem import CodecOption, Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
-from fxhybrid.solvers.base import Ladder, SolveResult, Status
-from fxhybrid.solvers.mps.frontier_search import build_ladder
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, judged, laddered
+from fxhybrid.solvers.base import PlanFrontier, SolveResult, Status
+from fxhybrid.solvers.mps.frontier_search import build_frontier
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, frontier_plans, judged
 from tests.problems import problems
 from tests.test_corpus import independent
 from tests.test_mps import chain_with_wide_backward
@@ -25,8 +25,8 @@ from tests.test_mps import chain_with_wide_backward
 
 def keep_all_only() -> PlanSet:
     """The set of ``independent`` with nothing but the plan that keeps everything, which peaks at 220 bytes."""
-    ladder = build_ladder(independent(), max_error=0.0)
-    return PlanSet(independent(), Ladder(ladder.rungs[:1]), max_error=0.0)
+    frontier = build_frontier(independent(), max_error=0.0)
+    return PlanSet(independent(), PlanFrontier(frontier.points[:1]), max_error=0.0)
 
 
 def test_looks_lower_only_where_no_known_plan_fits() -> None:
@@ -36,8 +36,8 @@ def test_looks_lower_only_where_no_known_plan_fits() -> None:
     # b2 needs a (100) and g1 (10) and makes g2 (10): 120 is the smallest peak of all plans, by making a again
     known = plans.checked(120)
     assert known is not None
-    assert (known.rung.peak_bytes, known.solver) == (120, "min peak")
-    assert known.rung.actions[0] is RECOMPUTE
+    assert (known.point.peak_bytes, known.solver) == (120, "min peak")
+    assert known.point.actions[0] is RECOMPUTE
     assert plans.smallest.peak_bytes == 120
 
 
@@ -50,22 +50,22 @@ def test_below_the_smallest_peak_is_infeasible_with_the_same_number_in_the_error
 
 
 def test_a_bound_for_a_larger_budget_holds_for_a_smaller_one() -> None:
-    plans = PlanSet(independent(), build_ladder(independent(), max_error=0.0), max_error=0.0)
+    plans = PlanSet(independent(), build_frontier(independent(), max_error=0.0), max_error=0.0)
     # for 190 of 220 bytes, half of b (60 bytes, 2 s) must go: 1 s, while every plan drops it or more as a whole
     bound = plans.prove(190)
-    assert abs(bound.added_s - 1.0) < 1e-6
+    assert abs(bound.overhead_s - 1.0) < 1e-6
     for budget_bytes in (190, 180):
         known = plans.cheapest(budget_bytes)
         assert known is not None
-        assert known.rung.added_s >= 2.0
-        assert (known.lower_bound_s, known.status) == (bound.added_s, Status.FEASIBLE)
+        assert known.point.overhead_s >= 2.0
+        assert (known.lower_bound_s, known.status) == (bound.overhead_s, Status.FEASIBLE)
     loose = plans.cheapest(191)
     assert loose is not None
     assert loose.lower_bound_s == 0.0
 
 
 def test_joined_plans_are_chosen_from() -> None:
-    plans, other = keep_all_only(), PlanSet(independent(), build_ladder(independent(), max_error=0.0), max_error=0.0)
+    plans, other = keep_all_only(), PlanSet(independent(), build_frontier(independent(), max_error=0.0), max_error=0.0)
     assert plans.cheapest(180) is None
     plans.join(other)
     assert plans.cheapest(180) == other.cheapest(180)
@@ -73,12 +73,12 @@ def test_joined_plans_are_chosen_from() -> None:
 
 def test_a_plan_is_fitted_to_the_budget() -> None:
     # Only the plan that makes a (4 s) and b (2 s) again is known. 180 bytes suffice to keep a, 179 to keep b.
-    for budget_bytes, actions, added_s in ((180, {1: RECOMPUTE}, 2.0), (179, {0: RECOMPUTE}, 4.0)):
-        plans = PlanSet(independent(), Ladder(()), max_error=0.0)
+    for budget_bytes, actions, overhead_s in ((180, {1: RECOMPUTE}, 2.0), (179, {0: RECOMPUTE}, 4.0)):
+        plans = PlanSet(independent(), PlanFrontier(()), max_error=0.0)
         plans.plans = [KnownPlan(judged(independent(), {0: RECOMPUTE, 1: RECOMPUTE}))]
         known = plans.fitted(budget_bytes)
         assert known is not None
-        assert (known.rung.actions, known.rung.added_s) == (actions, added_s)
+        assert (known.point.actions, known.point.overhead_s) == (actions, overhead_s)
         assert plans.cheapest(budget_bytes) == known
         assert len(plans.plans) == 2  # the other one stays, for smaller budgets
 
@@ -91,12 +91,12 @@ class FindsNothing:
 
 
 def test_plans_are_fitted_beside_a_solver_of_ones_own() -> None:
-    plans = PlanSet(independent(), Ladder(()), max_error=0.0)
+    plans = PlanSet(independent(), PlanFrontier(()), max_error=0.0)
     plans.plans = [KnownPlan(judged(independent(), {0: RECOMPUTE, 1: RECOMPUTE}))]
     solve_for(plans, make_options(budget=180, solver=FindsNothing()), 180)
     known = plans.cheapest(180)
     assert known is not None
-    assert (known.rung.actions, known.solver) == ({1: RECOMPUTE}, "mps")
+    assert (known.point.actions, known.solver) == ({1: RECOMPUTE}, "mps")
 
 
 def test_rounds_share_the_integer_programs_seconds() -> None:
@@ -112,25 +112,25 @@ def test_rounds_share_the_integer_programs_seconds() -> None:
 
 
 def test_a_plan_that_no_state_stands_for_is_not_fitted() -> None:
-    plans = PlanSet(independent(), Ladder((judged(independent(), {1: RECOMPUTE_AGAIN}),)), max_error=0.0)
+    plans = PlanSet(independent(), PlanFrontier((judged(independent(), {1: RECOMPUTE_AGAIN}),)), max_error=0.0)
     known = plans.fitted(220)
     assert known is not None
-    assert known.rung.actions == {1: RECOMPUTE_AGAIN}
+    assert known.point.actions == {1: RECOMPUTE_AGAIN}
 
 
 def test_fits_at_falling_budgets_never_add_less() -> None:
     """Without a floor, 2 of these 99 steps down came to a cheaper plan."""
     problem = corpus.load("unet")
-    ladder = build_ladder(problem, max_error=0.05)
-    plans = PlanSet(problem, ladder, max_error=0.05)
-    high, low = ladder.rungs[0].peak_bytes, ladder.rungs[-1].peak_bytes
+    frontier = build_frontier(problem, max_error=0.05)
+    plans = PlanSet(problem, frontier, max_error=0.05)
+    high, low = frontier.points[0].peak_bytes, frontier.points[-1].peak_bytes
     found = [plans.fitted(high - (high - low) * i // 99) for i in range(100)]
-    rungs = [known.rung for known in found if known is not None]
-    assert len(rungs) == 100
-    for larger, smaller in pairwise(rungs):
-        assert smaller.added_s >= larger.added_s
+    points = [known.point for known in found if known is not None]
+    assert len(points) == 100
+    for larger, smaller in pairwise(points):
+        assert smaller.overhead_s >= larger.overhead_s
         assert smaller.peak_bytes <= larger.peak_bytes
-    assert sum(rung not in ladder.rungs for rung in rungs) > 20
+    assert sum(point not in frontier.points for point in points) > 20
 
 
 def test_room_that_is_left_makes_codecs_more_exact() -> None:
@@ -144,32 +144,32 @@ def test_room_that_is_left_makes_codecs_more_exact() -> None:
     )
     start = judged(problem, {0: Compress("q2"), 1: Compress("q2")})
     for budget_bytes, squares in ((454, (25, 25)), (479, (25, 1)), (504, (1, 1))):
-        plans = PlanSet(problem, Ladder((start,)), max_error=0.08)
+        plans = PlanSet(problem, PlanFrontier((start,)), max_error=0.08)
         known = plans.fitted(budget_bytes)
         assert known is not None
-        assert (known.rung.peak_bytes, known.rung.added_s) == (budget_bytes, 2.0)
-        assert known.rung.error == pytest.approx(0.01 * sum(squares) ** 0.5)
+        assert (known.point.peak_bytes, known.point.overhead_s) == (budget_bytes, 2.0)
+        assert known.point.error == pytest.approx(0.01 * sum(squares) ** 0.5)
 
 
 def test_the_smallest_peak_falls_as_the_error_limit_grows() -> None:
     """On U-Net the search at a limit of 0.1 / 3 alone ends 0.3 % above that at 0.02 / 3."""
     problem, smallest = corpus.load("unet"), []
     for limit in (0.02 / 3, 0.1 / 3):
-        plans = PlanSet(problem, build_ladder(problem, max_error=limit), max_error=limit)
+        plans = PlanSet(problem, build_frontier(problem, max_error=limit), max_error=limit)
         assert plans.checked(1) is None
         smallest.append(plans.smallest.peak_bytes)
-        assert all(plan.rung.error <= limit for plan in plans.plans)
+        assert all(plan.point.error <= limit for plan in plans.plans)
     assert smallest == sorted(smallest, reverse=True)
 
 
 @settings(max_examples=10, deadline=None)
 @given(problems(2, 14), st.floats(0.0, 1.0))
 def test_ladders_together_are_never_slower_than_one_technique_alone(problem: Problem, share: float) -> None:
-    plans = laddered(problem, max_error=0.1)
+    plans = frontier_plans(problem, max_error=0.1)
     assert len(plans.alone) == 2 * any(tensor.codecs for tensor in problem.tensors)
     budget_bytes = int(share * simulate_actions(problem, {}).peak_bytes)
     found = plans.cheapest(budget_bytes)
     for known in (other.cheapest(budget_bytes) for other in plans.alone):
-        assert known is None or (found is not None and found.rung.added_s <= known.rung.added_s)
+        assert known is None or (found is not None and found.point.overhead_s <= known.point.overhead_s)
     for plan in plans.plans:  # plans of one technique mean the same among all
-        assert simulate_actions(problem, plan.rung.actions).peak_bytes == plan.rung.peak_bytes
+        assert simulate_actions(problem, plan.point.actions).peak_bytes == plan.point.peak_bytes

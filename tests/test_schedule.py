@@ -50,14 +50,14 @@ def test_keeping_everything() -> None:
     timeline = simulate(problem, schedule)
     assert timeline.peak_bytes == 40 * KB
     assert describe_peak(problem, schedule, timeline) == "backward grad_b"
-    assert timeline.added_s == 0
+    assert timeline.overhead_s == 0
 
 
 def test_recomputing_b_costs_its_op_and_saves_nothing_at_its_own_use() -> None:
     # b comes back right before grad_b: 16 + a 8 + b 8 + grad_b 8 = 40 KB again, for 1 ms more
     timeline = simulate_actions(chain(), {1: RECOMPUTE})
     assert timeline.peak_bytes == 40 * KB
-    assert timeline.added_s == pytest.approx(1e-3)
+    assert timeline.overhead_s == pytest.approx(1e-3)
 
 
 def test_compressing_a_lowers_the_first_peak_only() -> None:
@@ -68,7 +68,7 @@ def test_compressing_a_lowers_the_first_peak_only() -> None:
     at = {(i.kind, i.op): int(b) for i, b in zip(schedule.instructions, timeline.during_bytes, strict=True)}
     assert at[Kind.DECODE, 0] == 33 * KB
     assert timeline.peak_bytes == 40 * KB
-    assert timeline.added_s == pytest.approx(5e-3)
+    assert timeline.overhead_s == pytest.approx(5e-3)
 
 
 def test_order_of_instructions() -> None:
@@ -112,10 +112,10 @@ def test_dropped_again_between_two_distant_uses() -> None:
         assert simulate_actions(problem, {0: action}).peak_bytes == 25 * KB
     # recomputed for back_0 and anew for back_4: g1 1 + 16 = 17 KB at back_2, for another 10 ms
     again = simulate_actions(problem, {0: RECOMPUTE_AGAIN})
-    assert (again.peak_bytes, again.added_s) == (17 * KB, pytest.approx(20e-3))
+    assert (again.peak_bytes, again.overhead_s) == (17 * KB, pytest.approx(20e-3))
     # decoded twice, the encoded form (1 KB) stays until the second time: 1 + 1 + 16 = 18 KB; 2 + 3 + 3 ms
     again = simulate_actions(problem, {0: Compress("rowwise4:64", again=True)})
-    assert (again.peak_bytes, again.added_s) == (18 * KB, pytest.approx(8e-3))
+    assert (again.peak_bytes, again.overhead_s) == (18 * KB, pytest.approx(8e-3))
 
 
 def test_near_uses_share_one_copy() -> None:
@@ -150,7 +150,7 @@ def test_a_mask_that_only_backward_needs_is_free_to_defer() -> None:
     backward = (base.backward[0], dataclasses.replace(base.backward[1], inputs=(3, 6)), base.backward[2])
     problem = dataclasses.replace(base, tensors=tensors, forward=forward, backward=backward)
     assert problem.deferrable == {1}
-    assert lower(problem, {}).added_s == 0
+    assert lower(problem, {}).overhead_s == 0
     assert [i.kind.value for i in lower(problem, {}).instructions[3:]] == ["run", "rerun", "run", "run"]
     # kept as one bit, a itself can go: at grad_b 16 + 0.25 + b 8 + grad_b 8 = 32.25 KB
     # at grad_a: 16 + mask 2 + grad_b 8 + grad_a 8 = 34 KB
@@ -168,9 +168,9 @@ def test_a_mask_that_is_not_kept_is_fused_into_its_reader() -> None:
     )
     schedule = lower(problem, {})
     assert [i.kind.value for i in schedule.instructions[schedule.n_forward :]] == ["run", "fused", "run"]
-    assert schedule.added_s == 0
+    assert schedule.overhead_s == 0
     # kept, it costs the seconds of its own op: 1 ms
-    assert lower(problem, {6: SAVE}).added_s == pytest.approx(1e-3)
+    assert lower(problem, {6: SAVE}).overhead_s == pytest.approx(1e-3)
     assert Problem.from_json(problem.to_json()) == problem
 
 

@@ -20,7 +20,7 @@ from fxhybrid.solvers.exhaustive import OracleSolver
 from fxhybrid.solvers.ilp.lp_bound import added_lower_bound
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.ilp.solver import IlpSolver
-from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.solvers.portfolio.solvers import AutoSolver, MpsSolver
 from tests.problems import problems
 
@@ -37,7 +37,7 @@ def save_all_bytes(problem: Problem) -> int:
 def test_a_larger_budget_never_gives_a_slower_plan(problem: Problem, shares: list[float]) -> None:
     solver, top = MpsSolver(), save_all_bytes(problem)
     results = [solver.solve(problem, int(top * share), max_error=MAX_ERROR) for share in sorted(shares)]
-    reached = [result.added_s for result in results if result.status in FITS]
+    reached = [result.overhead_s for result in results if result.status in FITS]
     assert reached == sorted(reached, reverse=True)
     # what fits a budget fits every larger one
     fits = [result.status in FITS for result in results]
@@ -49,7 +49,7 @@ def test_a_larger_budget_never_gives_a_slower_plan(problem: Problem, shares: lis
 def test_the_save_all_peak_is_enough_to_save_all(problem: Problem, more: int) -> None:
     for solver in (MpsSolver(), AutoSolver(time_limit_s=5.0)):
         result = solver.solve(problem, save_all_bytes(problem) + more, max_error=MAX_ERROR)
-        assert (result.status, dict(result.actions), result.added_s) == (Status.OPTIMAL, {}, 0.0)
+        assert (result.status, dict(result.actions), result.overhead_s) == (Status.OPTIMAL, {}, 0.0)
 
 
 @settings(max_examples=7, deadline=None)
@@ -118,21 +118,21 @@ def test_names_and_numbers_do_not_change_the_best_plan(problem: Problem, share: 
         )
         for other in others:
             assert other.status is first.status is Status.OPTIMAL
-            assert other.added_s == pytest.approx(first.added_s, rel=1e-6, abs=1e-6 * problem.step_s)
+            assert other.overhead_s == pytest.approx(first.overhead_s, rel=1e-6, abs=1e-6 * problem.step_s)
 
 
 @settings(max_examples=5, deadline=None)
 @given(problems(2, 14, fused=True))
 def test_names_do_not_change_the_ladder(problem: Problem) -> None:
     """Numbers may: of moves that look equally good, the heuristic tries the one first that is listed first."""
-    assert build_ladder(renamed(problem), max_error=MAX_ERROR) == build_ladder(problem, max_error=MAX_ERROR)
+    assert build_frontier(renamed(problem), max_error=MAX_ERROR) == build_frontier(problem, max_error=MAX_ERROR)
 
 
 ENTRIES: tuple[Callable[[Problem], object], ...] = (
     *(partial(s.solve, budget_bytes=1 << 40, max_error=0.1) for s in (MpsSolver(), IlpSolver(), AutoSolver())),
     partial(OracleSolver().solve, budget_bytes=1 << 40, max_error=0.1),
     partial(MinPeakSolver().solve, max_error=0.1),
-    partial(build_ladder, max_error=0.1),
+    partial(build_frontier, max_error=0.1),
     partial(added_lower_bound, budget_bytes=1 << 40, max_error=0.1),
 )
 

@@ -15,8 +15,8 @@ from fxhybrid import BudgetError, HybridModule, Plan
 from fxhybrid.compiler.plan_transfer import named_actions
 from fxhybrid.compiler.planner import ERROR_MARGIN
 from fxhybrid.ir.problem import without_codecs, without_recomputation
-from fxhybrid.solvers.base import Rung
-from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.base import FrontierPoint
+from fxhybrid.solvers.mps.frontier_search import build_frontier
 
 SHARES = (0.8, 0.65, 0.5, 0.4)
 CHEAP_SHARE = {"resnet50": 0.65}  # parameters and gradients alone are 0.38 of its peak
@@ -181,9 +181,9 @@ def techniques(session: Session) -> Iterator[Record]:
     """Added time of the hybrid, of recomputing only and of compressing only; planned, and in what order."""
     # the same aim as the hybrid's own plans
     problem, limit = session.hybrid.planning_problem, ERROR_MARGIN * session.max_grad_error
-    ladders = {
-        "recompute": build_ladder(without_codecs(problem), max_error=limit),
-        "compress": build_ladder(without_recomputation(problem), max_error=limit),
+    frontiers = {
+        "recompute": build_frontier(without_codecs(problem), max_error=limit),
+        "compress": build_frontier(without_recomputation(problem), max_error=limit),
     }
     for share in SHARES:
         budget_bytes = session.bytes_of(share)
@@ -197,11 +197,11 @@ def techniques(session: Session) -> Iterator[Record]:
             "hybrid_s": hybrid.plan.added_s,
             "step_s": problem.step_s,
         }
-        for name, ladder in ladders.items():
-            rung = ladder.rung_for(budget_bytes)
-            record[f"{name}_s"] = rung.added_s if rung else None
-            if rung and abs(rung.added_s - hybrid.plan.added_s) >= WORTH_MEASURING * problem.step_s:
-                record[f"{name}_order"] = _measured_order(session, hybrid, _technique_plan(hybrid, rung))
+        for name, frontier in frontiers.items():
+            point = frontier.point_for(budget_bytes)
+            record[f"{name}_s"] = point.overhead_s if point else None
+            if point and abs(point.overhead_s - hybrid.plan.added_s) >= WORTH_MEASURING * problem.step_s:
+                record[f"{name}_order"] = _measured_order(session, hybrid, _technique_plan(hybrid, point))
         yield record
 
 
@@ -227,9 +227,9 @@ def exact(session: Session) -> Iterator[Record]:
         }
 
 
-def _technique_plan(hybrid: HybridModule, rung: Rung) -> Plan:
-    actions = named_actions(hybrid.planning_problem, rung.actions)
-    return dataclasses.replace(hybrid.plan, actions=actions, peak_bytes=rung.peak_bytes, added_s=rung.added_s)
+def _technique_plan(hybrid: HybridModule, point: FrontierPoint) -> Plan:
+    actions = named_actions(hybrid.planning_problem, point.actions)
+    return dataclasses.replace(hybrid.plan, actions=actions, peak_bytes=point.peak_bytes, added_s=point.overhead_s)
 
 
 def _measured_order(session: Session, hybrid: HybridModule, plan: Plan) -> Record:

@@ -5,7 +5,7 @@
   liveness (the sum of the kept bytes is bounded, not the peak).
 * Segments: checkpointing every sqrt(n) ops. Only what crosses a border of segments is kept; the rest is made again.
 
-Both only save and recompute, so they are compared with a ladder that does no more than that, and with the whole one:
+Both only save and recompute, so they are compared with a frontier that does no more than that, and with the whole one:
 
     python -m benchmarks.studies.literature PROBLEM.json ...
 """
@@ -22,8 +22,8 @@ import numpy as np
 from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action
 from fxhybrid.ir.problem import Problem, without_codecs
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.solvers.base import Ladder
-from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.base import PlanFrontier
+from fxhybrid.solvers.mps.frontier_search import build_frontier
 
 Actions = dict[int, Action]
 GRAINS = 2000  # sizes are rounded up to one part in so many of the capacity
@@ -81,9 +81,9 @@ def _completed(problem: Problem, actions: Actions) -> Actions:
     return {t: action if _may_run_again(problem, t) else SAVE for t, action in wanted.items()}
 
 
-def _beaten(ladder: Ladder, peak_bytes: int, added_s: float) -> bool:
-    rung = ladder.rung_for(peak_bytes)
-    return rung is not None and rung.added_s <= added_s
+def _beaten(frontier: PlanFrontier, peak_bytes: int, overhead_s: float) -> bool:
+    point = frontier.point_for(peak_bytes)
+    return point is not None and point.overhead_s <= overhead_s
 
 
 def main(paths: list[str]) -> int:
@@ -91,13 +91,13 @@ def main(paths: list[str]) -> int:
     failures = 0
     for path in paths:
         problem = Problem.from_json(Path(path).read_text(encoding="utf-8"))
-        hybrid = build_ladder(problem, max_error=0.05)
-        recompute_only = build_ladder(without_codecs(problem), max_error=0.0)
+        hybrid = build_frontier(problem, max_error=0.05)
+        recompute_only = build_frontier(without_codecs(problem), max_error=0.0)
         for name, plans in (("knapsack", knapsack_plans(problem)), ("segments", segment_plans(problem))):
             lines = [simulate_actions(problem, actions) for actions in plans]
             beaten = [
-                sum(_beaten(ladder, line.peak_bytes, line.added_s) for line in lines)
-                for ladder in (recompute_only, hybrid)
+                sum(_beaten(frontier, line.peak_bytes, line.overhead_s) for line in lines)
+                for frontier in (recompute_only, hybrid)
             ]
             print(
                 f"{Path(path).stem:12} {name}: of {len(lines)} plans recompute only beats {beaten[0]}, all {beaten[1]}"

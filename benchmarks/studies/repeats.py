@@ -1,6 +1,6 @@
 """What making a tensor more than once would save: ``python -m benchmarks.studies.repeats``.
 
-From the smallest plan of the ladder, each recomputed or compressed tensor in turn is dropped again between distant
+From the smallest plan of the frontier, each recomputed or compressed tensor in turn is dropped again between distant
 uses, and this is kept where it lowers the heights near the peak, until nothing changes. Runs on the recorded
 problems, on plain numbers; the peaks are the simulator's.
 """
@@ -19,7 +19,7 @@ from benchmarks.lib.record_corpus import MAX_ERROR, load, names
 from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Action, Actions, Compress
 from fxhybrid.ir.problem import Problem, without_codecs
 from fxhybrid.ir.simulator import Timeline, simulate_actions
-from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.units import format_bytes
 
 NEAR_PEAK = 0.98  # heights above this share of the peak count
@@ -40,17 +40,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _row(problem: Problem, compression: bool) -> tuple[str, ...]:
-    ladder = build_ladder(problem if compression else without_codecs(problem), max_error=MAX_ERROR)
-    once = ladder.rungs[-1]
+    frontier = build_frontier(problem if compression else without_codecs(problem), max_error=MAX_ERROR)
+    once = frontier.points[-1]
     actions, often = made_again(problem, once.actions)
     count = sum(action is RECOMPUTE_AGAIN or getattr(action, "again", False) for action in actions.values())
     return (
-        format_bytes(ladder.rungs[0].peak_bytes),
+        format_bytes(frontier.points[0].peak_bytes),
         format_bytes(once.peak_bytes),
         format_bytes(often.peak_bytes),
         f"{1 - often.peak_bytes / once.peak_bytes:.1%}",
         str(count),
-        f"{once.added_s / problem.step_s:.3f} -> {often.added_s / problem.step_s:.3f}",
+        f"{once.overhead_s / problem.step_s:.3f} -> {often.overhead_s / problem.step_s:.3f}",
     )
 
 

@@ -9,8 +9,8 @@ from fxhybrid.errors import PlanError, PlanMismatchError
 from fxhybrid.ir.plan import Actions, Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
-from fxhybrid.solvers.base import Rung, Status
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, judged, laddered
+from fxhybrid.solvers.base import FrontierPoint, Status
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, frontier_plans, judged
 from fxhybrid.solvers.portfolio.solvers import AutoSolver
 
 ILP_SECONDS = 15.0
@@ -39,9 +39,11 @@ class PlanMaker:
     budget_bytes: int
     ilp_s: float = ILP_SECONDS
 
-    def __call__(self, problem: Problem, kept: Iterable[Rung] = (), reserve: Iterable[Rung] = ()) -> PlanSet:
-        """The ladders' plans, those ``kept``, the solver's own for the budget, and a ``reserve`` if no other fits."""
-        plans = laddered(problem, max_error=error_target(self.options))
+    def __call__(
+        self, problem: Problem, kept: Iterable[FrontierPoint] = (), reserve: Iterable[FrontierPoint] = ()
+    ) -> PlanSet:
+        """The frontiers' plans, those ``kept``, the solver's own for the budget, and a ``reserve`` if no other fits."""
+        plans = frontier_plans(problem, max_error=error_target(self.options))
         plans.plans += map(KnownPlan, kept)
         plans.reserve += map(KnownPlan, reserve)
         self.ilp_s -= solve_for(plans, self.options, self.budget_bytes, self.ilp_s)
@@ -67,7 +69,7 @@ def solve_for(plans: PlanSet, options: Options, budget_bytes: int, ilp_s: float 
     elif solver != "mps" and (known is not None or plans.unmet(budget_bytes) is not Status.INFEASIBLE):
         time_limit_s = max(ilp_s, ILP_LEAST_SECONDS)
         auto = AutoSolver(time_limit_s=time_limit_s, pays=ILP_PAYS if solver == "auto" else 0.0)
-        result = auto.improve(problem, budget_bytes, known.rung if known else None, max_error=limit)
+        result = auto.improve(problem, budget_bytes, known.point if known else None, max_error=limit)
         if result is not None:
             plans.add(result, budget_bytes)
             return result.solve_s
@@ -81,9 +83,9 @@ def carried_plan(problem: Problem, plan: Plan, actions: Actions) -> KnownPlan:
         PlanMismatchError: an action cannot be carried out here.
     """
     try:
-        rung = judged(problem, actions)
+        point = judged(problem, actions)
     except PlanError as error:
         raise PlanMismatchError(
             f"the plan cannot be carried out here: {error}; plan again with fxhybrid.plan"
         ) from error
-    return KnownPlan(rung, plan.solver, solve_s=plan.solve_s)
+    return KnownPlan(point, plan.solver, solve_s=plan.solve_s)

@@ -22,8 +22,8 @@ from fxhybrid.options import Options
 from fxhybrid.pipeline import build_graphs, prepare
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.runtime import StepFunction
-from fxhybrid.solvers.base import Ladder, Rung
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, laddered, smallest_of
+from fxhybrid.solvers.base import FrontierPoint, PlanFrontier
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, frontier_plans, smallest_of
 from fxhybrid.units import format_bytes
 
 CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step
@@ -113,23 +113,23 @@ class Signature:
 
     # -- planning -----------------------------------------------------------------------------------------
 
-    def _that_matter(self, plans: PlanSet) -> list[Rung]:
+    def _that_matter(self, plans: PlanSet) -> list[FrontierPoint]:
         """The smallest plan, and the one for the budget."""
         chosen = plans.cheapest(self.budget_bytes)
-        return [smallest_of(plans.plans), *([chosen.rung] if chosen else [])]
+        return [smallest_of(plans.plans), *([chosen.point] if chosen else [])]
 
     def _carried_over(self, verifier: Verifier, plan: Plan) -> WithinError[PlanSet] | None:
         """A plan made elsewhere, as the only one known; None if it peaks above its (smaller) budget on this device."""
         problem = self.prepared.problem
         self.budget_bytes = min(self.budget_bytes, plan.budget_bytes)
         known = carried_plan(problem, plan, carried_actions(plan, problem, self.prepared.fingerprint))
-        if known.rung.peak_bytes > self.budget_bytes:
+        if known.point.peak_bytes > self.budget_bytes:
             return None
-        plans = PlanSet(problem, Ladder(()), max_error=error_target(self.options))
+        plans = PlanSet(problem, PlanFrontier(()), max_error=error_target(self.options))
         plans.plans, plans.fixed = [known], True
         if verifier.reference is None:
             return WithinError(self.prepared, plans)
-        return measured_plan(self.prepared, verifier, plans, known.rung)
+        return measured_plan(self.prepared, verifier, plans, known.point)
 
     def choose(self, budget_bytes: int, *, accumulating: bool) -> KnownPlan:
         """The cheapest known plan within the budget, in the given gradient state.
@@ -161,7 +161,7 @@ class Signature:
         return self.states[accumulating]
 
     def _activate(self, known: KnownPlan, accumulating: bool) -> Active:
-        joint, graphs = build_graphs(self.prepared, known.rung.actions)
+        joint, graphs = build_graphs(self.prepared, known.point.actions)
         captured = self.prepared.capture
         function = StepFunction(graphs, self.prepared.joint, captured.metadata)
         return Active(self._plan(known, accumulating), joint, function, captured.bind(function))
@@ -185,7 +185,7 @@ class Signature:
 
     def _fitting(self, plan: Plan, actions: Actions) -> KnownPlan:
         known = carried_plan(self.prepared.problem, plan, actions)
-        peak_bytes = known.rung.peak_bytes
+        peak_bytes = known.point.peak_bytes
         if peak_bytes > plan.budget_bytes:
             raise PlanMismatchError(
                 f"the plan peaks at {peak_bytes} bytes ({format_bytes(peak_bytes)}) here, above its "
@@ -202,25 +202,25 @@ class Signature:
         problem = self.prepared.problem
         return Plan(
             budget_bytes=self.budget_bytes,
-            peak_bytes=known.rung.peak_bytes + self._beside(accumulating),
-            added_s=known.rung.added_s,
+            peak_bytes=known.point.peak_bytes + self._beside(accumulating),
+            added_s=known.point.overhead_s,
             lower_bound_s=known.lower_bound_s,
             step_s=problem.step_s,
-            gradient_error=self._error_of(known.rung),
+            gradient_error=self._error_of(known.point),
             status=known.status.value,
             solver=known.solver,
             solve_s=known.solve_s,
-            actions=named_actions(problem, known.rung.actions),
+            actions=named_actions(problem, known.point.actions),
             graph_fingerprint=self.prepared.fingerprint,
             versions=versions(),
             device=self.prepared.profile.device,
         )
 
-    def _error_of(self, rung: Rung) -> GradientError:
-        if rung.error == 0:
+    def _error_of(self, point: FrontierPoint) -> GradientError:
+        if point.error == 0:
             return GradientError(0.0, "exact")
-        measured = self.found.error_of(rung.actions)
-        return GradientError(rung.error, "estimated") if measured is None else GradientError(measured, "measured")
+        measured = self.found.error_of(point.actions)
+        return GradientError(point.error, "estimated") if measured is None else GradientError(measured, "measured")
 
     def set_budget(self, budget_bytes: int) -> Callable[[], None]:
         """Plans for another budget; calling the result makes it so.
@@ -255,12 +255,12 @@ class Signature:
     def error_price(self, more_error: float) -> ErrorPrice:
         """What ``max_grad_error`` higher by ``more_error`` would save."""
         problem, limit = self.prepared.problem, error_target(self.options, more_error)
-        looser = laddered(problem, max_error=limit)
+        looser = frontier_plans(problem, max_error=limit)
         looser.join(self.plans)  # they are within the looser limit too; the reserve was measured
         cheapest = looser.fitted(self.budget_bytes)
-        added_s = cheapest.rung.added_s if cheapest else self.plan.added_s
+        overhead_s = cheapest.point.overhead_s if cheapest else self.plan.added_s
         saved_bytes = self.minimum_bytes - looser.smallest.peak_bytes
-        return ErrorPrice(more_error, saved_bytes, self.plan.added_s - added_s)
+        return ErrorPrice(more_error, saved_bytes, self.plan.added_s - overhead_s)
 
     @property
     def plan(self) -> Plan:

@@ -61,7 +61,7 @@ class DeviceProfile:
 
     @property
     def kind(self) -> DeviceProfile:
-        """The device less what does not change plans: equal kinds share one ladder."""
+        """The device less what does not change plans: equal kinds share one frontier."""
         return dataclasses.replace(self, name="", memory_bytes=1, slowdown=1.0)
 
     def op_s(self, work: OpWork) -> float:

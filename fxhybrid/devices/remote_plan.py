@@ -6,8 +6,8 @@ from fxhybrid.devices.device_profile import DeviceProfile, problem_on
 from fxhybrid.devices.op_work import StepWork
 from fxhybrid.ir.plan import GradientError, Plan
 from fxhybrid.ir.problem import Problem
-from fxhybrid.solvers.base import Rung
-from fxhybrid.solvers.portfolio.known_plans import laddered
+from fxhybrid.solvers.base import FrontierPoint
+from fxhybrid.solvers.portfolio.known_plans import frontier_plans
 
 
 def plan_elsewhere(
@@ -27,19 +27,19 @@ def plan_elsewhere(
         BudgetError: no known plan fits.
     """
     there = problem_on(problem, work, profile)
-    plans = laddered(there, max_error=max_error)
+    plans = frontier_plans(there, max_error=max_error)
     known = plans.fitted(budget_bytes)
     if known is None:
         raise plans.budget_error(budget_bytes, 0)
-    return plan_of(there, known.rung, base, budget_bytes, slowdown=profile.slowdown)
+    return plan_of(there, known.point, base, budget_bytes, slowdown=profile.slowdown)
 
 
-def plan_of(problem: Problem, rung: Rung, base: Plan, budget_bytes: int, *, slowdown: float = 1.0) -> Plan:
-    """A rung of a ladder for another device, as a plan that can be sent there.
+def plan_of(problem: Problem, point: FrontierPoint, base: Plan, budget_bytes: int, *, slowdown: float = 1.0) -> Plan:
+    """A point of a frontier for another device, as a plan that can be sent there.
 
     Args:
         problem: with the other device's seconds.
-        rung: of a ladder for it.
+        point: of a frontier for it.
         base: any plan for the same step.
         budget_bytes: that the plan answers.
         slowdown: seconds are multiplied by this.
@@ -47,15 +47,15 @@ def plan_of(problem: Problem, rung: Rung, base: Plan, budget_bytes: int, *, slow
     candidates = set(problem.candidates)
     return Plan(
         budget_bytes=budget_bytes,
-        peak_bytes=rung.peak_bytes,
-        added_s=rung.added_s * slowdown,
+        peak_bytes=point.peak_bytes,
+        added_s=point.overhead_s * slowdown,
         lower_bound_s=0.0,
         step_s=problem.step_s * slowdown,
-        gradient_error=GradientError(rung.error, "estimated" if rung.error else "exact"),
+        gradient_error=GradientError(point.error, "estimated" if point.error else "exact"),
         status="FEASIBLE",
         solver="mps",
         solve_s=0.0,
-        actions={problem.tensors[t].name: rung.actions[t] for t in sorted(rung.actions) if t in candidates},
+        actions={problem.tensors[t].name: point.actions[t] for t in sorted(point.actions) if t in candidates},
         graph_fingerprint=base.graph_fingerprint,
         versions=base.versions,
         device="estimated for another device",

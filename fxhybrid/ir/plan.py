@@ -78,9 +78,9 @@ class GradientError:
         return f"{self.value:.2g} ({self.source})"
 
 
-def relative_gap(added_s: float, lower_bound_s: float, step_s: float) -> float:
+def relative_gap(overhead_s: float, lower_bound_s: float, step_s: float) -> float:
     """(added - bound) / max(added, 0.1 % of the step)."""
-    return (added_s - lower_bound_s) / max(added_s, GAP_FLOOR_SHARE * step_s, 1e-12)
+    return (overhead_s - lower_bound_s) / max(overhead_s, GAP_FLOOR_SHARE * step_s, 1e-12)
 
 
 @dataclass(frozen=True)

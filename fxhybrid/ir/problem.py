@@ -29,8 +29,8 @@ class CodecOption:
         encoded_bytes: what the encoded form occupies.
         encode_s: seconds to encode.
         decode_s: seconds to decode.
-        encode_rise_bytes: the allocator's peak rise during encode, the encoded form included.
-        decode_rise_bytes: the same for decode, the decoded tensor included.
+        encode_alloc_peak_bytes: the allocator's peak rise during encode, the encoded form included.
+        decode_alloc_peak_bytes: the same for decode, the decoded tensor included.
         lossless: whether decode gives back the very same bits.
         error: relative error of the whole parameter gradient that this choice adds on its own.
     """
@@ -39,8 +39,8 @@ class CodecOption:
     encoded_bytes: int
     encode_s: float
     decode_s: float
-    encode_rise_bytes: int
-    decode_rise_bytes: int
+    encode_alloc_peak_bytes: int
+    decode_alloc_peak_bytes: int
     lossless: bool
     error: float = 0.0
 
@@ -69,11 +69,11 @@ class Fusion:
 
     Attributes:
         op: forward op that makes the mask.
-        rise_bytes: the allocator's peak rise while the fused operator runs.
+        alloc_peak_bytes: the allocator's peak rise while the fused operator runs.
     """
 
     op: int
-    rise_bytes: int
+    alloc_peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Op:
         inputs: indices of the tensors read (resident ones left out).
         outputs: indices of the tensors made.
         seconds: time of one run.
-        rise_bytes: the allocator's peak rise while it runs, its outputs included.
+        alloc_peak_bytes: the allocator's peak rise while it runs, its outputs included.
         recomputable: False for random ops and ops that read what the step overwrites.
         pinned: runs in the forward pass even if nothing reads it (random ops, so that the generator's
             state after the step is that of plain eager).
@@ -96,7 +96,7 @@ class Op:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     seconds: float
-    rise_bytes: int
+    alloc_peak_bytes: int
     recomputable: bool = True
     pinned: bool = False
     fusion: Fusion | None = None
@@ -191,7 +191,7 @@ class Problem:
 
     def top_bytes(self, op: Op) -> int:
         """How far memory rises above what was alive while ``op`` runs."""
-        return max(op.rise_bytes, sum(self.tensors[t].size_bytes for t in op.outputs))
+        return max(op.alloc_peak_bytes, sum(self.tensors[t].size_bytes for t in op.outputs))
 
     def __str__(self) -> str:
         return (
@@ -299,15 +299,15 @@ def _check_numbers(problem: Problem) -> None:
         check(f"tensor {tensor.name!r}", "size_bytes", tensor.size_bytes, True)
         for option in tensor.codecs:
             owner = f"codec {option.codec!r} of tensor {tensor.name!r}"
-            for field in ("encoded_bytes", "encode_rise_bytes", "decode_rise_bytes"):
+            for field in ("encoded_bytes", "encode_alloc_peak_bytes", "decode_alloc_peak_bytes"):
                 check(owner, field, getattr(option, field), True)
             for field in ("encode_s", "decode_s", "error"):
                 check(owner, field, getattr(option, field), False)
     for op in problem.forward + problem.backward:
         if op.fusion:
-            check(f"op {op.name!r}", "fusion's rise_bytes", op.fusion.rise_bytes, True)
+            check(f"op {op.name!r}", "fusion's rise_bytes", op.fusion.alloc_peak_bytes, True)
         check(f"op {op.name!r}", "seconds", op.seconds, False)
-        check(f"op {op.name!r}", "rise_bytes", op.rise_bytes, True)
+        check(f"op {op.name!r}", "alloc_peak_bytes", op.alloc_peak_bytes, True)
     check("problem", "resident_bytes", problem.resident_bytes, True)
     check("problem", "tangent_bytes", problem.tangent_bytes, True)
 

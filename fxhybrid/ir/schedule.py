@@ -54,7 +54,7 @@ class Instruction:
         codec: the codec's text for ENCODE and DECODE.
         reads: values read, by position in ``Schedule.values``.
         writes: values made.
-        rise_bytes: the allocator's peak rise while it runs.
+        alloc_peak_bytes: the allocator's peak rise while it runs.
         seconds: its time.
     """
 
@@ -63,7 +63,7 @@ class Instruction:
     codec: str
     reads: tuple[int, ...]
     writes: tuple[int, ...]
-    rise_bytes: int
+    alloc_peak_bytes: int
     seconds: float
 
 
@@ -76,14 +76,14 @@ class Schedule:
         instructions: forward part, then backward part.
         n_forward: how many of them belong to the forward pass.
         stored: values that the backward pass takes over from the forward pass.
-        added_s: seconds beyond running every op once.
+        overhead_s: seconds beyond running every op once.
     """
 
     values: tuple[Value, ...]
     instructions: tuple[Instruction, ...]
     n_forward: int
     stored: tuple[int, ...]
-    added_s: float
+    overhead_s: float
 
 
 def lower(problem: Problem, actions: Actions) -> Schedule:
@@ -117,7 +117,7 @@ def without_mask(inputs: tuple[int, ...], mask: _MaskOp) -> tuple[int, ...]:
 def fused_op(problem: Problem, op: Op, fusion: Fusion) -> Op:
     """The form of a backward op that reads what its mask would be made from."""
     inputs = without_mask(op.inputs, problem.forward[fusion.op])
-    return Op(op.name, inputs, op.outputs, op.seconds, fusion.rise_bytes)
+    return Op(op.name, inputs, op.outputs, op.seconds, fusion.alloc_peak_bytes)
 
 
 class _Lowering:
@@ -145,8 +145,8 @@ class _Lowering:
         stored = tuple(encoded.get(t, self.current[t]) for t in sorted(self.stored))
         self._backward(encoded)
         ran = math.fsum(i.seconds for i in self.instructions)
-        added_s = max(ran - self.problem.step_s, 0.0)
-        return Schedule(tuple(self.values), tuple(self.instructions), n_forward, stored, added_s)
+        overhead_s = max(ran - self.problem.step_s, 0.0)
+        return Schedule(tuple(self.values), tuple(self.instructions), n_forward, stored, overhead_s)
 
     def _stored_tensors(self) -> frozenset[int]:
         """Tensors that must outlive the forward pass, raw or encoded."""
@@ -275,7 +275,7 @@ class _Lowering:
             writes.append(value)
             if keep is None or t in keep:
                 self.current[t] = value
-        self._append(kind, index, "", reads, tuple(writes), op.rise_bytes, op.seconds)
+        self._append(kind, index, "", reads, tuple(writes), op.alloc_peak_bytes, op.seconds)
 
     def _emit_encode(self, t: int) -> int:
         action = self.action(t)
@@ -283,7 +283,7 @@ class _Lowering:
         option = self._option(t, action.codec)
         value = self._value(t, option.encoded_bytes, encoded=True)
         reads = (self.current[t],)
-        self._append(Kind.ENCODE, t, option.codec, reads, (value,), option.encode_rise_bytes, option.encode_s)
+        self._append(Kind.ENCODE, t, option.codec, reads, (value,), option.encode_alloc_peak_bytes, option.encode_s)
         return value
 
     def _emit_decode(self, t: int, source: int) -> None:
@@ -292,7 +292,7 @@ class _Lowering:
         option = self._option(t, action.codec)
         value = self._value(t, self.problem.tensors[t].size_bytes)
         self.current[t] = value
-        self._append(Kind.DECODE, t, option.codec, (source,), (value,), option.decode_rise_bytes, option.decode_s)
+        self._append(Kind.DECODE, t, option.codec, (source,), (value,), option.decode_alloc_peak_bytes, option.decode_s)
 
     def _value(self, tensor: int, size_bytes: int, encoded: bool = False) -> int:
         self.values.append(Value(tensor, size_bytes, encoded))
@@ -305,7 +305,7 @@ class _Lowering:
         codec: str,
         reads: tuple[int, ...],
         writes: tuple[int, ...],
-        rise_bytes: int,
+        alloc_peak_bytes: int,
         seconds: float,
     ) -> None:
-        self.instructions.append(Instruction(kind, op, codec, reads, writes, rise_bytes, seconds))
+        self.instructions.append(Instruction(kind, op, codec, reads, writes, alloc_peak_bytes, seconds))

@@ -29,7 +29,7 @@ class Timeline:
         during_bytes: the allocator's height while each instruction runs.
         birth: per value, the instruction that makes it.
         death: per value, the instruction after which it is gone.
-        added_s: seconds beyond running every op once.
+        overhead_s: seconds beyond running every op once.
     """
 
     peak_bytes: int
@@ -37,7 +37,7 @@ class Timeline:
     during_bytes: Bytes
     birth: Bytes
     death: Bytes
-    added_s: float
+    overhead_s: float
 
 
 def simulate(problem: Problem, schedule: Schedule) -> Timeline:
@@ -50,13 +50,13 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
     np.add.at(change, death + 1, -size)
     before = np.cumsum(change)[:n] + problem.resident_bytes
     before[schedule.n_forward :] += problem.tangent_bytes
-    rise = np.fromiter((i.rise_bytes for i in schedule.instructions), np.int64, n)
+    rise = np.fromiter((i.alloc_peak_bytes for i in schedule.instructions), np.int64, n)
     made = np.zeros(n, np.int64)
     np.add.at(made, birth, size)
     during = before + np.maximum(rise, made)
     peak_at = int(during.argmax()) if n else 0
     peak_bytes = int(during[peak_at]) if n else problem.resident_bytes
-    return Timeline(peak_bytes, peak_at, during, birth, death, schedule.added_s)
+    return Timeline(peak_bytes, peak_at, during, birth, death, schedule.overhead_s)
 
 
 def simulate_actions(problem: Problem, actions: Actions) -> Timeline:

@@ -47,7 +47,7 @@ class OpCost:
     """Seconds of one run and the allocator's peak rise during it, outputs included."""
 
     seconds: float
-    rise_bytes: int
+    alloc_peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _read_cache(path: Path) -> dict[str, OpCost]:
 
 
 def _write_cache(path: Path, costs: Mapping[str, OpCost]) -> None:
-    text = json.dumps({key: (cost.seconds, cost.rise_bytes) for key, cost in costs.items()})
+    text = json.dumps({key: (cost.seconds, cost.alloc_peak_bytes) for key, cost in costs.items()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")

@@ -1,6 +1,6 @@
-"""Memory rows of backward moments: what is alive before an op, a rerun or a decoding.
+"""Memory rows of backward program points: what is alive before an op, a rerun or a decoding.
 
-With at(q) = m_qp for what stands before the moment in batch p and m_q,p-1 for what stands after it, a decided
+With at(q) = m_qp for what stands before the program point in batch p and m_q,p-1 for what stands after it, a decided
 tensor t counts in backward with
 
 * its size between its first and last direct read: it is there whatever was chosen;
@@ -20,11 +20,11 @@ from fxhybrid.ir.problem import Op
 from fxhybrid.ir.schedule import fused_op
 from fxhybrid.solvers.ilp.model import IlpModel, Literal, Term
 from fxhybrid.solvers.ilp.presolve import certain_backward
-from fxhybrid.solvers.ilp.program_points import Moment
+from fxhybrid.solvers.ilp.program_points import ProgramPoint
 
 
 class BackwardTerms:
-    """Writes the rows of one model's backward moments."""
+    """Writes the rows of one model's backward program points."""
 
     def __init__(self, model: IlpModel) -> None:
         self.model = model
@@ -33,8 +33,8 @@ class BackwardTerms:
         self._decided = set(self.facts.decided)
         self._certain = certain_backward(self.problem, self._decided)
 
-    def of(self, at: Moment) -> tuple[list[Term], float]:
-        """Terms of the row of one moment, and the bytes that no decision changes."""
+    def of(self, at: ProgramPoint) -> tuple[list[Term], float]:
+        """Terms of the row of one program point, and the bytes that no decision changes."""
         terms: list[Term] = []
         for t in self.facts.decided:
             if t not in self.problem.outputs:
@@ -61,7 +61,7 @@ class BackwardTerms:
             terms.append((fused_top - top, self._fused(op.fusion.op)))
         return top
 
-    def _after_first(self, t: int, first: int, at: Moment) -> bool:
+    def _after_first(self, t: int, first: int, at: ProgramPoint) -> bool:
         if first == at.op and at.rerun == len(self.problem.forward):
             return at.tensor < 0 or t < at.tensor
         return first < at.op
@@ -74,11 +74,11 @@ class BackwardTerms:
         """Where among the reruns of a batch q has its turn; one that is fused comes with the batch's own op."""
         return len(self.problem.forward) if q in self.problem.fused_masks else q
 
-    def _ran(self, q: int, at: Moment) -> Literal:
-        """Whether q has run again before the moment."""
+    def _ran(self, q: int, at: ProgramPoint) -> Literal:
+        """Whether q has run again before the program point."""
         return self.model.moved(q, at.op if self._turn(q) < at.rerun else at.op - 1)
 
-    def _found(self, t: int, q: int, at: Moment) -> Literal:
+    def _found(self, t: int, q: int, at: ProgramPoint) -> Literal:
         """Whether q, which reads t, has run again or is about to, so that t stands decoded."""
         if self._turn(q) == at.rerun:
             inputs = self.problem.forward[q].inputs
@@ -87,7 +87,7 @@ class BackwardTerms:
             return self.model.moved(q, at.op if decoded else at.op - 1)
         return self._ran(q, at)
 
-    def _made(self, t: int, at: Moment) -> Literal:
+    def _made(self, t: int, at: ProgramPoint) -> Literal:
         """Whether t stands because its op ran again."""
         o = self.problem.producer[t]
         if o not in self.model.rerun or o in self.problem.fused_masks:
@@ -99,7 +99,7 @@ class BackwardTerms:
             return recompute
         return self.model.over([[(1, ran), (1, recompute), (-1, 1)]])
 
-    def _tensor(self, terms: list[Term], t: int, at: Moment) -> None:
+    def _tensor(self, terms: list[Term], t: int, at: ProgramPoint) -> None:
         facts, model = self.facts, self.model
         size = self.problem.tensors[t].size_bytes
         first = facts.first.get(t)
@@ -118,7 +118,7 @@ class BackwardTerms:
             return
         self._after_direct(terms, t, at, first is not None)
 
-    def _after_direct(self, terms: list[Term], t: int, at: Moment, read: bool) -> None:
+    def _after_direct(self, terms: list[Term], t: int, at: ProgramPoint, read: bool) -> None:
         """After the last direct read, or without one: only reruns still to come hold t."""
         model, size = self.model, self.problem.tensors[t].size_bytes
         ran = {q: self._ran(q, at) for q in self.facts.readers[t]}
@@ -149,7 +149,7 @@ class BackwardTerms:
             happens = self.model.over([[(1, c), *((-1.0, f) for f in found)]]) if found else c
             terms.append((encoded_bytes, happens))
 
-    def _decode(self, terms: list[Term], at: Moment) -> None:
+    def _decode(self, terms: list[Term], at: ProgramPoint) -> None:
         t, model = at.tensor, self.model
         if t not in self._decided:
             return
@@ -164,7 +164,7 @@ class BackwardTerms:
             if not direct:
                 lower += [(1, model.moved(reader, at.op)), (-1, 1)]
             happens = c if len(lower) == 1 or not option.lossless else self.model.over([lower])
-            terms.append((max(option.decode_rise_bytes, self.problem.tensors[t].size_bytes), happens))
+            terms.append((max(option.decode_alloc_peak_bytes, self.problem.tensors[t].size_bytes), happens))
 
     @staticmethod
     def _some(literals: Iterable[Literal]) -> list[Literal]:

@@ -1,4 +1,4 @@
-"""Memory rows of forward moments: what is alive before an op, or while a tensor is encoded.
+"""Memory rows of forward program points: what is alive before an op, or while a tensor is encoded.
 
 A tensor counts with its size up to its last forward read. After that it counts with its size if it is saved, and with
 its encoded bytes if it is encoded; reads by ops that only some plans run move that point for these plans.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from fxhybrid.solvers.ilp.model import IlpModel, Term
 from fxhybrid.solvers.ilp.presolve import certain_forward
-from fxhybrid.solvers.ilp.program_points import Moment
+from fxhybrid.solvers.ilp.program_points import ProgramPoint
 
 
 class ForwardTerms:
-    """Writes the rows of one model's forward moments."""
+    """Writes the rows of one model's forward program points."""
 
     def __init__(self, model: IlpModel) -> None:
         self.model = model
@@ -20,8 +20,8 @@ class ForwardTerms:
         self.facts = model.facts
         self._certain = certain_forward(self.problem, self.facts)
 
-    def of(self, at: Moment) -> tuple[list[Term], float]:
-        """Terms of the row of one moment, and the bytes that no decision changes."""
+    def of(self, at: ProgramPoint) -> tuple[list[Term], float]:
+        """Terms of the row of one program point, and the bytes that no decision changes."""
         terms: list[Term] = []
         encoding = at.tensor >= 0
         position = at.op + 1 if encoding else at.op
@@ -34,7 +34,7 @@ class ForwardTerms:
             terms.append((self.problem.top_bytes(self.problem.forward[at.op]), self.model.runs[at.op]))
         return terms, float(self._certain[position])
 
-    def _tensor(self, terms: list[Term], t: int, position: int, at: Moment) -> None:
+    def _tensor(self, terms: list[Term], t: int, position: int, at: ProgramPoint) -> None:
         model, size = self.model, self.problem.tensors[t].size_bytes
         held = t in self.facts.held
         if self.facts.last_forward[t] >= position:
@@ -57,7 +57,7 @@ class ForwardTerms:
     def _last_reads(self, t: int, op: int) -> bool:
         return self.facts.last_forward[t] == op and not self.facts.optional_readers[t]
 
-    def _encode(self, terms: list[Term], at: Moment) -> None:
+    def _encode(self, terms: list[Term], at: ProgramPoint) -> None:
         t, model = at.tensor, self.model
         if t not in self.facts.decided:
             return
@@ -68,4 +68,4 @@ class ForwardTerms:
             if later or not reads_now:
                 now = [] if reads_now else [(1.0, model.runs[at.op]), (-1.0, 1)]
                 happens = self.model.over([[(1, c), *now, *((-1.0, n) for n in later)]])
-            terms.append((max(option.encode_rise_bytes, option.encoded_bytes), happens))
+            terms.append((max(option.encode_alloc_peak_bytes, option.encoded_bytes), happens))

@@ -5,8 +5,8 @@ Problem
     its optimum is a bound for all of them.
 
 Data, variables, model
-    As in ``ilp_model`` and ``ilp_rows``, with all variables continuous and memory rows for the moments where keeping
-    everything and the known plan are highest. Each round relaxes nothing: more rows only raise the bound.
+    As in ``ilp_model`` and ``ilp_rows``, with all variables continuous and memory rows for the program points where
+    keeping everything and the known plan are highest. Each round relaxes nothing: more rows only raise the bound.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class AddedBound:
     """What the linear program says about one budget.
 
     Attributes:
-        added_s: seconds that every plan within budget and error limit adds at least; infinity where there is none.
-        saved_s_per_byte: the shadow price of memory: by how much ``added_s`` falls for one byte more.
+        overhead_s: seconds that every plan within budget and error limit adds at least; infinity where there is none.
+        saved_s_per_byte: the shadow price of memory: by how much ``overhead_s`` falls for one byte more.
     """
 
-    added_s: float
+    overhead_s: float
     saved_s_per_byte: float = 0.0
 
 
@@ -54,7 +54,7 @@ def added_lower_bound(
         problem: the step.
         budget_bytes: limit of the peak.
         max_error: limit of the root of the sum of squared lossy errors.
-        known: a plan near the budget; its highest moments say where memory is short.
+        known: a plan near the budget; its highest program points say where memory is short.
         backend: ``"highs"`` or ``"cbc"``.
 
     Raises:
@@ -67,7 +67,7 @@ def added_lower_bound(
     lines = [simulate(problem, plan) for plan in plans]
     known_line = lines[1]
     fits = known_line.peak_bytes <= budget_bytes and plan_error(problem, known or {}) <= max_error
-    cutoff_s = known_line.added_s if fits else math.inf
+    cutoff_s = known_line.overhead_s if fits else math.inf
     facts = facts_of(problem, max_error, pruned_bytes=PRUNED_SHARE * budget_bytes, cutoff_s=cutoff_s)
     model = IlpModel(problem, facts, max_error)
     rows = MemoryRows(model, budget_bytes)

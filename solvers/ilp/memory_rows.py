@@ -1,6 +1,6 @@
-"""Memory rows of the integer program: one moment of the schedule, one row.
+"""Memory rows of the integer program: one program point of the schedule, one row.
 
-``ilp_forward`` and ``ilp_backward`` say what counts at a moment; here rows are made, tightened and read.
+``ilp_forward`` and ``ilp_backward`` say what counts at a program point; here rows are made, tightened and read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fxhybrid.solvers.ilp.backward_rows import BackwardTerms
 from fxhybrid.solvers.ilp.forward_rows import ForwardTerms
 from fxhybrid.solvers.ilp.model import IlpModel, Term
 from fxhybrid.solvers.ilp.presolve import Facts, saved_bytes
-from fxhybrid.solvers.ilp.program_points import Moment, moments_of
+from fxhybrid.solvers.ilp.program_points import ProgramPoint, program_points_of
 
 ROW_SCALE = 1e3  # the budget in the rows' units
 
@@ -30,15 +30,15 @@ class MemoryRows:
         self.problem: Problem = model.problem
         self.facts: Facts = model.facts
         self.budget_bytes = budget_bytes
-        self.rows: dict[Moment, Any] = {}
-        self._rooms: dict[Moment, float] = {}
+        self.rows: dict[ProgramPoint, Any] = {}
+        self._rooms: dict[ProgramPoint, float] = {}
         self.unit = max(budget_bytes, 1) / ROW_SCALE
         self._forward = ForwardTerms(model)
         self._backward = BackwardTerms(model)
         self._reserve: tuple[list[int], list[int]] | None = None
 
-    def add(self, at: Moment) -> None:
-        """Adds the row of one moment."""
+    def add(self, at: ProgramPoint) -> None:
+        """Adds the row of one program point."""
         terms, base = (self._forward if at.forward else self._backward).of(at)
         scaled = [(b / self.unit, literal) for b, literal in [(-self.spread[0], self.spread[1]), *terms]]
         rhs = (self.budget_bytes - base - self._reserved(at)) / self.unit
@@ -49,32 +49,32 @@ class MemoryRows:
     def add_highest(
         self, schedule: Schedule, timeline: Timeline, *, above_bytes: float, most: int, apart: int = 0
     ) -> bool:
-        """Adds rows for the highest moments of a plan that have none; False if all of these have theirs.
+        """Adds rows for the highest program points of a plan that have none; False if all of these have theirs.
 
         Args:
             schedule: of the plan.
             timeline: of the schedule.
-            above_bytes: lower moments do not matter.
+            above_bytes: lower program points do not matter.
             most: rows added at most.
             apart: instructions between two of them: neighbours say nearly the same.
         """
-        during, moments = timeline.during_bytes, moments_of(self.problem, schedule)
-        chosen: dict[int, Moment] = {}
+        during, program_points = timeline.during_bytes, program_points_of(self.problem, schedule)
+        chosen: dict[int, ProgramPoint] = {}
         for at in np.argsort(-during, kind="stable").tolist():
             if during[at] <= above_bytes or len(chosen) == most:
                 break
-            new = moments[at] not in self.rows and moments[at] not in chosen.values()
+            new = program_points[at] not in self.rows and program_points[at] not in chosen.values()
             if new and all(abs(at - c) > apart for c in chosen):
-                chosen[at] = moments[at]
-        for moment in chosen.values():
-            self.add(moment)
+                chosen[at] = program_points[at]
+        for program_point in chosen.values():
+            self.add(program_point)
         return bool(chosen)
 
     def duals(self) -> float:
         """By how much the objective falls for one byte more in every row; after a linear solve."""
         return -sum(row.pi or 0.0 for row in self.rows.values() if row is not None) / self.unit
 
-    def tighten(self, at: Moment, excess_bytes: float) -> bool:
+    def tighten(self, at: ProgramPoint, excess_bytes: float) -> bool:
         """Takes room from a row; False where the row holds no variable."""
         row = self.rows[at]
         if row is None:
@@ -97,7 +97,7 @@ class MemoryRows:
             self.tighten(at, self._reserved(at))
         return True
 
-    def _reserved(self, at: Moment) -> int:
+    def _reserved(self, at: ProgramPoint) -> int:
         if self._reserve is None:
             return 0
         forward, backward = self._reserve

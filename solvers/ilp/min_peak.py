@@ -1,7 +1,7 @@
 """The smallest peak that any plan reaches, by integer programming with the simulator as the judge.
 
 Problem
-    Choose one action per candidate tensor so that the step's highest moment is as low as possible.
+    Choose one action per candidate tensor so that the step's highest program point is as low as possible.
 
 Data
     P_low, P_high   a peak that no plan goes below; the peak of a known plan
@@ -15,9 +15,9 @@ Model
     minimise   z
     all rows of ``ilp_model`` and ``ilp_rows``, where the budget of each memory row is P_low + (P_high - P_low) z
 
-Rows are made only for moments at which a plan found is higher than the program believes. Every plan gives a point of
-the program that is no higher, so the program's bound is one for the peak. A plan that the rows undercount is noted with
-its true peak and forbidden.
+Rows are made only for program points at which a plan found is higher than the program believes. Every plan gives a
+point of the program that is no higher, so the program's bound is one for the peak. A plan that the rows undercount is
+noted with its true peak and forbidden.
 """
 
 from __future__ import annotations
@@ -93,18 +93,18 @@ class MinPeakSolver:
         self.time_limit_s = time_limit_s
         self.backend = backend
 
-    def solve(self, problem: Problem, *, max_error: float, warm: Actions | None = None) -> MinPeak:
-        """The smallest peak; ``warm`` is a known plan within the error limit.
+    def solve(self, problem: Problem, *, max_error: float, warm_start: Actions | None = None) -> MinPeak:
+        """The smallest peak; ``warm_start`` is a known plan within the error limit.
 
         Raises:
             ProblemError: the problem is malformed.
         """
         check_problem(problem)
-        return _Search(self, problem, max_error, warm or {}).run()
+        return _Search(self, problem, max_error, warm_start or {}).run()
 
 
 class _Search:
-    def __init__(self, solver: MinPeakSolver, problem: Problem, max_error: float, warm: Actions) -> None:
+    def __init__(self, solver: MinPeakSolver, problem: Problem, max_error: float, warm_start: Actions) -> None:
         self.started = time.perf_counter()
         self.solver = solver
         self.problem = problem
@@ -113,7 +113,7 @@ class _Search:
         self.counts = {"rounds": 0, "rows": 0, "nodes": 0, "forbidden": 0}
         self.actions: Mapping[int, Action] = {}
         self.peak_bytes = self.high = simulate(problem, lower(problem, {})).peak_bytes
-        self.note(warm, simulate(problem, lower(problem, warm)).peak_bytes)
+        self.note(warm_start, simulate(problem, lower(problem, warm_start)).peak_bytes)
         self.high = self.peak_bytes
         self.bound = float(self.low)
 
@@ -164,7 +164,7 @@ class _Search:
             model.forbid(found, [t for t in model.facts.decided if t in seen])
 
     def add_rows(self, rows: MemoryRows, actions: Actions, above_bytes: float) -> bool:
-        """Adds rows for the highest moments of a plan; False if all of these have theirs."""
+        """Adds rows for the highest program points of a plan; False if all of these have theirs."""
         schedule = lower(self.problem, actions)
         return rows.add_highest(
             schedule, simulate(self.problem, schedule), above_bytes=above_bytes, most=ROWS_PER_ROUND

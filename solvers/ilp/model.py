@@ -1,7 +1,7 @@
 """The integer program behind ``IlpSolver``.
 
 Problem
-    Choose one action per candidate tensor so that a training step stays within the budget at every moment and
+    Choose one action per candidate tensor so that a training step stays within the budget at every program point and
     adds as few seconds as possible. ``schedule.lower`` says what the actions mean.
 
 Data
@@ -29,7 +29,7 @@ Model
                                m_op >= r_t for p >= f_t
     no earlier than wanted     m_op <= r_o;  m_op <= sum_t ([p >= f_t] r_t + sum_{q in R(t)} m_qp)
     repeated layers            N_g = sum of the r_o or c_tb in g
-    memory                     one row per moment that the simulator asked for (ilp_forward, ilp_backward)
+    memory                     one row per program point that the simulator asked for (ilp_forward, ilp_backward)
 
 Why its bound is one for the problem: each plan within budget and error limit gives a point that costs no
 more. Take its actions, save pruned tensors (small ones of ops that forward runs anyway; they count no bytes
@@ -159,7 +159,7 @@ class IlpModel:
         for o, rerun in self.rerun.items():
             op = self.problem.forward[o]
             sizes = tuple(self.problem.tensors[t].size_bytes for t in op.outputs)
-            alike.setdefault((op.seconds, op.rise_bytes, len(op.inputs), sizes), []).append(rerun)
+            alike.setdefault((op.seconds, op.alloc_peak_bytes, len(op.inputs), sizes), []).append(rerun)
         for t in self.facts.decided:
             for option, c in zip(self.facts.options[t], self.compress[t], strict=True):
                 same = replace(option, error=0.0)  # measured layer by layer, so rarely equal

@@ -238,7 +238,7 @@ def _options(problem: Problem, t: int, direct: bool, max_error: float) -> tuple[
 
 def _costs(o: CodecOption) -> tuple[float, ...]:
     times = (o.encode_s, o.decode_s)
-    return (o.encoded_bytes, *times, o.encode_rise_bytes, o.decode_rise_bytes, not o.lossless, o.error)
+    return (o.encoded_bytes, *times, o.encode_alloc_peak_bytes, o.decode_alloc_peak_bytes, not o.lossless, o.error)
 
 
 def _credit_s(problem: Problem, needed: frozenset[int]) -> float:

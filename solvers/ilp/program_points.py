@@ -9,7 +9,7 @@ from fxhybrid.ir.schedule import Kind, Schedule
 
 
 @dataclass(frozen=True)
-class Moment:
+class ProgramPoint:
     """An instruction of any schedule, named by what surrounds it.
 
     Attributes:
@@ -25,26 +25,26 @@ class Moment:
     tensor: int
 
 
-def moments_of(problem: Problem, schedule: Schedule) -> list[Moment]:
-    """The moment of each instruction of ``schedule``."""
-    moments: list[Moment] = []
+def program_points_of(problem: Problem, schedule: Schedule) -> list[ProgramPoint]:
+    """The program point of each instruction of ``schedule``."""
+    program_points: list[ProgramPoint] = []
     at = 0
     for instruction in schedule.instructions[: schedule.n_forward]:
         encode = instruction.kind is Kind.ENCODE
         at = at if encode else instruction.op
-        moments.append(Moment(True, at, 0, instruction.op if encode else -1))
+        program_points.append(ProgramPoint(True, at, 0, instruction.op if encode else -1))
     end = len(problem.forward)
     position, rerun = len(problem.backward), end
-    behind: list[Moment] = []
+    behind: list[ProgramPoint] = []
     for instruction in reversed(schedule.instructions[schedule.n_forward :]):
         if instruction.kind is Kind.DECODE:
             # One that a rerun waits for is followed by it; the others stand after all reruns.
             waits = rerun < end and instruction.op in problem.forward[rerun].inputs
-            behind.append(Moment(False, position, rerun if waits else end, instruction.op))
+            behind.append(ProgramPoint(False, position, rerun if waits else end, instruction.op))
             continue
         if instruction.kind is Kind.RERUN:
             rerun = instruction.op
         else:
             position, rerun = instruction.op, end
-        behind.append(Moment(False, position, rerun, -1))
-    return moments + behind[::-1]
+        behind.append(ProgramPoint(False, position, rerun, -1))
+    return program_points + behind[::-1]

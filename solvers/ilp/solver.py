@@ -2,9 +2,9 @@
 
 Problem / Data / Variables / Model: in algebra at the top of ``ilp_model``; ``ilp_rows`` has the memory rows.
 
-The program starts with memory rows for the moments where keeping everything (and the warm plan) is highest.
-Each round solves it, simulates the plan, and adds rows for the moments that are over the budget. Where such
-a moment has its row already, the row undercounts (pruned tensors, two decodes in one batch). A small problem
+The program starts with memory rows for the program points where keeping everything (and the warm plan) is highest.
+Each round solves it, simulates the plan, and adds rows for the program points that are over the budget. Where such
+a program point has its row already, the row undercounts (pruned tensors, two decodes in one batch). A small problem
 then forbids just that plan, which keeps every bound true. A large one first keeps room for the saved pruned
 tensors, then lowers the row's room; the bound from before stands until the rows get it back at the end.
 """
@@ -31,7 +31,7 @@ from fxhybrid.solvers.ilp.memory_rows import MemoryRows
 from fxhybrid.solvers.ilp.min_peak import MinPeak, MinPeakSolver
 from fxhybrid.solvers.ilp.model import COST_SCALE, IlpModel
 from fxhybrid.solvers.ilp.presolve import completed, facts_of, reached
-from fxhybrid.solvers.ilp.program_points import Moment, moments_of
+from fxhybrid.solvers.ilp.program_points import ProgramPoint, program_points_of
 
 PRUNED_SHARE = 2e-3  # of the budget: what all pruned tensors may occupy together
 LOOSE_GAP = 0.05  # of the rounds that only find out which rows matter
@@ -67,15 +67,15 @@ class IlpSolver:
         self.backend = backend
 
     def solve(
-        self, problem: Problem, budget_bytes: int, *, max_error: float, warm: Actions | None = None
+        self, problem: Problem, budget_bytes: int, *, max_error: float, warm_start: Actions | None = None
     ) -> SolveResult:
-        """The best actions found; ``warm`` is a plan to start from.
+        """The best actions found; ``warm_start`` is a plan to start from.
 
         Raises:
             ProblemError: the problem is malformed.
         """
         check_problem(problem)
-        return _Search(self, problem, budget_bytes, max_error).run(warm)
+        return _Search(self, problem, budget_bytes, max_error).run(warm_start)
 
 
 class _Search:
@@ -94,14 +94,14 @@ class _Search:
         self.blurred = False  # whether it never will again
         self.counts = dict.fromkeys(("rounds", "rows", "columns", "nodes", "tightened", "forbidden"), 0)
 
-    def run(self, warm: Actions | None) -> SolveResult:
+    def run(self, warm_start: Actions | None) -> SolveResult:
         """All rounds, and the result."""
         default = self.tried({})
         assert default is not None
         known = [default]
         with contextlib.suppress(PlanError):  # one made for another problem is no use as a start
-            known += [tried for tried in [self.tried(warm or {})] if tried]
-        beaten = self.best is not None and self.best.timeline.added_s <= 0
+            known += [tried for tried in [self.tried(warm_start or {})] if tried]
+        beaten = self.best is not None and self.best.timeline.overhead_s <= 0
         if not beaten and self.budget_bytes >= peak_lower_bound(self.problem)[0]:
             self.search(known)
         if self.best is None:
@@ -112,7 +112,7 @@ class _Search:
         """No plan fits so far: how low do plans go at all?"""
         assert self.smallest is not None
         solver = MinPeakSolver(time_limit_s=max(self.left_s(), LEAST_S), backend=self.solver.backend)
-        self.min_peak = solver.solve(self.problem, max_error=self.max_error, warm=self.smallest.actions)
+        self.min_peak = solver.solve(self.problem, max_error=self.max_error, warm_start=self.smallest.actions)
         self.tried(self.min_peak.actions)
 
     def tried(self, actions: Actions) -> _Tried | None:
@@ -122,8 +122,8 @@ class _Search:
             return None
         schedule = lower(self.problem, actions)
         tried = _Tried(actions, schedule, simulate(self.problem, schedule), error)
-        peak, added = tried.timeline.peak_bytes, tried.timeline.added_s
-        if peak <= self.budget_bytes and (self.best is None or added < self.best.timeline.added_s):
+        peak, added = tried.timeline.peak_bytes, tried.timeline.overhead_s
+        if peak <= self.budget_bytes and (self.best is None or added < self.best.timeline.overhead_s):
             self.best = tried
         if self.smallest is None or peak < self.smallest.timeline.peak_bytes:
             self.smallest = tried
@@ -135,23 +135,25 @@ class _Search:
 
     def search(self, known: list[_Tried]) -> None:
         """One pass without the smallest tensors, and where that does not settle it, one with them."""
-        moments: tuple[Moment, ...] = ()
+        program_points: tuple[ProgramPoint, ...] = ()
         for share in (PRUNED_SHARE, 0.0):
-            rows = self.search_once(known, moments, share * self.budget_bytes)
-            moments = tuple(rows.rows)
+            rows = self.search_once(known, program_points, share * self.budget_bytes)
+            program_points = tuple(rows.rows)
             if self.impossible or self.gap() <= self.solver.gap or not rows.facts.pruned:
                 return
 
-    def search_once(self, known: list[_Tried], moments: tuple[Moment, ...], pruned_bytes: float) -> MemoryRows:
+    def search_once(
+        self, known: list[_Tried], program_points: tuple[ProgramPoint, ...], pruned_bytes: float
+    ) -> MemoryRows:
         """Builds the program, runs the rounds, and bounds the problem once more with all rows they found."""
-        cutoff_s = self.best.timeline.added_s if self.best else math.inf
+        cutoff_s = self.best.timeline.overhead_s if self.best else math.inf
         facts = facts_of(self.problem, self.max_error, pruned_bytes=pruned_bytes, cutoff_s=cutoff_s)
         model = IlpModel(self.problem, facts, self.max_error)
         rows = MemoryRows(model, self.budget_bytes)
         self.exact, self.blurred = True, False
-        for at in moments:
+        for at in program_points:
             rows.add(at)
-        for tried in () if moments else known:
+        for tried in () if program_points else known:
             self.add_rows(rows, tried, above=0.97)
         if self.rounds(model, rows) and facts.pruned and not self.exact:
             return rows  # not the rows are at fault but what is pruned: it has to be decided
@@ -200,7 +202,7 @@ class _Search:
         if self.exact and answer.bound == math.inf:
             # Nothing is left: no plan at all, or none besides those tried.
             self.impossible = self.best is None
-            self.bound_s = self.best.timeline.added_s if self.best else self.bound_s
+            self.bound_s = self.best.timeline.overhead_s if self.best else self.bound_s
         elif self.exact and math.isfinite(answer.bound):
             self.bound_s = max(self.bound_s, answer.bound * model.unit_s - model.facts.credit_s)
         return model.actions() if answer.found else None
@@ -233,11 +235,11 @@ class _Search:
         self.exact = False
         if rows.reserve():
             return
-        moments = moments_of(self.problem, tried.schedule)
+        program_points = program_points_of(self.problem, tried.schedule)
         excess = tried.timeline.during_bytes - self.budget_bytes
-        over: dict[Moment, int] = {}
+        over: dict[ProgramPoint, int] = {}
         for at in np.flatnonzero(excess > 0).tolist():
-            over[moments[at]] = max(int(excess[at]), over.get(moments[at], 0))
+            over[program_points[at]] = max(int(excess[at]), over.get(program_points[at], 0))
         changed = [rows.tighten(at, by) for at, by in over.items() if at in rows.rows]
         if not any(changed):
             model.forbid(found, model.facts.decided)
@@ -247,7 +249,7 @@ class _Search:
         """The gap of the best plan so far; infinite without one."""
         if self.best is None:
             return math.inf
-        added = self.best.timeline.added_s
+        added = self.best.timeline.overhead_s
         return relative_gap(added, min(self.bound_s, added), self.problem.step_s)
 
     def result(self) -> SolveResult:
@@ -260,12 +262,12 @@ class _Search:
             status = Status.UNKNOWN
         shown = self.best or self.smallest
         assert shown is not None
-        bound_s = min(self.bound_s, self.best.timeline.added_s) if self.best else self.bound_s
+        bound_s = min(self.bound_s, self.best.timeline.overhead_s) if self.best else self.bound_s
         return SolveResult(
             status,
             dict(shown.actions),
             shown.timeline.peak_bytes,
-            shown.timeline.added_s,
+            shown.timeline.overhead_s,
             max(bound_s, 0.0),
             shown.error,
             "ilp",

@@ -175,7 +175,7 @@ class Lives(Grid):
         for t in sorted(members):
             option = self.option(t, self.state[t])
             freed = 0 if t in self.mutated else self.sizes[t]
-            yield max(option.encode_rise_bytes, option.encoded_bytes), option.encoded_bytes - freed
+            yield max(option.encode_alloc_peak_bytes, option.encoded_bytes), option.encoded_bytes - freed
 
     def _instructions(self, slot: int, members: set[int]) -> Iterator[tuple[int, int]]:
         """Per decoding and rerun of a slot: how high it reaches, and what it leaves behind."""
@@ -200,4 +200,4 @@ class Lives(Grid):
 
     def _decoding(self, t: int) -> tuple[int, int]:
         option = self.option(t, self.state[t])
-        return max(option.decode_rise_bytes, self.sizes[t]), self.sizes[t] - option.encoded_bytes
+        return max(option.decode_alloc_peak_bytes, self.sizes[t]), self.sizes[t] - option.encoded_bytes

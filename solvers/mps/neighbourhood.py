@@ -110,15 +110,15 @@ def _dominates(a: CodecOption, b: CodecOption, first: bool) -> bool:
         a.encode_s + a.decode_s,
         a.error,
         not a.lossless,
-        a.encode_rise_bytes,
-        a.decode_rise_bytes,
+        a.encode_alloc_peak_bytes,
+        a.decode_alloc_peak_bytes,
     )
     other = (
         b.encoded_bytes,
         b.encode_s + b.decode_s,
         b.error,
         not b.lossless,
-        b.encode_rise_bytes,
-        b.decode_rise_bytes,
+        b.encode_alloc_peak_bytes,
+        b.decode_alloc_peak_bytes,
     )
     return all(x <= y for x, y in zip(mine, other, strict=True)) and (mine != other or first)

@@ -193,12 +193,12 @@ class Footprint:
 
     Attributes:
         peak_bytes: highest point of the step.
-        added_s: seconds beyond running every op once.
+        overhead_s: seconds beyond running every op once.
         error2: sum of squared lossy errors.
     """
 
     peak_bytes: int
-    added_s: float
+    overhead_s: float
     error2: float
 
 
@@ -234,15 +234,15 @@ class Footprints(Settling):
     def footprint(self) -> Footprint:
         """The figures of the present state."""
         peak = int(self.heights().max()) if self.n_ops else self.problem.resident_bytes
-        return Footprint(peak, self.added_s, self.error2)
+        return Footprint(peak, self.overhead_s, self.error2)
 
     @property
-    def added_s(self) -> float:
+    def overhead_s(self) -> float:
         """Seconds beyond running every op once; what rounding leaves of nothing is nothing."""
         return self._seconds if self._seconds > 1e-12 * self.problem.step_s else 0.0
 
-    def exact_added_s(self) -> float:
-        """``added_s`` summed up from nothing, to the last bit as the simulator has it."""
+    def exact_overhead_s(self) -> float:
+        """``overhead_s`` summed up from nothing, to the last bit as the simulator has it."""
         forward = self.problem.forward
         seconds = [op.seconds for op in self.problem.backward]
         seconds += [op.seconds for op, runs in zip(forward, self._runs, strict=True) if runs]

@@ -1,6 +1,6 @@
 """A known plan fitted to one budget.
 
-The plans of a ladder lie between budgets. What one leaves of a budget pays for taking back what costs most, and for
+The plans of a frontier lie between budgets. What one leaves of a budget pays for taking back what costs most, and for
 more exact codecs where they cost no time.
 """
 
@@ -40,5 +40,5 @@ def fitted(problem: Problem, actions: Actions, budget_bytes: int, *, max_error: 
     search.stop_at = base.moves + MOVES
     search.trim(budget_bytes)
     after = base.footprint()
-    better = (after.added_s, after.error2) < (before.added_s, before.error2)
+    better = (after.overhead_s, after.error2) < (before.overhead_s, before.error2)
     return base.actions() if better else None

@@ -1,6 +1,6 @@
 """The fixed grid of slots and the tables of a problem that do not depend on the plan.
 
-There is one slot per forward op, one for the moment between the passes, and one per backward op. A state is one
+There is one slot per forward op, one for the program point between the passes, and one per backward op. A state is one
 code per tensor: 0 save, 1 recompute, 2 + j the tensor's j-th codec option.
 """
 

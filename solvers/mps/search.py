@@ -1,6 +1,6 @@
 """Local search over plans, at a price for the peak or down to a target.
 
-``relax`` makes ``added_s + price * peak`` small, with the peak smoothed over the slots near it, so that several
+``relax`` makes ``overhead_s + price * peak`` small, with the peak smoothed over the slots near it, so that several
 peaks that must fall together are seen together. ``descend`` and ``trim`` then meet a target exactly. Every limit is
 a number of moves made, so that the same input gives the same plans.
 """
@@ -55,16 +55,16 @@ class Descent:
     @property
     def cost_s(self) -> float:
         """Added seconds and the error's price."""
-        return self.base.added_s + self.error_price_s * self.base.error2
+        return self.base.overhead_s + self.error_price_s * self.base.error2
 
     def _costs(self, rows: Ints) -> Floats:
         """``cost_s`` that each move of ``rows`` adds."""
         cost: Floats = self.table.seconds[rows] + self.error_price_s * self.table.error2[rows]
         return cost
 
-    def point(self) -> Point:
+    def plan(self) -> EvaluatedPlan:
         """The present state."""
-        return Point(bytes(self.base.state), self.base.footprint())
+        return EvaluatedPlan(bytes(self.base.state), self.base.footprint())
 
     def stand_at(self, codes: bytes, *, to_search: bool = True) -> bool:
         """Moves to a state, ``to_search`` from there; whether it is a valid one within the error limit."""
@@ -236,7 +236,7 @@ class Descent:
         score[rows] = np.maximum(rate, 0.0)
         return score
 
-    def trim(self, target: int, seen: list[Point] | None = None) -> None:
+    def trim(self, target: int, seen: list[EvaluatedPlan] | None = None) -> None:
         """Makes moves that save time while the peak stays at or below ``target``; ``seen`` gets the points passed."""
 
         def cost() -> float:
@@ -248,7 +248,7 @@ class Descent:
             lambda: self._fitting(target, self._savers(target, pace.banned), pace.batch),
             cost,
             patient=False,
-            accept=lambda: None if seen is None else seen.append(self.point()),
+            accept=lambda: None if seen is None else seen.append(self.plan()),
         )
 
     def _savers(self, target: int, banned: Bools) -> Ints:
@@ -298,22 +298,22 @@ def _excess(heights: Ints, target: int) -> float:
 
 
 @dataclass(frozen=True)
-class Point:
+class EvaluatedPlan:
     """A measured state; its codes as bytes."""
 
     codes: bytes
-    mark: Footprint
+    cost: Footprint
 
 
-def by_peak(point: Point) -> tuple[int, float]:
+def by_peak(plan: EvaluatedPlan) -> tuple[int, float]:
     """Sorts points by their peaks."""
-    return point.mark.peak_bytes, point.mark.added_s
+    return plan.cost.peak_bytes, plan.cost.overhead_s
 
 
-def undominated(points: list[Point]) -> list[Point]:
-    """The points that no other one beats, the cheapest first; the first of ``points`` is the start."""
-    best: list[Point] = []
-    for point in sorted(points[1:], key=lambda p: (p.mark.added_s, p.mark.peak_bytes, p.mark.error2)):
-        if point.mark.peak_bytes < min(points[0].mark.peak_bytes, best[-1].mark.peak_bytes if best else 1 << 62):
-            best.append(point)
+def undominated(evaluated: list[EvaluatedPlan]) -> list[EvaluatedPlan]:
+    """The points that no other one beats, the cheapest first; the first of ``evaluated`` is the start."""
+    best: list[EvaluatedPlan] = []
+    for plan in sorted(evaluated[1:], key=lambda p: (p.cost.overhead_s, p.cost.peak_bytes, p.cost.error2)):
+        if plan.cost.peak_bytes < min(evaluated[0].cost.peak_bytes, best[-1].cost.peak_bytes if best else 1 << 62):
+            best.append(plan)
     return best

@@ -1,4 +1,4 @@
-"""All plans known for one problem: the ladder's, and what other solvers added for single budgets.
+"""All plans known for one problem: the frontier's, and what other solvers added for single budgets.
 
 The choice for a budget is the cheapest known plan that fits. Over a fixed set this makes a sweep monotone: as
 the budget falls, the added time never falls, and since cheaper plans that fit are always taken, neither does
@@ -18,11 +18,11 @@ from fxhybrid.ir.plan import SAVE, Action, Actions, relative_gap
 from fxhybrid.ir.problem import Problem, single_techniques
 from fxhybrid.ir.schedule import lower
 from fxhybrid.ir.simulator import describe_peak, simulate, simulate_actions
-from fxhybrid.solvers.base import Ladder, Rung, SolveResult, Status, default_action, plan_error
+from fxhybrid.solvers.base import FrontierPoint, PlanFrontier, SolveResult, Status, default_action, plan_error
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp.lp_bound import AddedBound, added_lower_bound
 from fxhybrid.solvers.ilp.min_peak import MinPeak, MinPeakSolver
-from fxhybrid.solvers.mps.frontier_search import Effort, build_ladder
+from fxhybrid.solvers.mps.frontier_search import Effort, build_frontier
 from fxhybrid.solvers.mps.polish import fitted
 from fxhybrid.units import format_bytes
 
@@ -37,14 +37,14 @@ class KnownPlan:
     """One plan with its simulated figures and where it came from.
 
     Attributes:
-        rung: actions, peak, added seconds and error.
+        point: actions, peak, added seconds and error.
         solver: which solver found it.
         status: how close to ``lower_bound_s`` it is; set when it is chosen for a budget.
         lower_bound_s: no plan for that budget adds less.
         solve_s: seconds spent on it.
     """
 
-    rung: Rung
+    point: FrontierPoint
     solver: str = "mps"
     status: Status = Status.FEASIBLE
     lower_bound_s: float = 0.0
@@ -62,10 +62,10 @@ class PlanSet:
             bound until ``look_lower`` raises it.
         min_peak: what ``look_lower`` found; None before.
         fixed: whether these very plans are to be carried out, and no fitted ones.
-        alone: plans of recomputing only and of compressing only, if ``laddered`` made this and there are codecs.
+        alone: plans of recomputing only and of compressing only, if ``frontier_plans`` made this and there are codecs.
     """
 
-    def __init__(self, problem: Problem, ladder: Ladder, *, max_error: float, solve_s: float = 0.0) -> None:
+    def __init__(self, problem: Problem, frontier: PlanFrontier, *, max_error: float, solve_s: float = 0.0) -> None:
         self.problem = problem
         self.max_error = max_error
         self.plans: list[KnownPlan] = []
@@ -77,17 +77,17 @@ class PlanSet:
         self.fixed = False
         self._fitted: dict[int, float] = {}  # limits that the cheapest plan was fitted to, and what it added then
         self._looked_stricter = False
-        for rung in ladder.rungs:
-            self._take(KnownPlan(rung, solve_s=solve_s))
+        for point in frontier.points:
+            self._take(KnownPlan(point, solve_s=solve_s))
 
     def _take(self, plan: KnownPlan) -> None:
         """Adds a plan, and the same without masks whose sources are kept anyway if that is faster."""
         self.plans.append(plan)
-        actions = without_needless_masks(self.problem, plan.rung.actions)
-        if len(actions) < len(plan.rung.actions):
-            rung = judged(self.problem, actions)
-            if rung.added_s < plan.rung.added_s:
-                self.plans.append(replace(plan, rung=rung))
+        actions = without_needless_masks(self.problem, plan.point.actions)
+        if len(actions) < len(plan.point.actions):
+            point = judged(self.problem, actions)
+            if point.overhead_s < plan.point.overhead_s:
+                self.plans.append(replace(plan, point=point))
 
     def add(self, result: SolveResult, budget_bytes: int) -> None:
         """Takes in what a solver found for ``budget_bytes``, judged by the simulator; misses are ignored."""
@@ -104,30 +104,30 @@ class PlanSet:
     def prove(self, budget_bytes: int) -> AddedBound:
         """Bounds what any plan for a budget adds, by linear programming; ``cheapest`` knows it from then on."""
         known = self.cheapest(budget_bytes)
-        actions = known.rung.actions if known else self.smallest.actions
+        actions = known.point.actions if known else self.smallest.actions
         bound = added_lower_bound(self.problem, budget_bytes, max_error=self.max_error, known=actions)
-        if math.isinf(bound.added_s):
+        if math.isinf(bound.overhead_s):
             self.lower_bound_bytes = max(self.lower_bound_bytes, budget_bytes + 1)
         else:
-            self._bound(budget_bytes, bound.added_s)
+            self._bound(budget_bytes, bound.overhead_s)
         return bound
 
-    def _bound(self, budget_bytes: int, added_s: float) -> None:
-        self.bounds_s[budget_bytes] = max(added_s, self.bounds_s.get(budget_bytes, 0.0))
+    def _bound(self, budget_bytes: int, overhead_s: float) -> None:
+        self.bounds_s[budget_bytes] = max(overhead_s, self.bounds_s.get(budget_bytes, 0.0))
 
     def checked(self, limit_bytes: int) -> KnownPlan | None:
         """The cheapest plan that the simulator itself finds within the limit; looks for one if none is known.
 
-        Rungs carry the heuristic's own figures, which tests hold equal to the simulator's. One that differs all
+        Points carry the heuristic's own figures, which tests hold equal to the simulator's. One that differs all
         the same is forgotten here, before it can run.
         """
         if not _within(self.plans, limit_bytes):
             self._look_stricter()
         while (known := self.cheapest(limit_bytes)) is not None:
-            if judged(self.problem, known.rung.actions).peak_bytes <= limit_bytes:
+            if judged(self.problem, known.point.actions).peak_bytes <= limit_bytes:
                 return known
             for plans in (self.plans, self.reserve):
-                plans[:] = [plan for plan in plans if plan.rung.actions is not known.rung.actions]
+                plans[:] = [plan for plan in plans if plan.point.actions is not known.point.actions]
         if self.min_peak is None and limit_bytes >= self.lower_bound_bytes:
             self.look_lower()
             return self.checked(limit_bytes)
@@ -141,14 +141,14 @@ class PlanSet:
         known = self.checked(limit_bytes)
         if known is None or self.fixed or limit_bytes in self._fitted:
             return known
-        actions = fitted(self.problem, known.rung.actions, limit_bytes, max_error=self.max_error)
+        actions = fitted(self.problem, known.point.actions, limit_bytes, max_error=self.max_error)
         if actions is not None:
-            rung = judged(self.problem, actions)
-            larger = (added_s for limit, added_s in self._fitted.items() if limit > limit_bytes)
-            if rung.added_s >= max(larger, default=0.0):
-                self._take(replace(known, rung=rung))
+            point = judged(self.problem, actions)
+            larger = (overhead_s for limit, overhead_s in self._fitted.items() if limit > limit_bytes)
+            if point.overhead_s >= max(larger, default=0.0):
+                self._take(replace(known, point=point))
                 known = self.checked(limit_bytes)
-        self._fitted[limit_bytes] = known.rung.added_s if known else 0.0
+        self._fitted[limit_bytes] = known.point.overhead_s if known else 0.0
         return known
 
     def _look_stricter(self) -> None:
@@ -159,8 +159,8 @@ class PlanSet:
         codecs = [codec for tensor in self.problem.tensors for codec in tensor.codecs if not codec.lossless]
         if any(codec.error <= self.max_error for codec in codecs):
             for limit in (limit for limit in STRICTER if limit < self.max_error):
-                for rung in build_ladder(self.problem, max_error=limit).rungs:
-                    self._take(KnownPlan(rung))
+                for point in build_frontier(self.problem, max_error=limit).points:
+                    self._take(KnownPlan(point))
 
     def look_lower(self) -> None:
         """Takes in the smallest reachable peak, as far as that is found and proven in ``LOOK_LOWER_S``."""
@@ -168,7 +168,7 @@ class PlanSet:
             return
         self._look_stricter()
         solver = MinPeakSolver(time_limit_s=LOOK_LOWER_S)
-        found = solver.solve(self.problem, max_error=self.max_error, warm=smallest_of(self.plans).actions)
+        found = solver.solve(self.problem, max_error=self.max_error, warm_start=smallest_of(self.plans).actions)
         self.min_peak, self.lower_bound_bytes = found, found.lower_bound_bytes
         if found.peak_bytes < self.smallest.peak_bytes:
             self._take(KnownPlan(judged(self.problem, found.actions), "min peak", solve_s=found.solve_s))
@@ -185,12 +185,12 @@ class PlanSet:
         # of plans that cost nothing, the one that does nothing
         best = min(
             fitting,
-            key=lambda plan: (plan.rung.added_s, bool(plan.rung.actions), plan.rung.error, plan.rung.peak_bytes),
+            key=lambda plan: (plan.point.overhead_s, bool(plan.point.actions), plan.point.error, plan.point.peak_bytes),
         )
         # a bound for a larger budget holds for this one, too
         bounds = [bound_s for budget_bytes, bound_s in self.bounds_s.items() if budget_bytes >= limit_bytes]
-        bound = min(max(bounds, default=0.0), best.rung.added_s)
-        gap = relative_gap(best.rung.added_s, bound, self.problem.step_s)
+        bound = min(max(bounds, default=0.0), best.point.overhead_s)
+        gap = relative_gap(best.point.overhead_s, bound, self.problem.step_s)
         status = Status.OPTIMAL if gap <= PROVEN else Status.FEASIBLE
         return replace(best, lower_bound_s=bound, status=status)
 
@@ -202,7 +202,7 @@ class PlanSet:
         return f"no plan peaks below {bound} bytes ({format_bytes(bound)}), held by {holder}"
 
     @property
-    def smallest(self) -> Rung:
+    def smallest(self) -> FrontierPoint:
         """The plan with the smallest peak."""
         return smallest_of(self.plans + self.reserve)
 
@@ -231,13 +231,13 @@ class PlanSet:
         )
 
 
-def laddered(problem: Problem, *, max_error: float) -> PlanSet:
-    """The plans of the heuristic's ladders: of all techniques, and of each one alone."""
+def frontier_plans(problem: Problem, *, max_error: float) -> PlanSet:
+    """The plans of the heuristic's frontiers: of all techniques, and of each one alone."""
 
     def of(offered: Problem, effort: Effort) -> PlanSet:
         start = time.perf_counter()
-        ladder = build_ladder(offered, max_error=max_error, effort=effort)
-        return PlanSet(offered, ladder, max_error=max_error, solve_s=time.perf_counter() - start)
+        frontier = build_frontier(offered, max_error=max_error, effort=effort)
+        return PlanSet(offered, frontier, max_error=max_error, solve_s=time.perf_counter() - start)
 
     plans = of(problem, Effort())
     plans.alone = tuple(of(alone, LESS_EFFORT) for alone in single_techniques(problem))
@@ -247,18 +247,18 @@ def laddered(problem: Problem, *, max_error: float) -> PlanSet:
 
 
 def _within(plans: Iterable[KnownPlan], limit_bytes: int) -> list[KnownPlan]:
-    return [plan for plan in plans if plan.rung.peak_bytes <= limit_bytes]
+    return [plan for plan in plans if plan.point.peak_bytes <= limit_bytes]
 
 
-def smallest_of(plans: Iterable[KnownPlan]) -> Rung:
+def smallest_of(plans: Iterable[KnownPlan]) -> FrontierPoint:
     """The plan with the smallest peak."""
-    return min((plan.rung for plan in plans), key=lambda rung: rung.peak_bytes)
+    return min((plan.point for plan in plans), key=lambda point: point.peak_bytes)
 
 
-def judged(problem: Problem, actions: Actions) -> Rung:
+def judged(problem: Problem, actions: Actions) -> FrontierPoint:
     """``actions`` with the figures that the simulator gives them."""
     line = simulate_actions(problem, actions)
-    return Rung(actions, line.peak_bytes, line.added_s, plan_error(problem, actions))
+    return FrontierPoint(actions, line.peak_bytes, line.overhead_s, plan_error(problem, actions))
 
 
 def without_needless_masks(problem: Problem, actions: Actions) -> dict[int, Action]:

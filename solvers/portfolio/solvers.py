@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from fxhybrid.ir.plan import GAP_FLOOR_SHARE
 from fxhybrid.ir.problem import Problem
-from fxhybrid.solvers.base import Rung, SolveResult, Status
+from fxhybrid.solvers.base import FrontierPoint, SolveResult, Status
 from fxhybrid.solvers.ilp.solver import IlpSolver
-from fxhybrid.solvers.mps.frontier_search import build_ladder
+from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.solvers.portfolio.known_plans import PlanSet
 
 
@@ -35,7 +35,7 @@ class AutoSolver:
         """The better of both plans, with the integer program's bound."""
         started = time.perf_counter()
         quick = self.mps.solve(problem, budget_bytes, max_error=max_error)
-        if quick.status is Status.FEASIBLE and quick.added_s <= self.ilp.gap * GAP_FLOOR_SHARE * problem.step_s:
+        if quick.status is Status.FEASIBLE and quick.overhead_s <= self.ilp.gap * GAP_FLOOR_SHARE * problem.step_s:
             quick = dataclasses.replace(quick, status=Status.OPTIMAL)
         settled = quick.status in (Status.OPTIMAL, Status.INFEASIBLE)
         known = None if quick.status is Status.UNKNOWN else quick
@@ -45,21 +45,21 @@ class AutoSolver:
         return dataclasses.replace(_better(quick, exact), solve_s=time.perf_counter() - started)
 
     def improve(
-        self, problem: Problem, budget_bytes: int, known: SolveResult | Rung | None, *, max_error: float
+        self, problem: Problem, budget_bytes: int, known: SolveResult | FrontierPoint | None, *, max_error: float
     ) -> SolveResult | None:
         """What the integer program makes of the best plan known; None where looking for a better one does not pay."""
         if known is None:
             return self.ilp.solve(problem, budget_bytes, max_error=max_error)
-        if known.added_s <= self.pays * problem.step_s:
+        if known.overhead_s <= self.pays * problem.step_s:
             return None
-        return self.ilp.solve(problem, budget_bytes, max_error=max_error, warm=known.actions)
+        return self.ilp.solve(problem, budget_bytes, max_error=max_error, warm_start=known.actions)
 
 
 def _better(quick: SolveResult, exact: SolveResult) -> SolveResult:
     """The plan that adds less, or without any the one with the smaller peak, with the better bound."""
     fits = [r.status in (Status.OPTIMAL, Status.FEASIBLE) for r in (quick, exact)]
     if fits[0] and fits[1]:
-        use_exact = exact.added_s < quick.added_s
+        use_exact = exact.overhead_s < quick.overhead_s
     elif fits[0] or fits[1]:
         use_exact = fits[1]
     else:
@@ -77,7 +77,7 @@ def _better(quick: SolveResult, exact: SolveResult) -> SolveResult:
 
 @dataclass
 class MpsSolver:
-    """The cheapest plan of the ladder, fitted to the budget; below the ladder, of the smallest reachable peak."""
+    """The cheapest plan of the frontier, fitted to the budget; below the frontier, of the smallest reachable peak."""
 
     _plans: dict[tuple[int, float], PlanSet] = field(default_factory=dict, repr=False)
 
@@ -85,7 +85,7 @@ class MpsSolver:
         """All plans known for the problem, the same set at every call."""
         key = (id(problem), max_error)
         if key not in self._plans:  # the set keeps the problem, so that its id stays taken
-            self._plans[key] = PlanSet(problem, build_ladder(problem, max_error=max_error), max_error=max_error)
+            self._plans[key] = PlanSet(problem, build_frontier(problem, max_error=max_error), max_error=max_error)
         return self._plans[key]
 
     def solve(self, problem: Problem, budget_bytes: int, *, max_error: float) -> SolveResult:
@@ -93,14 +93,14 @@ class MpsSolver:
         started = time.perf_counter()
         plans = self.plans(problem, max_error)
         known = plans.fitted(budget_bytes)
-        status, rung = (known.status, known.rung) if known else (plans.unmet(budget_bytes), plans.smallest)
+        status, point = (known.status, known.point) if known else (plans.unmet(budget_bytes), plans.smallest)
         return SolveResult(
             status,
-            rung.actions,
-            rung.peak_bytes,
-            rung.added_s,
+            point.actions,
+            point.peak_bytes,
+            point.overhead_s,
             known.lower_bound_s if known else 0.0,
-            rung.error,
+            point.error,
             "mps",
             time.perf_counter() - started,
             {"plans": len(plans.plans)},

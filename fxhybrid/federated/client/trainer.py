@@ -197,7 +197,7 @@ class TrainerPool:
         self.workers = workers
         self._free: dict[float, queue.Queue[Trainer | None]] = {}
 
-    def warm(self, width: float) -> None:
+    def warm_start(self, width: float) -> None:
         """Opens the pool for a width; call it before threads do."""
         if width not in self._free:
             self._free[width] = queue.Queue()

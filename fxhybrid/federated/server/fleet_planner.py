@@ -12,14 +12,14 @@ from fxhybrid.devices.remote_plan import plan_of
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem, without_codecs, without_recomputation
 from fxhybrid.module import HybridModule
-from fxhybrid.solvers.base import Ladder
-from fxhybrid.solvers.mps.frontier_search import Effort, build_ladder
+from fxhybrid.solvers.base import PlanFrontier
+from fxhybrid.solvers.mps.frontier_search import Effort, build_frontier
 from fxhybrid.solvers.portfolio.known_plans import judged
 
 MAX_ERROR = 0.05  # of the gradient, as estimated: half of the default limit
 N_BUCKETS = 50
-# A fleet has many kinds of devices and 50 buckets for each: a coarser ladder than one device's own will do.
-FLEET_EFFORT = Effort(moves=(3_000, 1), price_step=1.3, seeds=1, rungs=64)
+# A fleet has many kinds of devices and 50 buckets for each: a coarser frontier than one device's own will do.
+FLEET_EFFORT = Effort(moves=(3_000, 1), price_step=1.3, seeds=1, points=64)
 
 
 class Technique(Enum):
@@ -47,7 +47,7 @@ class DevicePlan:
 
 
 class FleetPlanner:
-    """Plans for any device and budget; ladders and plans are made once and then looked up."""
+    """Plans for any device and budget; frontiers and plans are made once and then looked up."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class FleetPlanner:
         self.technique = technique
         self.n_buckets = n_buckets
         self.save_all = judged(problem, {})
-        self._ladders: dict[str, tuple[Problem, Ladder]] = {}
+        self._ladders: dict[str, tuple[Problem, PlanFrontier]] = {}
         self._plans: dict[tuple[str, int], DevicePlan | None] = {}
         self._grids: dict[str, list[int]] = {}
         self._kinds: dict[int, tuple[DeviceProfile, str]] = {}
@@ -90,7 +90,7 @@ class FleetPlanner:
 
     def smallest_bytes(self, profile: DeviceProfile) -> int:
         """Peak of the smallest plan for this kind of device."""
-        return self._ladder(self._kind(profile), profile)[1].rungs[-1].peak_bytes
+        return self._ladder(self._kind(profile), profile)[1].points[-1].peak_bytes
 
     def plan(self, profile: DeviceProfile, budget_bytes: int) -> DevicePlan | None:
         """The plan for a device at a budget; None where no known plan fits.
@@ -98,12 +98,12 @@ class FleetPlanner:
         The plan's own budget is the bucket's lower end, so it holds for every budget of the bucket.
         """
         kind = self._kind(profile)
-        _, ladder = self._ladder(kind, profile)
+        _, frontier = self._ladder(kind, profile)
         place = bisect_right(self._grids[kind], budget_bytes) - 1
         if place < 0:
             return None
         if (kind, place) not in self._plans:
-            self._plans[kind, place] = self._make(kind, ladder, self._grids[kind][place])
+            self._plans[kind, place] = self._make(kind, frontier, self._grids[kind][place])
         return self._plans[kind, place]
 
     def unmodified_s(self, profile: DeviceProfile) -> float:
@@ -133,33 +133,33 @@ class FleetPlanner:
             known = self._kinds[id(profile)] = (profile, profile.kind.to_json())
         return known[1]
 
-    def _ladder(self, kind: str, profile: DeviceProfile) -> tuple[Problem, Ladder]:
+    def _ladder(self, kind: str, profile: DeviceProfile) -> tuple[Problem, PlanFrontier]:
         if kind not in self._ladders:
             problem = problem_on(self.problem, self.work, profile)
-            ladder = _build(problem, self.technique)
-            top, low = ladder.rungs[0].peak_bytes, ladder.rungs[-1].peak_bytes
+            frontier = _build(problem, self.technique)
+            top, low = frontier.points[0].peak_bytes, frontier.points[-1].peak_bytes
             steps = max(self.n_buckets - 1, 1)
             self._grids[kind] = sorted({low + (top - low) * i // steps for i in range(steps + 1)})
-            self._ladders[kind] = (problem, ladder)
+            self._ladders[kind] = (problem, frontier)
         return self._ladders[kind]
 
-    def _make(self, kind: str, ladder: Ladder, budget_bytes: int) -> DevicePlan | None:
+    def _make(self, kind: str, frontier: PlanFrontier, budget_bytes: int) -> DevicePlan | None:
         problem = self._ladders[kind][0]
-        rung = ladder.rung_for(budget_bytes)
-        if rung is None:
+        point = frontier.point_for(budget_bytes)
+        if point is None:
             return None
-        rung = judged(problem, rung.actions)  # the simulator has the last word
-        if rung.peak_bytes > budget_bytes:
+        point = judged(problem, point.actions)  # the simulator has the last word
+        if point.peak_bytes > budget_bytes:
             return None
-        plan = plan_of(problem, rung, self.base, budget_bytes)
-        return DevicePlan(plan, plan.to_json(), problem.step_s + rung.added_s)
+        plan = plan_of(problem, point, self.base, budget_bytes)
+        return DevicePlan(plan, plan.to_json(), problem.step_s + point.overhead_s)
 
 
-def _build(problem: Problem, technique: Technique) -> Ladder:
+def _build(problem: Problem, technique: Technique) -> PlanFrontier:
     if technique is Technique.SAVE_ALL:
-        return Ladder((judged(problem, {}),))
+        return PlanFrontier((judged(problem, {}),))
     if technique is Technique.RECOMPUTE:
         problem = without_codecs(problem)
     elif technique is Technique.COMPRESS:
         problem = without_recomputation(problem)
-    return build_ladder(problem, max_error=MAX_ERROR, effort=FLEET_EFFORT)
+    return build_frontier(problem, max_error=MAX_ERROR, effort=FLEET_EFFORT)

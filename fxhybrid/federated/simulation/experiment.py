@@ -64,7 +64,7 @@ class Laboratory:
         key = (name, width, technique)
         if key not in self._planners:
             pool = self._pool(name)
-            pool.warm(width)
+            pool.warm_start(width)
             with pool.trainer(width) as trainer:
                 self._planners[key] = FleetPlanner.of(trainer.hybrid, technique=technique)
         return self._planners[key]
