@@ -16,7 +16,6 @@ from fxhybrid.federated.selection.candidates import Candidate, ClientSelector, S
 from fxhybrid.federated.selection.strategies import (
     SELECTORS,
     OortSelector,
-    OracleSelector,
     ProductSelector,
     RandomSelector,
     UtilitySelector,
@@ -56,7 +55,6 @@ def candidates() -> st.SearchStrategy[list[Candidate]]:
         predicted_round_s=st.floats(1e-2, 1e4) | st.just(math.inf),
         last_seen_round=st.none() | st.integers(1, 20),
         times_selected=st.integers(0, 20),
-        true_available_bytes=st.integers(0, 2000),
     )
     return st.lists(one, max_size=12).map(lambda found: [replace(c, client=f"c{i}") for i, c in enumerate(found)])
 
@@ -67,8 +65,6 @@ def candidates() -> st.SearchStrategy[list[Candidate]]:
 def test_every_selector(name: str, pool: list[Candidate], count: int, round_index: int, seed: int) -> None:
     selection = SELECTORS[name](seed).select(pool, count, round_index=round_index)
     allowed = [c for c in pool if c.fits] if name in GATED else pool
-    if name == "oracle":
-        allowed = [c for c in pool if c.smallest_plan_bytes <= (c.true_available_bytes or 0)]
     assert len(set(selection.chosen)) == len(selection.chosen)
     assert set(selection.chosen) <= {c.client for c in allowed}
     # the repeat cap and exploration never leave a place empty that somebody could fill
@@ -93,7 +89,7 @@ def test_selectors_keep_the_protocol(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(SELECTORS))
 def test_bad_calls_are_refused(name: str) -> None:
-    pool = [candidate("a", true_available_bytes=1)]
+    pool = [candidate("a")]
     with pytest.raises(InvalidArgument, match="count"):
         SELECTORS[name](0).select(pool, -1, round_index=1)
     with pytest.raises(InvalidArgument, match="rounds count from 1"):
@@ -126,12 +122,6 @@ def test_ranks_ignore_the_unit_and_equal_values_share() -> None:
     assert first == second
     # a is the fastest: rank 3 of 3; b and c share ranks 1 and 2
     assert [factor(first, c, "compute") for c in "abc"] == pytest.approx([1.0, 0.5, 0.5])
-
-
-def test_factors_can_be_left_out_for_ablation() -> None:
-    pool = [candidate("a", available_bytes=400 * MIB), candidate("b", predicted_step_s=9.0)]
-    plain = UtilitySelector(with_memory=False, with_compute=False).select(pool, 1, round_index=3)
-    assert factor(plain, "a", "reward") == factor(plain, "b", "reward")
 
 
 def test_who_has_nothing_left_to_teach_is_not_chosen_for_its_device() -> None:
@@ -184,14 +174,6 @@ def test_oort_and_random_do_not_look_at_memory_and_the_gate_does() -> None:
     assert len(OortSelector().select(pool, 2, round_index=3).chosen) == 2
     assert len(RandomSelector().select(pool, 2, round_index=3).chosen) == 2
     assert RandomSelector(gate=True).select(pool, 2, round_index=3).chosen == ("large",)
-
-
-def test_the_oracle_knows_better_than_the_forecast() -> None:
-    wrong = candidate("wrong", available_bytes=900 * MIB, true_available_bytes=10 * MIB)
-    right = candidate("right", available_bytes=10 * MIB, true_available_bytes=900 * MIB)
-    assert OracleSelector().select([wrong, right], 2, round_index=3).chosen == ("right",)
-    with pytest.raises(InvalidArgument, match="true_available_bytes"):
-        OracleSelector().select([candidate("a")], 1, round_index=3)
 
 
 def test_the_unseen_are_explored_less_and_less() -> None:

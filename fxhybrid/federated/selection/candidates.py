@@ -30,7 +30,6 @@ class Candidate:
         predicted_round_s: seconds until its reply: all local steps and the transfers.
         last_seen_round: the last round that it was chosen for; None if never.
         times_selected: how often it was chosen.
-        true_available_bytes: the round's real minimum. Only a simulation knows it, only the oracle reads it.
     """
 
     client: str
@@ -43,7 +42,6 @@ class Candidate:
     predicted_round_s: float
     last_seen_round: int | None = None
     times_selected: int = 0
-    true_available_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_examples < 0 or self.times_selected < 0:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,16 +64,9 @@ class RandomSelector:
 
 @dataclass
 class UtilitySelector:
-    """Data, memory and compute utility, multiplied after normalising; explores and caps repeats.
-
-    Attributes:
-        with_memory: False leaves the memory factor (not the gate) out.
-        with_compute: False leaves the compute factor out.
-    """
+    """Multiplies data, memory and compute utility after normalising; explores and caps repeats."""
 
     seed: int = 0
-    with_memory: bool = True
-    with_compute: bool = True
     state: dict[str, Any] = field(default_factory=dict)
     name: str = "utility"
 
@@ -83,8 +76,8 @@ class UtilitySelector:
 
     def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
         data = _shares_of_top([_data_utility(c) for c in pool])
-        memory = [_memory_share(c) if self.with_memory else 1.0 for c in pool]
-        compute = _ranks([1 / c.predicted_step_s for c in pool]) if self.with_compute else np.ones(len(pool))
+        memory = [_memory_share(c) for c in pool]
+        compute = _ranks([1 / c.predicted_step_s for c in pool])
         return [
             {"data": float(d), "memory": float(m), "compute": float(s), "reward": float(d * m * s)}
             for d, m, s in zip(data, memory, compute, strict=True)
@@ -147,47 +140,12 @@ class OortSelector:
         return found
 
 
-@dataclass
-class OracleSelector:
-    """Another selector that knows the round's real minimum in place of its forecast; simulations only."""
-
-    inner: ClientSelector = field(default_factory=UtilitySelector)
-
-    @property
-    def name(self) -> str:
-        """Says what is told the truth."""
-        return f"oracle-{self.inner.name}"
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """That of the inner selector."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, value: dict[str, Any]) -> None:
-        self.inner.state = value
-
-    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """See :class:`ClientSelector`.
-
-        Raises:
-            InvalidArgument: a candidate comes without ``true_available_bytes``.
-        """
-        told = []
-        for c in candidates:
-            if c.true_available_bytes is None:
-                raise InvalidArgument(f"the oracle needs true_available_bytes, {c.client} has none")
-            told.append(replace(c, available_bytes=c.true_available_bytes))
-        return self.inner.select(told, count, round_index=round_index)
-
-
 SELECTORS: Mapping[str, Callable[[int], ClientSelector]] = {
     "utility": lambda seed: UtilitySelector(seed),
     "product": lambda seed: ProductSelector(seed),
     "random": lambda seed: RandomSelector(seed),
     "memory-gate": lambda seed: RandomSelector(seed, gate=True),
     "oort": lambda seed: OortSelector(seed),
-    "oracle": lambda seed: OracleSelector(UtilitySelector(seed)),
 }
 
 
