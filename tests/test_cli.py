@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -100,6 +101,14 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     assert "fxhybrid plan bert --size small --budget 0.6" in capsys.readouterr().out
+
+
+def test_the_package_runs_as_a_command() -> None:
+    command = [sys.executable, "-m", "fxhybrid", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"fxhybrid {fxhybrid.__version__}\n"), done.stderr
+    command = [sys.executable, "-m", "fxhybrid", "plan", "nothing", "--budget", "0.5"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == FAILED
 
 
 def test_budgets_from_the_shell() -> None:

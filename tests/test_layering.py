@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Rooms from the top; one imports rooms on floors below its own only. docs/ARCHITECTURE.md shows the same table.
 FLOORS = (
+    ("__main__",),
     ("cli", "federated.flower_app"),
     ("federated.flower", "federated.simulation"),
     ("federated.server", "federated.client"),

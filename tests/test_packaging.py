@@ -68,6 +68,7 @@ def test_extras_and_dependencies() -> None:
     assert "torch>=2.13,<2.14" in needed
     extras = {name: set(text.split()) for name, text in config["options.extras_require"].items()}
     assert extras["demo"] <= extras["test"], "the test extra includes the demo's packages"
+    assert {name for name, needed in extras.items() if "scikit-learn>=1.4" in needed} == {"demo", "test", "federated"}
     assert config["options"]["python_requires"] == ">=3.11"
 
 
