@@ -1,7 +1,7 @@
 """The codec benchmark: ``python -m benchmarks.codecs``.
 
 Every registered codec against ``torch.relu`` on the same bytes: speed of encode and decode (interleaved, medians of
-ratios), bytes, and relative error on activations whose channels differ in scale. Judges the speed bars at the end.
+ratios), bytes, and relative error on activations whose channels differ in scale. Judges the speed checks at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from benchmarks.lib.checks import Bar, bars_table
+from benchmarks.lib.checks import Check, checks_table
 from benchmarks.lib.common import Record, append_record, seconds, wide_console
 from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.codecs import Codec, TensorMeta, channels_per_row, get_codec, registered_names
@@ -42,7 +42,7 @@ class Case:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints a table per size and the bars."""
+    """Measures, prints a table per size and the checks."""
     parser = argparse.ArgumentParser("python -m benchmarks.codecs", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES_MIB, metavar="MIB")
     parser.add_argument("--pairs", type=int, default=15, help="interleaved pairs per timing (default: 15)")
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         records += own
     missing = set(registered_names()) - {r["codec"] for r in records}
     assert not missing, f"not measured: {missing}"
-    console.print(bars_table(bars(records)))
+    console.print(checks_table(checks(records)))
 
 
 def cases(n_bytes: int) -> Iterator[Case]:
@@ -168,26 +168,26 @@ def table(size_mib: int, records: Sequence[Record]) -> Table:
     return found
 
 
-def bars(records: Sequence[Record]) -> list[Bar]:
-    """The speed bars: each lossy codec's slowest case."""
+def checks(records: Sequence[Record]) -> list[Check]:
+    """The speed checks: each lossy codec's slowest case."""
     found = []
     for codec in sorted({r["codec"] for r in records if not r["lossless"]}):
         for long, limit in ((True, LONG), (False, SHORT)):
             own = [r for r in records if r["codec"] == codec and (r["natural_row"] >= LONG_ROW) == long]
             for way in ("encode", "decode"):
-                found.append(_speed_bar(f"{codec} {way}, {'long' if long else 'short'} rows", own, way, limit))
-    found.append(_mixed_bar(records))
+                found.append(_speed_check(f"{codec} {way}, {'long' if long else 'short'} rows", own, way, limit))
+    found.append(_mixed_check(records))
     return found
 
 
-def _speed_bar(name: str, records: Sequence[Record], way: str, limit: float) -> Bar:
+def _speed_check(name: str, records: Sequence[Record], way: str, limit: float) -> Check:
     slow = [r for r in records if r[f"{way}_ratio"] < limit]
     worst = min(records, key=lambda r: r[f"{way}_ratio"])
     text = f"{worst[f'{way}_ratio']:.2f} ({worst['size_mib']} MiB, {worst['layout']})"
-    return Bar(name, f">= {limit} x relu", f"slowest of {len(records)}: {text}; below: {len(slow)}", not slow)
+    return Check(name, f">= {limit} x relu", f"slowest of {len(records)}: {text}; below: {len(slow)}", not slow)
 
 
-def _mixed_bar(records: Sequence[Record]) -> Bar:
+def _mixed_check(records: Sequence[Record]) -> Check:
     uniform = {(r["size_mib"], r["layout"]): r["encode_s"] for r in records if r["codec"] == "rowwise4"}
     ratios = {
         (r["size_mib"], r["layout"]): r["encode_s"] / uniform[r["size_mib"], r["layout"]]
@@ -196,7 +196,7 @@ def _mixed_bar(records: Sequence[Record]) -> Bar:
     }
     worst = max(ratios, key=lambda key: ratios[key])
     text = f"largest: {ratios[worst]:.2f} ({worst[0]} MiB, {worst[1]})"
-    return Bar("channelwise over uniform 4 bit", f"encode time <= {MIXED} x", text, ratios[worst] <= MIXED)
+    return Check("channelwise over uniform 4 bit", f"encode time <= {MIXED} x", text, ratios[worst] <= MIXED)
 
 
 if __name__ == "__main__":

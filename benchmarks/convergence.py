@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxhybrid
-from benchmarks.lib.checks import Bar, bars_table
+from benchmarks.lib.checks import Check, checks_table
 from benchmarks.lib.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
 from benchmarks.lib.training_tasks import FOLDS, Task, digits, language, packages
 from fxhybrid.optional_imports import require
@@ -118,14 +118,14 @@ def complete_seeds(records: Sequence[Record], name: str) -> dict[int, list[Recor
     return {seed: own for seed, own in sorted(seeds.items()) if len(own) == TASKS[name][1]}
 
 
-def judge(records: Sequence[Record]) -> list[Bar]:
-    """One bar per task."""
-    bars = []
+def judge(records: Sequence[Record]) -> list[Check]:
+    """One check per task."""
+    checks = []
     for name, (_, _, measure) in TASKS.items():
         asked = f"not {POINTS} points lower" if measure == "accuracy" else f"not {LOSS_SHARE:.0%} higher"
         seeds = complete_seeds(records, name)
         if not seeds:
-            bars.append(Bar(name, asked, "", None))
+            checks.append(Check(name, asked, "", None))
             continue
         plain, ours = ([score(own, kind, measure) for own in seeds.values()] for kind in ("float32", "fxhybrid"))
         spread = statistics.stdev(plain) if len(plain) > 1 else math.nan
@@ -136,8 +136,8 @@ def judge(records: Sequence[Record]) -> list[Bar]:
             low = bound([1 - b / a for a, b in zip(plain, ours, strict=True)])
             text, met = f"at most {-low:+.2%}", -low <= LOSS_SHARE
         means = f"{statistics.fmean(plain):.3f} float32 (spread {spread:.3f}), {statistics.fmean(ours):.3f} fxhybrid"
-        bars.append(Bar(f"{name}, {len(plain)} seeds", asked, f"{text}; {measure} {means}", met))
-    return bars
+        checks.append(Check(f"{name}, {len(plain)} seeds", asked, f"{text}; {measure} {means}", met))
+    return checks
 
 
 def runs_table(records: Sequence[Record]) -> Table:
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = wide_console()
     records = with_missing(arguments, _runs(arguments), lambda r: f"{r['model']} {r['key']}: {r['fxhybrid']}")
     console.print(runs_table(records))
-    console.print(bars_table(judge(records)))
+    console.print(checks_table(judge(records)))
 
 
 def _runs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], Record]]]:

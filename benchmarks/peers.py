@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.lib.checks import Bar, bars_table
+from benchmarks.lib.checks import Check, checks_table
 from benchmarks.lib.common import Bench, Record, Step, append_record, median_ratio, names_of, wide_console
 from fxhybrid import BudgetError, suite
 from fxhybrid.accuracy.step_result import relative_difference
@@ -155,10 +155,10 @@ def peers_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def judge(records: Sequence[Record]) -> list[Bar]:
+def judge(records: Sequence[Record]) -> list[Check]:
     """Against the int8 recipe: a smaller gradient error at no larger peak and in no more time."""
     own = [r for r in records if r["key"] == INT8 and "ours_ratio" in r]
-    bars = []
+    checks = []
     for what, asked, ours, theirs in (
         ("gradient error", "below the recipe's", "ours_gradient_error", "gradient_error"),
         ("peak", "at most the recipe's", "ours_peak_bytes", "peak_bytes"),
@@ -166,8 +166,8 @@ def judge(records: Sequence[Record]) -> list[Bar]:
     ):
         shares = {r["model"]: r[ours] / r[theirs] for r in own}
         found = ", ".join(f"{name} {share:.2f} x" for name, share in shares.items())
-        bars.append(Bar(f"int8 hooks: {what}", asked, found, max(shares.values()) <= 1 if shares else None))
-    return bars
+        checks.append(Check(f"int8 hooks: {what}", asked, found, max(shares.values()) <= 1 if shares else None))
+    return checks
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             append_record(arguments.json, record)
             console.print(f"{record['model']}: {record['key']}", highlight=False)
     console.print(peers_table(records))
-    console.print(bars_table(judge(records)))
+    console.print(checks_table(judge(records)))
 
 
 if __name__ == "__main__":

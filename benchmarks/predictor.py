@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from benchmarks.lib.checks import Bar, bar_of, bars_table
+from benchmarks.lib.checks import Check, check_of, checks_table
 from benchmarks.lib.common import Record, add_record_files, names_of, records_of, wide_console
 from benchmarks.lib.fixed_forecasts import Floats, Rounds, methods, rounds_of, score, tuned
 from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
@@ -40,12 +40,12 @@ LEAST_RECORDED_ROUNDS = 30
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs every population at every round length, prints the table, then the bars."""
+    """Runs every population at every round length, prints the table, then the checks."""
     arguments = _parser().parse_args(argv)
     console = wide_console()
     records = records_of(arguments, lambda: _run(arguments), _line)
     console.print(table_of(records))
-    console.print(bars_table(judge(records)))
+    console.print(checks_table(judge(records)))
     if arguments.plot:
         plot(records, arguments.plot)
 
@@ -161,7 +161,7 @@ def table_of(records: Sequence[Record]) -> Table:
     return table
 
 
-def judge(records: Sequence[Record]) -> list[Bar]:
+def judge(records: Sequence[Record]) -> list[Check]:
     """The promise kept, and its price."""
     names = {f"{r['model']} {r['key']}": r for r in records}
     low, high = MISS_RATES
@@ -170,10 +170,10 @@ def judge(records: Sequence[Record]) -> list[Bar]:
     price = {name: USED_OF_BEST / r["used_of_best"] for name, r in names.items()}
     worst_device = {name: max(r["device_miss_rates"]) for name, r in names.items()}
     return [
-        bar_of("missed at most", f"<= {high:.0%}, every population and length", too_many, high, "{:.2%}"),
-        bar_of("missed at least", f"{low:.0%} / missed <= 1", too_few, 1.0, "{:.2f}"),
-        bar_of("missed, worst device", f"<= {high:.0%}", worst_device, high, "{:.2%}"),
-        bar_of("memory used", f"{USED_OF_BEST} / (share of the best fixed) <= 1", price, 1.0, "{:.3f}"),
+        check_of("missed at most", f"<= {high:.0%}, every population and length", too_many, high, "{:.2%}"),
+        check_of("missed at least", f"{low:.0%} / missed <= 1", too_few, 1.0, "{:.2f}"),
+        check_of("missed, worst device", f"<= {high:.0%}", worst_device, high, "{:.2%}"),
+        check_of("memory used", f"{USED_OF_BEST} / (share of the best fixed) <= 1", price, 1.0, "{:.3f}"),
     ]
 
 

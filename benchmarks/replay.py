@@ -131,7 +131,7 @@ def plans_of(problem: Problem, max_error: float) -> Iterator[Record]:
     fresh = PlanSet(problem, frontier, max_error=max_error)
     for share, budget_bytes in budgets.items():
         known = fresh.fitted(budget_bytes)
-        assert known is not None, "every share lies above the ladder's smallest peak"
+        assert known is not None, "every share lies above the frontier's smallest peak"
         yield {
             "part": "mps",
             "key": share,

@@ -6,7 +6,7 @@ builds its frontier once and fits the plan to the budget; the integer program (I
 seconds, and where that does not close the gap to 1 %, another 60.
 gap = (added - proven bound) / max(added, 0.1 % of the step).
 
-Part ``families``: made-up chains, U-nets, dense residual and random layered graphs of growing length; the seconds
+Part ``synthetic``: synthetic chains, U-nets, dense residual and random layered graphs of growing length; the seconds
 of the whole frontier against the number of ops.
 
 Records are appended to a JSON-lines file as they come, so that a run can be split (``--models``, ``--parts``) and
@@ -24,9 +24,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.table import Table
 
 from benchmarks.lib import record_corpus as corpus
-from benchmarks.lib.checks import Bar, bar_of, bars_table
+from benchmarks.lib.checks import Check, check_of, checks_table
 from benchmarks.lib.common import Record, add_record_files, names_of, records_of, wide_console
-from benchmarks.lib.synthetic_problems import FAMILIES
+from benchmarks.lib.synthetic_problems import SYNTHETIC
 from fxhybrid.ir.plan import GAP_FLOOR_SHARE
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
@@ -35,25 +35,25 @@ from fxhybrid.solvers.ilp.solver import IlpSolver
 from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.solvers.portfolio.known_plans import PlanSet
 
-PARTS = ("corpus", "families")
+PARTS = ("corpus", "synthetic")
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
 QUICK_S, LONG_S = 20.0, 60.0
 QUICK_GAP, LONG_GAP = 0.05, 0.01
-FAMILY_OPS = (500, 2_000, 8_000, 20_000)
-LADDER_S = {2_000: 2.0, 20_000: 20.0}
+SYNTHETIC_OPS = (500, 2_000, 8_000, 20_000)
+FRONTIER_S = {2_000: 2.0, 20_000: 20.0}
 MEAN_RATIO, WORST_RATIO = 1.05, 1.20
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the chosen parts, prints a table of each, then the bars."""
+    """Runs the chosen parts, prints a table of each, then the checks."""
     arguments = _parser().parse_args(argv)
     console = wide_console()
     records = records_of(arguments, lambda: _run(arguments), lambda r: f"{r['model']}/{r['part']} {r['key']}")
-    for part, table in (("corpus", corpus_table), ("families", family_table)):
+    for part, table in (("corpus", corpus_table), ("synthetic", synthetic_table)):
         own = [r for r in records if r["part"] == part]
         if own:
             console.print(table(own))
-    console.print(bars_table(judge(records)))
+    console.print(checks_table(judge(records)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--parts", metavar="LIST", help=f"default: all of {','.join(PARTS)}")
     parser.add_argument("--models", metavar="LIST", help=f"for corpus; default: all of {','.join(corpus.names())}")
-    parser.add_argument("--families", metavar="LIST", help=f"default: all of {','.join(FAMILIES)}")
+    parser.add_argument("--synthetic", metavar="LIST", help=f"default: all of {','.join(SYNTHETIC)}")
     parser.add_argument("--backend", choices=("highs", "cbc"), default="highs", help="of the integer program")
     add_record_files(parser)
     return parser
@@ -73,9 +73,9 @@ def _run(arguments: argparse.Namespace) -> Iterator[Record]:
     for name in names_of(arguments.models, corpus.names(), "model") if "corpus" in parts else ():
         for record in corpus_records(corpus.load(name), arguments.backend):
             yield {"part": "corpus", "model": name, **record}
-    for name in names_of(arguments.families, FAMILIES, "family") if "families" in parts else ():
-        for n_ops in FAMILY_OPS:
-            yield {"part": "families", "model": name, "key": n_ops, **family_record(FAMILIES[name](n_ops, 0))}
+    for name in names_of(arguments.synthetic, SYNTHETIC, "synthetic problem") if "synthetic" in parts else ():
+        for n_ops in SYNTHETIC_OPS:
+            yield {"part": "synthetic", "model": name, "key": n_ops, **synthetic_record(SYNTHETIC[name](n_ops, 0))}
 
 
 def n_nodes(problem: Problem) -> int:
@@ -106,7 +106,7 @@ def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
             "save_all_bytes": high,
             "budget_bytes": budget_bytes,
             "backend": backend,
-            "ladder_s": frontier_s,
+            "frontier_s": frontier_s,
             "mps_s": known.point.overhead_s,
         }
         warm_start = known.point.actions
@@ -128,18 +128,18 @@ def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
         yield record
 
 
-def family_record(problem: Problem) -> Record:
-    """The frontier of one made-up problem."""
+def synthetic_record(problem: Problem) -> Record:
+    """Times the frontier of one synthetic problem."""
     frontier, frontier_s = timed_frontier(problem)
     high = simulate_actions(problem, {}).peak_bytes
     low = frontier.points[-1]
     return {
         "nodes": n_nodes(problem),
         "candidates": len(problem.candidates),
-        "ladder_s": frontier_s,
-        "rungs": len(frontier.points),
+        "frontier_s": frontier_s,
+        "points": len(frontier.points),
         "reach": low.peak_bytes / high,
-        "dearest": low.overhead_s / problem.step_s,
+        "highest_overhead": low.overhead_s / problem.step_s,
     }
 
 
@@ -163,21 +163,21 @@ def corpus_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def family_table(records: Sequence[Record]) -> Table:
-    """One row per made-up problem."""
-    table = Table(title="families: the whole ladder of the heuristic")
-    for name in ("family", "nodes", "candidates", "ladder", "rungs", "smallest peak", "its added time"):
-        table.add_column(name, justify="left" if name == "family" else "right")
+def synthetic_table(records: Sequence[Record]) -> Table:
+    """Builds one row per synthetic problem."""
+    table = Table(title="synthetic: the whole frontier of the heuristic")
+    for name in ("synthetic problem", "nodes", "candidates", "frontier", "points", "smallest peak", "its overhead"):
+        table.add_column(name, justify="left" if name == "synthetic problem" else "right")
     for r in records:
-        numbers = (str(r["nodes"]), str(r["candidates"]), f"{r['frontier_s']:.2f} s", str(r["rungs"]))
+        numbers = (str(r["nodes"]), str(r["candidates"]), f"{r['frontier_s']:.2f} s", str(r["points"]))
         table.add_row(r["model"], *numbers, f"{r['reach']:.3f}", f"{r['dearest']:.1%}")
     return table
 
 
-def judge(records: Sequence[Record]) -> list[Bar]:
-    """The bars that these records speak to."""
+def judge(records: Sequence[Record]) -> list[Check]:
+    """The checks that these records speak to."""
     solved = [r for r in records if r["part"] == "corpus"]
-    made_up = [r for r in records if r["part"] == "families"]
+    synthetic = [r for r in records if r["part"] == "synthetic"]
 
     def values(field: str) -> dict[str, float]:
         return {f"{r['model']} at {r['key']}": r[field] for r in solved}
@@ -186,24 +186,24 @@ def judge(records: Sequence[Record]) -> list[Bar]:
     exact = values("added_s")
     ratios = {name: (mps + floors[name]) / (exact[name] + floors[name]) for name, mps in values("mps_s").items()}
     mean = {"all": math.exp(statistics.fmean(map(math.log, ratios.values())))} if ratios else {}
-    bars = [
-        bar_of("ILP, 20 s", f"gap <= {QUICK_GAP:.0%}", values("quick_gap"), QUICK_GAP, "{:.2%}"),
-        bar_of("ILP, 60 s", f"gap <= {LONG_GAP:.0%}", values("long_gap"), LONG_GAP + 1e-9, "{:.2%}"),
-        bar_of("MPS, mean", f"added + 0.1 % of step, / ILP <= {MEAN_RATIO}", mean, MEAN_RATIO, "{:.3f}"),
-        bar_of("MPS, each", f"added + 0.1 % of step, / ILP <= {WORST_RATIO}", ratios, WORST_RATIO, "{:.3f}"),
+    checks = [
+        check_of("ILP, 20 s", f"gap <= {QUICK_GAP:.0%}", values("quick_gap"), QUICK_GAP, "{:.2%}"),
+        check_of("ILP, 60 s", f"gap <= {LONG_GAP:.0%}", values("long_gap"), LONG_GAP + 1e-9, "{:.2%}"),
+        check_of("MPS, mean", f"added + 0.1 % of step, / ILP <= {MEAN_RATIO}", mean, MEAN_RATIO, "{:.3f}"),
+        check_of("MPS, each", f"added + 0.1 % of step, / ILP <= {WORST_RATIO}", ratios, WORST_RATIO, "{:.3f}"),
     ]
-    for n_ops, limit_s in LADDER_S.items():
-        frontiers = {r["model"]: r["ladder_s"] for r in made_up if r["key"] == n_ops}
-        bars.append(bar_of(f"ladder, {n_ops} ops", f"<= {limit_s:.0f} s", frontiers, limit_s, "{:.2f} s"))
+    for n_ops, limit_s in FRONTIER_S.items():
+        frontiers = {r["model"]: r["frontier_s"] for r in synthetic if r["key"] == n_ops}
+        checks.append(check_of(f"frontier, {n_ops} ops", f"<= {limit_s:.0f} s", frontiers, limit_s, "{:.2f} s"))
     growth = {}
-    for name in dict.fromkeys(r["model"] for r in made_up):
-        own = [r for r in made_up if r["model"] == name]
+    for name in dict.fromkeys(r["model"] for r in synthetic):
+        own = [r for r in synthetic if r["model"] == name]
         if len(own) > 1:
-            growth[name] = fitted_exponent({r["nodes"]: r["ladder_s"] for r in own})
-    limit = fitted_exponent({n: n * math.log(n) for n in FAMILY_OPS})
+            growth[name] = fitted_exponent({r["nodes"]: r["frontier_s"] for r in own})
+    limit = fitted_exponent({n: n * math.log(n) for n in SYNTHETIC_OPS})
     asked = f"seconds ~ ops^x: x <= {limit:.2f}, as n log n has it"
-    bars.append(bar_of("ladder, growth", asked, growth, limit, "x = {:.2f}"))
-    return bars
+    checks.append(check_of("frontier, growth", asked, growth, limit, "x = {:.2f}"))
+    return checks
 
 
 def fitted_exponent(values: Mapping[int, float]) -> float:

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from rich.table import Table
 
-from benchmarks.lib.checks import Bar, bar_of, bars_table
+from benchmarks.lib.checks import Check, check_of, checks_table
 from benchmarks.lib.common import Bench, Record, add_record_files, names_of, records_of, wide_console
 from benchmarks.lib.suite_parts import PARTS, Session, run_parts
 from fxhybrid import suite
@@ -26,7 +26,7 @@ Row = Callable[[Record], tuple[str, ...]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the parts chosen and prints one table per part, then the bars."""
+    """Runs the parts chosen and prints one table per part, then the checks."""
     arguments = _parser().parse_args(argv)
     console = wide_console()
     records = records_of(arguments, lambda: _run(arguments), lambda r: f"{r['model']}/{r['part']} {r['key'] or ''}")
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for record in records:
         if "error" in record:
             console.print(f"{record['model']}/{record['part']}: {record['error']}", style="red", markup=False)
-    console.print(bars_table(judge(records)))
+    console.print(checks_table(judge(records)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,18 +180,18 @@ COMPILE_S, SET_BUDGET_S = 60.0, 1.0
 SIGNIFICANT = 0.05
 
 
-def judge(records: Sequence[Record]) -> list[Bar]:
-    """Every bar that these records speak to, and the ones they leave open."""
+def judge(records: Sequence[Record]) -> list[Check]:
+    """Every check that these records speak to, and the ones they leave open."""
     good = [r for r in records if "error" not in r]
     failed = sorted({f"{r['model']}/{r['part']}" for r in records if "error" in r})
-    bars = [
-        *_budget_bars(_of(good, "budget")),
-        _exact_bar(_of(good, "exact")),
-        *_monotone_bars(_of(good, "monotone")),
-        *_reach_bars(_of(good, "reach")),
-        *_cheap_bars(_of(good, "cheap")),
-        *_technique_bars(_of(good, "techniques")),
-        bar_of(
+    checks = [
+        *_budget_checks(_of(good, "budget")),
+        _exact_check(_of(good, "exact")),
+        *_monotone_checks(_of(good, "monotone")),
+        *_reach_checks(_of(good, "reach")),
+        *_cheap_checks(_of(good, "cheap")),
+        *_technique_checks(_of(good, "techniques")),
+        check_of(
             "compile",
             f"first compile <= {COMPILE_S:.0f} s each",
             {r["model"]: r["compile_s"] for r in good if math.isfinite(r.get("compile_s", math.nan))},
@@ -200,8 +200,8 @@ def judge(records: Sequence[Record]) -> list[Bar]:
         ),
     ]
     if failed:
-        bars.append(Bar("parts that failed", "none", ", ".join(failed), False))
-    return bars
+        checks.append(Check("parts that failed", "none", ", ".join(failed), False))
+    return checks
 
 
 def _of(records: Sequence[Record], part: str) -> list[Record]:
@@ -212,32 +212,32 @@ def _name(record: Record) -> str:
     return f"{record['model']} at {record['share']}"
 
 
-def _budget_bars(records: list[Record]) -> list[Bar]:
+def _budget_checks(records: list[Record]) -> list[Check]:
     over = {_name(r): r["measured_bytes"] / r["budget_bytes"] for r in records}
     off = {_name(r): abs(r["predicted_bytes"] / r["measured_bytes"] - 1) for r in records}
     errors = {_name(r): r["gradient_error"] / r["max_grad_error"] for r in records}
     middle = {"all": statistics.median(off.values())} if off else {}
     return [
-        bar_of("budget kept", "measured / budget <= 1, ten steps", over, 1.0, "{:.4f}"),
-        bar_of("predicted, each", f"within {PREDICTED_EACH:.1%} of measured", off, PREDICTED_EACH, "{:.2%}"),
-        bar_of("predicted, median", f"within {PREDICTED_MEDIAN:.1%}", middle, PREDICTED_MEDIAN, "{:.2%}"),
-        bar_of("gradient error", "measured / max_grad_error <= 1", errors, 1.0, "{:.2f}"),
+        check_of("budget kept", "measured / budget <= 1, ten steps", over, 1.0, "{:.4f}"),
+        check_of("predicted, each", f"within {PREDICTED_EACH:.1%} of measured", off, PREDICTED_EACH, "{:.2%}"),
+        check_of("predicted, median", f"within {PREDICTED_MEDIAN:.1%}", middle, PREDICTED_MEDIAN, "{:.2%}"),
+        check_of("gradient error", "measured / max_grad_error <= 1", errors, 1.0, "{:.2f}"),
     ]
 
 
-def _exact_bar(records: list[Record]) -> Bar:
+def _exact_check(records: list[Record]) -> Check:
     asked = "bit-equal to eager and within a tight budget, lossless and recompute only"
     if not records:
-        return Bar("exact", asked, "", None)
+        return Check("exact", asked, "", None)
     wrong = [
         f"{r['model']} {r['compression']}"
         for r in records
         if not r["same_bits"] or r["measured_bytes"] > r["budget_bytes"]
     ]
-    return Bar("exact", asked, ", ".join(wrong) if wrong else f"all {len(records)} cases", not wrong)
+    return Check("exact", asked, ", ".join(wrong) if wrong else f"all {len(records)} cases", not wrong)
 
 
-def _monotone_bars(records: list[Record]) -> list[Bar]:
+def _monotone_checks(records: list[Record]) -> list[Check]:
     rises, falls, moves = {}, {}, {}
     for record in records:
         points, model = record["points"], record["model"]
@@ -247,16 +247,16 @@ def _monotone_bars(records: list[Record]) -> list[Bar]:
         falls[model] = max((a - b for a, b in pairwise(added)), default=0.0) * 1e3
         moves[model] = max(p["set_budget_s"] for p in points)
     return [
-        bar_of("monotone peak", f"never rises by more than {SLACK:.1%}", rises, SLACK, "{:.2%}"),
-        bar_of("monotone added time", "never falls", falls, 0.0, "{:.2f} ms"),
-        bar_of("set_budget", f"<= {SET_BUDGET_S:.0f} s, rewrite included", moves, SET_BUDGET_S, "{:.2f} s"),
+        check_of("monotone peak", f"never rises by more than {SLACK:.1%}", rises, SLACK, "{:.2%}"),
+        check_of("monotone added time", "never falls", falls, 0.0, "{:.2f} ms"),
+        check_of("set_budget", f"<= {SET_BUDGET_S:.0f} s, rewrite included", moves, SET_BUDGET_S, "{:.2f} s"),
     ]
 
 
-def _reach_bars(records: list[Record]) -> list[Bar]:
+def _reach_checks(records: list[Record]) -> list[Check]:
     shares = {r["model"]: r["minimum_share"] for r in records}
     return [
-        bar_of(
+        check_of(
             f"reach {model}",
             f"<= {limit:.2f} of the unmodified peak",
             {model: shares[model]} if model in shares else {},
@@ -267,35 +267,37 @@ def _reach_bars(records: list[Record]) -> list[Bar]:
     ]
 
 
-def _cheap_bars(records: list[Record]) -> list[Bar]:
+def _cheap_checks(records: list[Record]) -> list[Check]:
     timed = [r for r in records if r["model"] not in NOT_TIMED]
     ratios = {r["model"]: r["ratio"] for r in timed}
     mean = {}
     if ratios:
         mean["all"] = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
     return [
-        bar_of("cheap, mean", f"geometric mean <= {MEAN_RATIO:.2f} x eager", mean, MEAN_RATIO, "{:.3f}"),
-        bar_of("cheap, each", f"<= {EACH_RATIO:.2f} x eager", ratios, EACH_RATIO, "{:.3f}"),
+        check_of("cheap, mean", f"geometric mean <= {MEAN_RATIO:.2f} x eager", mean, MEAN_RATIO, "{:.3f}"),
+        check_of("cheap, each", f"<= {EACH_RATIO:.2f} x eager", ratios, EACH_RATIO, "{:.3f}"),
     ]
 
 
-def _technique_bars(records: list[Record]) -> list[Bar]:
-    bars = []
+def _technique_checks(records: list[Record]) -> list[Check]:
+    checks = []
     for name in ("recompute", "compress"):
         reached = [r for r in records if r[f"{name}_s"] is not None]
         excess = {_name(r): (r["hybrid_s"] - r[f"{name}_s"]) * 1e3 for r in reached}
-        bars.append(bar_of(f"hybrid against {name} only", "planned added time is not above", excess, 0.0, "+{:.2f} ms"))
+        checks.append(
+            check_of(f"hybrid against {name} only", "planned added time is not above", excess, 0.0, "+{:.2f} ms")
+        )
     orders = {
         f"{_name(r)} {n}": r[f"{n}_order"] for r in records for n in ("recompute", "compress") if f"{n}_order" in r
     }
-    bars.append(_order_bar(orders))
-    return bars
+    checks.append(_order_check(orders))
+    return checks
 
 
-def _order_bar(orders: dict[str, Record]) -> Bar:
+def _order_check(orders: dict[str, Record]) -> Check:
     asked = f"sign test agrees where plans differ by 5 % of a step (p <= {SIGNIFICANT})"
     if not orders:
-        return Bar("measured order", asked, "", None)
+        return Check("measured order", asked, "", None)
     against = [name for name, order in orders.items() if order.get("p_value", 1.0) > SIGNIFICANT]
     found = ", ".join(against) if against else f"all {len(orders)} cases"
-    return Bar("measured order", asked, found, not against)
+    return Check("measured order", asked, found, not against)

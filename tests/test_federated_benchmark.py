@@ -47,8 +47,8 @@ def test_a_forecast_knows_nothing_of_its_own_round() -> None:
     assert after[31] < before[31]
 
 
-def test_a_comparison_has_what_tables_and_bars_need() -> None:
+def test_a_comparison_has_what_tables_and_checks_need() -> None:
     fleet = [rounds_of(t, 60.0) for t in generate_fleet(POPULATIONS["calm"], 2, 0, duration_s=3600.0)]
     record = {"model": "calm", "part": "predictor", "key": "0/60", "round_s": 60, **compare(fleet, 60.0)}
     assert table_of([record]).row_count == 1
-    assert {bar.name for bar in judge([record])} >= {"missed at most", "missed at least", "memory used"}
+    assert {check.name for check in judge([record])} >= {"missed at most", "missed at least", "memory used"}

@@ -20,8 +20,8 @@ WORD = torch.tensor(list(b"self"))
 TEXT_BYTES = 4_000_000
 
 
-def real_batch(case: suite.SuiteCase, number: int, *, held_back: bool = False) -> suite.SuiteCase:
-    """The case with another batch, the same at every call; those held back are of data that no other batch is of.
+def real_batch(case: suite.SuiteCase, number: int, *, held_out: bool = False) -> suite.SuiteCase:
+    """The case with another batch, the same at every call; held-out ones are of data that no other batch is of.
 
     Images are enlarged digits (U-Net: with four levels of brightness as regions); the GRU reads one line of a digit
     at a step, the MLP all of its pixels. Tokens are bytes of source (BERT: whether they hold a certain word; T5: what
@@ -29,18 +29,18 @@ def real_batch(case: suite.SuiteCase, number: int, *, held_back: bool = False) -
     """
     generator = Generator().manual_seed(number)
     make = _text_batch if case.inputs[0].dtype == torch.int64 else _digit_batch
-    return make(case, generator, held_back)
+    return make(case, generator, held_out)
 
 
-def _part(data: Tensor, held_back: bool) -> Tensor:
+def _part(data: Tensor, held_out: bool) -> Tensor:
     """The last fifth, or the rest."""
     begin = len(data) * 4 // 5
-    return data[begin:] if held_back else data[:begin]
+    return data[begin:] if held_out else data[:begin]
 
 
-def _digit_batch(case: suite.SuiteCase, generator: Generator, held_back: bool) -> suite.SuiteCase:
+def _digit_batch(case: suite.SuiteCase, generator: Generator, held_out: bool) -> suite.SuiteCase:
     x, target = case.inputs[0], case.loss_args[0]
-    images, digits = (_part(data, held_back) for data in _digits())
+    images, digits = (_part(data, held_out) for data in _digits())
     chosen = torch.randint(len(digits), (len(x),), generator=generator)
     height, width = x.shape[-2:] if x.dim() > 2 else (math.isqrt(x.shape[1]),) * 2
     large = F.interpolate(images[chosen], size=(height, width), mode="bilinear")
@@ -50,10 +50,10 @@ def _digit_batch(case: suite.SuiteCase, generator: Generator, held_back: bool) -
     return replace(case, inputs=(inputs,), loss_args=(regions if target.dim() == 3 else digits[chosen],))
 
 
-def _text_batch(case: suite.SuiteCase, generator: Generator, held_back: bool) -> suite.SuiteCase:
+def _text_batch(case: suite.SuiteCase, generator: Generator, held_out: bool) -> suite.SuiteCase:
     ids, target = case.inputs[0], case.loss_args[0]
     length = ids.shape[1] + (target.shape[1] if case.kwargs else 0)
-    text = _part(_text(), held_back)
+    text = _part(_text(), held_out)
     starts = torch.randint(len(text) - length, (len(ids), 1), generator=generator)
     windows = text[starts + torch.arange(length)].long()
     source, rest = windows[:, : ids.shape[1]] + FIRST_ID, windows[:, ids.shape[1] :] + FIRST_ID

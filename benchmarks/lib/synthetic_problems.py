@@ -1,4 +1,4 @@
-"""Made-up training steps of any length: chain, U-net, dense residual, random layers.
+"""Synthetic training steps of any length: chain, U-net, dense residual, random layers.
 
 The shapes of the graphs are those of real models; sizes and seconds are drawn around what the profiler measures
 for real ones (a matrix product takes 5e-10 s per byte of output, an elementwise op 3e-11). The same arguments
@@ -212,7 +212,7 @@ def random_layered(n_ops: int, seed: int = 0, width: int = 6) -> Problem:
     return model.problem(model.join(tuple(unread), 4 * MIB))
 
 
-FAMILIES: dict[str, Callable[[int, int], Problem]] = {
+SYNTHETIC: dict[str, Callable[[int, int], Problem]] = {
     "chain": chain,
     "unet": unet,
     "dense residual": dense_residual,

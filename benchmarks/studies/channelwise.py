@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.lib.checks import Bar, bars_table
+from benchmarks.lib.checks import Check, checks_table
 from benchmarks.lib.common import names_of, wide_console
 from fxhybrid.accuracy.calibration import channels_at_4_bits
 from fxhybrid.accuracy.channel_widths import channelwise_specs
@@ -67,16 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table(title="Gradient error: channel-wise widths against uniform 4 bits")
     for column in ("model", "when", "bytes shared by", "bytes", "uniform", "channel-wise", "ratio"):
         table.add_column(column)
-    bars = []
+    checks = []
     for name in names_of(arguments.models, MODELS, "model"):
         results = list(compare(name, arguments.steps, arguments.later))
         for r in results:
             errors = f"{r.share_of_bytes:.4f}", f"{r.uniform:.4f}", f"{r.mixed:.4f}", f"{r.ratio:.2f}"
             table.add_row(r.model, r.when, r.sharing, *errors)
         worst = max(r.ratio for r in results if r.sharing == "all")
-        bars.append(Bar(f"{name}, all", f"<= {LIMIT} x uniform", f"{worst:.2f}", worst <= LIMIT))
+        checks.append(Check(f"{name}, all", f"<= {LIMIT} x uniform", f"{worst:.2f}", worst <= LIMIT))
     wide_console().print(table)
-    wide_console().print(bars_table(bars))
+    wide_console().print(checks_table(checks))
 
 
 def compare(name: str, steps: int, more: int) -> Iterator[Result]:

@@ -35,7 +35,7 @@ from typing import Any
 import pulp
 from rich.table import Table
 
-from benchmarks.lib.checks import bar_of, bars_table
+from benchmarks.lib.checks import check_of, checks_table
 from benchmarks.lib.common import wide_console
 from fxhybrid.ir.problem import Op, Problem, Tensor
 from fxhybrid.ir.simulator import simulate_actions
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = wide_console()
     console.print(table)
     asked = f"(step + ours) / (step + Checkmate's bound) - 1 <= {ALLOWED:.0%}"
-    console.print(bars_table([bar_of("against Checkmate", asked, excess, ALLOWED, "{:.2%}")]))
+    console.print(checks_table([check_of("against Checkmate", asked, excess, ALLOWED, "{:.2%}")]))
 
 
 def _compare(table: Table, name: str, problem: Problem, budget_bytes: int, limit_s: float) -> float:

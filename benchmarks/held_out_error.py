@@ -1,4 +1,4 @@
-"""Gradient error on batches that no plan was made on: ``python -m benchmarks.held_back``.
+"""Gradient error on batches that no plan was made on: ``python -m benchmarks.held_out_error``.
 
 Each suite model is compiled 2 % above its smallest reachable peak for each error limit, on one batch of real data. Its
 error is measured on that batch and on 40 others of data that is not trained on: at the start, after training with that
@@ -18,14 +18,14 @@ import torch
 from rich.table import Table
 
 import fxhybrid
-from benchmarks.lib.checks import Bar, bars_table
+from benchmarks.lib.checks import Check, checks_table
 from benchmarks.lib.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
 from benchmarks.lib.real_batches import real_batch
 from fxhybrid import suite
 from fxhybrid.cli.model_spec import suite_target
 
 LIMITS = (0.02, 0.1, 0.3)
-HELD_BACK = 40
+HELD_OUT = 40
 QUANTILE, SLACK = 0.95, 1.25
 TRAINING_STEPS = 100
 LEARNING_RATE = 1e-3
@@ -60,13 +60,13 @@ class Trial:
         return at_smallest_peak(compiled)
 
     def errors(self, hybrid: fxhybrid.HybridModule) -> Record:
-        """Measured errors on the planned batch and on those held back."""
+        """Measured errors on the planned batch and on held-out ones."""
 
         def on(number: int) -> float:
-            batch = real_batch(self.case, number, held_back=number > 0)
+            batch = real_batch(self.case, number, held_out=number > 0)
             return hybrid.check_error(*batch.inputs, **batch.kwargs, loss_args=batch.loss_args)
 
-        return {"example": on(0), "held_back": [on(number) for number in range(1, 1 + HELD_BACK)]}
+        return {"example": on(0), "held_out": [on(number) for number in range(1, 1 + HELD_OUT)]}
 
     def train(self, hybrid: fxhybrid.HybridModule) -> tuple[float, float]:
         """Trains within the plan; the first loss and the mean of the last ten."""
@@ -75,7 +75,7 @@ class Trial:
         optimizer = torch.optim.AdamW(self.case.model.parameters(), lr=rate)
         losses = []
         for step in range(TRAINING_STEPS):
-            batch = real_batch(self.case, 1 + HELD_BACK + step)
+            batch = real_batch(self.case, 1 + HELD_OUT + step)
             optimizer.zero_grad()
             loss = hybrid(*batch.inputs, **batch.kwargs, loss_args=batch.loss_args)
             loss.backward()
@@ -89,7 +89,7 @@ def run(name: str, size: suite.Size, limit: float, check_every: int | None) -> R
     """Errors of one model under one limit."""
     trial = Trial(suite.load(name, size), size, check_every)
     hybrid = trial.compile(limit)
-    record: Record = {"part": "held back", "budget_bytes": hybrid.plan.budget_bytes}
+    record: Record = {"part": "held-out error", "budget_bytes": hybrid.plan.budget_bytes}
     record["start"] = trial.errors(hybrid)
     record["losses"] = trial.train(hybrid)
     record["trained"] = trial.errors(hybrid)
@@ -106,32 +106,34 @@ def quantile(errors: Sequence[float]) -> float:
 WHEN = ("start", "trained", "planned anew")
 
 
-def judge(records: Sequence[Record]) -> list[Bar]:
+def judge(records: Sequence[Record]) -> list[Check]:
     """On the planned batch under the limit, later ones mostly under 1.25 x it, and peaks fall with the limit."""
-    bars = []
+    checks = []
     for when in WHEN:
         shares = {f"{r['model']} {r['key']}": r[when]["example"] / r["key"] for r in records}
         if when != "trained":  # there the batch is as new to the plan as the others
-            bars.append(_bar(f"{when}: example batch / limit", "at most 1", shares, 1.0))
-        shares = {f"{r['model']} {r['key']}": quantile(r[when]["held_back"]) / r["key"] for r in records}
-        bars.append(_bar(f"{when}: 95 % quantile / limit", f"at most {SLACK}", shares, SLACK))
+            checks.append(_check(f"{when}: example batch / limit", "at most 1", shares, 1.0))
+        shares = {f"{r['model']} {r['key']}": quantile(r[when]["held_out"]) / r["key"] for r in records}
+        checks.append(_check(f"{when}: 95 % quantile / limit", f"at most {SLACK}", shares, SLACK))
     rises = []
     for name in dict.fromkeys(r["model"] for r in records):
         budgets = [r["budget_bytes"] for r in sorted(records, key=lambda r: r["key"]) if r["model"] == name]
         rises += [name] if budgets != sorted(budgets, reverse=True) else []
-    bars.append(Bar("smallest peak as the limit grows", "falls or stays", ", ".join(rises) or "in all", not rises))
-    return bars
+    checks.append(Check("smallest peak as the limit grows", "falls or stays", ", ".join(rises) or "in all", not rises))
+    return checks
 
 
-def _bar(name: str, asked: str, shares: dict[str, float], most: float) -> Bar:
+def _check(name: str, asked: str, shares: dict[str, float], most: float) -> Check:
     over = {key: share for key, share in shares.items() if share > most}
     worst = ", ".join(f"{key}: {share:.2f}" for key, share in over.items()) or "none above"
-    return Bar(name, asked, f"largest {max(shares.values(), default=math.nan):.2f} of {len(shares)}; {worst}", not over)
+    return Check(
+        name, asked, f"largest {max(shares.values(), default=math.nan):.2f} of {len(shares)}; {worst}", not over
+    )
 
 
 def errors_table(records: Sequence[Record]) -> Table:
     """One row per model and limit."""
-    table = Table(title=f"Gradient error near the smallest peak: planned batch, 95 % quantile of {HELD_BACK} others")
+    table = Table(title=f"Gradient error near the smallest peak: planned batch, 95 % quantile of {HELD_OUT} others")
     for name in (
         "model",
         "limit",
@@ -141,7 +143,7 @@ def errors_table(records: Sequence[Record]) -> Table:
     ):
         table.add_column(name, justify="left" if name == "model" else "right")
     for r in records:
-        errors = (f"{x:.4f}" for when in WHEN for x in (r[when]["example"], quantile(r[when]["held_back"])))
+        errors = (f"{x:.4f}" for when in WHEN for x in (r[when]["example"], quantile(r[when]["held_out"])))
         losses = "{:.2f} to {:.2f}".format(*r["losses"])
         table.add_row(r["model"], f"{r['key']:g}", f"{r['budget_bytes'] / 2**20:.1f}", *errors, losses)
     return table
@@ -153,7 +155,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures what is missing, prints all and judges it."""
-    parser = argparse.ArgumentParser("python -m benchmarks.held_back", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.held_out_error", description=__doc__)
     parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(suite.names())}")
     parser.add_argument(
         "--limits", type=_numbers, metavar="LIST", help=f"of max_grad_error; default: {','.join(map(str, LIMITS))}"
@@ -172,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     records = with_missing(arguments, runs, lambda r: f"{r['model']} at {r['key']}")
     console.print(errors_table(records))
-    console.print(bars_table(judge(records)))
+    console.print(checks_table(judge(records)))
 
 
 if __name__ == "__main__":
