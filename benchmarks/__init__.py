@@ -1,0 +1,1 @@
+"""Measurements of fxhybrid; ``python -m benchmarks`` lists them."""

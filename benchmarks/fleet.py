@@ -61,7 +61,7 @@ def _planning(planner: FleetPlanner, arrays: dict[str, np.ndarray], count: int) 
         low, high = planner.smallest_bytes(KINDS[0]), planner.save_all_bytes
         budgets = dict(zip(records, random.integers(low, high, count).tolist(), strict=True))
 
-        def forecast(device: str, horizon_s: float, budgets: dict[str, int] = budgets) -> int:
+        def forecast(device: str, _horizon_s: float, budgets: dict[str, int] = budgets) -> int:
             return budgets[device]
 
         start = time.perf_counter()
@@ -100,7 +100,7 @@ def _bookkeeping(planner: FleetPlanner, count: int, rounds: int) -> None:
         settings=Settings(rounds, devices_per_round=20),
         forecaster=MemoryBudgetPredictor(),
         selector=SELECTORS["utility"](0),
-        evaluate=lambda model: Score(0.0, 0.0),
+        evaluate=lambda _: Score(0.0, 0.0),
     )
     start = time.perf_counter()
     for _ in range(rounds):

@@ -103,7 +103,7 @@ def compare(bench: Bench, recipes: Sequence[str], pairs: int) -> Iterator[Record
                 "ratio": median_ratio(bench.eager_step, step, pairs),
             }
             record |= _ours(bench, peak_bytes, min(error, MAX_GRAD_ERROR) if error > LOSSY else MAX_GRAD_ERROR, pairs)
-        except Exception as error:  # a recipe that does not work on a model is a result too
+        except Exception as error:  # noqa: BLE001  a recipe that does not work on a model is a result too
             record["error"] = f"{type(error).__name__}: {error}"
         yield record
 

@@ -272,5 +272,5 @@ def run_parts(session: Session, names: Sequence[str]) -> Iterator[Record]:
         try:
             for record in PARTS[name](session):
                 yield head | record
-        except Exception as error:  # one model's failure must not end a run of hours
+        except Exception as error:  # noqa: BLE001  one model's failure must not end a run of hours
             yield head | {"key": "error", "error": f"{type(error).__name__}: {error}"}

@@ -63,7 +63,7 @@ def digits(seed: int, fold: int) -> Task:
     )
 
 
-def packages(seed: int, fold: int) -> Task:
+def packages(seed: int, _fold: int) -> Task:
     """A small transformer that tells from 128 bytes which package of the standard library they come from."""
     trained, held_out = _package_windows()
     return Task(
@@ -76,7 +76,7 @@ def packages(seed: int, fold: int) -> Task:
     )
 
 
-def language(seed: int, fold: int) -> Task:
+def language(seed: int, _fold: int) -> Task:
     """The demo's language model over the standard library's source; seeds begin at different batches."""
     task, steps = text_task(), 600
 
