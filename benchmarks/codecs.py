@@ -1,4 +1,4 @@
-"""The codec benchmark: ``python -m benchmarks.codecs``.
+"""Measures speed, bytes and error of every codec, against ``torch.relu`` on the same bytes.
 
 Every registered codec against ``torch.relu`` on the same bytes: speed of encode and decode (interleaved, medians of
 ratios), bytes, and relative error on activations whose channels differ in scale. Judges the speed checks at the end.
@@ -18,10 +18,14 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from benchmarks.lib.checks import Check, checks_table
-from benchmarks.lib.common import Record, append_record, seconds, wide_console
+from benchmarks.lib.common import seconds, wide_console
+from benchmarks.lib.results import Record, append_record
 from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.codecs import Codec, TensorMeta, channels_per_row, get_codec, registered_names
 from fxhybrid.codecs.candidate_codecs import row_length
+
+MINUTES = 20
+NEEDS = ""
 
 ROWS = (16, 48, 64, 196, 256, 784, 3136)
 PLANES = (7, 14, 28, 56)

@@ -1,4 +1,4 @@
-"""Training to the end at the smallest reachable budget: ``python -m benchmarks.convergence``.
+"""Trains models to the end, unmodified and at the smallest reachable budget.
 
 Each run trains a model twice with the default settings, unmodified and inside the smallest budget in reach, from the
 same weights on the same batches. The digits are cross-validated: a seed has five runs, each with another fifth of all
@@ -23,10 +23,14 @@ from torch import Tensor, nn
 
 import fxhybrid
 from benchmarks.lib.checks import Check, checks_table
-from benchmarks.lib.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
+from benchmarks.lib.common import add_slices, at_smallest_peak, names_of, wide_console, with_missing
+from benchmarks.lib.results import Record
 from benchmarks.lib.training_tasks import FOLDS, Task, digits, language, packages
 from fxhybrid.optional_imports import require
 from fxhybrid.profiling.allocator import measure_step
+
+MINUTES = 90
+NEEDS = "scikit-learn"
 
 POINTS, LOSS_SHARE = 0.3, 0.01
 CONFIDENCE = 0.95

@@ -1,4 +1,4 @@
-"""The method against the baselines under memory limits: ``python -m benchmarks.federated --json runs.jsonl``.
+"""Trains federated populations under memory limits, by fxhybrid and by the baselines.
 
 Populations are those of ``GRID``, fixed before any run. Each run is one line of the file; runs that it holds are not
 made again, so the work can be cut into slices. ``--show`` makes tables, and with ``--plot`` plots, of what is there.
@@ -7,7 +7,6 @@ made again, so the work can be cut into slices. ``--show`` makes tables, and wit
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -17,11 +16,15 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from benchmarks.lib.common import Record, append_record, names_of, wide_console
+from benchmarks.lib.common import names_of, wide_console
+from benchmarks.lib.results import Record, append_record, read_headed
 from fxhybrid.federated.server.policies import POLICIES, Settings, policy_of
 from fxhybrid.federated.simulation.experiment import Laboratory
 from fxhybrid.federated.simulation.scenarios import DEADLINE_S, Scenario
 from fxhybrid.optional_imports import require
+
+MINUTES = 600
+NEEDS = "scikit-learn"
 
 # capable share, label skew by device, contention
 GRID = {
@@ -117,7 +120,7 @@ def _key(record: Record) -> Run:
 def _read(path: Path) -> list[Record]:
     if not path.exists():
         return []
-    return list({_key(r): r for r in map(json.loads, path.read_text(encoding="utf-8").splitlines())}.values())
+    return list({_key(r): r for _, r in read_headed(path) if not r.get("transcribed")}.values())
 
 
 # -- what came out ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A thousand devices: what planning a round takes, and a run's bookkeeping: ``python -m benchmarks.fleet``.
+"""Times planning and bookkeeping of federated rounds for a thousand devices.
 
 Devices are made up: three kinds, each device with its own speed and a memory of its own that wanders. They train by
 adding noise, so what is timed is the driver: reports, forecasts, plans, selection, checks, averages.
@@ -30,6 +30,9 @@ from fxhybrid.federated.server.policies import Settings, policy_of
 from fxhybrid.federated.simulation.scenarios import KINDS
 from fxhybrid.federated.tasks.captured_step import capture_step
 from fxhybrid.federated.tasks.tasks import Score, digits_task
+
+MINUTES = 1
+NEEDS = "scikit-learn"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

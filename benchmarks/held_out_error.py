@@ -1,4 +1,4 @@
-"""Gradient error on batches that no plan was made on: ``python -m benchmarks.held_out_error``.
+"""Measures gradient errors on batches that no plan was made on, before and after training.
 
 Each suite model is compiled 2 % above its smallest reachable peak for each error limit, on one batch of real data. Its
 error is measured on that batch and on 40 others of data that is not trained on: at the start, after training with that
@@ -19,10 +19,14 @@ from rich.table import Table
 
 import fxhybrid
 from benchmarks.lib.checks import Check, checks_table
-from benchmarks.lib.common import Record, add_slices, at_smallest_peak, names_of, wide_console, with_missing
+from benchmarks.lib.common import add_slices, at_smallest_peak, names_of, wide_console, with_missing
 from benchmarks.lib.real_batches import real_batch
+from benchmarks.lib.results import Record
 from fxhybrid import suite
 from fxhybrid.cli.model_spec import suite_target
+
+MINUTES = 240
+NEEDS = "scikit-learn, transformers"
 
 LIMITS = (0.02, 0.1, 0.3)
 HELD_OUT = 40

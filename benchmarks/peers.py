@@ -1,4 +1,4 @@
-"""fxhybrid against common recipes: ``python -m benchmarks.peers``.
+"""Compares memory, error and step time with common memory-saving recipes.
 
 Each recipe runs on the suite's models at its own settings; fxhybrid then gets the recipe's measured peak as
 its budget, and its gradient error as the limit if that is below the default, so that the two are compared at the same
@@ -19,9 +19,13 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.lib.checks import Check, checks_table
-from benchmarks.lib.common import Bench, Record, Step, append_record, median_ratio, names_of, wide_console
+from benchmarks.lib.common import Bench, Step, median_ratio, names_of, wide_console
+from benchmarks.lib.results import Record, append_record
 from fxhybrid import BudgetError, suite
 from fxhybrid.accuracy.step_result import relative_difference
+
+MINUTES = 60
+NEEDS = "transformers"
 
 RATIOS = (0.75, 0.5, 0.25)
 SMALLEST = 4096  # elements below which int8 is not worth it

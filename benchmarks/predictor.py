@@ -1,4 +1,4 @@
-"""How well the memory predictor keeps its promise, and what that costs: ``python -m benchmarks.predictor``.
+"""Measures how often memory forecasts are missed, and how much memory they leave unused.
 
 Fleets of generated devices (no public trace of phone memory exists) run back-to-back rounds of one length. Before
 each round the predictor forecasts the lowest available memory of that round, knowing the readings so far; cold
@@ -24,11 +24,15 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.lib.checks import Check, check_of, checks_table
-from benchmarks.lib.common import Record, add_record_files, names_of, records_of, wide_console
+from benchmarks.lib.common import add_record_files, names_of, records_of, wide_console
 from benchmarks.lib.fixed_forecasts import Floats, Rounds, methods, rounds_of, score, tuned
+from benchmarks.lib.results import Record
 from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
 from fxhybrid.federated.memory.traces import POPULATIONS, MemoryTrace, generate_fleet
 from fxhybrid.optional_imports import require
+
+MINUTES = 30
+NEEDS = ""
 
 PROMISED = 0.05
 MISS_RATES = (0.03, 0.07)

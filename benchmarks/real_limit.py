@@ -1,4 +1,4 @@
-"""A real memory limit: ``python -m benchmarks.real_limit``.
+"""Trains under an operating system limit that kills the unmodified run.
 
 The same training runs three times in a child process: without a limit, to see how much data memory it takes;
 then unmodified under ``RLIMIT_DATA`` of a share of that, which kills it; then compiled under the same limit,
@@ -18,6 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+MINUTES = 5
+NEEDS = "Linux"
 
 Result = dict[str, Any]
 POLL_S = 0.002

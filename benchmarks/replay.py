@@ -1,4 +1,4 @@
-"""Plans recorded problems again and compares with an earlier run: ``python -m benchmarks.replay``.
+"""Plans recorded problems again and compares with an earlier run.
 
 A change that should not touch the plans is shown not to: the problems of ``tests/corpus``, and those of all small suite
 models as captured now, are planned for the whole frontier, by the integer program and for the smallest peak. Nothing
@@ -22,7 +22,8 @@ import torch
 from rich.table import Table
 
 from benchmarks.lib import record_corpus as corpus
-from benchmarks.lib.common import Record, append_record, names_of, read_records, wide_console
+from benchmarks.lib.common import names_of, wide_console
+from benchmarks.lib.results import Record, append_record, read_records
 from fxhybrid import suite
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.cli.model_spec import suite_target
@@ -35,6 +36,9 @@ from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.ilp.solver import IlpSolver
 from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.solvers.portfolio.known_plans import PlanSet, frontier_plans
+
+MINUTES = 15
+NEEDS = "transformers"
 
 SHARES = (0.1, 0.4, 0.7)  # of the way from the smallest peak to that of the save-all step
 ILP_GAP, ILP_LIMIT_S = 0.05, 120.0

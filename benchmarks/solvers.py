@@ -1,4 +1,4 @@
-"""How good and how fast the solvers are: ``python -m benchmarks.solvers``.
+"""Measures how far the solvers' plans are from proven bounds, and how long they take.
 
 Part ``corpus``: the recorded problems of real models (``tests/corpus``), each at five budgets between the smallest peak
 of the heuristic's frontier (share 0) and the peak of the step that keeps everything (share 1). The heuristic (MPS)
@@ -25,7 +25,8 @@ from rich.table import Table
 
 from benchmarks.lib import record_corpus as corpus
 from benchmarks.lib.checks import Check, check_of, checks_table
-from benchmarks.lib.common import Record, add_record_files, names_of, records_of, wide_console
+from benchmarks.lib.common import add_record_files, names_of, records_of, wide_console
+from benchmarks.lib.results import Record
 from benchmarks.lib.synthetic_problems import SYNTHETIC
 from fxhybrid.ir.plan import GAP_FLOOR_SHARE
 from fxhybrid.ir.problem import Problem
@@ -34,6 +35,9 @@ from fxhybrid.solvers.base import PlanFrontier
 from fxhybrid.solvers.ilp.solver import IlpSolver
 from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.solvers.portfolio.known_plans import PlanSet
+
+MINUTES = 20
+NEEDS = ""
 
 PARTS = ("corpus", "synthetic")
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)

@@ -1,4 +1,4 @@
-"""The suite benchmark: ``python -m benchmarks.suite``.
+"""Measures peaks, step times and exactness of compiled suite models against the unmodified ones.
 
 Each part can be run on its own, and records are appended to a JSON-lines file as they come, so that a run can
 be split and continued; ``--summary FILE`` only judges what is there.
@@ -17,10 +17,14 @@ import torch
 from rich.table import Table
 
 from benchmarks.lib.checks import Check, check_of, checks_table
-from benchmarks.lib.common import Bench, Record, add_record_files, names_of, records_of, wide_console
+from benchmarks.lib.common import Bench, add_record_files, names_of, records_of, wide_console
+from benchmarks.lib.results import Record
 from benchmarks.lib.suite_parts import PARTS, Session, run_parts
 from fxhybrid import suite
 from fxhybrid.units import format_bytes
+
+MINUTES = 120
+NEEDS = "transformers"
 
 Row = Callable[[Record], tuple[str, ...]]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import time
@@ -19,12 +18,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fxhybrid
+from benchmarks.lib.results import Record, append_record, read_records
 from fxhybrid import suite
 from fxhybrid.accuracy.step_result import StepResult, observe_step
 from fxhybrid.cli.model_spec import Target, suite_target
 from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 
-Record = dict[str, Any]
 Step = Callable[[], Any]
 MARGIN = 1.02  # over the smallest known peak: compiling there must work
 LEARNING_RATE = 1e-4  # real updates between measured steps, small enough to leave the comparison alone
@@ -157,22 +156,6 @@ def pair_ratios(first: Step, second: Step, n_pairs: int) -> list[float]:
 def median_ratio(first: Step, second: Step, n_pairs: int) -> float:
     """Median of :func:`pair_ratios`."""
     return statistics.median(pair_ratios(first, second, n_pairs))
-
-
-def append_record(path: Path | None, record: Record) -> None:
-    """Adds one JSON line, so that an interrupted run keeps what it found."""
-    if path is not None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def read_records(path: Path) -> list[Record]:
-    """All records of a file; of those with the same model, part and key the last one."""
-    kept: dict[tuple[Any, ...], Record] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        kept[record["model"], record["part"], record.get("key")] = record
-    return list(kept.values())
 
 
 def records_of(

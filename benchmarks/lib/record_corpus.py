@@ -1,4 +1,4 @@
-"""Records the planning problems of the suite's models: ``python -m benchmarks.lib.record_corpus``.
+"""Records the planning problems of the suite's models in ``tests/corpus``.
 
 Each model is captured and profiled on this device, and its problem is written to ``tests/corpus/<model>.json``: plain
 numbers, on which every solver runs without the model and without torch. Record anew when the capture, the
@@ -19,6 +19,9 @@ import torch
 from benchmarks.lib.common import Bench, names_of
 from fxhybrid import suite
 from fxhybrid.ir.problem import Problem
+
+MINUTES = 5
+NEEDS = "transformers"
 
 CORPUS = Path(__file__).parents[2] / "tests" / "corpus"
 MODELS = ("resnet50", "mobilenetv2", "bert", "gpt2", "vit", "t5", "unet")

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import fxhybrid
-from benchmarks.lib.common import MARGIN, Bench, Record, Step, median_ratio, pair_ratios, seconds
+from benchmarks.lib.common import MARGIN, Bench, Step, median_ratio, pair_ratios, seconds
+from benchmarks.lib.results import Record
 from fxhybrid import BudgetError, HybridModule, Plan
 from fxhybrid.compiler.plan_transfer import named_actions
 from fxhybrid.compiler.planner import ERROR_MARGIN

@@ -1,4 +1,4 @@
-"""Widths per channel against uniform 4 bits: ``python -m benchmarks.studies.channelwise``.
+"""Decides ADR 12: compares gradient errors of widths per channel and of uniform 4 bits.
 
 Trains a convolutional network on scikit-learn's digits, enlarged, and compares the gradient error of keeping the inputs
 of all convolutions and batch norms at 4 bits a row with that of channel-wise widths of no more bytes, on a batch that
@@ -31,6 +31,9 @@ from fxhybrid.optional_imports import require
 from fxhybrid.options import make_options
 from fxhybrid.pipeline import Prepared, build_graphs, prepare
 from fxhybrid.suite.convnets import MobileNetV2, ResNet
+
+MINUTES = 10
+NEEDS = "scikit-learn"
 
 MODELS = {
     "resnet50": (lambda: ResNet((3, 4, 6, 3), n_classes=10), 8, 112),

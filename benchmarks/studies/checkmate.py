@@ -1,4 +1,4 @@
-"""Checkmate's full integer program on small steps, against ours: ``python -m benchmarks.studies.checkmate``.
+"""Decides ADR 5: compares Checkmate's full integer program with ours, on small steps.
 
 Problem
     As published (Jain et al., 2020): a step runs in stages, one per op; in stage t everything up to op t may run again.
@@ -41,6 +41,9 @@ from fxhybrid.ir.problem import Op, Problem, Tensor
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.ilp.solver import IlpSolver
+
+MINUTES = 15
+NEEDS = ""
 
 LENGTHS = (8, 12, 16, 20)
 SHARES = (0.0, 0.3, 0.6)

@@ -1,4 +1,4 @@
-"""Predicted against measured gradient errors: ``python -m benchmarks.studies.errors``.
+"""Decides ADR 12: compares predicted with measured gradient errors.
 
 For suite models as they are initialised: each kind of codec on each group of tensors, predicted from 4 bits a row; then
 random sets of lossy tensors with random codecs of those offered, predicted as the root of the sum of squares of their
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.lib.common import Bench, append_record, names_of, wide_console
+from benchmarks.lib.common import Bench, names_of, wide_console
+from benchmarks.lib.results import append_record
 from fxhybrid import suite
 from fxhybrid.accuracy.calibration import Calibration, ErrorPair, calibrate
 from fxhybrid.accuracy.compression_trial import LossyStep
@@ -26,6 +27,9 @@ from fxhybrid.codecs import get_codec
 from fxhybrid.optional_imports import require
 from fxhybrid.options import make_options
 from fxhybrid.pipeline import build_graphs, prepare
+
+MINUTES = 15
+NEEDS = "transformers"
 
 MODELS = ("mlp", "mobilenetv2", "resnet50", "bert", "vit")
 SHARES = (0.02, 0.1, 0.3, 1.0)  # of the tensors that may be lossy

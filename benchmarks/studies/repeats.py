@@ -1,4 +1,4 @@
-"""What making a tensor more than once would save: ``python -m benchmarks.studies.repeats``.
+"""Decides ADR 5: measures what making a tensor more than once would save.
 
 From the smallest plan of the frontier, each recomputed or compressed tensor in turn is dropped again between distant
 uses, and this is kept where it lowers the heights near the peak, until nothing changes. Runs on the recorded
@@ -21,6 +21,9 @@ from fxhybrid.ir.problem import Problem, without_codecs
 from fxhybrid.ir.simulator import Timeline, simulate_actions
 from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.units import format_bytes
+
+MINUTES = 2
+NEEDS = ""
 
 NEAR_PEAK = 0.98  # heights above this share of the peak count
 

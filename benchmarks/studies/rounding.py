@@ -1,4 +1,4 @@
-"""Stochastic against nearest rounding in real training: ``python -m benchmarks.studies.rounding``.
+"""Decides ADR 10: compares stochastic and nearest rounding in real training.
 
 Everything that may be lossy is kept at the same width, so both take the same bytes; no error limit holds. The models
 and data are those of ``benchmarks.convergence``. Stochastic rounding exists in this script only (docs/adr/0010).
@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Generator, Tensor, nn
 
 from benchmarks.convergence import evaluated
-from benchmarks.lib.common import Record, add_slices, names_of, wide_console, with_missing
+from benchmarks.lib.common import add_slices, names_of, wide_console, with_missing
+from benchmarks.lib.results import Record
 from benchmarks.lib.training_tasks import Task, digits, language, packages
 from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.capture.step import Step, StepCall
@@ -31,6 +32,9 @@ from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.pipeline import Prepared, build_graphs, prepare
 from fxhybrid.runtime import StepFunction
+
+MINUTES = 30
+NEEDS = "scikit-learn"
 
 TASKS: dict[str, Callable[[int, int], Task]] = {"digits": digits, "packages": packages, "language": language}
 WIDTHS = (4,)  # the narrowest that plans are offered

@@ -1,4 +1,4 @@
-"""How many zeros saved tensors hold: ``python -m benchmarks.studies.zeros``.
+"""Decides ADR 11: counts the zeros in saved tensors.
 
 For suite models as they are initialised: the share of zeros in every float tensor that the forward pass would keep for
 the backward pass, masks taken out (readers that need only a predicate have a mask of their own). A lossless sparse form
@@ -24,6 +24,9 @@ from fxhybrid.ir.plan import SAVE, Action
 from fxhybrid.options import make_options
 from fxhybrid.pipeline import build_graphs, prepare
 from fxhybrid.units import format_bytes
+
+MINUTES = 3
+NEEDS = "transformers"
 
 MARGIN = 0.05  # what a guaranteed capacity must leave above the share of one batch
 

@@ -1,4 +1,4 @@
-"""Two planners of the literature on our problems, each expressed as actions that the simulator judges.
+"""Compares plans with those of two planners of the literature, judged by the same simulator.
 
 * Knapsack: PyTorch's activation memory budget with its dynamic program. Every saved tensor is an item of its own:
   keeping it takes its bytes and saves its op's seconds. No chain costs (an op's sources count as being there), no
@@ -7,7 +7,7 @@
 
 Both only save and recompute, so they are compared with a frontier that does no more than that, and with the whole one:
 
-    python -m benchmarks.studies.literature PROBLEM.json ...
+    python -m benchmarks.literature PROBLEM.json ...
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from fxhybrid.ir.problem import Problem, without_codecs
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import PlanFrontier
 from fxhybrid.solvers.mps.frontier_search import build_frontier
+
+MINUTES = 1
+NEEDS = ""
 
 Actions = dict[int, Action]
 GRAINS = 2000  # sizes are rounded up to one part in so many of the capacity
