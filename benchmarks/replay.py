@@ -35,7 +35,8 @@ from fxhybrid.pipeline import prepare
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.ilp.solver import IlpSolver
 from fxhybrid.solvers.mps.frontier_search import build_frontier
-from fxhybrid.solvers.portfolio.known_plans import PlanSet, frontier_plans
+from fxhybrid.solvers.portfolio.extend_plans import frontier_plans, polish_for
+from fxhybrid.solvers.portfolio.known_plans import plans_of
 
 MINUTES = 15
 NEEDS = "transformers"
@@ -74,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(recorded: str | None, models: str | None) -> Iterator[Record]:
     for name in names_of(recorded, corpus.names(), "corpus problem"):
-        for record in plans_of(corpus.load(name), corpus.MAX_ERROR):
+        for record in plan_records(corpus.load(name), corpus.MAX_ERROR):
             yield {"model": f"corpus {name}", **record}
     for name in names_of(models, suite.names(), "model"):
         problem = small_problem(name)
         yield {"model": f"small {name}", "part": "problem", "key": "digest", "digest": digest(repr(unnamed(problem)))}
-        for record in plans_of(problem, SUITE_ERROR):
+        for record in plan_records(problem, SUITE_ERROR):
             yield {"model": f"small {name}", **record}
 
 
@@ -114,7 +115,7 @@ def with_byte_seconds(problem: Problem) -> Problem:
     )
 
 
-def plans_of(problem: Problem, max_error: float) -> Iterator[Record]:
+def plan_records(problem: Problem, max_error: float) -> Iterator[Record]:
     """The frontier, fitted plans, the integer program's plans and the smallest peak."""
     frontier = build_frontier(problem, max_error=max_error)
     points = [(point.peak_bytes, point.overhead_s) for point in frontier.points]
@@ -132,9 +133,10 @@ def plans_of(problem: Problem, max_error: float) -> Iterator[Record]:
     low, high = plans.smallest.peak_bytes, simulate_actions(problem, {}).peak_bytes
     yield {"part": "plan", "key": "smallest", **plan_record(plans.smallest.actions, low, plans.smallest.overhead_s)}
     budgets = {share: int(low + share * (high - low)) for share in SHARES}
-    fresh = PlanSet(problem, frontier, max_error=max_error)
+    fresh = plans_of(problem, frontier.points, max_error=max_error)
     for share, budget_bytes in budgets.items():
-        known = fresh.fitted(budget_bytes)
+        fresh = polish_for(fresh, budget_bytes)
+        known = fresh.cheapest(budget_bytes)
         assert known is not None, "every share lies above the frontier's smallest peak"
         yield {
             "part": "mps",

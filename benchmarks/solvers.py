@@ -34,7 +34,8 @@ from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import PlanFrontier
 from fxhybrid.solvers.ilp.solver import IlpSolver
 from fxhybrid.solvers.mps.frontier_search import build_frontier
-from fxhybrid.solvers.portfolio.known_plans import PlanSet
+from fxhybrid.solvers.portfolio.extend_plans import polish_for
+from fxhybrid.solvers.portfolio.known_plans import plans_of
 
 MINUTES = 20
 NEEDS = ""
@@ -97,11 +98,12 @@ def timed_frontier(problem: Problem) -> tuple[PlanFrontier, float]:
 def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
     """One record per budget."""
     frontier, frontier_s = timed_frontier(problem)
-    plans = PlanSet(problem, frontier, max_error=corpus.MAX_ERROR)
+    plans = plans_of(problem, frontier.points, max_error=corpus.MAX_ERROR)
     low, high = frontier.points[-1].peak_bytes, simulate_actions(problem, {}).peak_bytes
     for share in SHARES:
         budget_bytes = int(low + share * (high - low))
-        known = plans.fitted(budget_bytes)
+        plans = polish_for(plans, budget_bytes)
+        known = plans.cheapest(budget_bytes)
         assert known is not None
         record: Record = {
             "key": share,

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from fxhybrid.errors import BudgetError, InvalidArgument
 from fxhybrid.module import wrap
 from fxhybrid.optional_imports import require
 from fxhybrid.options import make_options
-from fxhybrid.solvers.portfolio.known_plans import PlanSet
+from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for, prove_bound
+from fxhybrid.solvers.portfolio.known_plans import KnownPlans
 from fxhybrid.units import Budget, check_budget, format_bytes
 
 DEFAULT_COUNT = 12
@@ -205,7 +206,7 @@ def frontier(
         raise InvalidArgument("budgets is empty; leave it out for 12 even steps")
     made = make_options(budget=1.0, solver=solver, **options)
     signature = _plan_now(wrap(model, made, None), example_inputs, loss_args)
-    signature.plans.look_lower()
+    signature.plans = find_smallest_peak(signature.plans)
     return _frontier_of(signature, _budget_bytes(signature, checked))
 
 
@@ -220,30 +221,40 @@ def _budget_bytes(signature: Signature, budgets: Sequence[int | float] | None) -
 
 
 def _frontier_of(signature: Signature, budgets: Sequence[int]) -> Frontier:
-    problem, plans = signature.prepared.problem, signature.plans
-    alone = plans.alone or (plans,)  # without compression, recomputing is all there is
-    sets = {Technique.HYBRID: plans, **dict(zip((Technique.RECOMPUTE, Technique.COMPRESS), alone, strict=False))}
+    alone = list(signature.plans.alone)
     for budget_bytes in budgets:
-        fitted = [one.fitted(budget_bytes) for one in alone]
-        plans.plans += [known for known in fitted if known]
+        alone = [polish_for(known, budget_bytes) for known in alone]
+        chosen = [known.cheapest(budget_bytes) for known in alone]
+        plans = (*signature.plans.plans, *(plan for plan in chosen if plan))
+        signature.plans = replace(signature.plans, plans=plans)
         with contextlib.suppress(BudgetError):
             signature.set_budget(budget_bytes)  # lets an asked for solver add its plan; not made so
+    # without compression, recomputing is all there is
+    known_by = dict(zip(Technique, [signature.plans, *(alone or [signature.plans])], strict=False))
     # only now, so that plans found for one budget serve the others, too; the largest first: its bound holds below it
-    rows = [_row(plans, technique, budget_bytes) for budget_bytes in budgets for technique, plans in sets.items()]
+    rows = []
+    for budget_bytes in budgets:
+        for technique in known_by:
+            known_by[technique], row = _row(known_by[technique], technique, budget_bytes)
+            rows.append(row)
+    signature.plans = known_by[Technique.HYBRID]
     return Frontier(
         tuple(rows),
         signature.save_all_bytes,
         signature.minimum_bytes,
-        problem.step_s,
+        signature.prepared.problem.step_s,
         signature.prepared.profile.device,
     )
 
 
-def _row(plans: PlanSet, technique: Technique, budget_bytes: int) -> FrontierRow:
-    if plans.checked(budget_bytes) is None:
-        return FrontierRow(budget_bytes, technique, plans.unmet(budget_bytes).value)
-    price = plans.prove(budget_bytes).saved_s_per_byte * MIB
-    known = plans.cheapest(budget_bytes)
-    assert known is not None
-    figures = known.point.peak_bytes, known.point.overhead_s, known.lower_bound_s
-    return FrontierRow(budget_bytes, technique, known.status.value, *figures, price)
+def _row(known: KnownPlans, technique: Technique, budget_bytes: int) -> tuple[KnownPlans, FrontierRow]:
+    known = ensure(known, budget_bytes)
+    if known.cheapest(budget_bytes) is None:
+        return known, FrontierRow(budget_bytes, technique, known.unmet(budget_bytes).value)
+    known, bound = prove_bound(known, budget_bytes)
+    plan = known.cheapest(budget_bytes)
+    assert plan is not None
+    figures = plan.point.peak_bytes, plan.point.overhead_s, plan.lower_bound_s
+    return known, FrontierRow(
+        budget_bytes, technique, plan.status.value, *figures, saved_s_per_mib=bound.saved_s_per_byte * MIB
+    )

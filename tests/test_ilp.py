@@ -14,7 +14,7 @@ from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.solvers.base import SolveResult, Status, plan_error
 from fxhybrid.solvers.ilp import solver as ilp
 from fxhybrid.solvers.ilp.solver import IlpSolver
-from fxhybrid.solvers.portfolio.solvers import AutoSolver
+from fxhybrid.solvers.portfolio.solvers import Portfolio
 from tests.problems import choices, random_actions, random_problem, small_problems
 
 SHARES = (0.0, 0.02, 0.3, 0.65, 0.95)
@@ -212,18 +212,18 @@ def test_says_infeasible_only_below_what_is_reachable() -> None:
 def test_auto_takes_the_better_plan() -> None:
     problem = random_problem(10, 25)
     budget = int(0.6 * simulate_actions(problem, {}).peak_bytes)
-    auto, exact = AutoSolver(), IlpSolver()
-    result = auto.solve(problem, budget, max_error=0.1)
-    quick = auto.mps.solve(problem, budget, max_error=0.1)
+    exact = IlpSolver()
+    result = Portfolio("auto").solve(problem, budget, max_error=0.1)
+    quick = Portfolio("mps").solve(problem, budget, max_error=0.1)
     assert result.overhead_s <= quick.overhead_s
     assert result.overhead_s <= exact.solve(problem, budget, max_error=0.1).overhead_s * 1.01
-    assert result.solver in ("auto: ilp", "auto: mps")
+    assert result.solver in ("ilp", "mps")
     assert 0.0 < result.lower_bound_s <= result.overhead_s
     assert result.status is Status.OPTIMAL
 
 
 def test_auto_does_nothing_where_all_fits() -> None:
     problem = chain(seconds=(5.0, 2.0, 9.0))
-    result = AutoSolver().solve(problem, 310, max_error=0.1)
-    assert (result.status, result.overhead_s, result.solver) == (Status.OPTIMAL, 0.0, "auto: mps")
+    result = Portfolio("auto").solve(problem, 310, max_error=0.1)
+    assert (result.status, result.overhead_s, result.solver) == (Status.OPTIMAL, 0.0, "mps")
     assert all(action is SAVE for action in result.actions.values())

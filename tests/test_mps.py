@@ -21,8 +21,9 @@ from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.solvers.mps.neighbourhood import Choices
 from fxhybrid.solvers.mps.plan_state import Footprints
 from fxhybrid.solvers.mps.problem_tables import FIRST_CODEC, RECOMPUTED, SAVED
-from fxhybrid.solvers.portfolio.known_plans import PlanSet
-from fxhybrid.solvers.portfolio.solvers import MpsSolver
+from fxhybrid.solvers.portfolio.extend_plans import ensure, frontier_plans
+from fxhybrid.solvers.portfolio.known_plans import plans_of
+from fxhybrid.solvers.portfolio.solvers import Portfolio
 from tests.problems import choices, problems, random_actions, random_problem, small_problems
 
 MAX_ERROR = 0.1
@@ -242,8 +243,7 @@ def test_no_plan_is_below_the_bound(problem: Problem, seed: int) -> None:
 @given(problems(), st.floats(0.0, 1.2))
 def test_solver_keeps_the_budget(problem: Problem, part: float) -> None:
     budget = int(simulate_actions(problem, {}).peak_bytes * part)
-    solver = MpsSolver()
-    result = solver.solve(problem, budget, max_error=MAX_ERROR)
+    result = Portfolio("mps").solve(problem, budget, max_error=MAX_ERROR)
     assert simulate_actions(problem, result.actions).peak_bytes == result.peak_bytes
     fits = result.status in (Status.OPTIMAL, Status.FEASIBLE)
     assert fits == (result.peak_bytes <= budget)
@@ -260,10 +260,13 @@ def test_same_input_same_ladder() -> None:
         assert first == again
 
 
-def test_ladder_is_built_once_per_problem() -> None:
-    problem, solver = random_problem(3, 20), MpsSolver()
-    assert solver.plans(problem, MAX_ERROR) is solver.plans(problem, MAX_ERROR)
-    assert solver.plans(problem, MAX_ERROR) is not solver.plans(problem, 0.0)
+def test_frontier_is_built_once_per_problem() -> None:
+    problem = random_problem(3, 20)
+    known = frontier_plans(problem, max_error=MAX_ERROR)
+    for share in (0.9, 0.7):
+        extended, _ = Portfolio("mps").extend(known, int(share * known.plans[0].point.peak_bytes))
+        assert all(old is new for old, new in zip(known.plans, extended.plans, strict=False))
+        known = extended
 
 
 def all_plans(problem: Problem, max_error: float) -> list[tuple[int, float]]:
@@ -312,10 +315,12 @@ def test_a_rung_that_the_simulator_refuses_is_forgotten_before_it_can_run() -> N
     # keep-all peaks at 214 B and recomputing a at 200 B, for 1 s; a point that claims 100 B for keep-all is a lie
     problem = two_layers()
     frontier = build_frontier(problem, max_error=0.0)
-    plans = PlanSet(problem, PlanFrontier((*frontier.points, FrontierPoint({}, 100, 0.0, 0.0))), max_error=0.0)
+    plans = plans_of(problem, (*frontier.points, FrontierPoint({}, 100, 0.0, 0.0)), max_error=0.0)
     assert plans.smallest.peak_bytes == 100
-    known = plans.checked(200)
+    plans = ensure(plans, 200)
+    known = plans.cheapest(200)
     assert known is not None
     assert known.point == frontier.points[1]
-    assert plans.checked(199) is None
+    plans = ensure(plans, 199)
+    assert plans.cheapest(199) is None
     assert plans.smallest.peak_bytes == 200

@@ -10,31 +10,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.lib import record_corpus as corpus
-from fxhybrid.compiler.planner import PlanMaker, solve_for
+from fxhybrid.compiler.planner import PlanMaker
 from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Compress
 from fxhybrid.ir.problem import CodecOption, Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
-from fxhybrid.solvers.base import PlanFrontier, SolveResult, Status
+from fxhybrid.solvers.base import SolveResult, Status
 from fxhybrid.solvers.mps.frontier_search import build_frontier
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, frontier_plans, judged
+from fxhybrid.solvers.portfolio.extend_plans import ensure, frontier_plans, polish_for, prove_bound
+from fxhybrid.solvers.portfolio.known_plans import KnownPlans, join, plans_of, simulated
+from fxhybrid.solvers.portfolio.solvers import ILP_LIMIT_S, Portfolio
 from tests.problems import problems
 from tests.test_corpus import independent
 from tests.test_mps import chain_with_wide_backward
 
 
-def keep_all_only() -> PlanSet:
+def keep_all_only() -> KnownPlans:
     """The set of ``independent`` with nothing but the plan that keeps everything, which peaks at 220 bytes."""
-    frontier = build_frontier(independent(), max_error=0.0)
-    return PlanSet(independent(), PlanFrontier(frontier.points[:1]), max_error=0.0)
+    return plans_of(independent(), build_frontier(independent(), max_error=0.0).points[:1], max_error=0.0)
+
+
+def whole_frontier() -> KnownPlans:
+    """The set of ``independent`` with the heuristic's frontier."""
+    return plans_of(independent(), build_frontier(independent(), max_error=0.0).points, max_error=0.0)
 
 
 def test_looks_lower_only_where_no_known_plan_fits() -> None:
-    plans = keep_all_only()
-    assert plans.checked(220) is not None
+    plans = ensure(keep_all_only(), 220)
+    assert plans.cheapest(220) is not None
     assert plans.min_peak is None
     # b2 needs a (100) and g1 (10) and makes g2 (10): 120 is the smallest peak of all plans, by making a again
-    known = plans.checked(120)
+    plans = ensure(plans, 120)
+    known = plans.cheapest(120)
     assert known is not None
     assert (known.point.peak_bytes, known.solver) == (120, "min peak")
     assert known.point.actions[0] is RECOMPUTE
@@ -42,17 +49,16 @@ def test_looks_lower_only_where_no_known_plan_fits() -> None:
 
 
 def test_below_the_smallest_peak_is_infeasible_with_the_same_number_in_the_error() -> None:
-    plans = keep_all_only()
-    assert plans.checked(119) is None
+    plans = ensure(keep_all_only(), 119)
+    assert plans.cheapest(119) is None
     assert plans.unmet(119) is Status.INFEASIBLE
     error = plans.budget_error(119, 0)
     assert error.minimum_lower_bound_bytes == 120
 
 
 def test_a_bound_for_a_larger_budget_holds_for_a_smaller_one() -> None:
-    plans = PlanSet(independent(), build_frontier(independent(), max_error=0.0), max_error=0.0)
     # for 190 of 220 bytes, half of b (60 bytes, 2 s) must go: 1 s, while every plan drops it or more as a whole
-    bound = plans.prove(190)
+    plans, bound = prove_bound(whole_frontier(), 190)
     assert abs(bound.overhead_s - 1.0) < 1e-6
     for budget_bytes in (190, 180):
         known = plans.cheapest(budget_bytes)
@@ -65,21 +71,20 @@ def test_a_bound_for_a_larger_budget_holds_for_a_smaller_one() -> None:
 
 
 def test_joined_plans_are_chosen_from() -> None:
-    plans, other = keep_all_only(), PlanSet(independent(), build_frontier(independent(), max_error=0.0), max_error=0.0)
+    plans, other = keep_all_only(), whole_frontier()
     assert plans.cheapest(180) is None
-    plans.join(other)
-    assert plans.cheapest(180) == other.cheapest(180)
+    assert join(plans, other).cheapest(180) == other.cheapest(180)
+    assert plans.cheapest(180) is None, "a set never changes"
 
 
 def test_a_plan_is_fitted_to_the_budget() -> None:
     # Only the plan that makes a (4 s) and b (2 s) again is known. 180 bytes suffice to keep a, 179 to keep b.
     for budget_bytes, actions, overhead_s in ((180, {1: RECOMPUTE}, 2.0), (179, {0: RECOMPUTE}, 4.0)):
-        plans = PlanSet(independent(), PlanFrontier(()), max_error=0.0)
-        plans.plans = [KnownPlan(judged(independent(), {0: RECOMPUTE, 1: RECOMPUTE}))]
-        known = plans.fitted(budget_bytes)
+        points = [simulated(independent(), {0: RECOMPUTE, 1: RECOMPUTE})]
+        plans = polish_for(plans_of(independent(), points, max_error=0.0), budget_bytes)
+        known = plans.cheapest(budget_bytes)
         assert known is not None
         assert (known.point.actions, known.point.overhead_s) == (actions, overhead_s)
-        assert plans.cheapest(budget_bytes) == known
         assert len(plans.plans) == 2  # the other one stays, for smaller budgets
 
 
@@ -91,9 +96,8 @@ class FindsNothing:
 
 
 def test_plans_are_fitted_beside_a_solver_of_ones_own() -> None:
-    plans = PlanSet(independent(), PlanFrontier(()), max_error=0.0)
-    plans.plans = [KnownPlan(judged(independent(), {0: RECOMPUTE, 1: RECOMPUTE}))]
-    solve_for(plans, make_options(budget=180, solver=FindsNothing()), 180)
+    points = [simulated(independent(), {0: RECOMPUTE, 1: RECOMPUTE})]
+    plans, _ = Portfolio(FindsNothing()).extend(plans_of(independent(), points, max_error=0.0), 180)
     known = plans.cheapest(180)
     assert known is not None
     assert (known.point.actions, known.solver) == ({1: RECOMPUTE}, "mps")
@@ -102,6 +106,7 @@ def test_plans_are_fitted_beside_a_solver_of_ones_own() -> None:
 def test_rounds_share_the_integer_programs_seconds() -> None:
     problem = independent()
     make_plans = PlanMaker(make_options(budget=180, solver="ilp"), 180)
+    assert make_plans.ilp_s == ILP_LIMIT_S
     left_s = [make_plans.ilp_s]
     for _ in range(2):
         assert any(plan.solver == "ilp" for plan in make_plans(problem).plans)
@@ -112,8 +117,8 @@ def test_rounds_share_the_integer_programs_seconds() -> None:
 
 
 def test_a_plan_that_no_state_stands_for_is_not_fitted() -> None:
-    plans = PlanSet(independent(), PlanFrontier((judged(independent(), {1: RECOMPUTE_AGAIN}),)), max_error=0.0)
-    known = plans.fitted(220)
+    points = [simulated(independent(), {1: RECOMPUTE_AGAIN})]
+    known = polish_for(plans_of(independent(), points, max_error=0.0), 220).cheapest(220)
     assert known is not None
     assert known.point.actions == {1: RECOMPUTE_AGAIN}
 
@@ -122,10 +127,13 @@ def test_fits_at_falling_budgets_never_add_less() -> None:
     """Without a floor, 2 of these 99 steps down came to a cheaper plan."""
     problem = corpus.load("unet")
     frontier = build_frontier(problem, max_error=0.05)
-    plans = PlanSet(problem, frontier, max_error=0.05)
+    plans = plans_of(problem, frontier.points, max_error=0.05)
     high, low = frontier.points[0].peak_bytes, frontier.points[-1].peak_bytes
-    found = [plans.fitted(high - (high - low) * i // 99) for i in range(100)]
-    points = [known.point for known in found if known is not None]
+    points = []
+    for budget_bytes in (high - (high - low) * i // 99 for i in range(100)):
+        plans = polish_for(plans, budget_bytes)
+        known = plans.cheapest(budget_bytes)
+        points += [known.point] if known is not None else []
     assert len(points) == 100
     for larger, smaller in pairwise(points):
         assert smaller.overhead_s >= larger.overhead_s
@@ -142,10 +150,9 @@ def test_room_that_is_left_makes_codecs_more_exact() -> None:
     problem = replace(
         chain, tensors=tuple(replace(t, codecs=(coarse, fine) if t.codecs else ()) for t in chain.tensors)
     )
-    start = judged(problem, {0: Compress("q2"), 1: Compress("q2")})
+    start = simulated(problem, {0: Compress("q2"), 1: Compress("q2")})
     for budget_bytes, squares in ((454, (25, 25)), (479, (25, 1)), (504, (1, 1))):
-        plans = PlanSet(problem, PlanFrontier((start,)), max_error=0.08)
-        known = plans.fitted(budget_bytes)
+        known = polish_for(plans_of(problem, [start], max_error=0.08), budget_bytes).cheapest(budget_bytes)
         assert known is not None
         assert (known.point.peak_bytes, known.point.overhead_s) == (budget_bytes, 2.0)
         assert known.point.error == pytest.approx(0.01 * sum(squares) ** 0.5)
@@ -155,8 +162,9 @@ def test_the_smallest_peak_falls_as_the_error_limit_grows() -> None:
     """On U-Net the search at a limit of 0.1 / 3 alone ends 0.3 % above that at 0.02 / 3."""
     problem, smallest = corpus.load("unet"), []
     for limit in (0.02 / 3, 0.1 / 3):
-        plans = PlanSet(problem, build_frontier(problem, max_error=limit), max_error=limit)
-        assert plans.checked(1) is None
+        plans = plans_of(problem, build_frontier(problem, max_error=limit).points, max_error=limit)
+        plans = ensure(plans, 1)
+        assert plans.cheapest(1) is None
         smallest.append(plans.smallest.peak_bytes)
         assert all(plan.point.error <= limit for plan in plans.plans)
     assert smallest == sorted(smallest, reverse=True)

@@ -21,7 +21,8 @@ from fxhybrid.solvers.ilp.lp_bound import added_lower_bound
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.ilp.solver import IlpSolver
 from fxhybrid.solvers.mps.frontier_search import build_frontier
-from fxhybrid.solvers.portfolio.solvers import AutoSolver, MpsSolver
+from fxhybrid.solvers.portfolio.extend_plans import frontier_plans
+from fxhybrid.solvers.portfolio.solvers import Portfolio, result_for
 from tests.problems import problems
 
 MAX_ERROR = 0.1
@@ -35,8 +36,10 @@ def save_all_bytes(problem: Problem) -> int:
 @settings(max_examples=15, deadline=None)
 @given(problems(2, 14, fused=True), st.lists(st.floats(0.0, 1.1), min_size=2, max_size=5))
 def test_a_larger_budget_never_gives_a_slower_plan(problem: Problem, shares: list[float]) -> None:
-    solver, top = MpsSolver(), save_all_bytes(problem)
-    results = [solver.solve(problem, int(top * share), max_error=MAX_ERROR) for share in sorted(shares)]
+    top, known, results = save_all_bytes(problem), frontier_plans(problem, max_error=MAX_ERROR), []
+    for budget in (int(top * share) for share in sorted(shares)):
+        known, _ = Portfolio("mps").extend(known, budget)
+        results.append(result_for(known, budget))
     reached = [result.overhead_s for result in results if result.status in FITS]
     assert reached == sorted(reached, reverse=True)
     # what fits a budget fits every larger one
@@ -47,7 +50,7 @@ def test_a_larger_budget_never_gives_a_slower_plan(problem: Problem, shares: lis
 @settings(max_examples=15, deadline=None)
 @given(problems(2, 14, fused=True), st.integers(0, 1000))
 def test_the_save_all_peak_is_enough_to_save_all(problem: Problem, more: int) -> None:
-    for solver in (MpsSolver(), AutoSolver(time_limit_s=5.0)):
+    for solver in (Portfolio("mps"), Portfolio("auto", ilp_limit_s=5.0)):
         result = solver.solve(problem, save_all_bytes(problem) + more, max_error=MAX_ERROR)
         assert (result.status, dict(result.actions), result.overhead_s) == (Status.OPTIMAL, {}, 0.0)
 
@@ -58,7 +61,7 @@ def test_a_budget_is_met_or_proven_too_small_and_never_left_unknown(problem: Pro
     low, high = peak_lower_bound(problem)[0], save_all_bytes(problem)
     # between what no plan goes below and what the simplest plan reaches: where it can be hard to say
     budget = int(low + share * (high - low))
-    for solver in (MpsSolver(), AutoSolver(time_limit_s=10.0), IlpSolver(time_limit_s=10.0)):
+    for solver in (Portfolio("mps"), Portfolio("auto", ilp_limit_s=10.0), IlpSolver(time_limit_s=10.0)):
         result = solver.solve(problem, budget, max_error=MAX_ERROR)
         assert result.status is not Status.UNKNOWN
         if result.status in FITS:
@@ -73,7 +76,7 @@ def test_a_budget_is_met_or_proven_too_small_and_never_left_unknown(problem: Pro
 @given(problems(2, 14, fused=True), st.floats(0.2, 1.0))
 def test_the_same_input_gives_the_same_plan(problem: Problem, share: float) -> None:
     budget = int(save_all_bytes(problem) * share)
-    for solver in (MpsSolver(), IlpSolver(time_limit_s=10.0)):
+    for solver in (Portfolio("mps"), IlpSolver(time_limit_s=10.0)):
         results = [solver.solve(problem, budget, max_error=MAX_ERROR) for _ in range(2)]
         first, again = (dataclasses.replace(result, solve_s=0.0) for result in results)
         assert first == again
@@ -129,7 +132,10 @@ def test_names_do_not_change_the_ladder(problem: Problem) -> None:
 
 
 ENTRIES: tuple[Callable[[Problem], object], ...] = (
-    *(partial(s.solve, budget_bytes=1 << 40, max_error=0.1) for s in (MpsSolver(), IlpSolver(), AutoSolver())),
+    *(
+        partial(s.solve, budget_bytes=1 << 40, max_error=0.1)
+        for s in (Portfolio("mps"), IlpSolver(), Portfolio("auto"))
+    ),
     partial(OracleSolver().solve, budget_bytes=1 << 40, max_error=0.1),
     partial(MinPeakSolver().solve, max_error=0.1),
     partial(build_frontier, max_error=0.1),

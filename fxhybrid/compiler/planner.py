@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxhybrid.errors import PlanError, PlanMismatchError
 from fxhybrid.ir.plan import Actions, Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
-from fxhybrid.solvers.base import FrontierPoint, Status
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, frontier_plans, judged
-from fxhybrid.solvers.portfolio.solvers import AutoSolver
+from fxhybrid.solvers.base import FrontierPoint
+from fxhybrid.solvers.portfolio.extend_plans import frontier_plans
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, simulated
+from fxhybrid.solvers.portfolio.solvers import ILP_LIMIT_S, Portfolio
 
-ILP_SECONDS = 15.0
-ILP_LEAST_SECONDS = 2.0  # of a round that comes when these are used up
-ILP_PAYS = 2e-3  # share of a step below which looking for a better plan is not worth it
+ILP_LEAST_S = 2.0  # of a round that comes when all of ``ILP_LIMIT_S`` is used up
 # Plans aim lower than the limit: the error is measured on one batch, and later ones differ.
 ERROR_MARGIN = 1 / 3
 
@@ -37,43 +36,22 @@ class PlanMaker:
 
     options: Options
     budget_bytes: int
-    ilp_s: float = ILP_SECONDS
+    ilp_s: float = ILP_LIMIT_S
 
     def __call__(
-        self, problem: Problem, kept: Iterable[FrontierPoint] = (), reserve: Iterable[FrontierPoint] = ()
-    ) -> PlanSet:
-        """The frontiers' plans, those ``kept``, the solver's own for the budget, and a ``reserve`` if no other fits."""
-        plans = frontier_plans(problem, max_error=error_target(self.options))
-        plans.plans += map(KnownPlan, kept)
-        plans.reserve += map(KnownPlan, reserve)
-        self.ilp_s -= solve_for(plans, self.options, self.budget_bytes, self.ilp_s)
-        return plans
-
-
-def solve_for(plans: PlanSet, options: Options, budget_bytes: int, ilp_s: float = ILP_SECONDS) -> float:
-    """Fits the known plans to a budget, and adds the solver's own plan for it.
-
-    Args:
-        plans: what is known; the new plan joins them.
-        options: which solver, and how much error is allowed.
-        budget_bytes: limit of the peak.
-        ilp_s: seconds that the integer program may take, but ``ILP_LEAST_SECONDS`` in any case.
-
-    Returns:
-        Seconds that it took.
-    """
-    solver, problem, limit = options.solver, plans.problem, error_target(options)
-    known = plans.fitted(budget_bytes)
-    if not isinstance(solver, str):
-        plans.add(solver.solve(problem, budget_bytes, max_error=limit), budget_bytes)
-    elif solver != "mps" and (known is not None or plans.unmet(budget_bytes) is not Status.INFEASIBLE):
-        time_limit_s = max(ilp_s, ILP_LEAST_SECONDS)
-        auto = AutoSolver(time_limit_s=time_limit_s, pays=ILP_PAYS if solver == "auto" else 0.0)
-        result = auto.improve(problem, budget_bytes, known.point if known else None, max_error=limit)
-        if result is not None:
-            plans.add(result, budget_bytes)
-            return result.solve_s
-    return 0.0
+        self, problem: Problem, accepted: Iterable[FrontierPoint] = (), fallback: Iterable[FrontierPoint] = ()
+    ) -> KnownPlans:
+        """The frontiers' plans, the ``accepted``, the solver's own for the budget, and a ``fallback`` if none fits."""
+        known = frontier_plans(problem, max_error=error_target(self.options))
+        known = replace(
+            known,
+            plans=(*known.plans, *map(KnownPlan, accepted)),
+            fallback=(*known.fallback, *map(KnownPlan, fallback)),
+        )
+        portfolio = Portfolio(self.options.solver, max(self.ilp_s, ILP_LEAST_S))
+        known, ilp_s = portfolio.extend(known, self.budget_bytes)
+        self.ilp_s -= ilp_s
+        return known
 
 
 def carried_plan(problem: Problem, plan: Plan, actions: Actions) -> KnownPlan:
@@ -83,7 +61,7 @@ def carried_plan(problem: Problem, plan: Plan, actions: Actions) -> KnownPlan:
         PlanMismatchError: an action cannot be carried out here.
     """
     try:
-        point = judged(problem, actions)
+        point = simulated(problem, actions)
     except PlanError as error:
         raise PlanMismatchError(
             f"the plan cannot be carried out here: {error}; plan again with fxhybrid.plan"

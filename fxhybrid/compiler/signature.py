@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fxhybrid.accuracy.replan_loop import WithinError, measured_plan, plans_within_error
@@ -13,7 +13,7 @@ from fxhybrid.accuracy.verifier import CaptureCheck, Verifier
 from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.compiler.plan_transfer import carried_actions, named_actions, versions
-from fxhybrid.compiler.planner import PlanMaker, carried_plan, error_target, solve_for
+from fxhybrid.compiler.planner import PlanMaker, carried_plan, error_target
 from fxhybrid.devices.op_work import StepWork, work_of
 from fxhybrid.errors import BudgetError, InvalidArgument, PlanMismatchError
 from fxhybrid.ir.plan import Actions, GradientError, Plan
@@ -22,8 +22,10 @@ from fxhybrid.options import Options
 from fxhybrid.pipeline import build_graphs, prepare
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.runtime import StepFunction
-from fxhybrid.solvers.base import FrontierPoint, PlanFrontier
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, PlanSet, frontier_plans, smallest_of
+from fxhybrid.solvers.base import FrontierPoint
+from fxhybrid.solvers.portfolio.extend_plans import ensure, frontier_plans, polish_for
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, join, plans_of, smallest_of
+from fxhybrid.solvers.portfolio.solvers import Portfolio
 from fxhybrid.units import format_bytes
 
 CARRIED_PLANS = 128  # whose graphs are kept, for a client that moves between plans from step to step
@@ -113,20 +115,19 @@ class Signature:
 
     # -- planning -----------------------------------------------------------------------------------------
 
-    def _that_matter(self, plans: PlanSet) -> list[FrontierPoint]:
+    def _that_matter(self, plans: KnownPlans) -> list[FrontierPoint]:
         """The smallest plan, and the one for the budget."""
         chosen = plans.cheapest(self.budget_bytes)
         return [smallest_of(plans.plans), *([chosen.point] if chosen else [])]
 
-    def _carried_over(self, verifier: Verifier, plan: Plan) -> WithinError[PlanSet] | None:
+    def _carried_over(self, verifier: Verifier, plan: Plan) -> WithinError[KnownPlans] | None:
         """A plan made elsewhere, as the only one known; None if it peaks above its (smaller) budget on this device."""
         problem = self.prepared.problem
         self.budget_bytes = min(self.budget_bytes, plan.budget_bytes)
         known = carried_plan(problem, plan, carried_actions(plan, problem, self.prepared.fingerprint))
         if known.point.peak_bytes > self.budget_bytes:
             return None
-        plans = PlanSet(problem, PlanFrontier(()), max_error=error_target(self.options))
-        plans.plans, plans.fixed = [known], True
+        plans = replace(plans_of(problem, max_error=error_target(self.options)), plans=(known,), fixed=True)
         if verifier.reference is None:
             return WithinError(self.prepared, plans)
         return measured_plan(self.prepared, verifier, plans, known.point)
@@ -138,7 +139,8 @@ class Signature:
             BudgetError: none fits.
         """
         beside = self._beside(accumulating)
-        known = self.plans.checked(budget_bytes - beside)
+        self.plans = ensure(self.plans, budget_bytes - beside)
+        known = self.plans.cheapest(budget_bytes - beside)
         if known is None:
             raise self.plans.budget_error(budget_bytes, beside)
         return known
@@ -174,7 +176,7 @@ class Signature:
         """
         actions = carried_actions(plan, self.prepared.problem, self.prepared.fingerprint)
         self.prepared = self.prepared.offering(actions)
-        self.plans.problem = self.prepared.problem
+        self.plans = replace(self.plans, problem=self.prepared.problem)
         key = f"{plan.budget_bytes} {sorted((name, str(action)) for name, action in plan.actions.items())}"
         known = None if key in self.carried else self._fitting(plan, actions)
         self.budget_bytes = plan.budget_bytes  # part of the active plan
@@ -229,9 +231,9 @@ class Signature:
             BudgetError: no known plan fits; nothing has changed then.
         """
         if self.options.solver == "ilp" or not isinstance(self.options.solver, str):
-            solve_for(self.plans, self.options, budget_bytes)
+            self.plans, _ = Portfolio(self.options.solver).extend(self.plans, budget_bytes)
         else:
-            self.plans.fitted(budget_bytes)
+            self.plans = polish_for(self.plans, budget_bytes)
         self.choose(budget_bytes, accumulating=False)
 
         def commit() -> None:
@@ -256,8 +258,9 @@ class Signature:
         """What ``max_grad_error`` higher by ``more_error`` would save."""
         problem, limit = self.prepared.problem, error_target(self.options, more_error)
         looser = frontier_plans(problem, max_error=limit)
-        looser.join(self.plans)  # they are within the looser limit too; the reserve was measured
-        cheapest = looser.fitted(self.budget_bytes)
+        # the plans are within the looser limit too; the fallback ones were measured
+        looser = polish_for(join(looser, self.plans), self.budget_bytes)
+        cheapest = looser.cheapest(self.budget_bytes)
         overhead_s = cheapest.point.overhead_s if cheapest else self.plan.added_s
         saved_bytes = self.minimum_bytes - looser.smallest.peak_bytes
         return ErrorPrice(more_error, saved_bytes, self.plan.added_s - overhead_s)

@@ -7,7 +7,7 @@ from fxhybrid.devices.op_work import StepWork
 from fxhybrid.ir.plan import GradientError, Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.base import FrontierPoint
-from fxhybrid.solvers.portfolio.known_plans import frontier_plans
+from fxhybrid.solvers.portfolio.extend_plans import frontier_plans, polish_for
 
 
 def plan_elsewhere(
@@ -27,11 +27,11 @@ def plan_elsewhere(
         BudgetError: no known plan fits.
     """
     there = problem_on(problem, work, profile)
-    plans = frontier_plans(there, max_error=max_error)
-    known = plans.fitted(budget_bytes)
-    if known is None:
-        raise plans.budget_error(budget_bytes, 0)
-    return plan_of(there, known.point, base, budget_bytes, slowdown=profile.slowdown)
+    known = polish_for(frontier_plans(there, max_error=max_error), budget_bytes)
+    plan = known.cheapest(budget_bytes)
+    if plan is None:
+        raise known.budget_error(budget_bytes, 0)
+    return plan_of(there, plan.point, base, budget_bytes, slowdown=profile.slowdown)
 
 
 def plan_of(problem: Problem, point: FrontierPoint, base: Plan, budget_bytes: int, *, slowdown: float = 1.0) -> Plan:

@@ -14,7 +14,7 @@ from fxhybrid.ir.problem import Problem, without_codecs, without_recomputation
 from fxhybrid.module import HybridModule
 from fxhybrid.solvers.base import PlanFrontier
 from fxhybrid.solvers.mps.frontier_search import Effort, build_frontier
-from fxhybrid.solvers.portfolio.known_plans import judged
+from fxhybrid.solvers.portfolio.known_plans import simulated
 
 MAX_ERROR = 0.05  # of the gradient, as estimated: half of the default limit
 N_BUCKETS = 50
@@ -72,7 +72,7 @@ class FleetPlanner:
         self.base = base
         self.technique = technique
         self.n_buckets = n_buckets
-        self.save_all = judged(problem, {})
+        self.save_all = simulated(problem, {})
         self._ladders: dict[str, tuple[Problem, PlanFrontier]] = {}
         self._plans: dict[tuple[str, int], DevicePlan | None] = {}
         self._grids: dict[str, list[int]] = {}
@@ -148,7 +148,7 @@ class FleetPlanner:
         point = frontier.point_for(budget_bytes)
         if point is None:
             return None
-        point = judged(problem, point.actions)  # the simulator has the last word
+        point = simulated(problem, point.actions)  # the simulator has the last word
         if point.peak_bytes > budget_bytes:
             return None
         plan = plan_of(problem, point, self.base, budget_bytes)
@@ -157,7 +157,7 @@ class FleetPlanner:
 
 def _build(problem: Problem, technique: Technique) -> PlanFrontier:
     if technique is Technique.SAVE_ALL:
-        return PlanFrontier((judged(problem, {}),))
+        return PlanFrontier((simulated(problem, {}),))
     if technique is Technique.RECOMPUTE:
         problem = without_codecs(problem)
     elif technique is Technique.COMPRESS:
