@@ -8,6 +8,7 @@ model(x, loss_args=(y,)).backward()
 from fxhybrid.api import compile, plan
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import (
+    BackwardError,
     BudgetError,
     CaptureError,
     CodecError,
@@ -25,6 +26,7 @@ from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 from fxhybrid.version import __version__
 
 __all__ = [
+    "BackwardError",
     "BudgetError",
     "CaptureError",
     "CodecError",

@@ -8,6 +8,7 @@ FxHybridError
 ├── PlanError         a plan asks for something that its problem cannot do
 │   └── PlanMismatchError  a plan does not fit model, shapes or versions
 ├── BudgetError       no known plan fits the budget
+├── BackwardError     a backward pass asks for what a planned step cannot give
 └── CodecError        a tensor cannot be encoded or decoded
 """
 
@@ -44,6 +45,10 @@ class PlanMismatchError(PlanError):
 
 class CodecError(FxHybridError):
     """A tensor cannot be encoded or decoded by the codec asked for."""
+
+
+class BackwardError(FxHybridError):
+    """A backward pass asks for what a planned step cannot give: derivatives of its gradients."""
 
 
 class BudgetError(FxHybridError):

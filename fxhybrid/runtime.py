@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 from torch._functorch._aot_autograd.runtime_wrappers import make_output_handler
 from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
-from torch.autograd.function import once_differentiable
 
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
+from fxhybrid.errors import BackwardError
 from fxhybrid.passes.split import SplitGraphs
 
+TWICE_DIFFERENTIATED = (
+    "create_graph=True asks for gradients that can be differentiated again; a planned step computes them once. "
+    "Call torch.autograd.grad(..., create_graph=True) inside the model's forward or inside loss_fn: there the inner "
+    "gradient is planned as part of the step. Or use the plain model for this call"
+)
 _DIFFERENTIABLE = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
 
 
@@ -104,8 +109,9 @@ class _Step(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise BackwardError(TWICE_DIFFERENTIATED)
         step: StepFunction = ctx.step
         arrived = [output_gradients[i] for i in step.tangent_outputs]
         present = {i for i, tangent in enumerate(arrived) if tangent is not None}

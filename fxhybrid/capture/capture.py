@@ -73,7 +73,8 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
     try:
         # Dynamo leaves hooks out of its guards unless told: one added later would be ignored.
         # It takes recurrent layers only if told, and would unroll them: they become opaque operators below.
-        settings = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, allow_rnn=True)
+        # Gradients that the model itself computes (penalties, forces) are traced as part of its forward pass.
+        settings = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, allow_rnn=True, trace_autograd_ops=True)
         with settings, get_metrics_context(), dynamo_timed("fxhybrid_capture"), set_enable_dynamic(False):
             traced = convert_frame.fullgraph_capture(module, args, {})
             if traced.backend_input is None:
