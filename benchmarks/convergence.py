@@ -25,9 +25,11 @@ import fxhybrid
 from benchmarks.lib.checks import Check, checks_table
 from benchmarks.lib.common import add_slices, at_smallest_peak, names_of, wide_console, with_missing
 from benchmarks.lib.results import Record
-from benchmarks.lib.training_tasks import FOLDS, Task, digits, language, packages
+from benchmarks.lib.training_tasks import FOLDS, digits, language, packages
+from fxhybrid.demo.demo_tasks import Task
 from fxhybrid.optional_imports import require
 from fxhybrid.profiling.allocator import measure_step
+from fxhybrid.suite.small_models import evaluate
 
 MINUTES = 90
 NEEDS = "scikit-learn"
@@ -83,17 +85,9 @@ def at_smallest_budget(model: nn.Module, example: tuple[Tensor, Tensor], task: T
 
 
 def evaluated(model: nn.Module, task: Task) -> Record:
-    """Held-out loss, how many answers are right, and of how many."""
-    model.eval()
-    losses, right, n = [], 0, 0
-    with torch.no_grad():
-        for x, y in task.held_out:
-            output = model(x)
-            losses.append(float(task.loss_fn(output, y)) * len(y))
-            right += int((output.argmax(-1) == y).sum())
-            n += y.numel()
-    model.train()
-    return {"loss": sum(losses) / sum(len(y) for _, y in task.held_out), "right": right, "of": n}
+    """Records the held-out loss, how many answers are right, and of how many."""
+    found = evaluate(model, task.loss_fn, task.held_out)
+    return {"loss": found.loss, "right": found.n_right, "of": found.n_predictions}
 
 
 def bound(differences: Sequence[float]) -> float:

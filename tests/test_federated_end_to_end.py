@@ -15,15 +15,9 @@ from fxhybrid.federated.protocol.model_arrays import corner, to_arrays
 from fxhybrid.federated.server.policies import Policy, Settings, policy_of
 from fxhybrid.federated.simulation.experiment import Laboratory, run_policy
 from fxhybrid.federated.simulation.scenarios import Scenario
-from fxhybrid.federated.tasks.data import (
-    ArrayData,
-    capability_split,
-    dirichlet_split,
-    from_dataset,
-    library_packages,
-    windows,
-)
+from fxhybrid.federated.tasks.data import ArrayData, capability_split, dirichlet_split, from_dataset
 from fxhybrid.federated.tasks.tasks import text_task
+from fxhybrid.suite.sample_data import consecutive_windows, library_packages
 
 SCENARIO = Scenario("text", n_devices=6, capable_share=0.34)
 SETTINGS = Settings(rounds=3, devices_per_round=3, local_steps=2)
@@ -121,9 +115,9 @@ def test_batches_repeat_themselves_and_have_one_shape() -> None:
 
 
 def test_windows_are_followed_by_their_next_bytes() -> None:
-    data = windows(b"abcdefg", 3)
-    assert data.inputs.tolist() == [[97, 98, 99], [100, 101, 102]]
-    assert data.targets.tolist() == [[98, 99, 100], [101, 102, 103]]
+    inputs, targets = consecutive_windows(b"abcdefg", 3)
+    assert inputs.tolist() == [[97, 98, 99], [100, 101, 102]]
+    assert targets.tolist() == [[98, 99, 100], [101, 102, 103]]
     packages = library_packages(5, 1000)
     assert len(packages) == 5
     assert {len(text) for text in packages.values()} == {1000}

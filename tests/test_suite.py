@@ -12,7 +12,7 @@ from fxhybrid import suite
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.profiling.allocator import measure_step
 from fxhybrid.suite import SuiteCase
-from fxhybrid.suite.case import smooth_images, word_ids
+from fxhybrid.suite.sample_data import smooth_images, word_ids
 
 MIB = 1 << 20
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import sysconfig
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from fxhybrid import suite
-from fxhybrid.optional_imports import require
+from fxhybrid.suite.sample_data import as_bytes, joined_source, library_modules, load_digits, random_windows
 
 FIRST_ID = 10  # of the bytes; ids below are left to special tokens
 WORD = torch.tensor(list(b"self"))
@@ -21,7 +19,7 @@ TEXT_BYTES = 4_000_000
 
 
 def real_batch(case: suite.SuiteCase, number: int, *, held_out: bool = False) -> suite.SuiteCase:
-    """The case with another batch, the same at every call; held-out ones are of data that no other batch is of.
+    """Gives the case another batch, the same at every call; held-out ones are of data that no other batch is of.
 
     Images are enlarged digits (U-Net: with four levels of brightness as regions); the GRU reads one line of a digit
     at a step, the MLP all of its pixels. Tokens are bytes of source (BERT: whether they hold a certain word; T5: what
@@ -33,14 +31,14 @@ def real_batch(case: suite.SuiteCase, number: int, *, held_out: bool = False) ->
 
 
 def _part(data: Tensor, held_out: bool) -> Tensor:
-    """The last fifth, or the rest."""
+    """Returns the last fifth, or the rest."""
     begin = len(data) * 4 // 5
     return data[begin:] if held_out else data[:begin]
 
 
 def _digit_batch(case: suite.SuiteCase, generator: Generator, held_out: bool) -> suite.SuiteCase:
     x, target = case.inputs[0], case.loss_args[0]
-    images, digits = (_part(data, held_out) for data in _digits())
+    images, digits = (_part(data, held_out) for data in load_digits("the benchmark"))
     chosen = torch.randint(len(digits), (len(x),), generator=generator)
     height, width = x.shape[-2:] if x.dim() > 2 else (math.isqrt(x.shape[1]),) * 2
     large = F.interpolate(images[chosen], size=(height, width), mode="bilinear")
@@ -53,9 +51,7 @@ def _digit_batch(case: suite.SuiteCase, generator: Generator, held_out: bool) ->
 def _text_batch(case: suite.SuiteCase, generator: Generator, held_out: bool) -> suite.SuiteCase:
     ids, target = case.inputs[0], case.loss_args[0]
     length = ids.shape[1] + (target.shape[1] if case.kwargs else 0)
-    text = _part(_text(), held_out)
-    starts = torch.randint(len(text) - length, (len(ids), 1), generator=generator)
-    windows = text[starts + torch.arange(length)].long()
+    windows = random_windows(_part(_text(), held_out), len(ids), length, generator)
     source, rest = windows[:, : ids.shape[1]] + FIRST_ID, windows[:, ids.shape[1] :] + FIRST_ID
     if case.kwargs:
         shifted = torch.cat([torch.zeros_like(rest[:, :1]), rest[:, :-1]], dim=1)
@@ -67,12 +63,5 @@ def _text_batch(case: suite.SuiteCase, generator: Generator, held_out: bool) -> 
 
 
 @lru_cache(maxsize=1)
-def _digits() -> tuple[Tensor, Tensor]:
-    data = require("sklearn.datasets", "the benchmark").load_digits()
-    return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1, torch.tensor(data.target)
-
-
-@lru_cache(maxsize=1)
 def _text() -> Tensor:
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)[:TEXT_BYTES]), dtype=torch.uint8)
+    return as_bytes(joined_source(library_modules())[:TEXT_BYTES])

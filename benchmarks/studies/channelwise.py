@@ -27,10 +27,10 @@ from fxhybrid.accuracy.compression_trial import LossyStep
 from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import coarsest_lossy, get_codec
-from fxhybrid.optional_imports import require
 from fxhybrid.options import make_options
 from fxhybrid.pipeline import Prepared, build_graphs, prepare
 from fxhybrid.suite.convnets import MobileNetV2, ResNet
+from fxhybrid.suite.sample_data import load_digits
 
 MINUTES = 10
 NEEDS = "scikit-learn"
@@ -154,8 +154,7 @@ def results(
 
 def batches(batch: int, pixels: int) -> Iterator[StepCall]:
     """Endless batches of enlarged digits."""
-    data = require("sklearn.datasets", "the benchmark").load_digits()
-    images, labels = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1, torch.tensor(data.target)
+    images, labels = load_digits("the benchmark")
     generator = torch.Generator().manual_seed(0)
     while True:
         chosen = torch.randint(len(labels), (batch,), generator=generator)

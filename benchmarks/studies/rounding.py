@@ -19,12 +19,13 @@ from torch import Generator, Tensor, nn
 from benchmarks.convergence import evaluated
 from benchmarks.lib.common import add_slices, names_of, wide_console, with_missing
 from benchmarks.lib.results import Record
-from benchmarks.lib.training_tasks import Task, digits, language, packages
+from benchmarks.lib.training_tasks import digits, language, packages
 from fxhybrid.accuracy.verifier import Verifier
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, register
 from fxhybrid.codecs.kernels.reference import pack_rows
 from fxhybrid.codecs.rowwise_compiled import CompiledRowwise
+from fxhybrid.demo.demo_tasks import Task
 from fxhybrid.ir.plan import SAVE, Action, Compress
 from fxhybrid.ir.schedule import lower
 from fxhybrid.options import make_options

@@ -13,10 +13,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from fxhybrid.api import compile
-from fxhybrid.demo.demo_tasks import Batch, Task
+from fxhybrid.demo.demo_tasks import Task
 from fxhybrid.errors import BudgetError
 from fxhybrid.module import HybridModule
 from fxhybrid.profiling.allocator import StepMeasurement, measure_step
+from fxhybrid.suite.sample_data import Batch
+from fxhybrid.suite.small_models import evaluate
 
 MARGIN = 1.02  # over the smallest known peak, where a share is out of reach
 PAIRS = 11
@@ -68,7 +70,7 @@ def _train(task: Task, share: float | None, eager_peak_bytes: int, steps: int, c
         with console.status(f"{label}: compiling"):
             trained = _compiled(task, model, optimizer, int(share * eager_peak_bytes), batch)
     losses = _fit(task, trained, optimizer, steps, label, console)
-    loss, accuracy = evaluate(task, model)
+    score = evaluate(model, task.loss_fn, task.held_out)
     with console.status(f"{label}: measuring"):
         measured = _measure(step_of(task, trained, batch), model, optimizer, batch)
         ratio = 1.0 if trained is model else _step_ratio(task, model, trained, batch)
@@ -81,8 +83,8 @@ def _train(task: Task, share: float | None, eager_peak_bytes: int, steps: int, c
         peak_bytes=measured.peak_bytes,
         eager_peak_bytes=eager_peak_bytes or measured.peak_bytes,
         step_ratio=ratio,
-        loss=loss,
-        accuracy=accuracy,
+        loss=score.loss,
+        accuracy=score.accuracy,
         actions=actions or "everything saved",
         losses=losses,
     )
@@ -151,20 +153,6 @@ def _fit(
             optimizer.step()
             bar.update(progress, advance=1, loss=losses[-1])
     return tuple(losses)
-
-
-def evaluate(task: Task, model: nn.Module) -> tuple[float, float]:
-    """Mean cross entropy and share of right predictions on held-out data; leaves the model in training."""
-    model.eval()
-    loss = right = count = 0.0
-    with torch.no_grad():
-        for inputs, target in task.held_out:
-            output = model(inputs)
-            loss += float(task.loss_fn(output, target)) * target.numel()
-            right += float((output.argmax(-1) == target).sum())
-            count += target.numel()
-    model.train()
-    return loss / count, right / count
 
 
 def _measure(

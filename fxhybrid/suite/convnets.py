@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from fxhybrid.suite.case import Size, SuiteCase, class_loss, labels, smooth_images
+from fxhybrid.suite.case import Size, SuiteCase, class_loss
+from fxhybrid.suite.sample_data import labels, smooth_images
 
 
 def resnet50(size: Size, data: Generator) -> SuiteCase:
@@ -93,10 +94,10 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = n_in * expand
         self.has_shortcut = stride == 1 and n_in == n_out
-        expansion = [_conv_bn_relu6(n_in, hidden, 1)] if expand != 1 else []
+        expansion = [conv_bn_relu6(n_in, hidden, 1)] if expand != 1 else []
         self.conv = nn.Sequential(
             *expansion,
-            _conv_bn_relu6(hidden, hidden, 3, stride, groups=hidden),
+            conv_bn_relu6(hidden, hidden, 3, stride, groups=hidden),
             nn.Conv2d(hidden, n_out, 1, bias=False),
             nn.BatchNorm2d(n_out),
         )
@@ -123,13 +124,13 @@ class MobileNetV2(nn.Module):
     def __init__(self, scale: float = 1.0, max_repeats: int = 4, n_classes: int = 1000) -> None:
         super().__init__()
         n_in, n_last = _divisible(32 * scale), _divisible(1280 * min(scale, 1.0))
-        features: list[nn.Module] = [_conv_bn_relu6(3, n_in, 3, 2)]
+        features: list[nn.Module] = [conv_bn_relu6(3, n_in, 3, 2)]
         for expand, channels, repeats, first_stride in self.STAGES:
             n_out = _divisible(channels * scale)
             for block in range(min(repeats, max_repeats)):
                 features.append(InvertedResidual(n_in, n_out, first_stride if block == 0 else 1, expand))
                 n_in = n_out
-        features.append(_conv_bn_relu6(n_in, n_last, 1))
+        features.append(conv_bn_relu6(n_in, n_last, 1))
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(n_last, n_classes))
         _init_convolutions(self)
@@ -163,7 +164,8 @@ class UNet(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
-def _conv_bn_relu6(n_in: int, n_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def conv_bn_relu6(n_in: int, n_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """Makes a convolution that keeps the size but for its stride, with batch norm and ReLU6."""
     conv = nn.Conv2d(n_in, n_out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.ReLU6(inplace=True))
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Generator
 
-from fxhybrid.errors import InvalidArgument
-from fxhybrid.suite.case import (
-    Size,
-    SuiteCase,
-    labels,
-    logits_loss,
-    next_token_loss,
-    smooth_images,
-    token_loss,
-    word_ids,
-)
+from fxhybrid.optional_imports import require
+from fxhybrid.suite.case import Size, SuiteCase, logits_loss, next_token_loss, token_loss
+from fxhybrid.suite.sample_data import labels, smooth_images, word_ids
 
 
 def bert(size: Size, data: Generator) -> SuiteCase:
-    transformers = _transformers("bert")
+    transformers = require("transformers", "suite model 'bert'")
     batch, length, layers, width, vocabulary = (16, 128, 4, 256, 8000) if size == "full" else (8, 48, 2, 64, 500)
     config = transformers.BertConfig(
         vocab_size=vocabulary,
@@ -37,7 +27,7 @@ def bert(size: Size, data: Generator) -> SuiteCase:
 
 
 def gpt2(size: Size, data: Generator) -> SuiteCase:
-    transformers = _transformers("gpt2")
+    transformers = require("transformers", "suite model 'gpt2'")
     batch, length, layers, width, vocabulary = (8, 256, 6, 384, 8000) if size == "full" else (4, 48, 2, 64, 500)
     config = transformers.GPT2Config(
         vocab_size=vocabulary,
@@ -54,7 +44,7 @@ def gpt2(size: Size, data: Generator) -> SuiteCase:
 
 
 def vit(size: Size, data: Generator) -> SuiteCase:
-    transformers = _transformers("vit")
+    transformers = require("transformers", "suite model 'vit'")
     batch, pixels, layers, width = (16, 224, 12, 192) if size == "full" else (8, 96, 3, 48)
     config = transformers.ViTConfig(
         hidden_size=width,
@@ -71,7 +61,7 @@ def vit(size: Size, data: Generator) -> SuiteCase:
 
 
 def t5(size: Size, data: Generator) -> SuiteCase:
-    transformers = _transformers("t5")
+    transformers = require("transformers", "suite model 't5'")
     batch, length, layers, width, vocabulary = (8, 128, 6, 256, 8000) if size == "full" else (4, 32, 2, 64, 500)
     config = transformers.T5Config(
         vocab_size=vocabulary,
@@ -89,13 +79,3 @@ def t5(size: Size, data: Generator) -> SuiteCase:
     decoder_ids = torch.cat([start, target[:, :-1]], dim=1)
     model = transformers.T5ForConditionalGeneration(config)
     return SuiteCase("t5", model, (source,), token_loss, (target,), {"decoder_input_ids": decoder_ids})
-
-
-def _transformers(name: str) -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InvalidArgument(
-            f"suite model {name!r} needs the package transformers: pip install 'fxhybrid[demo]'"
-        ) from error
-    return transformers

@@ -7,7 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Generator, Tensor, nn
 
-from fxhybrid.suite.case import Size, SuiteCase, class_loss, labels
+from fxhybrid.suite.case import Size, SuiteCase, class_loss
+from fxhybrid.suite.sample_data import labels
 
 
 def gru(size: Size, data: Generator) -> SuiteCase:

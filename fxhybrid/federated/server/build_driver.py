@@ -15,7 +15,7 @@ from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.server.offers import Fleet
 from fxhybrid.federated.server.policies import Policy, Settings
-from fxhybrid.federated.tasks.tasks import Score, Task, evaluate
+from fxhybrid.federated.tasks.tasks import Score, Task, score_model
 
 
 def make_driver(
@@ -43,7 +43,7 @@ def make_driver(
 
     def score(arrays: Arrays) -> Score:
         load_arrays(model, arrays)
-        return evaluate(task, model)
+        return score_model(task, model)
 
     return Driver(
         transport,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.suite.sample_data import Batch
 
-Batch = tuple[Tensor, Tensor]
 Indices = NDArray[np.int64]
 
 
@@ -130,36 +128,3 @@ def _deal(labels: NDArray[np.int64], preference: NDArray[np.float64], generator:
         if not part:
             part.append(max(parts, key=len).pop())
     return [np.array(sorted(part), dtype=np.int64) for part in parts]
-
-
-def library_packages(n_packages: int, most_bytes: int) -> Mapping[str, bytes]:
-    """Source text of the standard library's largest packages, by name; a package is one client's data.
-
-    Single modules count as packages of their own, so that there are enough of them.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    texts: dict[str, bytes] = {}
-    for path in sorted(root.iterdir()):
-        if path.name.startswith(("_", "site-packages", "test", "config-", "idlelib", "lib2to3")):
-            continue
-        if path.is_dir() and (path / "__init__.py").exists():
-            files = sorted(f for f in path.rglob("*.py") if "tests" not in f.parts and "test" not in f.parts)
-            texts[path.name] = b"".join(f.read_bytes() for f in files)
-        elif path.suffix == ".py":
-            texts[path.stem] = path.read_bytes()
-    largest = sorted(texts, key=lambda name: (-len(texts[name]), name))[:n_packages]
-    return {name: texts[name][:most_bytes] for name in sorted(largest)}
-
-
-def windows(text: bytes, length: int) -> ArrayData:
-    """Consecutive pieces of ``length`` bytes and the bytes that follow each of theirs.
-
-    Raises:
-        InvalidArgument: the text is shorter than one piece.
-    """
-    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    count = (len(ids) - 1) // length
-    if count < 1:
-        raise InvalidArgument(f"{len(ids)} bytes do not make a piece of {length}")
-    used = count * length
-    return ArrayData(ids[:used].view(count, length), ids[1 : used + 1].view(count, length))

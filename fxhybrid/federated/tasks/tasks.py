@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxhybrid.federated.tasks.data import (
-    ArrayData,
+from fxhybrid.federated.tasks.data import ArrayData, ClientData, capability_split, dirichlet_split
+from fxhybrid.suite.sample_data import (
+    HELD_OUT_SHARE,
     Batch,
-    ClientData,
-    capability_split,
-    dirichlet_split,
+    consecutive_windows,
     library_packages,
-    windows,
+    load_digits,
+    split_held_out,
 )
-from fxhybrid.federated.tasks.models import SmallMobileNet, SmallTransformer
-from fxhybrid.optional_imports import require
+from fxhybrid.suite.small_models import SmallMobileNet, corner_transformer, evaluate, next_byte_loss, seeded
 
-HELD_OUT = 0.2
 TEXT_LENGTH, PACKAGE_BYTES = 32, 60_000
 N_HELD_OUT_WINDOWS = 1024
 
@@ -79,12 +77,8 @@ def digits_task(
     Raises:
         InvalidArgument: scikit-learn is not installed.
     """
-    data = require("sklearn.datasets", "the digits task").load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.tensor(data.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    n_held_out = int(len(labels) * HELD_OUT)
-    held_out, trained = order[:n_held_out], order[n_held_out:]
+    images, labels = load_digits("the digits task")
+    trained, held_out = split_held_out(len(labels))
     images, labels, test = images[trained], labels[trained], (images[held_out], labels[held_out])
     if is_capable is None:
         parts = dirichlet_split(labels.numpy(), n_clients, alpha, seed)
@@ -93,7 +87,7 @@ def digits_task(
     clients = {f"client{i:04d}": ArrayData(images[part], labels[part]) for i, part in enumerate(parts)}
     return Task(
         "digits",
-        lambda width: _seeded(lambda: SmallMobileNet(width), seed),
+        lambda width: seeded(lambda: SmallMobileNet(width), seed),
         F.cross_entropy,
         batch_size,
         0.1,
@@ -110,14 +104,14 @@ def text_task(n_clients: int, *, seed: int = 0, batch_size: int = 16) -> Task:
     """
     clients, held_out = {}, []
     for name, text in library_packages(n_clients, PACKAGE_BYTES).items():
-        cut = int(len(text) * (1 - HELD_OUT))
-        clients[name] = windows(text[:cut], TEXT_LENGTH)
-        held_out.append(windows(text[cut:], TEXT_LENGTH))
-    inputs, targets = (torch.cat([getattr(part, kind) for part in held_out]) for kind in ("inputs", "targets"))
+        cut = int(len(text) * (1 - HELD_OUT_SHARE))
+        clients[name] = ArrayData(*consecutive_windows(text[:cut], TEXT_LENGTH))
+        held_out.append(consecutive_windows(text[cut:], TEXT_LENGTH))
+    inputs, targets = (torch.cat(part) for part in zip(*held_out, strict=True))
     chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:N_HELD_OUT_WINDOWS]
     return Task(
         "text",
-        lambda width: _seeded(lambda: SmallTransformer(width, length=TEXT_LENGTH), seed),
+        lambda width: seeded(lambda: corner_transformer(width, length=TEXT_LENGTH), seed),
         next_byte_loss,
         batch_size,
         5e-3,
@@ -125,17 +119,6 @@ def text_task(n_clients: int, *, seed: int = 0, batch_size: int = 16) -> Task:
         clients,
         (inputs[chosen], targets[chosen]),
     )
-
-
-def next_byte_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross entropy over all positions; logits (batch, length, 256), target (batch, length)."""
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-
-def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
 
 
 @dataclass(frozen=True)
@@ -146,14 +129,7 @@ class Score:
     accuracy: float
 
 
-def evaluate(task: Task, model: nn.Module) -> Score:
-    """Loss and share of right predictions on the held-out batch, in evaluation mode."""
-    inputs, targets = task.held_out
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        output = model(inputs)
-        loss = float(task.loss_fn(output, targets))
-        right = output.argmax(-1) == targets
-    model.train(was_training)
-    return Score(loss if np.isfinite(loss) else float("inf"), float(right.float().mean()))
+def score_model(task: Task, model: nn.Module) -> Score:
+    """Computes loss and accuracy on the held-out batch; a loss that is not finite counts as inf."""
+    found = evaluate(model, task.loss_fn, [task.held_out])
+    return Score(found.loss if math.isfinite(found.loss) else math.inf, found.accuracy)
