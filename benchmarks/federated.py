@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.lib.common import names_of, wide_console
-from benchmarks.lib.results import Record, append_record, read_headed
+from benchmarks.lib.results import Record, append_record, read_records
 from fxhybrid.federated.server.policies import POLICIES, Settings, policy_of
 from fxhybrid.federated.simulation.experiment import Laboratory
 from fxhybrid.federated.simulation.scenarios import DEADLINE_S, Scenario
@@ -118,9 +118,7 @@ def _key(record: Record) -> Run:
 
 
 def _read(path: Path) -> list[Record]:
-    if not path.exists():
-        return []
-    return list({_key(r): r for _, r in read_headed(path) if not r.get("transcribed")}.values())
+    return read_records(path) if path.exists() else []
 
 
 # -- what came out ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 Record = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "results"
 HEADER = "header"  # the part of the record that heads a run
+CASE = ("model", "part", "key", "task", "cell", "policy", "seed")  # what tells records apart
 
 
 def run_header() -> Record:
@@ -28,6 +30,7 @@ def run_header() -> Record:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "highs": metadata.version("highspy"),
         "fxhybrid": metadata.version("fxhybrid"),
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "command": command_line(),
@@ -79,15 +82,16 @@ def read_headed(path: Path) -> list[tuple[Record, Record]]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Returns the records of a file; of those with the same model, part and key the last one.
+    """Returns the records that runs wrote to a file, the latest of each case.
 
     Rows that were transcribed from a printed table are no records of a run, and are left out.
     """
-    kept: dict[tuple[Any, ...], Record] = {}
-    for _, record in read_headed(path):
-        if not record.get("transcribed"):
-            kept[record["model"], record.get("part"), record.get("key")] = record
-    return list(kept.values())
+    return latest(record for _, record in read_headed(path) if not record.get("transcribed"))
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Returns the last record of each case."""
+    return list({tuple(record.get(name) for name in CASE): record for record in records}.values())
 
 
 def _lines(path: Path) -> list[Record]:

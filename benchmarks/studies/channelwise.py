@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.lib.checks import Check, checks_table
 from benchmarks.lib.common import names_of, wide_console
+from benchmarks.lib.results import append_record
 from fxhybrid.accuracy.calibration import channels_at_4_bits
 from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.accuracy.compression_trial import LossyStep
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(MODELS)}")
     parser.add_argument("--steps", type=int, default=200, help="training steps (default: 200)")
     parser.add_argument("--later", type=int, default=100, help="more steps with the same widths (default: 100)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
     arguments = parser.parse_args(argv)
     table = Table(title="Gradient error: channel-wise widths against uniform 4 bits")
     for column in ("model", "when", "bytes shared by", "bytes", "uniform", "channel-wise", "ratio"):
@@ -76,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for r in results:
             errors = f"{r.share_of_bytes:.4f}", f"{r.uniform:.4f}", f"{r.mixed:.4f}", f"{r.ratio:.2f}"
             table.add_row(r.model, r.when, r.sharing, *errors)
+            record = {"part": "channelwise", "key": f"{r.sharing}, {r.when}", "ratio": r.ratio, **asdict(r)}
+            append_record(arguments.json, record)
         worst = max(r.ratio for r in results if r.sharing == "all")
         checks.append(Check(f"{name}, all", f"<= {LIMIT} x uniform", f"{worst:.2f}", worst <= LIMIT))
     wide_console().print(table)
