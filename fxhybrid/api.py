@@ -11,7 +11,8 @@ from fxhybrid.capture.step import Loss, StepCall
 from fxhybrid.compiler.planner import error_target
 from fxhybrid.compiler.signature import Signature
 from fxhybrid.devices.device_profile import DeviceProfile
-from fxhybrid.devices.remote_plan import plan_elsewhere
+from fxhybrid.devices.op_work import work_of
+from fxhybrid.devices.remote_plan import plan_for_device
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.module import HybridModule, wrap
@@ -107,10 +108,12 @@ def plan(
     """
     hybrid = wrap(model, make_options(budget=budget, **options), None)
     found = _plan_now(hybrid, example_inputs, loss_args)
+    here = found.active().plan
     if device_profile is None:
-        return found.plan
-    problem, limit = found.prepared.problem, error_target(found.options)
-    return plan_elsewhere(problem, found.work, found.plan, device_profile, found.budget_bytes, max_error=limit)
+        return here
+    state = found.state
+    problem, limit, work = state.prepared.problem, error_target(state.options), work_of(state.prepared.layout)
+    return plan_for_device(problem, work, here, device_profile, state.budget_bytes, max_error=limit)
 
 
 def _plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any, ...]) -> Signature:
@@ -125,4 +128,5 @@ def _plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any
     if not session.model.training:
         raise InvalidArgument("the model is in evaluation mode, which is not planned; call model.train() first")
     with torch.enable_grad():
-        return session.signature(call)
+        session.find(call)
+    return session.first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -16,8 +15,8 @@ from rich.table import Table
 from torch import nn
 
 from fxhybrid.api import Inputs, _plan_now
-from fxhybrid.compiler.signature import Signature
-from fxhybrid.errors import BudgetError, InvalidArgument
+from fxhybrid.compiler.planning_state import PlanningState, extend
+from fxhybrid.errors import InvalidArgument
 from fxhybrid.module import wrap
 from fxhybrid.optional_imports import require
 from fxhybrid.options import make_options
@@ -206,12 +205,12 @@ def frontier(
         raise InvalidArgument("budgets is empty; leave it out for 12 even steps")
     made = make_options(budget=1.0, solver=solver, **options)
     signature = _plan_now(wrap(model, made, None), example_inputs, loss_args)
-    signature.plans = find_smallest_peak(signature.plans)
-    return _frontier_of(signature, _budget_bytes(signature, checked))
+    state = replace(signature.state, plans=find_smallest_peak(signature.state.plans))
+    return _frontier_of(state, _budget_bytes(state, checked))
 
 
-def _budget_bytes(signature: Signature, budgets: Sequence[int | float] | None) -> list[int]:
-    top, bottom = signature.save_all_bytes, signature.minimum_bytes
+def _budget_bytes(state: PlanningState, budgets: Sequence[int | float] | None) -> list[int]:
+    top, bottom = state.save_all_bytes, state.minimum_bytes
     if budgets is None:
         steps = range(DEFAULT_COUNT)
         found = {top - (top - bottom) * i // (DEFAULT_COUNT - 1) for i in steps}
@@ -220,30 +219,28 @@ def _budget_bytes(signature: Signature, budgets: Sequence[int | float] | None) -
     return sorted(found, reverse=True)
 
 
-def _frontier_of(signature: Signature, budgets: Sequence[int]) -> Frontier:
-    alone = list(signature.plans.alone)
+def _frontier_of(state: PlanningState, budgets: Sequence[int]) -> Frontier:
+    alone = list(state.plans.alone)
     for budget_bytes in budgets:
         alone = [polish_for(known, budget_bytes) for known in alone]
         chosen = [known.cheapest(budget_bytes) for known in alone]
-        plans = (*signature.plans.plans, *(plan for plan in chosen if plan))
-        signature.plans = replace(signature.plans, plans=plans)
-        with contextlib.suppress(BudgetError):
-            signature.set_budget(budget_bytes)  # lets an asked for solver add its plan; not made so
+        plans = (*state.plans.plans, *(plan for plan in chosen if plan))
+        # lets a solver that was asked for add its plan
+        state = extend(replace(state, plans=replace(state.plans, plans=plans)), budget_bytes)
     # without compression, recomputing is all there is
-    known_by = dict(zip(Technique, [signature.plans, *(alone or [signature.plans])], strict=False))
+    known_by = dict(zip(Technique, [state.plans, *(alone or [state.plans])], strict=False))
     # only now, so that plans found for one budget serve the others, too; the largest first: its bound holds below it
     rows = []
     for budget_bytes in budgets:
         for technique in known_by:
             known_by[technique], row = _row(known_by[technique], technique, budget_bytes)
             rows.append(row)
-    signature.plans = known_by[Technique.HYBRID]
     return Frontier(
         tuple(rows),
-        signature.save_all_bytes,
-        signature.minimum_bytes,
-        signature.prepared.problem.step_s,
-        signature.prepared.profile.device,
+        state.save_all_bytes,
+        known_by[Technique.HYBRID].smallest.peak_bytes,
+        state.prepared.problem.step_s,
+        state.prepared.profile.device,
     )
 
 

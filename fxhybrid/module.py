@@ -1,4 +1,4 @@
-"""HybridModule: the user's model, trained inside a budget."""
+"""``HybridModule``: the user's model, trained inside a budget."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
-from fxhybrid.accuracy.drift_monitor import DriftGuard
+from fxhybrid.accuracy.drift_monitor import DriftMonitor
 from fxhybrid.capture.step import Step, StepCall, check_call
+from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
+from fxhybrid.compiler.call_state import FRESH, CallState, call_state
+from fxhybrid.compiler.planning_state import (
+    PlanningState,
+    adopt,
+    extend,
+    measure_error,
+    plan_signature,
+    recalibrate,
+    set_budget,
+)
 from fxhybrid.compiler.report import Report, make_report
 from fxhybrid.compiler.signature import Signature
-from fxhybrid.devices.op_work import StepWork
+from fxhybrid.devices.op_work import StepWork, work_of
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem
@@ -27,42 +39,67 @@ MANY_SIGNATURES = 32  # more than a real model has shapes; a Python counter make
 
 
 class Session:
-    """What a HybridModule knows besides its model: options and one planned signature per kind of call."""
+    """Holds what a HybridModule knows besides its model.
+
+    Attributes:
+        model: the user's.
+        options: what the user asked for.
+        transferred: a plan to begin with; None to make one.
+        step: model and loss.
+        budget_bytes: limit of the peak; None while a share is not resolved.
+        monitor: checks of the gradient error.
+        signatures: one for each kind of call, the last called first; each is a value that is replaced as a whole.
+    """
 
     def __init__(self, model: nn.Module, options: Options, plan: Plan | None) -> None:
         self.model = model
         self.options = options
-        self.carried_plan = plan
+        self.transferred = plan
         self.step = Step(model, options.loss_fn, options.return_outputs)
         self.budget_bytes = options.budget if isinstance(options.budget, int) else None
-        self.guard = DriftGuard(options.check_error_every, options.max_grad_error)
-        self.signatures: list[tuple[Signature, Callable[..., bool]]] = []
+        self.monitor = DriftMonitor(options.check_error_every, options.max_grad_error)
+        self.signatures: list[Signature] = []
 
-    def signature(self, call: StepCall) -> Signature:
-        """The signature that holds for ``call``; captured and planned if there is none yet."""
-        for position, (signature, holds) in enumerate(self.signatures):
-            if holds(self.step, *call):
+    @property
+    def first(self) -> Signature:
+        """The last called signature.
+
+        Raises:
+            InvalidArgument: nothing is planned yet.
+        """
+        if not self.signatures:
+            raise InvalidArgument("nothing is planned yet: call the module once, or pass example_inputs to compile")
+        return self.signatures[0]
+
+    def find(self, call: StepCall) -> None:
+        """Makes the signature that holds for ``call`` the first one; captures and plans if there is none yet."""
+        for position, signature in enumerate(self.signatures):
+            if signature.holds(self.step, call):
                 if position:
                     self.signatures.insert(0, self.signatures.pop(position))
-                return signature
+                return
         check_call(call, self.model)
-        signature = Signature(self.step, call.detached(), self.options, self.budget_bytes, self.carried_plan)
-        self.budget_bytes = signature.budget_bytes
-        self.signatures.insert(0, (signature, signature.prepared.capture.holds))
+        state = plan_signature(self.step, call.detached(), self.options, self.budget_bytes, self.transferred)
+        self.signatures.insert(0, _ready(state))
+        self.budget_bytes = state.budget_bytes
         if len(self.signatures) == MANY_SIGNATURES:
             warnings.warn(
                 f"{MANY_SIGNATURES} kinds of calls are planned by now, each traced anew; does the model count in a "
                 "Python attribute (make it a buffer), or do input shapes keep changing (pad them)?",
                 stacklevel=4,
             )
-        return signature
+
+    def active(self, call: CallState = FRESH) -> ActiveGraph:
+        """Returns what the first signature runs in a state of the call."""
+        self.signatures[0] = self.first.searched(call)  # what was found stays known, even if none fits
+        return self.signatures[0].active(call)
 
     def run(self, call: StepCall) -> Any:
-        """One forward pass of a training step."""
-        signature = self.signature(call)
-        self.guard.before(signature, self.step, call)
-        accumulating = any(p.grad is not None for p in self.model.parameters())
-        return self.step.check_result(signature.active(accumulating).call(self.step, *call))
+        """Runs one forward pass of a training step."""
+        self.find(call)
+        self.monitor.before_step(self, call)
+        active = self.active(call_state(self.model.parameters()))
+        return self.step.check_result(active.call(self.step, *call))
 
     def set_budget(self, budget: Budget) -> None:
         """Plans all signatures for another budget, or changes nothing and raises."""
@@ -70,15 +107,37 @@ class Session:
         if isinstance(checked, float):
             if not self.signatures:
                 raise InvalidArgument("a share of the save-all peak needs a first call; pass bytes instead")
-            checked = int(checked * self.signatures[-1][0].save_all_bytes)
-        commits = [signature.set_budget(checked) for signature, _ in self.signatures]
-        for commit in commits:
-            commit()
+            checked = int(checked * self.signatures[-1].state.save_all_bytes)
+        self.signatures = [replace(s, state=extend(s.state, checked)) for s in self.signatures]
+        self.signatures = [Signature(set_budget(s.state, checked), s.graphs.for_budget()) for s in self.signatures]
         self.budget_bytes = checked
+
+    def adopt(self, plan: Plan) -> None:
+        """Carries out this very plan in the first signature."""
+        state, graphs = self.first.state, self.first.graphs
+        self.signatures[0] = _ready(adopt(state, plan), graphs.for_adopted(plan))
+
+    def measure_error(self, call: StepCall) -> float:
+        """Measures the gradient error of the first signature's plan on a batch."""
+        graphs = self.active().function.graphs
+        state, error = measure_error(self.first.state, self.step, call.detached(), graphs)
+        self.signatures[0] = Signature(state, self.first.graphs)
+        return error
+
+    def recalibrate(self, call: StepCall) -> None:
+        """Re-plans the first signature by the errors on a batch, or changes nothing and raises."""
+        self.signatures[0] = _ready(recalibrate(self.first.state, self.step, call.detached()))
+
+
+def _ready(state: PlanningState, graphs: ActiveGraphs | None = None) -> Signature:
+    """Joins a state and graphs, and builds those for fresh gradients, or raises ``BudgetError`` if no plan fits."""
+    signature = Signature(state, graphs or ActiveGraphs())
+    signature.active()
+    return signature
 
 
 class HybridModule(nn.Module):
-    """A model whose training step peaks within a budget; use it as the model itself.
+    """Wraps a model so that its training step peaks within a budget; use it as the model itself.
 
     It is the model: the same class (it subclasses the model's), parameters, buffers, hooks, attributes and
     ``state_dict`` keys. Only calls in training mode with gradients enabled go through the planned graphs;
@@ -122,37 +181,37 @@ class HybridModule(nn.Module):
     @property
     def plan(self) -> Plan:
         """The plan of the last called signature, for fresh gradients."""
-        return self._first().plan
+        return self._fxhybrid_session.active().plan
 
     @property
     def plans(self) -> list[Plan]:
         """One plan per signature, the last called first."""
-        return [signature.plan for signature, _ in self._fxhybrid_session.signatures]
+        return [signature.active().plan for signature in self._fxhybrid_session.signatures]
 
     @property
     def planning_problem(self) -> Problem:
         """The step of the last called signature as plain numbers: what solvers see, and a case to report as JSON."""
-        return self._first().prepared.problem
+        return self._fxhybrid_session.first.state.prepared.problem
 
     @property
     def planning_work(self) -> StepWork:
         """What each op of ``planning_problem`` computes and moves: what planning for another device needs."""
-        return self._first().work
+        return work_of(self._fxhybrid_session.first.state.prepared.layout)
 
     @property
     def joint_graph(self) -> fx.GraphModule:
         """The rewritten joint graph of the last called signature."""
-        return self._first().active(False).joint.module
+        return self._fxhybrid_session.active().joint.module
 
     @property
     def forward_graph(self) -> fx.GraphModule:
         """The forward graph of the last called signature; call it boxed, with one list."""
-        return self._first().active(False).function.graphs.forward
+        return self._fxhybrid_session.active().function.graphs.forward
 
     @property
     def backward_graph(self) -> fx.GraphModule:
         """The backward graph of the last called signature; call it boxed, with one list."""
-        return self._first().active(False).function.graphs.backward
+        return self._fxhybrid_session.active().function.graphs.backward
 
     def report(self, *, more_error: float | None = None) -> Report:
         """What was planned, checked, measured and left out, per signature.
@@ -161,7 +220,7 @@ class HybridModule(nn.Module):
             more_error: also say what a ``max_grad_error`` higher by this would save; plans once more for that.
         """
         session = self._fxhybrid_session
-        return make_report([signature for signature, _ in session.signatures], more_error, session.guard.checks)
+        return make_report(session.signatures, more_error, session.monitor.checks)
 
     def set_budget(self, budget: Budget) -> None:
         """Moves to another budget, between steps, without capturing or profiling again.
@@ -180,7 +239,7 @@ class HybridModule(nn.Module):
         Raises:
             PlanMismatchError: it was made for another graph or version, or peaks above its own budget here.
         """
-        self._first().use_plan(plan)
+        self._fxhybrid_session.adopt(plan)
 
     def check_error(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> float:
         """Measures the relative gradient error of the current plan on another batch.
@@ -189,40 +248,36 @@ class HybridModule(nn.Module):
         """
         session = self._fxhybrid_session
         call = StepCall(args, kwargs, tuple(loss_args))
-        return session.signature(call).measure_error(session.step, call.detached())
+        session.find(call)
+        return session.measure_error(call)
 
     def recalibrate(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> None:
         """Measures gradient errors on another batch, chooses channel widths by them and plans again, between steps.
 
-        Neither captures nor profiles again. It runs steps that keep everything, so it takes more than the budget. The
+        Neither captures nor profiles again. It runs save-all steps, so it takes more than the budget. The
         model, its gradients and the random generator are left as they were.
 
         Raises:
-            InvalidArgument: memory does not allow a step that keeps everything.
+            InvalidArgument: memory does not allow a save-all step.
             BudgetError: no plan within the budget keeps the error any more; the old plan stays.
         """
         session = self._fxhybrid_session
         call = StepCall(args, kwargs, tuple(loss_args))
-        session.signature(call).recalibrate(session.step, call.detached())
-
-    def _first(self) -> Signature:
-        signatures = self._fxhybrid_session.signatures
-        if not signatures:
-            raise InvalidArgument("nothing is planned yet: call the module once, or pass example_inputs to compile")
-        return signatures[0][0]
+        session.find(call)
+        session.recalibrate(call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridModule:
         session = self._fxhybrid_session
         model = copy.deepcopy(session.model, memo)
-        return wrap(model, session.options, session.carried_plan)
+        return wrap(model, session.options, session.transferred)
 
     def __reduce__(self) -> Any:
         session = self._fxhybrid_session
-        return (wrap, (session.model, session.options, session.carried_plan))
+        return (wrap, (session.model, session.options, session.transferred))
 
 
 def wrap(model: nn.Module, options: Options, plan: Plan | None) -> HybridModule:
-    """A HybridModule around ``model``; both share all state.
+    """Wraps ``model`` in a HybridModule; both share all state.
 
     Raises:
         InvalidArgument: ``model`` is no module, or is one of ours already.

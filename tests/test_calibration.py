@@ -15,7 +15,7 @@ import fxhybrid
 from fxhybrid.accuracy.attribution import Neighbours, neighbours, tensor_errors
 from fxhybrid.accuracy.calibration import calibrate
 from fxhybrid.accuracy.compression_trial import LossyStep
-from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.accuracy.verifier import Reference, reference
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.ir.plan import SAVE, Actions, Compress
@@ -45,14 +45,13 @@ def batch(seed: int = 1) -> StepCall:
     return StepCall((torch.randn(8, 3, 16, 16),), {}, (torch.randint(10, (8,)),))
 
 
-def prepared_with_reference(step: Step, call: StepCall) -> tuple[Prepared, Verifier]:
+def prepared_with_reference(step: Step, call: StepCall) -> tuple[Prepared, Reference]:
     prepared = prepare(step, call, make_options(budget=1.0, loss_fn=F.cross_entropy))
-    save_all = build_graphs(prepared, {})[1]
-    return prepared, Verifier(prepared.capture, prepared.joint, step, call, save_all=lambda: save_all, save_all_bytes=0)
+    return prepared, reference(prepared, step, call)
 
 
 @pytest.fixture(scope="module")
-def captured() -> tuple[Prepared, Verifier]:
+def captured() -> tuple[Prepared, Reference]:
     return prepared_with_reference(Step(net(), F.cross_entropy, False), batch())
 
 
@@ -71,7 +70,7 @@ def by_reader(prepared: Prepared) -> dict[str, int]:
     return found
 
 
-def test_neighbours_are_the_parameters_that_feel_a_tensor_first(captured: tuple[Prepared, Verifier]) -> None:
+def test_neighbours_are_the_parameters_that_feel_a_tensor_first(captured: tuple[Prepared, Reference]) -> None:
     prepared, _ = captured
     tensors = by_reader(prepared)
     near = neighbours(prepared.joint, prepared.layout, tensors.values())
@@ -93,23 +92,23 @@ def test_charges_add_up() -> None:
     assert sum(found.values()) == 15.0
 
 
-def test_a_lossy_step_is_that_of_a_plan_with_these_codecs(captured: tuple[Prepared, Verifier]) -> None:
-    prepared, verifier = captured
-    step = LossyStep(prepared, verifier)
+def test_a_lossy_step_is_that_of_a_plan_with_these_codecs(captured: tuple[Prepared, Reference]) -> None:
+    prepared, compared = captured
+    step = LossyStep(prepared, compared)
     specs = coarsest_lossy(prepared.choices, by_reader(prepared).values())
     masks = {t: SAVE for i in prepared.problem.deferrable for t in prepared.problem.forward[i].outputs}
     actions = masks | {t: Compress(spec) for t, spec in specs.items()}
-    planned = verifier.gradient_error(build_graphs(prepared, actions)[1])
+    planned = compared.gradient_error(build_graphs(prepared, actions)[1])
     assert step.error(specs) == pytest.approx(planned, rel=1e-6)
     assert step.error({}) == 0.0
 
 
-def test_channel_errors_are_those_of_the_convolution(captured: tuple[Prepared, Verifier]) -> None:
+def test_channel_errors_are_those_of_the_convolution(captured: tuple[Prepared, Reference]) -> None:
     """The input gradient's share of each input channel is what the weight's gradient shows of it."""
-    prepared, verifier = captured
+    prepared, compared = captured
     conv = by_reader(prepared)["convolution"]
     near = neighbours(prepared.joint, prepared.layout, [conv])
-    step = LossyStep(prepared, verifier)
+    step = LossyStep(prepared, compared)
     by_parameter = step.differences({conv: "rowwise4:256"}, near)
     total = sum(by_parameter.values())
     assert by_parameter["3.weight"] == pytest.approx(total)
@@ -117,7 +116,7 @@ def test_channel_errors_are_those_of_the_convolution(captured: tuple[Prepared, V
     spread = step.watch.channel_errors(conv, by_parameter, total)
     assert spread is not None
     step.specs = {conv: "rowwise4:256"}
-    gradients = verifier.run(step.graphs).gradients
+    gradients = compared.run(step.graphs).gradients
     found, expected = gradients["3.weight"], step.expected["3.weight"]
     assert found is not None
     assert expected is not None
@@ -126,9 +125,9 @@ def test_channel_errors_are_those_of_the_convolution(captured: tuple[Prepared, V
     assert 0.5 < ratio.min() <= ratio.max() < 2  # one draw of the rounding against its mean
 
 
-def test_calibration_prices_every_lossy_codec(captured: tuple[Prepared, Verifier]) -> None:
-    prepared, verifier = captured
-    found = calibrate(prepared, verifier)
+def test_calibration_prices_every_lossy_codec(captured: tuple[Prepared, Reference]) -> None:
+    prepared, compared = captured
+    found = calibrate(prepared, compared)
     lossy = {(t, spec) for t, specs in found.choices.items() for spec in specs if not get_codec(spec).lossless}
     assert found.errors.keys() == lossy
     assert any(spec.startswith("channelwise:") for _, spec in lossy)
@@ -146,21 +145,21 @@ def test_tensors_that_are_offered_8_bits_only_are_measured_apart_from_those_at_4
     layer = nn.Linear(64, 64)
     step = Step(nn.Sequential(layer, nn.Softplus(), layer, nn.Softplus(), layer), F.cross_entropy, False)
     call = StepCall((torch.randn(64, 64),), {}, (torch.randint(64, (64,)),))
-    prepared, verifier = prepared_with_reference(step, call)
+    prepared, compared = prepared_with_reference(step, call)
     assert list(prepared.choices.values()) == [("rowwise8:64", "rowwise4:64"), ("rowwise8:64",)]
     first, last = prepared.choices
-    alone = LossyStep(prepared, verifier)
-    errors = calibrate(prepared, verifier).errors
+    alone = LossyStep(prepared, compared)
+    errors = calibrate(prepared, compared).errors
     for tensor, spec in ((first, "rowwise4:64"), (last, "rowwise8:64")):
         assert errors[tensor, spec] == pytest.approx(alone.error({tensor: spec}))
 
 
-def test_a_second_codec_of_a_kind_is_measured_too(captured: tuple[Prepared, Verifier]) -> None:
-    prepared, verifier = captured
+def test_a_second_codec_of_a_kind_is_measured_too(captured: tuple[Prepared, Reference]) -> None:
+    prepared, compared = captured
     conv = by_reader(prepared)["convolution"]
     choices = {conv: (*prepared.choices[conv], "rowwise8:64")}
     two = dataclasses.replace(prepared, choices={**prepared.choices, **choices})
-    found = calibrate(two, verifier)
+    found = calibrate(two, compared)
     assert found.errors[conv, "rowwise8:64"] > 0
     assert len([pair for pair in found.pairs if pair.codec == "rowwise8" and "convolution" in pair.what]) == 2
 
@@ -168,9 +167,9 @@ def test_a_second_codec_of_a_kind_is_measured_too(captured: tuple[Prepared, Veri
 def test_frozen_batch_norm_is_measured_by_its_running_deviation() -> None:
     step, call = Step(net(), F.cross_entropy, False), batch()
     step.model[4].eval()
-    prepared, verifier = prepared_with_reference(step, call)
+    prepared, compared = prepared_with_reference(step, call)
     storage = by_reader(prepared)["batch norm 32"]
-    assert any(spec.startswith("channelwise:") for spec in calibrate(prepared, verifier).choices[storage])
+    assert any(spec.startswith("channelwise:") for spec in calibrate(prepared, compared).choices[storage])
 
 
 def test_a_plan_with_widths_of_its_own_is_carried() -> None:
@@ -233,9 +232,11 @@ def test_recalibrating_keeps_the_plan_where_none_fits_any_more(monkeypatch: pyte
         net(), budget=0.9, loss_fn=F.cross_entropy, example_inputs=call.args, loss_args=call.loss_args
     )
     before, problem = hybrid.plan, hybrid.planning_problem
+    signatures = hybrid._fxhybrid_session.signatures
+    state = dataclasses.replace(signatures[0].state, budget_bytes=hybrid.plan.peak_bytes // 2)
+    signatures[0] = dataclasses.replace(signatures[0], state=state)
     with monkeypatch.context() as patch:
-        patch.setattr("fxhybrid.accuracy.replan_loop.ROUNDS", 0)  # as if no lossy plan kept the error
-        patch.setattr(hybrid._fxhybrid_session.signatures[0][0], "budget_bytes", hybrid.plan.peak_bytes // 2)
+        patch.setattr("fxhybrid.accuracy.replan_loop.MAX_ROUNDS", 0)  # as if no lossy plan kept the error
         with pytest.raises(fxhybrid.BudgetError):
             hybrid.recalibrate(*call.args, loss_args=call.loss_args)
     assert hybrid.plan == before
@@ -256,7 +257,7 @@ def test_a_plan_that_kept_the_error_stays_known(monkeypatch: pytest.MonkeyPatch)
     smallest = caught.value.minimum_bytes
     measured: list[int] = []
 
-    def measured_error(prepared: Prepared, verifier: Verifier, actions: Actions) -> float:
+    def measured_error(prepared: Prepared, compared: Reference, actions: Actions) -> float:
         measured.append(simulate_actions(prepared.problem, actions).peak_bytes)
         return limit / 2 if measured[-1] == smallest else 2 * limit
 
@@ -273,7 +274,7 @@ def test_plans_aim_below_the_limit_by_measurement(monkeypatch: pytest.MonkeyPatc
     first: list[tuple[Problem, float]] = []
     measured: list[float] = []
 
-    def measured_error(prepared: Prepared, verifier: Verifier, actions: Actions) -> float:
+    def measured_error(prepared: Prepared, compared: Reference, actions: Actions) -> float:
         if not first:
             first.append((prepared.problem, 0.8 * limit / plan_error(prepared.problem, actions)))
         problem, scale = first[0]
@@ -293,7 +294,7 @@ def test_a_plan_between_aim_and_limit_is_taken_where_no_other_fits(monkeypatch: 
     call, limit = batch(), 0.1
     first: list[Actions] = []
 
-    def measured_error(prepared: Prepared, verifier: Verifier, actions: Actions) -> float:
+    def measured_error(prepared: Prepared, compared: Reference, actions: Actions) -> float:
         first.append(actions)
         return 0.8 * limit if actions == first[0] else 3 * limit
 
@@ -308,6 +309,6 @@ def test_a_plan_between_aim_and_limit_is_taken_where_no_other_fits(monkeypatch: 
     assert hybrid.plan.gradient_error.value == 0.8 * limit
     hybrid.set_budget(2 * smallest)
     assert hybrid.plan.gradient_error.value == 0.0
-    looser = hybrid.report(more_error=0.1).signatures[0].error_price
+    looser = hybrid.report(more_error=0.1).signatures[0].tolerance_value
     assert looser is not None
     assert looser.saved_bytes >= 0

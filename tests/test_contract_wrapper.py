@@ -91,9 +91,9 @@ def test_report_says_what_more_error_would_save() -> None:
         nn.Sequential(*layers), budget=0.8, example_inputs=(torch.randn(1024, 64),), solver="mps", max_grad_error=1e-6
     )
     assert hybrid.plan.gradient_error.value < 1e-6  # no codec is that precise
-    assert hybrid.report().signatures[0].error_price is None
+    assert hybrid.report().signatures[0].tolerance_value is None
     report = hybrid.report(more_error=0.2)
-    price = report.signatures[0].error_price
+    price = report.signatures[0].tolerance_value
     assert price is not None
     assert price.saved_bytes > 64 * 1024  # a quarter of a layer's input: several are kept encoded then
     assert price.saved_s >= 0

@@ -55,7 +55,7 @@ def test_a_plan_within_the_limit_stays() -> None:
     assert all(check.error is not None and 0 < check.error <= 0.1 for check in checks)
     assert not any(check.replanned for check in checks)
     assert hybrid.plan == before
-    assert "gradient error checked 2 times, planned anew 0 times" in str(hybrid.report()).replace("\n", " ")
+    assert "gradient error checked 2 times, re-planned 0 times" in str(hybrid.report()).replace("\n", " ")
 
 
 def test_a_plan_above_the_limit_is_made_anew() -> None:

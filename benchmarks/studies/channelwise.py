@@ -26,11 +26,11 @@ from benchmarks.lib.results import append_record
 from fxhybrid.accuracy.calibration import channels_at_4_bits
 from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.accuracy.compression_trial import LossyStep
-from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.accuracy.verifier import Reference, reference
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.options import make_options
-from fxhybrid.pipeline import Prepared, build_graphs, prepare
+from fxhybrid.pipeline import Prepared, prepare
 from fxhybrid.suite.convnets import MobileNetV2, ResNet
 from fxhybrid.suite.sample_data import load_digits
 
@@ -97,13 +97,13 @@ def compare(name: str, steps: int, more: int) -> Iterator[Result]:
     prepared = prepare(step, chosen_on, make_options(budget=1.0, loss_fn=F.cross_entropy))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     loss = train(step, optimizer, itertools.islice(data, steps))
-    choices = dict(all_choices(prepared, verifier(prepared, step, chosen_on)))
+    choices = dict(all_choices(prepared, reference(prepared, step, chosen_on)))
     yield from results(
-        name, f"after {steps} steps, loss {loss:.2f}", prepared, verifier(prepared, step, tested_on), choices
+        name, f"after {steps} steps, loss {loss:.2f}", prepared, reference(prepared, step, tested_on), choices
     )
     if more:
         loss = train(step, optimizer, itertools.islice(data, more))
-        later = verifier(prepared, step, tested_on)
+        later = reference(prepared, step, tested_on)
         yield from results(name, f"{more} steps later, loss {loss:.2f}", prepared, later, choices)
 
 
@@ -120,13 +120,7 @@ def train(step: Step, optimizer: torch.optim.Optimizer, data: Iterator[StepCall]
     return sum(losses[-20:]) / max(len(losses[-20:]), 1)
 
 
-def verifier(prepared: Prepared, step: Step, call: StepCall) -> Verifier:
-    """A reference step on a batch."""
-    save_all = build_graphs(prepared, {})[1]
-    return Verifier(prepared.capture, prepared.joint, step, call, save_all=lambda: save_all, save_all_bytes=0)
-
-
-def all_choices(prepared: Prepared, on: Verifier) -> Iterator[tuple[str, tuple[Specs, Specs]]]:
+def all_choices(prepared: Prepared, on: Reference) -> Iterator[tuple[str, tuple[Specs, Specs]]]:
     """Uniform and channel-wise codecs, by what shares bytes."""
     channels = channels_at_4_bits(prepared, LossyStep(prepared, on))
     yield "all", pair(prepared, {t: errors for group in channels.values() for t, errors in group.items()})
@@ -145,7 +139,7 @@ def pair(prepared: Prepared, channels: Mapping[int, Tensor]) -> tuple[Specs, Spe
 
 
 def results(
-    name: str, when: str, prepared: Prepared, on: Verifier, choices: Mapping[str, tuple[Specs, Specs]]
+    name: str, when: str, prepared: Prepared, on: Reference, choices: Mapping[str, tuple[Specs, Specs]]
 ) -> Iterator[Result]:
     """One comparison for each way to share bytes."""
     step = LossyStep(prepared, on)

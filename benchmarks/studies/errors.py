@@ -21,12 +21,12 @@ from benchmarks.lib.results import append_record
 from fxhybrid import suite
 from fxhybrid.accuracy.calibration import Calibration, ErrorPair, calibrate
 from fxhybrid.accuracy.compression_trial import LossyStep
-from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.accuracy.verifier import reference
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import get_codec
 from fxhybrid.optional_imports import require
 from fxhybrid.options import make_options
-from fxhybrid.pipeline import build_graphs, prepare
+from fxhybrid.pipeline import prepare
 
 MINUTES = 15
 NEEDS = "transformers"
@@ -76,11 +76,10 @@ def pairs(name: str, size: suite.Size, n_plans: int) -> Iterator[ErrorPair]:
     inputs, loss_args = target.inputs, tuple(target.loss_args)
     call = StepCall((), inputs, loss_args) if isinstance(inputs, dict) else StepCall(tuple(inputs), {}, loss_args)
     prepared = prepare(step, call, make_options(budget=1.0, loss_fn=target.loss_fn))
-    save_all = build_graphs(prepared, {})[1]
-    verifier = Verifier(prepared.capture, prepared.joint, step, call, save_all=lambda: save_all, save_all_bytes=0)
-    found = calibrate(prepared, verifier)
+    compared = reference(prepared, step, call)
+    found = calibrate(prepared, compared)
     yield from found.pairs
-    yield from random_plans(found, LossyStep(prepared, verifier), n_plans)
+    yield from random_plans(found, LossyStep(prepared, compared), n_plans)
 
 
 def random_plans(found: Calibration, step: LossyStep, n_plans: int) -> Iterator[ErrorPair]:

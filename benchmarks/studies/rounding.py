@@ -20,7 +20,7 @@ from benchmarks.convergence import evaluated
 from benchmarks.lib.common import add_slices, names_of, wide_console, with_missing
 from benchmarks.lib.results import Record
 from benchmarks.lib.training_tasks import digits, language, packages
-from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.accuracy.verifier import reference
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, register
 from fxhybrid.codecs.kernels.reference import pack_rows
@@ -31,7 +31,7 @@ from fxhybrid.ir.schedule import lower
 from fxhybrid.options import make_options
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
-from fxhybrid.pipeline import Prepared, build_graphs, prepare
+from fxhybrid.pipeline import Prepared, prepare
 from fxhybrid.runtime import StepFunction
 
 MINUTES = 30
@@ -101,7 +101,7 @@ def train(task: Task, bits: int, rounding: str) -> Record:
     if bits < 32:
         prepared = prepare(step, call, make_options(budget=1.0, loss_fn=task.loss_fn))
         made = graphs(prepared, bits, rounding)
-        record["error"] = _verifier(prepared, step, call).gradient_error(made)
+        record["error"] = reference(prepared, step, call).gradient_error(made)
         bound = prepared.capture.bind(StepFunction(made, prepared.joint, prepared.capture.metadata))
         function = partial(bound, step)
     _run(task, model, function, itertools.chain([example], batches))
@@ -118,12 +118,6 @@ def _run(
         function((x,), {}, (y,)).backward()
         optimizer.step()
         schedule.step()
-
-
-def _verifier(prepared: Prepared, step: Step, call: StepCall) -> Verifier:
-    return Verifier(
-        prepared.capture, prepared.joint, step, call, save_all=lambda: build_graphs(prepared, {})[1], save_all_bytes=0
-    )
 
 
 def runs_table(records: Sequence[Record]) -> Table:

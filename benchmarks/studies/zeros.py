@@ -115,9 +115,7 @@ def saved_tensors(name: str, size: suite.Size) -> Iterator[Kept]:
             if storage is not None and value.is_floating_point() and value.numel():
                 graph.call_function(look, (node, storage))
     graphs.backward.recompile()
-    save_all = build_graphs(prepared, {})[1]
-    verifier = Verifier(prepared.capture, prepared.joint, step, call, save_all=lambda: save_all, save_all_bytes=0)
-    verifier.run(graphs)
+    Verifier(prepared, step, call).run(graphs)
     yield from found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxhybrid.accuracy.attribution import neighbours, tensor_errors
 from fxhybrid.accuracy.channel_widths import channelwise_choices
 from fxhybrid.accuracy.compression_trial import LossyStep
-from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.accuracy.verifier import Reference
 from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.codecs.channelwise import Channelwise
 from fxhybrid.codecs.widths import STEP_ERROR
@@ -63,14 +63,14 @@ class Calibration:
     pairs: tuple[ErrorPair, ...]
 
 
-def measured_error(prepared: Prepared, verifier: Verifier, actions: Actions) -> float:
-    """Relative gradient error of ``actions`` on the verifier's batch; it must have a reference."""
-    return verifier.gradient_error(build_graphs(prepared, actions)[1])
+def measured_error(prepared: Prepared, reference: Reference, actions: Actions) -> float:
+    """Runs ``actions`` on the reference's batch, and returns the relative gradient error."""
+    return reference.gradient_error(build_graphs(prepared, actions)[1])
 
 
-def calibrate(prepared: Prepared, verifier: Verifier) -> Calibration:
-    """Measures all groups on the verifier's batch; it must have a reference."""
-    groups = _groups_at_4_bits(prepared, LossyStep(prepared, verifier))
+def calibrate(prepared: Prepared, reference: Reference) -> Calibration:
+    """Measures all groups on the reference's batch."""
+    groups = _groups_at_4_bits(prepared, LossyStep(prepared, reference))
     offered = channelwise_choices(prepared, [group.channels for group in groups.values()])
     choices = {t: _sorted(prepared, t, [*specs, *offered.get(t, [])]) for t, specs in prepared.choices.items()}
     runs = [run for name, group in groups.items() for run in group.runs_of_others(name, choices)]

@@ -1,4 +1,4 @@
-"""A step whose saved tensors are made lossy from run to run, without rewriting its graphs each time."""
+"""Trial steps in which chosen saved tensors are lossy, without rewriting the graphs for each choice."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from torch import Tensor
 
 from fxhybrid.accuracy.attribution import ChannelWatch, Neighbours
 from fxhybrid.accuracy.step_result import squared_differences
-from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.accuracy.verifier import Reference
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ir.plan import SAVE, Action
 from fxhybrid.pipeline import Prepared, build_graphs
 
 
 class LossyStep:
-    """Runs of one captured step on one batch, each with other tensors lossy.
+    """Runs one captured step on one batch, each time with other tensors lossy.
 
     Masks are kept, so that what they derive from may be lossy. A lossy tensor goes through its codec when the backward
     pass begins: the gradients are those of a plan with these codecs, the memory is not.
     """
 
-    def __init__(self, prepared: Prepared, verifier: Verifier) -> None:
-        """Builds the graphs; the verifier must have a reference."""
-        assert verifier.reference is not None, "callers check first whether there is a reference"
-        self.verifier, self.expected = verifier, verifier.reference.gradients
+    def __init__(self, prepared: Prepared, reference: Reference) -> None:
+        """Builds the graphs; runs nothing."""
+        self.reference, self.expected = reference, reference.result.gradients
         self.specs: Mapping[int, str] = {}
         problem = prepared.problem
         masks: dict[int, Action] = {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
@@ -34,7 +33,7 @@ class LossyStep:
         self._pass_through({id(root.meta["val"]): t for t, root in roots.items() if root is not None})
 
     def _pass_through(self, storages: Mapping[int, int]) -> None:
-        """Sends every saved tensor with choices through its codec of the day; keys are the fake tensors' ids."""
+        """Sends every saved tensor with choices through its present codec; keys are the fake tensors' ids."""
         graph = self.graphs.backward.graph
         saved = [node for node in graph.nodes if node.op == "placeholder"]
         with graph.inserting_before(saved[-1].next):
@@ -55,7 +54,7 @@ class LossyStep:
         return through
 
     def differences(self, specs: Mapping[int, str], near: Mapping[int, Neighbours] | None = None) -> dict[str, float]:
-        """Squared relative errors by parameter.
+        """Runs a step, and returns squared relative errors by parameter.
 
         Args:
             specs: codecs by storage.
@@ -63,10 +62,10 @@ class LossyStep:
         """
         self.specs = specs
         self.watch.start(near or {})
-        found = self.verifier.run(self.graphs).gradients
+        found = self.reference.run(self.graphs).gradients
         self.specs = {}
         return squared_differences(found, self.expected)
 
     def error(self, specs: Mapping[int, str]) -> float:
-        """Relative error of all parameter gradients with these codecs."""
+        """Runs a step, and returns the relative error of all parameter gradients."""
         return float(sum(self.differences(specs).values()) ** 0.5)

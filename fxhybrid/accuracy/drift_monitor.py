@@ -1,32 +1,39 @@
-"""The gradient error as training goes on: measured every so many steps, with a new plan where it is above the limit."""
+"""Drift of the gradient error during training: measured every so many steps, re-planned where above the limit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from fxhybrid.capture.step import Step, StepCall
+from fxhybrid.capture.step import StepCall
 from fxhybrid.errors import BudgetError, InvalidArgument
 from fxhybrid.ir.plan import Plan
 
 
-class Monitored(Protocol):
-    """A planned kind of call whose gradient error can be measured, and which can be planned again."""
+class Active(Protocol):
+    """Is a plan at work."""
 
     @property
     def plan(self) -> Plan:
-        """The plan for fresh gradients."""
+        """What is carried out."""
 
-    def measure_error(self, step: Step, call: StepCall) -> float:
+
+class Monitored(Protocol):
+    """Can measure the gradient error of its plan, and re-plan."""
+
+    def active(self) -> Active:
+        """Returns the plan for fresh gradients."""
+
+    def measure_error(self, call: StepCall) -> float:
         """Measures the plan's relative gradient error on a batch."""
 
-    def recalibrate(self, step: Step, call: StepCall) -> None:
-        """Plans again by the errors on a batch."""
+    def recalibrate(self, call: StepCall) -> None:
+        """Re-plans by the errors on a batch."""
 
 
 @dataclass(frozen=True)
 class DriftCheck:
-    """One look at the gradient error.
+    """Says what one measurement of the gradient error found.
 
     Attributes:
         step: training step before which it was measured, counted from 1.
@@ -45,7 +52,7 @@ class DriftCheck:
         return f"step {self.step}: {found}{self.note}"
 
 
-class DriftGuard:
+class DriftMonitor:
     """Counts training steps, and checks the plan before every ``every``-th.
 
     Attributes:
@@ -58,23 +65,23 @@ class DriftGuard:
         self.steps = 0
         self.checks: list[DriftCheck] = []
 
-    def before(self, signature: Monitored, step: Step, call: StepCall) -> None:
-        """Looks at the plan, if it is time to, on the batch that is about to be trained on."""
+    def before_step(self, planned: Monitored, call: StepCall) -> None:
+        """Checks the plan, if it is time to, on the batch that is about to be trained on."""
         self.steps += 1
         if self.every is not None and self.steps % self.every == 0:
-            self.checks.append(self._check(signature, step, call.detached()))
+            self.checks.append(self._check(planned, call))
 
-    def _check(self, signature: Monitored, step: Step, call: StepCall) -> DriftCheck:
-        if signature.plan.gradient_error.source == "exact":
+    def _check(self, planned: Monitored, call: StepCall) -> DriftCheck:
+        if planned.active().plan.gradient_error.source == "exact":
             return DriftCheck(self.steps, 0.0, False, "the plan is exact")
         try:
-            error = signature.measure_error(step, call)
+            error = planned.measure_error(call)
         except InvalidArgument as refused:  # not enough memory: what a check takes is no reason to end a training
             return DriftCheck(self.steps, None, False, str(refused))
         if error <= self.max_grad_error:
             return DriftCheck(self.steps, error, False, "within the limit")
         try:
-            signature.recalibrate(step, call)
+            planned.recalibrate(call)
         except BudgetError:
             return DriftCheck(self.steps, error, False, "above the limit, which no plan within the budget keeps")
-        return DriftCheck(self.steps, error, True, "above the limit: planned anew")
+        return DriftCheck(self.steps, error, True, "above the limit: re-planned")

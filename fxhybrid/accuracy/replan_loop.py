@@ -1,123 +1,124 @@
-"""Plans that keep the gradient error, by measurement.
+"""The re-planning loop: plans whose gradient error was measured, not only estimated.
 
-Errors of single tensors are estimates, and they add up only roughly. So plans that matter are run once on the example
-batch; if one is off what plans aim at, all errors are scaled up and planning starts anew. The aim is lower than the
-limit because other batches differ; a plan between the two is taken where no other one fits.
+Errors of single tensors are estimates, and they add up only roughly. So the plans to validate are run once on the
+example batch; where one is above what plans aim at, all errors are scaled up and the step is re-planned. The target is
+lower than the limit because other batches differ; a plan between the two is a fallback, taken where no other one fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
 
 from fxhybrid.accuracy.calibration import ErrorPair, calibrate, measured_error
-from fxhybrid.accuracy.verifier import Verifier
+from fxhybrid.accuracy.verifier import Reference
 from fxhybrid.ir.plan import Action, Actions
 from fxhybrid.pipeline import Prepared
+from fxhybrid.solvers.base import FrontierPoint
+from fxhybrid.solvers.portfolio.known_plans import KnownPlans
 from fxhybrid.units import format_bytes
 
-ROUNDS = 5
-UNUSABLE = 1e6  # an error that no limit allows
+MAX_ROUNDS = 5
+RESCALE_MARGIN = 1.1  # errors are scaled up by this more than was measured, so that rounds do not creep
+UNUSABLE_ERROR = 1e6  # an error that no limit allows
 
-Plans = TypeVar("Plans")
-Known = TypeVar("Known", bound="Estimated")
 ActionsKey = frozenset[tuple[int, Action]]
+Points = Sequence[FrontierPoint]
 
 
 def _key(actions: Actions) -> ActionsKey:
     return frozenset(actions.items())
 
 
-class Estimated(Protocol):
-    """Actions with the figures that a solver gives them."""
+@dataclass(frozen=True)
+class MeasuredErrors:
+    """Holds the gradient errors that were measured on one batch.
 
-    @property
-    def actions(self) -> Actions:
-        """What is done to each tensor."""
+    Attributes:
+        pairs: errors that were both predicted and measured, of groups of tensors and of plans.
+        by_actions: error of the actions that were run.
+    """
 
-    @property
-    def peak_bytes(self) -> int:
-        """Peak of the step."""
+    pairs: tuple[ErrorPair, ...] = ()
+    by_actions: Mapping[ActionsKey, float] = field(default_factory=dict)
 
-    @property
-    def error(self) -> float:
-        """Root of the sum of the tensors' squared errors."""
+    def error_of(self, actions: Actions) -> float | None:
+        """Returns the measured gradient error; None for actions that were not run."""
+        return self.by_actions.get(_key(actions))
+
+    def __or__(self, other: MeasuredErrors) -> MeasuredErrors:
+        return MeasuredErrors(self.pairs + other.pairs, {**self.by_actions, **other.by_actions})
 
 
 @dataclass(frozen=True)
-class WithinError(Generic[Plans]):
-    """Plans, and what was measured on the way to them.
+class ReplanResult:
+    """Holds plans, and what was measured on the way to them.
 
     Attributes:
         prepared: with the codecs and errors that were planned with.
         plans: what planning gave.
-        pairs: gradient errors that were both predicted and measured.
-        measured: gradient error of the actions that were run.
+        errors: what was measured.
     """
 
     prepared: Prepared
-    plans: Plans
-    pairs: tuple[ErrorPair, ...] = ()
-    measured: dict[ActionsKey, float] = field(default_factory=dict)
-
-    def error_of(self, actions: Actions) -> float | None:
-        """The measured gradient error; None for actions that were not run."""
-        return self.measured.get(_key(actions))
+    plans: KnownPlans
+    errors: MeasuredErrors = MeasuredErrors()
 
 
-def plans_within_error(
+def replan_within_error(
     prepared: Prepared,
-    verifier: Verifier,
+    reference: Reference,
     max_grad_error: float,
-    aim: float,
-    make_plans: Callable[[Prepared, Sequence[Known], Sequence[Known]], Plans],
-    that_matter: Callable[[Plans], Sequence[Known]],
-) -> WithinError[Plans]:
-    """Calibrates, and plans until all plans that matter keep the aim on the verifier's batch, or at least the limit.
+    target_error: float,
+    make_plans: Callable[[Prepared, Points, Points], KnownPlans],
+    plans_to_validate: Callable[[KnownPlans], Points],
+) -> ReplanResult:
+    """Calibrates, and plans until all plans to validate are measured within the target error.
 
     Args:
         prepared: the step, with the codecs to begin with.
-        verifier: holds the batch; must have a reference.
+        reference: holds the batch.
         max_grad_error: limit of the measured relative error.
-        aim: what plans are made for, lower than the limit.
-        make_plans: plans by the errors of what it is given; plans that kept the aim before are to be among them, and
-            those that kept only the limit where no other one fits.
-        that_matter: the plans to run, those first that do not depend on the budget: what follows from them then does
-            not either.
+        target_error: what plans are made for, lower than the limit.
+        make_plans: plans by the errors of what it is given, the accepted plans (within the target) and the
+            near-feasible ones (only within the limit), which are to be fallbacks.
+        plans_to_validate: the plans to run, those first that do not depend on the budget: what follows from them
+            then does not either.
+
+    Returns:
+        The plans of the last round; after ``MAX_ROUNDS`` those without lossy codecs, and the accepted and
+        near-feasible ones.
     """
-    calibration = calibrate(prepared, verifier)
+    calibration = calibrate(prepared, reference)
     prepared, errors = prepared.with_choices(calibration.choices), calibration.errors
-    pairs, measured = calibration.pairs, dict[ActionsKey, float]()
-    kept: list[Known] = []  # within the aim
-    near: list[Known] = []  # only within the limit
-    for _ in range(ROUNDS):
+    measured = MeasuredErrors(calibration.pairs)
+    accepted: list[FrontierPoint] = []
+    near_feasible: list[FrontierPoint] = []
+    for _ in range(MAX_ROUNDS):
         prepared = prepared.with_errors(errors)
-        plans = make_plans(prepared, kept, near)
-        for plan in that_matter(plans):
-            if _key(plan.actions) in measured:
+        plans = make_plans(prepared, accepted, near_feasible)
+        for point in plans_to_validate(plans):
+            if measured.error_of(point.actions) is not None:
                 continue
-            found = measured_plan(prepared, verifier, plans, plan)
-            pairs += found.pairs
-            measured |= found.measured
-            error = measured.get(_key(plan.actions), 0.0)
-            if error <= aim:
-                kept.append(plan)
+            measured |= validate_plan(prepared, reference, point)
+            error = measured.error_of(point.actions) or 0.0
+            if error <= target_error:
+                accepted.append(point)
                 continue
             if error <= max_grad_error:
-                near.append(plan)
-            errors = {key: value * 1.1 * error / plan.error for key, value in errors.items()}
+                near_feasible.append(point)
+            errors = {key: value * RESCALE_MARGIN * error / point.error for key, value in errors.items()}
             break
         else:
-            return WithinError(prepared, plans, pairs, measured)
-    prepared = prepared.with_errors(dict.fromkeys(errors, UNUSABLE))
-    return WithinError(prepared, make_plans(prepared, kept, near), pairs, measured)
+            return ReplanResult(prepared, plans, measured)
+    prepared = prepared.with_errors(dict.fromkeys(errors, UNUSABLE_ERROR))
+    return ReplanResult(prepared, make_plans(prepared, accepted, near_feasible), measured)
 
 
-def measured_plan(prepared: Prepared, verifier: Verifier, plans: Plans, plan: Estimated) -> WithinError[Plans]:
-    """Runs one of the plans, unless it is exact; the verifier must have a reference."""
-    if plan.error == 0:
-        return WithinError(prepared, plans)
-    found = measured_error(prepared, verifier, plan.actions)
-    pair = ErrorPair(f"plan of {format_bytes(plan.peak_bytes)}", "", plan.error, found)
-    return WithinError(prepared, plans, (pair,), {_key(plan.actions): found})
+def validate_plan(prepared: Prepared, reference: Reference, point: FrontierPoint) -> MeasuredErrors:
+    """Runs a plan on the reference's batch and notes its gradient error, unless it is exact."""
+    if point.error == 0:
+        return MeasuredErrors()
+    found = measured_error(prepared, reference, point.actions)
+    pair = ErrorPair(f"plan of {format_bytes(point.peak_bytes)}", "", point.error, found)
+    return MeasuredErrors((pair,), {_key(point.actions): found})

@@ -1,19 +1,18 @@
-"""Verify: the captured graph against eager, and the gradient error of a plan, both by running them once."""
+"""Trial runs of a captured step: the captured graph against eager, and the gradient error of a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fxhybrid.accuracy.step_result import StepResult, observe_step, relative_difference
-from fxhybrid.capture.capture import Capture
-from fxhybrid.capture.joint_graph import InputKind, JointGraph
+from fxhybrid.capture.joint_graph import InputKind
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import CaptureError
 from fxhybrid.passes.split import SplitGraphs
+from fxhybrid.pipeline import Prepared
 from fxhybrid.profiling.system_memory import available_bytes
 from fxhybrid.runtime import StepFunction
 from fxhybrid.units import format_bytes
@@ -25,7 +24,7 @@ HEADROOM = 1.25  # of the save-all peak: two steps' gradients and copied buffers
 
 @dataclass(frozen=True)
 class CaptureCheck:
-    """How the captured graph compares with eager.
+    """Says how the captured graph compares with eager.
 
     Attributes:
         difference: relative difference of all parameter gradients; None if it was not compared.
@@ -36,86 +35,105 @@ class CaptureCheck:
     note: str
 
 
-def _changed_tensors(joint: JointGraph, step: Step, call: StepCall) -> list[Tensor]:
-    """What a trial run writes to besides the model's buffers."""
-    mutated = {role.name for role in joint.inputs if role.mutated and role.kind is not InputKind.USER_INPUT}
-    changed: list[Tensor] = [p for name, p in step.named_parameters() if name in mutated]
-    changed += [b for name, b in step.named_buffers() if name in mutated and not name.startswith("model.")]
-    inputs = any(role.mutated and role.kind is InputKind.USER_INPUT for role in joint.inputs)
-    return [*changed, *(call.tensors if inputs else [])]
-
-
+@dataclass(frozen=True, eq=False)
 class Verifier:
-    """Runs steps of one captured signature on its example arguments, leaving the model as it was.
+    """Runs steps of one captured signature on one batch, and leaves the model as it was.
 
     Attributes:
-        check: the comparison of the captured graph with eager.
-        reference: what a step that keeps everything gives; None where memory did not allow it.
+        prepared: the captured signature.
+        step: model and loss.
+        call: the batch.
     """
 
-    def __init__(
-        self,
-        captured: Capture,
-        joint: JointGraph,
-        step: Step,
-        call: StepCall,
-        *,
-        save_all: Callable[[], SplitGraphs],
-        save_all_bytes: int,
-        against_eager: bool = True,
-    ) -> None:
-        """Runs the reference if memory allows, and compares the captured graph with eager unless that was done before.
-
-        Raises:
-            CaptureError: the graph computes something else than the model.
-        """
-        self.captured, self.joint = captured, joint
-        self.step, self.call = step, call
-        self.has_loss = step.loss_fn is not None
-        self.changed = _changed_tensors(joint, step, call)
-        self.reference: StepResult | None = None
-        needed, free = int(save_all_bytes * HEADROOM), available_bytes()
-        if needed > free:
-            self.check = CaptureCheck(
-                None, f"not compared with eager: that takes {format_bytes(needed)}, free are {format_bytes(free)}"
-            )
-            return
-        eager = self._eager() if against_eager else None
-        self.reference = self.run(save_all())
-        self.check = self._compare(eager, self.reference) if eager else CaptureCheck(None, "compared before")
+    prepared: Prepared
+    step: Step
+    call: StepCall
 
     def run(self, graphs: SplitGraphs) -> StepResult:
-        """One step with these graphs, at the reference's seed."""
-        function = self.captured.bind(StepFunction(graphs, self.joint, self.captured.metadata))
+        """Runs one step with these graphs, at the same seed every time."""
+        captured = self.prepared.capture
+        function = captured.bind(StepFunction(graphs, self.prepared.joint, captured.metadata))
+        has_loss, changed = self.step.loss_fn is not None, self._changed()
         return observe_step(
-            lambda: function(self.step, *self.call), self.step.model, has_loss=self.has_loss, changed=self.changed
+            lambda: function(self.step, *self.call), self.step.model, has_loss=has_loss, changed=changed
         )
+
+    def run_eager(self) -> StepResult:
+        """Runs the user's own step, at that seed."""
+        step, has_loss = self.step, self.step.loss_fn is not None
+        return observe_step(
+            lambda: step.check_result(step(*self.call)), step.model, has_loss=has_loss, changed=self._changed()
+        )
+
+    def _changed(self) -> list[Tensor]:
+        """Returns what a step writes to in addition to the model's buffers."""
+        roles, step = self.prepared.joint.inputs, self.step
+        mutated = {role.name for role in roles if role.mutated and role.kind is not InputKind.USER_INPUT}
+        changed: list[Tensor] = [p for name, p in step.named_parameters() if name in mutated]
+        changed += [b for name, b in step.named_buffers() if name in mutated and not name.startswith("model.")]
+        writes_input = any(role.mutated and role.kind is InputKind.USER_INPUT for role in roles)
+        return [*changed, *(self.call.tensors if writes_input else [])]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Holds what the save-all step gives on one batch, with which other steps on it are compared.
+
+    Attributes:
+        verifier: runs steps on the batch.
+        result: what the save-all step left behind.
+    """
+
+    verifier: Verifier
+    result: StepResult
+
+    def run(self, graphs: SplitGraphs) -> StepResult:
+        """Runs one step with these graphs on the batch."""
+        return self.verifier.run(graphs)
 
     def gradient_error(self, graphs: SplitGraphs) -> float:
-        """Relative error of all parameter gradients against the step that keeps everything."""
-        assert self.reference is not None, "callers check first whether there is a reference"
-        return relative_difference(self.run(graphs).gradients, self.reference.gradients)
+        """Runs one step, and returns the relative error of all its parameter gradients."""
+        return relative_difference(self.run(graphs).gradients, self.result.gradients)
 
-    def _eager(self) -> StepResult:
-        step = self.step
-        return observe_step(
-            lambda: step.check_result(step(*self.call)), step.model, has_loss=self.has_loss, changed=self.changed
+
+def memory_shortage(save_all_bytes: int) -> str | None:
+    """Says what a save-all step to compare with lacks; None where memory allows it."""
+    needed, free = int(save_all_bytes * HEADROOM), available_bytes()
+    if needed <= free:
+        return None
+    return f"a save-all step to compare with takes {format_bytes(needed)}, free are {format_bytes(free)}"
+
+
+def reference(prepared: Prepared, step: Step, call: StepCall) -> Reference:
+    """Runs the save-all step on a batch."""
+    verifier = Verifier(prepared, step, call)
+    return Reference(verifier, verifier.run(prepared.save_all_graphs))
+
+
+def check_capture(reference: Reference) -> CaptureCheck:
+    """Runs the user's own step on the reference's batch, and compares the captured graph with it.
+
+    Raises:
+        CaptureError: the graph computes something else than the model.
+    """
+    verifier, found = reference.verifier, reference.result
+    eager = verifier.run_eager()
+    if found.same_bits(eager):
+        return CaptureCheck(0.0, "bit-equal to eager: outputs, gradients, buffers and generator")
+    difference = relative_difference(found.gradients, eager.gradients)
+    own = relative_difference(verifier.run_eager().gradients, eager.gradients)
+    if own > 0:
+        return CaptureCheck(difference, f"eager does not repeat itself here (its own difference: {own:.1e})")
+    same_rng = torch.equal(eager.rng_state, found.rng_state)
+    if not difference <= (LOW_PRECISION if _is_low_precision(verifier.step) else SAME_GRAPH) or not same_rng:
+        raise CaptureError(
+            f"the traced graph does not compute what the model does: gradients differ by {difference:.2g}"
+            + ("" if same_rng else ", and random numbers are drawn in another order")
+            + "; does the model depend on Python state that changes between calls?"
         )
+    return CaptureCheck(difference, f"gradients differ from eager by {difference:.1e}")
 
-    def _compare(self, eager: StepResult, found: StepResult) -> CaptureCheck:
-        if found.same_bits(eager):
-            return CaptureCheck(0.0, "bit-equal to eager: outputs, gradients, buffers and generator")
-        difference = relative_difference(found.gradients, eager.gradients)
-        same_rng = torch.equal(eager.rng_state, found.rng_state)
-        own = relative_difference(self._eager().gradients, eager.gradients)
-        if own > 0:
-            return CaptureCheck(difference, f"eager does not repeat itself here (its own difference: {own:.1e})")
-        low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.step.parameters())
-        low = low or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        if not difference <= (LOW_PRECISION if low else SAME_GRAPH) or not same_rng:
-            raise CaptureError(
-                f"the traced graph does not compute what the model does: gradients differ by {difference:.2g}"
-                + ("" if same_rng else ", and random numbers are drawn in another order")
-                + "; does the model depend on Python state that changes between calls?"
-            )
-        return CaptureCheck(difference, f"gradients differ from eager by {difference:.1e}")
+
+def _is_low_precision(step: Step) -> bool:
+    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in step.parameters())
+    return low or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")

@@ -1,28 +1,29 @@
-"""Actions by tensor name, in which form a plan is carried from one capture to another."""
+"""Plan transfer: actions by tensor name, in which form a plan goes from one capture to another."""
 
 from __future__ import annotations
 
 import torch
 
-from fxhybrid.errors import PlanMismatchError
+from fxhybrid.errors import PlanError, PlanMismatchError
 from fxhybrid.ir.plan import Action, Actions, Plan
 from fxhybrid.ir.problem import Problem
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, simulated
 from fxhybrid.version import __version__
 
 
 def versions() -> dict[str, str]:
-    """Versions that a plan depends on."""
+    """Returns the versions that a plan depends on."""
     return {"fxhybrid": __version__, "torch": torch.__version__.split("+")[0]}
 
 
 def named_actions(problem: Problem, actions: Actions) -> dict[str, Action]:
-    """The actions of ``problem``'s candidates by tensor name."""
+    """Names the actions of ``problem``'s candidates by tensor."""
     candidates = set(problem.candidates)
     return {problem.tensors[t].name: actions[t] for t in sorted(actions) if t in candidates}
 
 
-def carried_actions(plan: Plan, problem: Problem, fingerprint: str) -> dict[int, Action]:
-    """The actions of a plan from elsewhere on the graph of ``problem``.
+def bind_actions(plan: Plan, problem: Problem, fingerprint: str) -> dict[int, Action]:
+    """Binds the actions of a plan from another capture to the tensors of ``problem``.
 
     Raises:
         PlanMismatchError: another graph, other shapes or other versions.
@@ -39,3 +40,18 @@ def carried_actions(plan: Plan, problem: Problem, fingerprint: str) -> dict[int,
     if unknown:
         raise PlanMismatchError(f"the plan names tensors that this graph does not have: {unknown[:3]}")
     return {problem.index[name]: action for name, action in plan.actions.items()}
+
+
+def simulate_transferred(problem: Problem, plan: Plan, actions: Actions) -> KnownPlan:
+    """Simulates a transferred plan, whose ``actions`` have other figures on this device.
+
+    Raises:
+        PlanMismatchError: an action cannot be carried out here.
+    """
+    try:
+        point = simulated(problem, actions)
+    except PlanError as error:
+        raise PlanMismatchError(
+            f"the plan cannot be carried out here: {error}; plan again with fxhybrid.plan"
+        ) from error
+    return KnownPlan(point, plan.solver, solve_s=plan.solve_s)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fxhybrid.errors import PlanError, PlanMismatchError
-from fxhybrid.ir.plan import Actions, Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
 from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.portfolio.extend_plans import frontier_plans
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, simulated
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, smallest_of
 from fxhybrid.solvers.portfolio.solvers import ILP_LIMIT_S, Portfolio
 
 ILP_LEAST_S = 2.0  # of a round that comes when all of ``ILP_LIMIT_S`` is used up
@@ -20,7 +18,7 @@ ERROR_MARGIN = 1 / 3
 
 
 def error_target(options: Options, more_error: float = 0.0) -> float:
-    """The estimated error that plans aim at, for ``max_grad_error`` or for a limit higher by ``more_error``."""
+    """Returns the estimated error that plans aim at, for ``max_grad_error`` or for a limit higher by ``more_error``."""
     return ERROR_MARGIN * (options.max_grad_error + more_error)
 
 
@@ -39,14 +37,20 @@ class PlanMaker:
     ilp_s: float = ILP_LIMIT_S
 
     def __call__(
-        self, problem: Problem, accepted: Iterable[FrontierPoint] = (), fallback: Iterable[FrontierPoint] = ()
+        self, problem: Problem, accepted: Iterable[FrontierPoint] = (), near_feasible: Iterable[FrontierPoint] = ()
     ) -> KnownPlans:
-        """The frontiers' plans, the ``accepted``, the solver's own for the budget, and a ``fallback`` if none fits."""
+        """Makes the frontiers' plans and the solver's own for the budget.
+
+        Args:
+            problem: with the errors to plan by.
+            accepted: plans that join them.
+            near_feasible: plans that are fallbacks where no other one fits.
+        """
         known = frontier_plans(problem, max_error=error_target(self.options))
         known = replace(
             known,
             plans=(*known.plans, *map(KnownPlan, accepted)),
-            fallback=(*known.fallback, *map(KnownPlan, fallback)),
+            fallback=(*known.fallback, *map(KnownPlan, near_feasible)),
         )
         portfolio = Portfolio(self.options.solver, max(self.ilp_s, ILP_LEAST_S))
         known, ilp_s = portfolio.extend(known, self.budget_bytes)
@@ -54,16 +58,7 @@ class PlanMaker:
         return known
 
 
-def carried_plan(problem: Problem, plan: Plan, actions: Actions) -> KnownPlan:
-    """A plan made elsewhere, with the figures that its ``actions`` have here.
-
-    Raises:
-        PlanMismatchError: an action cannot be carried out here.
-    """
-    try:
-        point = simulated(problem, actions)
-    except PlanError as error:
-        raise PlanMismatchError(
-            f"the plan cannot be carried out here: {error}; plan again with fxhybrid.plan"
-        ) from error
-    return KnownPlan(point, plan.solver, solve_s=plan.solve_s)
+def plans_to_validate(known: KnownPlans, budget_bytes: int) -> list[FrontierPoint]:
+    """Returns the smallest plan, and the one for the budget."""
+    chosen = known.cheapest(budget_bytes)
+    return [smallest_of(known.plans), *([chosen.point] if chosen else [])]

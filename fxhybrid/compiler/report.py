@@ -6,30 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
 from fxhybrid.accuracy.calibration import ErrorPair
 from fxhybrid.accuracy.drift_monitor import DriftCheck
-from fxhybrid.compiler.signature import ErrorPrice
+from fxhybrid.compiler.call_state import CallState
+from fxhybrid.compiler.planning_state import PlanningState
+from fxhybrid.compiler.signature import Signature
+from fxhybrid.compiler.tolerance import ToleranceValue, tolerance_value
 from fxhybrid.ir.plan import Plan
 from fxhybrid.units import format_bytes
 
 if TYPE_CHECKING:
-    from fxhybrid.compiler.signature import Signature
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
 class SignatureReport:
-    """One kind of call.
+    """Reports one kind of call.
 
     Attributes:
         plan: the plan for fresh gradients.
-        save_all_bytes: simulated peak of the step that keeps everything.
+        save_all_bytes: simulated peak of the save-all step.
         minimum_bytes: smallest peak for which a plan is known.
         capture_check: how the captured graph compares with eager.
         accumulating: whether a plan fits while gradients of an earlier backward pass exist, in words.
-        error_price: what more gradient error would save; None if it was not asked for.
+        tolerance_value: what a higher error tolerance would save; None if it was not asked for.
         error_pairs: gradient errors that were both predicted and measured: of groups of tensors and of plans.
     """
 
@@ -38,13 +38,13 @@ class SignatureReport:
     minimum_bytes: int
     capture_check: str
     accumulating: str
-    error_price: ErrorPrice | None = None
+    tolerance_value: ToleranceValue | None = None
     error_pairs: tuple[ErrorPair, ...] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """All kinds of calls seen so far; prints as a table.
+    """Reports all kinds of calls seen so far; prints as a table.
 
     Attributes:
         signatures: one entry per kind of call, the last called first.
@@ -55,12 +55,16 @@ class Report:
     drift_checks: tuple[DriftCheck, ...] = ()
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=110, force_terminal=False)
         with console.capture() as capture:
             console.print(self.__rich__())
         return capture.get()
 
     def __rich__(self) -> Table:
+        from rich.table import Table
+
         table = Table(title="fxhybrid report")
         table.add_column("")
         for number in range(len(self.signatures)):
@@ -71,7 +75,7 @@ class Report:
         if self.drift_checks:
             replanned = sum(check.replanned for check in self.drift_checks)
             table.caption = (
-                f"gradient error checked {len(self.drift_checks)} times, planned anew {replanned} times; "
+                f"gradient error checked {len(self.drift_checks)} times, re-planned {replanned} times; "
                 f"last: {self.drift_checks[-1]}"
             )
         return table
@@ -79,12 +83,12 @@ class Report:
 
 def _rows(report: SignatureReport) -> dict[str, str]:
     plan = report.plan
-    price = report.error_price
+    tolerance = report.tolerance_value
     counts = ", ".join(f"{count} {kind}" for kind, count in plan.counts().items()) or "everything saved"
     return {
         "budget": format_bytes(plan.budget_bytes),
         "predicted peak": format_bytes(plan.peak_bytes),
-        "peak if all is saved": format_bytes(report.save_all_bytes),
+        "save-all peak": format_bytes(report.save_all_bytes),
         "smallest known peak": format_bytes(report.minimum_bytes),
         "added time": f"{plan.added_s * 1e3:.1f} ms on {plan.step_s * 1e3:.1f} ms",
         "status": f"{plan.status} ({plan.solver}, gap {plan.gap:.1%})",
@@ -93,7 +97,7 @@ def _rows(report: SignatureReport) -> dict[str, str]:
         "measured error over predicted": _pairs_text(report.error_pairs),
         "captured graph": report.capture_check,
         "accumulating": report.accumulating,
-        **({} if price is None else {f"{price.more_error:g} more error": str(price)}),
+        **({} if tolerance is None else {f"{tolerance.more_error:g} more error": str(tolerance)}),
     }
 
 
@@ -105,19 +109,26 @@ def _pairs_text(pairs: Sequence[ErrorPair]) -> str:
 def make_report(
     signatures: Sequence[Signature], more_error: float | None, drift_checks: Sequence[DriftCheck] = ()
 ) -> Report:
-    """The report of these signatures, with the price of the gradient error if asked for."""
-    return Report(
-        tuple(
-            SignatureReport(
-                s.plan,
-                s.save_all_bytes,
-                s.minimum_bytes,
-                s.check.note,
-                s.accumulating_note(),
-                s.error_price(more_error) if more_error else None,
-                s.found.pairs,
-            )
-            for s in signatures
-        ),
-        tuple(drift_checks),
+    """Makes the report of these signatures, with the value of a higher error tolerance if asked for."""
+    return Report(tuple(_report(signature, more_error) for signature in signatures), tuple(drift_checks))
+
+
+def _report(signature: Signature, more_error: float | None) -> SignatureReport:
+    active, state = signature.active(), signature.state
+    return SignatureReport(
+        active.plan,
+        state.save_all_bytes,
+        state.minimum_bytes,
+        state.capture_check.note,
+        _accumulating_note(state),
+        tolerance_value(state, active.plan, more_error) if more_error else None,
+        state.errors.pairs,
     )
+
+
+def _accumulating_note(state: PlanningState) -> str:
+    """Says whether the budget holds while gradients of an earlier backward pass exist."""
+    needed = state.minimum_bytes + state.accumulated_bytes(CallState(accumulating=True))
+    if needed <= state.budget_bytes:
+        return "fits too while older gradients exist"
+    return f"does not fit while older gradients exist: that takes {format_bytes(needed)}"

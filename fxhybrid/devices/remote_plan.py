@@ -1,4 +1,4 @@
-"""A plan for a device that is not here: bytes from this capture, seconds from the device's profile."""
+"""Remote plans: for another device, with bytes from this capture and seconds from the device's profile."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.portfolio.extend_plans import frontier_plans, polish_for
 
 
-def plan_elsewhere(
+def plan_for_device(
     problem: Problem, work: StepWork, base: Plan, profile: DeviceProfile, budget_bytes: int, *, max_error: float
 ) -> Plan:
-    """The cheapest known plan for another device.
+    """Chooses the cheapest known plan for another device.
 
     Args:
         problem: the step as captured here.
@@ -35,7 +35,7 @@ def plan_elsewhere(
 
 
 def plan_of(problem: Problem, point: FrontierPoint, base: Plan, budget_bytes: int, *, slowdown: float = 1.0) -> Plan:
-    """A point of a frontier for another device, as a plan that can be sent there.
+    """Makes a point of a remote frontier a plan that can be sent there.
 
     Args:
         problem: with the other device's seconds.

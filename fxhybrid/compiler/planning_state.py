@@ -1,0 +1,269 @@
+"""The planning state of one captured signature as a value, and the functions from one state to the next.
+
+This joins the stages: capture -> canonicalize -> profile -> problem -> solve -> plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fxhybrid.accuracy.replan_loop import MeasuredErrors, ReplanResult, replan_within_error, validate_plan
+from fxhybrid.accuracy.verifier import CaptureCheck, Reference, check_capture, memory_shortage, reference
+from fxhybrid.capture.step import Step, StepCall
+from fxhybrid.compiler.call_state import FRESH, CallState
+from fxhybrid.compiler.plan_transfer import bind_actions, named_actions, simulate_transferred, versions
+from fxhybrid.compiler.planner import PlanMaker, error_target, plans_to_validate
+from fxhybrid.errors import InvalidArgument, PlanMismatchError
+from fxhybrid.ir.plan import GradientError, Plan
+from fxhybrid.ir.simulator import simulate_actions
+from fxhybrid.options import Options
+from fxhybrid.passes.build_problem import CodecChoices
+from fxhybrid.passes.split import SplitGraphs
+from fxhybrid.pipeline import Prepared, prepare
+from fxhybrid.profiling.state_bytes import gradient_bytes
+from fxhybrid.solvers.base import FrontierPoint
+from fxhybrid.solvers.portfolio.extend_plans import ensure, polish_for
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, plans_of
+from fxhybrid.solvers.portfolio.solvers import Portfolio
+from fxhybrid.units import format_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class PlanningState:
+    """Holds all that is known of one captured signature; functions return a new one.
+
+    Attributes:
+        options: what the user asked for.
+        prepared: the signature up to the planning problem, with the errors that were planned with.
+        initial_choices: codecs before calibration added channel-wise ones.
+        plans: the known plans.
+        errors: gradient errors that were measured.
+        budget_bytes: limit of the peak.
+        save_all_bytes: simulated peak of the save-all step.
+        gradient_bytes: bytes of one set of parameter gradients.
+        capture_check: how the captured graph compares with eager.
+        adopted: the plan that was adopted for fresh gradients; None where plans are chosen by the budget.
+    """
+
+    options: Options
+    prepared: Prepared
+    initial_choices: CodecChoices
+    plans: KnownPlans
+    errors: MeasuredErrors
+    budget_bytes: int
+    save_all_bytes: int
+    gradient_bytes: int
+    capture_check: CaptureCheck
+    adopted: KnownPlan | None = None
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The smallest peak, with fresh gradients, for which a plan is known."""
+        return self.plans.smallest.peak_bytes
+
+    def accumulated_bytes(self, call: CallState) -> int:
+        """Returns the bytes of older gradients: a backward pass makes a full new set in addition to them."""
+        return self.gradient_bytes if call.accumulating else 0
+
+
+def plan_signature(
+    step: Step, call: StepCall, options: Options, budget_bytes: int | None, transferred: Plan | None
+) -> PlanningState:
+    """Captures a step and plans it.
+
+    Args:
+        step: model and loss.
+        call: example arguments; not kept.
+        options: what the user asked for.
+        budget_bytes: the budget if it is resolved already.
+        transferred: a plan to carry out if it fits here.
+
+    Raises:
+        PlanMismatchError: ``transferred`` was made for another graph or version.
+        CaptureError: the step cannot be traced, or the trace computes something else.
+    """
+    prepared = prepare(step, call, options)
+    if transferred is not None:
+        prepared = prepared.offering(bind_actions(transferred, prepared.problem, prepared.fingerprint))
+    save_all_bytes = simulate_actions(prepared.problem, {}).peak_bytes
+    if budget_bytes is None:
+        share = options.budget
+        budget_bytes = share if isinstance(share, int) else int(share * save_all_bytes)
+    shortage = memory_shortage(save_all_bytes)
+    compared = None if shortage else reference(prepared, step, call)
+    check = check_capture(compared) if compared else CaptureCheck(None, f"not compared with eager: {shortage}")
+    result = None
+    if transferred is not None:
+        budget_bytes = min(budget_bytes, transferred.budget_bytes)
+        result = _transfer(transferred, prepared, compared, options, budget_bytes)
+    if result is None:
+        result = _plan(prepared, compared, options, budget_bytes)
+    state = PlanningState(
+        options=options,
+        prepared=result.prepared,
+        initial_choices=prepared.choices,
+        plans=result.plans,
+        errors=result.errors,
+        budget_bytes=budget_bytes,
+        save_all_bytes=save_all_bytes,
+        gradient_bytes=gradient_bytes(step.model),
+        capture_check=check,
+    )
+    return search(state, FRESH)
+
+
+def recalibrate(state: PlanningState, step: Step, call: StepCall) -> PlanningState:
+    """Measures errors and chooses channel widths on another batch, and re-plans by them.
+
+    Raises:
+        InvalidArgument: memory does not allow the save-all step.
+    """
+    state, compared = _reference(state, step, call)
+    prepared = state.prepared.with_choices(state.initial_choices)
+    result = _plan(prepared, compared, state.options, state.budget_bytes)
+    state = replace(state, prepared=result.prepared, plans=result.plans, errors=result.errors, adopted=None)
+    return search(state, FRESH)
+
+
+def extend(state: PlanningState, budget_bytes: int) -> PlanningState:
+    """Searches plans for another budget and adds them to the known ones; the state's own budget stays."""
+    if state.options.solver == "ilp" or not isinstance(state.options.solver, str):
+        plans, _ = Portfolio(state.options.solver).extend(state.plans, budget_bytes)
+    else:
+        plans = polish_for(state.plans, budget_bytes)
+    return replace(state, plans=plans)
+
+
+def set_budget(state: PlanningState, budget_bytes: int) -> PlanningState:
+    """Moves to another budget, for which ``extend`` searched plans.
+
+    Raises:
+        BudgetError: no known plan fits.
+    """
+    state = replace(state, budget_bytes=budget_bytes, adopted=None)
+    choose(state, FRESH)
+    return state
+
+
+def adopt(state: PlanningState, plan: Plan) -> PlanningState:
+    """Takes over this very plan, and its budget, for fresh gradients.
+
+    Raises:
+        PlanMismatchError: it was made for another graph or version, or peaks above its own budget here.
+    """
+    actions = bind_actions(plan, state.prepared.problem, state.prepared.fingerprint)
+    prepared = state.prepared.offering(actions)
+    known = simulate_transferred(prepared.problem, plan, actions)
+    peak_bytes = known.point.peak_bytes
+    if peak_bytes > plan.budget_bytes:
+        raise PlanMismatchError(
+            f"the plan peaks at {peak_bytes} bytes ({format_bytes(peak_bytes)}) here, above its "
+            f"budget of {plan.budget_bytes}; plan again with fxhybrid.plan"
+        )
+    plans = replace(state.plans, problem=prepared.problem)
+    return replace(state, prepared=prepared, plans=plans, budget_bytes=plan.budget_bytes, adopted=known)
+
+
+def search(state: PlanningState, call: CallState) -> PlanningState:
+    """Makes sure that ``choose`` finds a plan in this state of the call, if any can be found."""
+    if _is_adopted(state, call):
+        return state
+    plans = ensure(state.plans, state.budget_bytes - state.accumulated_bytes(call))
+    return state if plans is state.plans else replace(state, plans=plans)
+
+
+def choose(state: PlanningState, call: CallState) -> KnownPlan:
+    """Chooses the adopted plan, or else the cheapest known one within the budget.
+
+    Raises:
+        BudgetError: none fits in this state of the call.
+    """
+    if state.adopted is not None and _is_adopted(state, call):
+        return state.adopted
+    accumulated = state.accumulated_bytes(call)
+    known = state.plans.cheapest(state.budget_bytes - accumulated)
+    if known is None:
+        raise state.plans.budget_error(state.budget_bytes, accumulated)
+    return known
+
+
+def _is_adopted(state: PlanningState, call: CallState) -> bool:
+    """An adopted plan is one for fresh gradients."""
+    return state.adopted is not None and call == FRESH
+
+
+def describe(state: PlanningState, known: KnownPlan, call: CallState) -> Plan:
+    """Returns the plan that a user sees."""
+    problem, point = state.prepared.problem, known.point
+    return Plan(
+        budget_bytes=state.budget_bytes,
+        peak_bytes=point.peak_bytes + state.accumulated_bytes(call),
+        added_s=point.overhead_s,
+        lower_bound_s=known.lower_bound_s,
+        step_s=problem.step_s,
+        gradient_error=_error_of(state, point),
+        status=known.status.value,
+        solver=known.solver,
+        solve_s=known.solve_s,
+        actions=named_actions(problem, point.actions),
+        graph_fingerprint=state.prepared.fingerprint,
+        versions=versions(),
+        device=state.prepared.profile.device,
+    )
+
+
+def measure_error(state: PlanningState, step: Step, call: StepCall, graphs: SplitGraphs) -> tuple[PlanningState, float]:
+    """Measures the relative gradient error of a plan's graphs on another batch.
+
+    Raises:
+        InvalidArgument: memory does not allow the save-all step, with which it is compared.
+    """
+    state, compared = _reference(state, step, call)
+    return state, compared.gradient_error(graphs)
+
+
+def _reference(state: PlanningState, step: Step, call: StepCall) -> tuple[PlanningState, Reference]:
+    """Runs the save-all step on a batch, and compares the capture with eager unless that was done before."""
+    shortage = memory_shortage(state.save_all_bytes)
+    if shortage is not None:
+        raise InvalidArgument(f"the gradient error cannot be measured: {shortage}; free some, or take a smaller batch")
+    compared = reference(state.prepared, step, call)
+    if state.capture_check.difference is None:
+        state = replace(state, capture_check=check_capture(compared))
+    return state, compared
+
+
+def _plan(prepared: Prepared, compared: Reference | None, options: Options, budget_bytes: int) -> ReplanResult:
+    """Plans by the errors on the reference's batch; by estimates where there was no memory for one."""
+    make_plans = PlanMaker(options, budget_bytes)
+    if compared is None:
+        return ReplanResult(prepared, make_plans(prepared.problem))
+    return replan_within_error(
+        prepared,
+        compared,
+        options.max_grad_error,
+        error_target(options),
+        lambda prepared, accepted, near_feasible: make_plans(prepared.problem, accepted, near_feasible),
+        lambda plans: plans_to_validate(plans, budget_bytes),
+    )
+
+
+def _transfer(
+    plan: Plan, prepared: Prepared, compared: Reference | None, options: Options, budget_bytes: int
+) -> ReplanResult | None:
+    """Takes a plan over as the only one known; None if it peaks above the budget on this device."""
+    actions = bind_actions(plan, prepared.problem, prepared.fingerprint)
+    known = simulate_transferred(prepared.problem, plan, actions)
+    if known.point.peak_bytes > budget_bytes:
+        return None
+    empty = plans_of(prepared.problem, max_error=error_target(options))
+    plans = replace(empty, plans=(known,), fixed=True)
+    measured = MeasuredErrors() if compared is None else validate_plan(prepared, compared, known.point)
+    return ReplanResult(prepared, plans, measured)
+
+
+def _error_of(state: PlanningState, point: FrontierPoint) -> GradientError:
+    if point.error == 0:
+        return GradientError(0.0, "exact")
+    measured = state.errors.error_of(point.actions)
+    return GradientError(point.error, "estimated") if measured is None else GradientError(measured, "measured")
