@@ -25,6 +25,8 @@ TOP = {
     "pyproject.toml",
     "README.md",
     "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "CITATION.cff",
     "LICENSE",
 }
 
