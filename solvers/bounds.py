@@ -11,7 +11,7 @@ from fxhybrid.units import format_bytes
 
 
 def peak_lower_bound(problem: Problem) -> tuple[int, str]:
-    """A proven lower bound of the peak of every plan, and the instruction that holds it.
+    """Computes a proven lower bound of the peak of every plan, and the instruction that holds it.
 
     While an op runs, its inputs exist and its outputs or its workspace come on top. In the backward pass
     there are besides: the held outputs, the tangents, the gradients made so far, and the backward tensors
@@ -29,7 +29,7 @@ def peak_lower_bound(problem: Problem) -> tuple[int, str]:
 
 
 def holder_in_words(problem: Problem, schedule: Schedule, timeline: Timeline, most: int = 3) -> str:
-    """The instruction at the peak and the largest tensors alive then: ``backward mm, with x (8 MiB) and 3 more``."""
+    """Names the instruction at the peak and the largest tensors alive then: ``backward mm, with x (8 MiB)``."""
     at = timeline.peak_at
     alive = [
         value
@@ -50,30 +50,16 @@ def _sum(problem: Problem, tensors: set[int]) -> int:
     return sum(problem.tensors[t].size_bytes for t in tensors)
 
 
-def _must_run(problem: Problem) -> list[bool]:
-    """Forward ops that every plan runs in the forward pass."""
-    wanted = {*problem.outputs, *problem.mutations, *problem.gradients}
-    must = [False] * len(problem.forward)
-    for i in range(len(problem.forward) - 1, -1, -1):
-        op = problem.forward[i]
-        if op.pinned or not wanted.isdisjoint(op.outputs):
-            must[i] = True
-            wanted.update(op.inputs)
-    return must
-
-
 def _forward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
-    """What must be alive while each forward op runs: tensors still to be read raw by an op that must run.
+    """Yields what must be alive while each forward op runs: tensors still to be read raw by an op that must run.
 
     Outputs and mutations stay. Anything else between two reads could be encoded or, in richer plans than
-    today's, made again; so only the op's own inputs count.
+    today's, recomputed; so only the op's own inputs count.
     """
     staying = {*problem.outputs, *problem.mutations}
     alive: set[int] = set()
     alive_bytes = problem.resident_bytes
-    for op, must in zip(problem.forward, _must_run(problem), strict=True):
-        if not must:
-            continue
+    for op in (problem.forward[i] for i in sorted(problem.required_forward_ops())):
         yield alive_bytes + _sum(problem, set(op.inputs) - alive) + problem.top_bytes(op), f"forward {op.name}"
         made = staying.intersection(op.outputs)
         alive |= made

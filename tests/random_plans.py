@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fxhybrid.accuracy.step_result import StepResult, observe_step
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import get_codec
-from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Compress
+from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
@@ -19,8 +19,8 @@ from fxhybrid.suite import SuiteCase, load
 
 
 def random_actions(problem: Problem, rng: random.Random, *, lossy: bool) -> dict[int, Action]:
-    """A valid action for each forward tensor; the shares recomputed, compressed and made again are random too."""
-    recompute_share, compress_share, again_share = rng.random(), rng.random(), rng.random()
+    """A valid action for each forward tensor; the shares recomputed and compressed are random too."""
+    recompute_share, compress_share = rng.random(), rng.random()
     actions: dict[int, Action] = {}
 
     def exact(t: int) -> bool:
@@ -34,9 +34,9 @@ def random_actions(problem: Problem, rng: random.Random, *, lossy: bool) -> dict
                 continue
             codecs = [o.codec for o in problem.tensors[t].codecs if lossy or o.lossless]
             if op.recomputable and rng.random() < recompute_share and all(exact(s) for s in op.inputs):
-                actions[t] = RECOMPUTE_AGAIN if rng.random() < again_share else RECOMPUTE
+                actions[t] = RECOMPUTE
             elif codecs and rng.random() < compress_share:
-                actions[t] = Compress(rng.choice(codecs), rng.random() < again_share)
+                actions[t] = Compress(rng.choice(codecs))
     return actions
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from fxhybrid.errors import PlanError
-from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Compress, parse_action
+from fxhybrid.ir.plan import RECOMPUTE, SAVE, Compress, parse_action
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor, check_problem
 from fxhybrid.ir.schedule import Kind, lower
 from fxhybrid.ir.simulator import describe_peak, simulate, simulate_actions
@@ -92,44 +92,15 @@ def test_recomputation_reads_exact_values_only() -> None:
     ]  # fmt: skip
 
 
-def skip_connection() -> Problem:
-    """backward reads a (8 KB) first and last; in between, one op takes 16 KB. Gradients in flight have 1 KB."""
-    tensors = (Tensor("a", 8 * KB, (LOSSY,)), Tensor("loss", 0), *(Tensor(f"g{i}", KB) for i in range(5)))
-    forward = (Op("make_a", (), (0,), 10e-3, 8 * KB), Op("make_loss", (0,), (1,), 1e-3, 0))
-    reads = ((0,), (2,), (3,), (4,), (5, 0))
-    backward = tuple(
-        Op(f"back_{i}", inputs, (i + 2,), 1e-3, 16 * KB if i == 2 else KB) for i, inputs in enumerate(reads)
-    )
-    problem = Problem(tensors, forward, backward, (1,), (), (6,), 0)
-    check_problem(problem)
-    return problem
-
-
-def test_dropped_again_between_two_distant_uses() -> None:
-    problem = skip_connection()
-    # once: at back_2 stand a 8 + g1 1 + 16 = 25 KB, whether a was saved, decoded or recomputed for back_0
-    for action in (SAVE, RECOMPUTE, Compress("rowwise4:64")):
-        assert simulate_actions(problem, {0: action}).peak_bytes == 25 * KB
-    # recomputed for back_0 and anew for back_4: g1 1 + 16 = 17 KB at back_2, for another 10 ms
-    again = simulate_actions(problem, {0: RECOMPUTE_AGAIN})
-    assert (again.peak_bytes, again.overhead_s) == (17 * KB, pytest.approx(20e-3))
-    # decoded twice, the encoded form (1 KB) stays until the second time: 1 + 1 + 16 = 18 KB; 2 + 3 + 3 ms
-    again = simulate_actions(problem, {0: Compress("rowwise4:64", again=True)})
-    assert (again.peak_bytes, again.overhead_s) == (18 * KB, pytest.approx(8e-3))
-
-
-def test_near_uses_share_one_copy() -> None:
-    # without the ops in between, back_4 follows back_0 at once and a is made only once
-    base = skip_connection()
-    last = dataclasses.replace(base.backward[4], inputs=(2, 0))
-    problem = dataclasses.replace(base, backward=(base.backward[0], last))
-    kinds = [i.kind.value for i in lower(problem, {0: RECOMPUTE_AGAIN}).instructions]
-    assert kinds == ["run", "run", "rerun", "run", "run"]
-
-
-@pytest.mark.parametrize("text", ["save", "recompute", "recompute again", "compress(pool:2,2)", "compress(x) again"])
+@pytest.mark.parametrize("text", ["save", "recompute", "compress(pool:2,2)"])
 def test_actions_are_written_as_they_are_read(text: str) -> None:
     assert str(parse_action(text)) == text
+
+
+@pytest.mark.parametrize("text", ["recompute again", "compress(x) again", "compress(x", "keep"])
+def test_what_is_no_action_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a valid Simple"):
+        parse_action(text)
 
 
 def test_unknown_codec_and_random_ops_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""What to do with each tensor, and what that is predicted to cost."""
+"""A plan: what to do with each tensor, and what that is predicted to cost."""
 
 from __future__ import annotations
 
@@ -17,35 +17,27 @@ PLAN_FORMAT = 1
 GAP_FLOOR_SHARE = 1e-3  # of the step: added seconds below that count as that in the gap
 
 
-AGAIN = " again"
-
-
 class Simple(Enum):
-    """The actions without a parameter; the other one is ``Compress``.
-
-    ``RECOMPUTE_AGAIN`` drops the recomputed tensor once more between two distant uses.
-    """
+    """Lists the actions without a parameter; the other one is ``Compress``."""
 
     SAVE = "save"
     RECOMPUTE = "recompute"
-    RECOMPUTE_AGAIN = "recompute" + AGAIN
 
     def __str__(self) -> str:
         return self.value
 
 
-SAVE, RECOMPUTE, RECOMPUTE_AGAIN = Simple.SAVE, Simple.RECOMPUTE, Simple.RECOMPUTE_AGAIN
+SAVE, RECOMPUTE = Simple.SAVE, Simple.RECOMPUTE
 
 
 @dataclass(frozen=True)
 class Compress:
-    """Keep the tensor encoded by ``codec``; ``again`` drops the decoded one between two distant uses."""
+    """Keeps the tensor encoded by ``codec``."""
 
     codec: str
-    again: bool = False
 
     def __str__(self) -> str:
-        return f"compress({self.codec})" + AGAIN * self.again
+        return f"compress({self.codec})"
 
 
 Action = Simple | Compress
@@ -53,23 +45,19 @@ Actions = Mapping[int, Action]
 
 
 def parse_action(text: str) -> Action:
-    """The action that ``str`` wrote.
+    """Reads the action that ``str`` wrote.
 
     Raises:
         ValueError: the text is no action.
     """
-    if text.startswith("compress("):
-        again = text.endswith(AGAIN)
-        text = text.removesuffix(AGAIN)
-        if not text.endswith(")"):
-            raise ValueError(f"{text!r} is no action")
-        return Compress(text[len("compress(") : -1], again)
+    if text.startswith("compress(") and text.endswith(")"):
+        return Compress(text[len("compress(") : -1])
     return Simple(text)
 
 
 @dataclass(frozen=True)
 class GradientError:
-    """Relative error of all parameter gradients: its value and whether it was measured or estimated."""
+    """Holds the relative error of all parameter gradients: its value and whether it was measured or estimated."""
 
     value: float
     source: str
@@ -79,20 +67,20 @@ class GradientError:
 
 
 def relative_gap(overhead_s: float, lower_bound_s: float, step_s: float) -> float:
-    """(added - bound) / max(added, 0.1 % of the step)."""
+    """Computes (added - bound) / max(added, 0.1 % of the step)."""
     return (overhead_s - lower_bound_s) / max(overhead_s, GAP_FLOOR_SHARE * step_s, 1e-12)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions for one graph and one budget.
+    """Holds all decisions for one graph and one budget.
 
     Attributes:
         budget_bytes: the budget that it was made for.
         peak_bytes: predicted peak of the step.
-        added_s: predicted seconds beyond a step that keeps everything.
+        added_s: predicted seconds beyond the save-all step.
         lower_bound_s: no plan for this budget adds less.
-        step_s: predicted seconds of the step that keeps everything.
+        step_s: predicted seconds of the save-all step.
         gradient_error: relative error of the parameter gradients.
         status: OPTIMAL, FEASIBLE or UNKNOWN.
         solver: which solver it came from.
@@ -119,11 +107,11 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """``relative_gap`` of this plan."""
+        """The ``relative_gap`` of this plan."""
         return relative_gap(self.added_s, self.lower_bound_s, self.step_s)
 
     def counts(self) -> dict[str, int]:
-        """How many tensors each kind of action was chosen for (codec parameters left out)."""
+        """Counts the tensors that each kind of action was chosen for (codec parameters left out)."""
         counts: dict[str, int] = {}
         for action in self.actions.values():
             kind = str(action).split(":")[0] + (")" if ":" in str(action) else "")
@@ -131,14 +119,14 @@ class Plan:
         return dict(sorted(counts.items()))
 
     def to_json(self) -> str:
-        """This plan as JSON text."""
+        """Writes this plan as JSON text."""
         raw = dataclasses.asdict(dataclasses.replace(self, actions={}))
         raw["actions"] = {name: str(action) for name, action in self.actions.items()}
         return json.dumps({"format": PLAN_FORMAT, **raw}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that ``to_json`` wrote.
+        """Reads the plan that ``to_json`` wrote.
 
         Raises:
             PlanMismatchError: the text is no plan, is cut off, or is of another format version.

@@ -11,95 +11,49 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fxhybrid.errors import ProblemError
+from fxhybrid.ir.dependencies import (
+    BACKWARD,
+    FORWARD,
+    TENSOR,
+    Node,
+    ancestors,
+    dependency_graph,
+    find_cycle,
+)
+from fxhybrid.ir.program import (
+    CodecOption,
+    Fusion,
+    Op,
+    Tensor,
+    check_number,
+    check_op,
+    check_tensor,
+    op_from_json,
+    tensor_from_json,
+)
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+__all__ = [
+    "CodecOption",
+    "Fusion",
+    "Op",
+    "Problem",
+    "Tensor",
+    "check_problem",
+    "single_techniques",
+    "without_codecs",
+    "without_recomputation",
+]
 
 MAX_TENSORS = 200_000  # a planner would work for hours on more, and no traced step comes near
-
-
-@dataclass(frozen=True)
-class CodecOption:
-    """One encoded form that a tensor may be kept in.
-
-    Attributes:
-        codec: the codec's text, understood by the runtime.
-        encoded_bytes: what the encoded form occupies.
-        encode_s: seconds to encode.
-        decode_s: seconds to decode.
-        encode_alloc_peak_bytes: the allocator's peak rise during encode, the encoded form included.
-        decode_alloc_peak_bytes: the same for decode, the decoded tensor included.
-        lossless: whether decode gives back the very same bits.
-        error: relative error of the whole parameter gradient that this choice adds on its own.
-    """
-
-    codec: str
-    encoded_bytes: int
-    encode_s: float
-    decode_s: float
-    encode_alloc_peak_bytes: int
-    decode_alloc_peak_bytes: int
-    lossless: bool
-    error: float = 0.0
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A storage made during the step.
-
-    Attributes:
-        name: unique and derived from the graph's structure.
-        size_bytes: what the allocator counts for it.
-        codecs: encoded forms offered; lossy ones only where every backward reader tolerates them.
-    """
-
-    name: str
-    size_bytes: int
-    codecs: tuple[CodecOption, ...] = ()
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """A backward op's other form: one operator that reads the sources of a mask instead of the mask.
-
-    It is taken where the mask is not kept. ``Op.seconds`` of the mask's own op is then what keeping the mask
-    costs beyond this form.
-
-    Attributes:
-        op: forward op that makes the mask.
-        alloc_peak_bytes: the allocator's peak rise while the fused operator runs.
-    """
-
-    op: int
-    alloc_peak_bytes: int
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operator call; views are folded into their readers.
-
-    Attributes:
-        name: unique name.
-        inputs: indices of the tensors read (resident ones left out).
-        outputs: indices of the tensors made.
-        seconds: time of one run.
-        alloc_peak_bytes: the allocator's peak rise while it runs, its outputs included.
-        recomputable: False for random ops and ops that read what the step overwrites.
-        pinned: runs in the forward pass even if nothing reads it (random ops, so that the generator's
-            state after the step is that of plain eager).
-        fusion: for a backward op that applies a mask which nothing else reads.
-    """
-
-    name: str
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    seconds: float
-    alloc_peak_bytes: int
-    recomputable: bool = True
-    pinned: bool = False
-    fusion: Fusion | None = None
 
 
 @dataclass(frozen=True)
@@ -152,17 +106,31 @@ class Problem:
         return {t: tuple(positions) for t, positions in reads.items()}
 
     @cached_property
+    def dependencies(self) -> nx.DiGraph[Node]:
+        """The step's dependency graph; nodes are ``("forward", op)``, ``("backward", op)`` and ``("tensor", t)``."""
+        return dependency_graph(self.forward, self.backward)
+
+    @cached_property
+    def _always_required(self) -> frozenset[Node]:
+        """Forward ops, as nodes, that run in the forward pass of every plan."""
+        held = {*self.outputs, *self.mutations, *self.gradients}
+        ends = [(FORWARD, i) for i, op in enumerate(self.forward) if op.pinned or not held.isdisjoint(op.outputs)]
+        return frozenset(node for node in ancestors(self.dependencies, ends) if node[0] == FORWARD)
+
+    def required_forward_ops(self, kept: Iterable[int] = ()) -> frozenset[int]:
+        """Returns the forward ops that run in the forward pass of every plan that keeps the tensors ``kept``.
+
+        They are pinned, or somebody holds what they make, or such an op or a kept tensor depends on them.
+        """
+        makers = {(FORWARD, self.producer[t]) for t in kept} - self._always_required
+        more = ancestors(self.dependencies, makers, blocked=self._always_required)
+        return frozenset(i for kind, i in (*self._always_required, *more) if kind == FORWARD)
+
+    @cached_property
     def deferrable(self) -> frozenset[int]:
         """Forward ops that only serve the backward pass (masks, offsets): running them there instead is free."""
-        wanted = set(self.outputs) | set(self.mutations)
-        deferrable: set[int] = set()
-        for i in range(len(self.forward) - 1, -1, -1):
-            op = self.forward[i]
-            if op.pinned or not wanted.isdisjoint(op.outputs):
-                wanted.update(op.inputs)
-            elif op.recomputable:
-                deferrable.add(i)
-        return frozenset(deferrable)
+        required = self.required_forward_ops()
+        return frozenset(i for i, op in enumerate(self.forward) if op.recomputable and i not in required)
 
     @cached_property
     def fused_masks(self) -> frozenset[int]:
@@ -172,16 +140,11 @@ class Problem:
     @cached_property
     def candidates(self) -> tuple[int, ...]:
         """Forward tensors on which a decision can matter: read by backward directly or through a chain."""
-        seen = dict.fromkeys(self.backward_reads)
-        stack = list(seen)
-        while stack:
-            op = self.forward[self.producer[stack.pop()]]
-            for t in op.inputs if op.recomputable else ():
-                if t not in seen:
-                    seen[t] = None
-                    stack.append(t)
+        run_once = {(FORWARD, i) for i, op in enumerate(self.forward) if not op.recomputable}
+        read = ((TENSOR, t) for t in self.backward_reads)
+        reached = ancestors(self.dependencies, read, blocked=run_once)
         held = set(self.outputs)
-        return tuple(sorted(t for t in seen if t not in held))
+        return tuple(sorted(t for kind, t in reached if kind == TENSOR and t not in held))
 
     @cached_property
     def step_s(self) -> float:
@@ -213,9 +176,9 @@ class Problem:
         try:
             raw = json.loads(text)
             problem = cls(
-                tensors=tuple(_tensor(t) for t in raw["tensors"]),
-                forward=tuple(_op(o) for o in raw["forward"]),
-                backward=tuple(_op(o) for o in raw["backward"]),
+                tensors=tuple(tensor_from_json(t) for t in raw["tensors"]),
+                forward=tuple(op_from_json(o) for o in raw["forward"]),
+                backward=tuple(op_from_json(o) for o in raw["backward"]),
                 outputs=tuple(raw["outputs"]),
                 mutations=tuple(raw["mutations"]),
                 gradients=tuple(raw["gradients"]),
@@ -226,15 +189,6 @@ class Problem:
             raise ProblemError(f"not a problem in JSON form: {error!r}") from error
         check_problem(problem)
         return problem
-
-
-def _tensor(raw: dict[str, Any]) -> Tensor:
-    return Tensor(raw["name"], raw["size_bytes"], tuple(CodecOption(**c) for c in raw["codecs"]))
-
-
-def _op(raw: dict[str, Any]) -> Op:
-    fusion = Fusion(**raw["fusion"]) if raw.get("fusion") else None
-    return Op(**{**raw, "inputs": tuple(raw["inputs"]), "outputs": tuple(raw["outputs"]), "fusion": fusion})
 
 
 def check_problem(problem: Problem) -> None:
@@ -252,15 +206,34 @@ def check_problem(problem: Problem) -> None:
     _check_numbers(problem)
     if len(problem.index) != count:
         raise ProblemError("two tensors share a name")
-    written: set[int] = set()
+    _check_references(problem)
+    _check_order(problem)
+    _check_fusions(problem)
+
+
+def _check_numbers(problem: Problem) -> None:
+    for tensor in problem.tensors:
+        check_tensor(tensor)
+    for op in problem.forward + problem.backward:
+        check_op(op)
+    check_number("problem", "resident_bytes", problem.resident_bytes, whole=True)
+    check_number("problem", "tangent_bytes", problem.tangent_bytes, whole=True)
+
+
+def _check_references(problem: Problem) -> None:
+    count = len(problem.tensors)
     for op in problem.forward + problem.backward:
         for t in (*op.inputs, *op.outputs):
             if not isinstance(t, int) or not 0 <= t < count:
                 raise ProblemError(f"op {op.name!r} names tensor {t!r}, but there are {count}")
+
+
+def _check_order(problem: Problem) -> None:
+    written: set[int] = set()
+    for op in problem.forward + problem.backward:
         for t in op.inputs:
             if t not in written:
-                name = problem.tensors[t].name
-                raise ProblemError(f"op {op.name!r} reads {name!r} before any op writes it (a cycle?)")
+                raise ProblemError(_read_too_early(problem, op, t))
         for t in op.outputs:
             if t in written:
                 raise ProblemError(f"tensor {problem.tensors[t].name!r} is written twice")
@@ -269,7 +242,17 @@ def check_problem(problem: Problem) -> None:
         for t in getattr(problem, what):
             if t not in written:
                 raise ProblemError(f"{what} names tensor {t!r}, which no op writes")
-    _check_fusions(problem)
+
+
+def _read_too_early(problem: Problem, op: Op, t: int) -> str:
+    """Says why ``op`` cannot read t where it stands: a cycle, an order in which t comes later, or no writer."""
+    read = f"op {op.name!r} reads {problem.tensors[t].name!r} before any op writes it"
+    ops = {FORWARD: problem.forward, BACKWARD: problem.backward}
+    cycle = [ops[kind][i].name for kind, i in find_cycle(problem.dependencies)]
+    if cycle:
+        return f"{read}: these ops depend on each other in a cycle: {' -> '.join([*cycle, cycle[0]])}"
+    makers = [other.name for other in problem.forward + problem.backward if t in other.outputs]
+    return f"{read}: {makers[0]!r}, which makes it, must come first" if makers else f"{read}: no op makes it"
 
 
 def _check_fusions(problem: Problem) -> None:
@@ -287,29 +270,6 @@ def _check_fusions(problem: Problem) -> None:
             raise ProblemError(f"op {op.name!r} is fused with {mask.name!r}, which does not just make a mask for it")
         if any(t not in op.inputs or readers[t] > 1 for t in mask.outputs):
             raise ProblemError(f"op {op.name!r} is fused with {mask.name!r}, but is not the only one to read its mask")
-
-
-def _check_numbers(problem: Problem) -> None:
-    def check(owner: str, field: str, value: object, whole: bool) -> None:
-        kinds = int if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < 0:
-            raise ProblemError(f"{owner}: {field} is {value!r}; it must be a finite number of at least 0")
-
-    for tensor in problem.tensors:
-        check(f"tensor {tensor.name!r}", "size_bytes", tensor.size_bytes, True)
-        for option in tensor.codecs:
-            owner = f"codec {option.codec!r} of tensor {tensor.name!r}"
-            for field in ("encoded_bytes", "encode_alloc_peak_bytes", "decode_alloc_peak_bytes"):
-                check(owner, field, getattr(option, field), True)
-            for field in ("encode_s", "decode_s", "error"):
-                check(owner, field, getattr(option, field), False)
-    for op in problem.forward + problem.backward:
-        if op.fusion:
-            check(f"op {op.name!r}", "fusion's rise_bytes", op.fusion.alloc_peak_bytes, True)
-        check(f"op {op.name!r}", "seconds", op.seconds, False)
-        check(f"op {op.name!r}", "alloc_peak_bytes", op.alloc_peak_bytes, True)
-    check("problem", "resident_bytes", problem.resident_bytes, True)
-    check("problem", "tangent_bytes", problem.tangent_bytes, True)
 
 
 def without_codecs(problem: Problem) -> Problem:

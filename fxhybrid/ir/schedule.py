@@ -5,7 +5,6 @@ timeline adds up this list and the rewrite pass emits it node by node, so that w
 
 * Encoding stands right after the last forward read; decoding and recomputation right before the first
   backward use; a value dies at its last use.
-* A tensor that is to be made again is dropped after each use whose next one is more than ``NEAR`` ops away.
 * Recomputation reads exact values only.
 * An op whose results nobody needs does not run in the forward pass at all.
 """
@@ -18,14 +17,12 @@ from enum import Enum
 from typing import Protocol
 
 from fxhybrid.errors import PlanError
-from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, SAVE, Action, Actions, Compress
+from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Actions, Compress
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem
-
-NEAR = 2  # backward ops between two uses that count as one: a weight gradient and its input gradient
 
 
 class Kind(Enum):
-    """What an instruction does."""
+    """Lists what an instruction can do."""
 
     RUN = "run"
     RERUN = "rerun"
@@ -36,7 +33,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Value:
-    """One allocation: a tensor, an encoded form of it, or a second copy made in the backward pass."""
+    """Describes one allocation: a tensor, an encoded form of it, or a second copy made in the backward pass."""
 
     tensor: int
     size_bytes: int
@@ -45,7 +42,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One step of the schedule.
+    """Describes one step of the schedule.
 
     Attributes:
         kind: what it does.
@@ -69,7 +66,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The whole step in order.
+    """Holds the whole step in order.
 
     Attributes:
         values: every allocation.
@@ -87,7 +84,7 @@ class Schedule:
 
 
 def lower(problem: Problem, actions: Actions) -> Schedule:
-    """The schedule that carries out ``actions``.
+    """Builds the schedule that carries out ``actions``.
 
     Tensors not named are saved, except those of ops that only serve the backward pass: these run there.
 
@@ -95,10 +92,6 @@ def lower(problem: Problem, actions: Actions) -> Schedule:
         PlanError: an action that the tensor does not offer, or a recomputation without exact sources.
     """
     return _Lowering(problem, actions).run()
-
-
-def _drops(action: Action) -> bool:
-    return action is RECOMPUTE_AGAIN or (isinstance(action, Compress) and action.again)
 
 
 class _MaskOp(Protocol):
@@ -109,13 +102,13 @@ class _MaskOp(Protocol):
 
 
 def without_mask(inputs: tuple[int, ...], mask: _MaskOp) -> tuple[int, ...]:
-    """What an op's fused form reads: its own inputs, with the mask replaced by the mask's sources."""
+    """Returns what an op's fused form reads: its own inputs, with the mask replaced by the mask's sources."""
     own = [t for t in inputs if t not in mask.outputs]
     return tuple(dict.fromkeys([*own, *mask.inputs]))
 
 
 def fused_op(problem: Problem, op: Op, fusion: Fusion) -> Op:
-    """The form of a backward op that reads what its mask would be made from."""
+    """Returns the form of a backward op that reads what its mask would be made from."""
     inputs = without_mask(op.inputs, problem.forward[fusion.op])
     return Op(op.name, inputs, op.outputs, op.seconds, fusion.alloc_peak_bytes)
 
@@ -129,7 +122,6 @@ class _Lowering:
         self.held = frozenset(problem.outputs)
         self.stored = self._stored_tensors()
         self.current: dict[int, int] = {}  # tensor -> value that holds it now
-        self.dropped = [t for t, action in actions.items() if _drops(action)]
 
     def action(self, t: int) -> Action:
         if t in self.held:
@@ -149,14 +141,14 @@ class _Lowering:
         return Schedule(tuple(self.values), tuple(self.instructions), n_forward, stored, overhead_s)
 
     def _stored_tensors(self) -> frozenset[int]:
-        """Tensors that must outlive the forward pass, raw or encoded."""
+        """Returns the tensors that must outlive the forward pass, raw or encoded."""
         problem = self.problem
         stored: set[int] = set()
         seen: set[int] = set(problem.backward_reads)
         stack = list(seen)
         while stack:
             t = stack.pop()
-            if self.action(t) not in (RECOMPUTE, RECOMPUTE_AGAIN):
+            if self.action(t) is not RECOMPUTE:
                 stored.add(t)
                 continue
             op = problem.forward[problem.producer[t]]
@@ -183,25 +175,14 @@ class _Lowering:
         offered = ", ".join(o.codec for o in tensor.codecs) or "none"
         raise PlanError(f"{tensor.name!r} does not offer codec {codec!r} (offered: {offered})")
 
-    def _needed_forward_ops(self) -> list[bool]:
-        problem = self.problem
-        wanted = {*problem.outputs, *problem.mutations, *problem.gradients, *self.stored}
-        needed = [False] * len(problem.forward)
-        for i in range(len(problem.forward) - 1, -1, -1):
-            op = problem.forward[i]
-            if op.pinned or not wanted.isdisjoint(op.outputs):
-                needed[i] = True
-                wanted.update(op.inputs)
-        return needed
-
     def _forward(self) -> dict[int, int]:
-        """Emits the forward pass; gives the encoded value of each compressed tensor."""
+        """Emits the forward pass; returns the encoded value of each compressed tensor."""
         problem = self.problem
-        needed = self._needed_forward_ops()
+        required = problem.required_forward_ops(self.stored)
         encode_at: dict[int, list[int]] = {}
         last_read: dict[int, int] = {}
         for i, op in enumerate(problem.forward):
-            if needed[i]:
+            if i in required:
                 for t in (*op.outputs, *op.inputs):
                     last_read[t] = i
         for t in sorted(self.stored):
@@ -209,7 +190,7 @@ class _Lowering:
                 encode_at.setdefault(last_read[t], []).append(t)
         encoded: dict[int, int] = {}
         for i, op in enumerate(problem.forward):
-            if needed[i]:
+            if i in required:
                 self._emit_op(Kind.RUN, i, op)
                 for t in encode_at.get(i, ()):
                     encoded[t] = self._emit_encode(t)
@@ -223,23 +204,15 @@ class _Lowering:
                 kind, op = Kind.FUSED, fused_op(self.problem, op, op.fusion)
             missing = [t for t in op.inputs if t in self.problem.producer and t not in available]
             if missing:
-                self._materialise(missing, available, encoded)
+                self._rematerialize(missing, available, encoded)
             self._emit_op(kind, position, op)
-            self._drop(position, available)
 
-    def _drop(self, position: int, available: set[int]) -> None:
-        """Lets go of tensors that are made once more for their next use, if that is far away."""
-        for t in [t for t in self.dropped if t in available]:
-            following = next((p for p in self.problem.direct_reads.get(t, ()) if p > position), position + NEAR + 1)
-            if following > position + NEAR:
-                available.discard(t)
-
-    def _materialise(self, wanted: list[int], available: set[int], encoded: dict[int, int]) -> None:
-        """Decodes and recomputes what ``wanted`` takes, in forward order."""
+    def _rematerialize(self, missing: list[int], available: set[int], encoded: dict[int, int]) -> None:
+        """Decodes and recomputes what the ``missing`` tensors take, in forward order."""
         problem = self.problem
         reruns: set[int] = set()
         decodes: set[int] = set()
-        stack = list(wanted)
+        stack = list(missing)
         while stack:
             t = stack.pop()
             if t in available or t in decodes:

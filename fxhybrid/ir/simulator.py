@@ -21,7 +21,7 @@ Bytes = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Timeline:
-    """Memory over the instructions of a schedule.
+    """Holds memory over the instructions of a schedule.
 
     Attributes:
         peak_bytes: highest point of the step, resident bytes included.
@@ -41,7 +41,7 @@ class Timeline:
 
 
 def simulate(problem: Problem, schedule: Schedule) -> Timeline:
-    """The timeline of ``schedule``; all sizes in bytes."""
+    """Adds up the timeline of ``schedule``; all sizes in bytes."""
     n = len(schedule.instructions)
     birth, death = _lifetimes(problem, schedule)
     size = np.fromiter((v.size_bytes for v in schedule.values), np.int64, len(schedule.values))
@@ -60,7 +60,7 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
 
 
 def simulate_actions(problem: Problem, actions: Actions) -> Timeline:
-    """The timeline of the schedule that carries out ``actions``."""
+    """Adds up the timeline of the schedule that carries out ``actions``."""
     return simulate(problem, lower(problem, actions))
 
 
@@ -87,7 +87,7 @@ def _lifetimes(problem: Problem, schedule: Schedule) -> tuple[Bytes, Bytes]:
 
 
 def describe_peak(problem: Problem, schedule: Schedule, timeline: Timeline) -> str:
-    """The instruction at the peak in words: ``backward convolution_backward.3``."""
+    """Names the instruction at the peak in words: ``backward convolution_backward.3``."""
     if not schedule.instructions:
         return "resident tensors"
     instruction = schedule.instructions[timeline.peak_at]

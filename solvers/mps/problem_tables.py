@@ -80,16 +80,14 @@ class Grid:
             for t in dict.fromkeys(op.inputs):
                 self.readers[t].append(i)
         self.rerun_top = [problem.top_bytes(op) for op in problem.forward]
-        wanted = {*problem.outputs, *problem.mutations, *problem.gradients}
+        required = problem.required_forward_ops()
         self.optional: dict[int, int] = {}
         self.base_read = [-1] * count
         self.base_s = sum(op.seconds for op in problem.backward) - problem.step_s
-        for i in range(self.n_forward - 1, -1, -1):
-            op = problem.forward[i]
-            if not op.pinned and wanted.isdisjoint(op.outputs):
+        for i, op in reversed(list(enumerate(problem.forward))):
+            if i not in required:
                 self.optional[i] = self.rerun_top[i]
                 continue
-            wanted.update(op.inputs)
             self.base_s += op.seconds
             self.base_top[i] = self.rerun_top[i]
             self.base_live[i + 1 :] += sum(self.sizes[t] for t in op.outputs)
