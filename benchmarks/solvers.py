@@ -68,7 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", metavar="LIST", help=f"default: all of {','.join(PARTS)}")
     parser.add_argument("--models", metavar="LIST", help=f"for corpus; default: all of {','.join(corpus.names())}")
     parser.add_argument("--synthetic", metavar="LIST", help=f"default: all of {','.join(SYNTHETIC)}")
-    parser.add_argument("--backend", choices=("highs", "cbc"), default="highs", help="of the integer program")
     add_record_files(parser)
     return parser
 
@@ -76,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> Iterator[Record]:
     parts = names_of(arguments.parts, PARTS, "part")
     for name in names_of(arguments.models, corpus.names(), "model") if "corpus" in parts else ():
-        for record in corpus_records(corpus.load(name), arguments.backend):
+        for record in corpus_records(corpus.load(name)):
             yield {"part": "corpus", "model": name, **record}
     for name in names_of(arguments.synthetic, SYNTHETIC, "synthetic problem") if "synthetic" in parts else ():
         for n_ops in SYNTHETIC_OPS:
@@ -95,7 +94,7 @@ def timed_frontier(problem: Problem) -> tuple[PlanFrontier, float]:
     return frontier, time.perf_counter() - start
 
 
-def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
+def corpus_records(problem: Problem) -> Iterator[Record]:
     """One record per budget."""
     frontier, frontier_s = timed_frontier(problem)
     plans = plans_of(problem, frontier.points, max_error=corpus.MAX_ERROR)
@@ -111,7 +110,6 @@ def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
             "step_s": problem.step_s,
             "save_all_bytes": high,
             "budget_bytes": budget_bytes,
-            "backend": backend,
             "frontier_s": frontier_s,
             "mps_s": known.point.overhead_s,
         }
@@ -120,7 +118,7 @@ def corpus_records(problem: Problem, backend: str) -> Iterator[Record]:
             if name == "long" and record["quick_gap"] <= LONG_GAP + 1e-9:
                 record |= {"long_gap": record["quick_gap"], "long_solve_s": record["quick_solve_s"]}
                 break
-            solver = IlpSolver(time_limit_s=limit_s, backend=backend)
+            solver = IlpSolver(time_limit_s=limit_s)
             result = solver.solve(problem, budget_bytes, max_error=corpus.MAX_ERROR, warm_start=warm_start)
             record |= {
                 f"{name}_gap": result.gap(problem.step_s),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from fxhybrid.errors import InvalidArgument, PlanError
+from fxhybrid.errors import PlanError
 from fxhybrid.ir.plan import RECOMPUTE, SAVE, Actions, Compress
 from fxhybrid.ir.problem import CodecOption, Op, Problem, Tensor
 from fxhybrid.ir.simulator import simulate_actions
@@ -72,12 +72,12 @@ def optimum_of(table: list[tuple[int, float, float]], budget: int, max_error: fl
     return min((added for peak, added, error in table if peak <= budget and error <= max_error), default=None)
 
 
-def compare_with_every_plan(count: int, first_seed: int, backend: str = "highs") -> None:
+def compare_with_every_plan(count: int, first_seed: int) -> None:
     for number, problem in enumerate(small_problems(count, 6, first_seed)):
         table = every_plan(problem)
         max_error = (0.0, 0.03, 0.1)[number % 3]
         for budget in budgets(problem, table, SHARES):
-            result = IlpSolver(gap=0.0, backend=backend).solve(problem, budget, max_error=max_error)
+            result = IlpSolver(gap=0.0).solve(problem, budget, max_error=max_error)
             check(problem, result, budget, max_error, optimum_of(table, budget, max_error))
 
 
@@ -149,15 +149,6 @@ def test_highs_presolve_is_off() -> None:
     result = IlpSolver(gap=0.0).solve(problem, 26613, max_error=0.0)
     assert result.actions[0] == Compress("half")
     assert result.overhead_s == pytest.approx(0.3762)
-
-
-def test_cbc_agrees() -> None:
-    compare_with_every_plan(4, 500, backend="cbc")
-
-
-def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="highs, cbc"):
-        IlpSolver(backend="gurobi")
 
 
 def test_pruning_spoils_neither_bound_nor_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ class Checkmate:
 
     def solve(self, time_limit_s: float) -> tuple[float, float, int]:
         """(seconds added, proven lower bound of it, ops that run more than twice); infinite without a plan."""
-        # presolve is off for the reason that ilp_backend gives
+        # presolve is off for the reason that solvers/ilp/backend.py gives
         self.lp.solve(pulp.HiGHS(msg=False, threads=1, timeLimit=time_limit_s, presolve="off", gapRel=1e-4))
         info = self.lp.solverModel.getInfo()
         often = sum(

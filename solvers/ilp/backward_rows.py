@@ -15,12 +15,16 @@ then, p rises as far as that form does, and o reads its sources not before, but 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from fxhybrid.ir.problem import Op
 from fxhybrid.ir.schedule import fused_op
-from fxhybrid.solvers.ilp.model import IlpModel, Literal, Term
+from fxhybrid.solvers.ilp.model import IlpModel
 from fxhybrid.solvers.ilp.presolve import certain_backward
 from fxhybrid.solvers.ilp.program_points import ProgramPoint
+
+if TYPE_CHECKING:
+    from fxhybrid.solvers.ilp.backend import Literal, Term
 
 
 class BackwardTerms:
@@ -29,20 +33,20 @@ class BackwardTerms:
     def __init__(self, model: IlpModel) -> None:
         self.model = model
         self.problem = model.problem
-        self.facts = model.facts
-        self._decided = set(self.facts.decided)
+        self.presolved = model.presolved
+        self._decided = set(self.presolved.decided)
         self._certain = certain_backward(self.problem, self._decided)
 
     def of(self, at: ProgramPoint) -> tuple[list[Term], float]:
         """Terms of the row of one program point, and the bytes that no decision changes."""
         terms: list[Term] = []
-        for t in self.facts.decided:
+        for t in self.presolved.decided:
             if t not in self.problem.outputs:
                 self._tensor(terms, t, at)
         base = float(self._certain[at.op])
-        for t, first in self.facts.first.items():  # pruned: there for certain between their direct reads
+        for t, first in self.presolved.first.items():  # pruned: there for certain between their direct reads
             if t not in self._decided and t not in self.problem.outputs and self._after_first(t, first, at):
-                base += self.problem.tensors[t].size_bytes if at.op <= self.facts.last[t] else 0
+                base += self.problem.tensors[t].size_bytes if at.op <= self.presolved.last[t] else 0
         if at.tensor >= 0:
             self._decode(terms, at)
         elif at.rerun < len(self.problem.forward):
@@ -97,39 +101,39 @@ class BackwardTerms:
             return ran
         if ran is self.model.rerun[o]:
             return recompute
-        return self.model.over([[(1, ran), (1, recompute), (-1, 1)]])
+        return self.model.at_least_each([[(1, ran), (1, recompute), (-1, 1)]])
 
     def _tensor(self, terms: list[Term], t: int, at: ProgramPoint) -> None:
-        facts, model = self.facts, self.model
+        presolved, model = self.presolved, self.model
         size = self.problem.tensors[t].size_bytes
-        first = facts.first.get(t)
-        if first is not None and at.op <= facts.last[t]:
+        first = presolved.first.get(t)
+        if first is not None and at.op <= presolved.last[t]:
             if self._after_first(t, first, at):
                 terms += [(size, 1), (-size, self._fused(self.problem.producer[t]))]
                 return
-            found = self._some(self._found(t, q, at) for q in facts.readers[t])
+            found = self._some(self._found(t, q, at) for q in presolved.readers[t])
             there: list[Term] = [(1, model.save[t]), (1, self._made(t, at))]
             if found:
-                terms.append((size, self.model.over([there, *([(1.0, f)] for f in found)])))
+                terms.append((size, self.model.at_least_each([there, *([(1.0, f)] for f in found)])))
             else:
                 terms.extend((size * x, v) for x, v in there)
             self._encoded(terms, t, found)
-            terms.extend(model.kept(t, lossless=False))
+            terms.extend(model.encoded(t, lossless=False))
             return
         self._after_direct(terms, t, at, first is not None)
 
     def _after_direct(self, terms: list[Term], t: int, at: ProgramPoint, read: bool) -> None:
         """After the last direct read, or without one: only reruns still to come hold t."""
         model, size = self.model, self.problem.tensors[t].size_bytes
-        ran = {q: self._ran(q, at) for q in self.facts.readers[t]}
+        ran = {q: self._ran(q, at) for q in self.presolved.readers[t]}
         coming = [q for q, r in ran.items() if r is not model.rerun[q]]
         if not coming:
             return
         if read:
             lower: list[list[Term]] = [[(1, model.rerun[q]), (-1, ran[q])] for q in coming]
-            terms.append((size, self.model.over(lower)))
+            terms.append((size, self.model.at_least_each(lower)))
             return
-        found = {q: self._found(t, q, at) for q in self.facts.readers[t]}
+        found = {q: self._found(t, q, at) for q in self.presolved.readers[t]}
         some = self._some(found.values())
         there: list[Term] = [(1, model.save[t]), (1, self._made(t, at))]
         if not some:
@@ -140,30 +144,30 @@ class BackwardTerms:
                 still: list[Term] = [(1, model.rerun[q]), (-1, ran[q]), (-1, 1)]
                 lower.append([*there, *still])
                 lower.extend([(1, f), *still] for f in found.values() if not isinstance(f, int))
-            terms.append((size, self.model.over(lower)))
+            terms.append((size, self.model.at_least_each(lower)))
         self._encoded(terms, t, some)
 
     def _encoded(self, terms: list[Term], t: int, found: list[Literal]) -> None:
         """Lossless forms: there until a rerun finds t decoded."""
-        for encoded_bytes, c in self.model.kept(t, lossless=True):
-            happens = self.model.over([[(1, c), *((-1.0, f) for f in found)]]) if found else c
+        for encoded_bytes, c in self.model.encoded(t, lossless=True):
+            happens = self.model.at_least_each([[(1, c), *((-1.0, f) for f in found)]]) if found else c
             terms.append((encoded_bytes, happens))
 
     def _decode(self, terms: list[Term], at: ProgramPoint) -> None:
         t, model = at.tensor, self.model
         if t not in self._decided:
             return
-        found = self._some(self._found(t, q, at) for q in self.facts.readers[t])
+        found = self._some(self._found(t, q, at) for q in self.presolved.readers[t])
         own = self.problem.backward[at.op]
         direct = at.rerun == len(self.problem.forward) and t in own.inputs
         reader = own.fusion.op if own.fusion and at.rerun == len(self.problem.forward) else at.rerun
-        for option, c in zip(self.facts.options[t], model.compress[t], strict=True):
+        for option, c in zip(self.presolved.options[t], model.compress[t], strict=True):
             if not direct and not option.lossless:
                 continue
             lower: list[Term] = [(1, c), *((-1.0, f) for f in found)]
             if not direct:
                 lower += [(1, model.moved(reader, at.op)), (-1, 1)]
-            happens = c if len(lower) == 1 or not option.lossless else self.model.over([lower])
+            happens = c if len(lower) == 1 or not option.lossless else self.model.at_least_each([lower])
             terms.append((max(option.decode_alloc_peak_bytes, self.problem.tensors[t].size_bytes), happens))
 
     @staticmethod

@@ -1,11 +1,11 @@
 """Memory rows of the integer program: one program point of the schedule, one row.
 
-``ilp_forward`` and ``ilp_backward`` say what counts at a program point; here rows are made, tightened and read.
+``forward_rows`` and ``backward_rows`` say what counts at a program point; here rows are made, tightened and read.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,9 +14,12 @@ from fxhybrid.ir.schedule import Schedule
 from fxhybrid.ir.simulator import Timeline
 from fxhybrid.solvers.ilp.backward_rows import BackwardTerms
 from fxhybrid.solvers.ilp.forward_rows import ForwardTerms
-from fxhybrid.solvers.ilp.model import IlpModel, Term
-from fxhybrid.solvers.ilp.presolve import Facts, saved_bytes
+from fxhybrid.solvers.ilp.model import IlpModel
+from fxhybrid.solvers.ilp.presolve import Presolved, saved_bytes
 from fxhybrid.solvers.ilp.program_points import ProgramPoint, program_points_of
+
+if TYPE_CHECKING:
+    from fxhybrid.solvers.ilp.backend import Term
 
 ROW_SCALE = 1e3  # the budget in the rows' units
 
@@ -28,23 +31,23 @@ class MemoryRows:
         self.model = model
         self.spread = spread
         self.problem: Problem = model.problem
-        self.facts: Facts = model.facts
+        self.presolved: Presolved = model.presolved
         self.budget_bytes = budget_bytes
         self.rows: dict[ProgramPoint, Any] = {}
         self._rooms: dict[ProgramPoint, float] = {}
         self.unit = max(budget_bytes, 1) / ROW_SCALE
         self._forward = ForwardTerms(model)
         self._backward = BackwardTerms(model)
-        self._reserve: tuple[list[int], list[int]] | None = None
+        self._pruned_bytes: tuple[list[int], list[int]] | None = None
 
     def add(self, at: ProgramPoint) -> None:
         """Adds the row of one program point."""
         terms, base = (self._forward if at.forward else self._backward).of(at)
         scaled = [(b / self.unit, literal) for b, literal in [(-self.spread[0], self.spread[1]), *terms]]
-        rhs = (self.budget_bytes - base - self._reserved(at)) / self.unit
-        self.rows[at] = row = self.model.at_most(scaled, rhs)
+        rhs = (self.budget_bytes - base - self._room_for_pruned(at)) / self.unit
+        self.rows[at] = row = self.model.program.at_most(scaled, rhs)
         if row is not None:
-            self._rooms[at] = -row.constant * self.unit + self._reserved(at)
+            self._rooms[at] = -row.constant * self.unit + self._room_for_pruned(at)
 
     def add_highest(
         self, schedule: Schedule, timeline: Timeline, *, above_bytes: float, most: int, apart: int = 0
@@ -71,7 +74,7 @@ class MemoryRows:
         return bool(chosen)
 
     def duals(self) -> float:
-        """By how much the objective falls for one byte more in every row; after a linear solve."""
+        """Returns by how much the objective falls for one byte more in every row; after a linear solve."""
         return -sum(row.pi or 0.0 for row in self.rows.values() if row is not None) / self.unit
 
     def tighten(self, at: ProgramPoint, excess_bytes: float) -> bool:
@@ -84,21 +87,21 @@ class MemoryRows:
 
     def release(self) -> None:
         """Gives every row its full room back, so that bounds are true again."""
-        self._reserve = None
+        self._pruned_bytes = None
         for at, room in self._rooms.items():
             self.rows[at].changeRHS(room / self.unit)
 
-    def reserve(self) -> bool:
-        """From now on keeps room for the pruned tensors, which are saved; False if that was so already."""
-        if self._reserve is not None or not self.facts.pruned:
+    def keep_room_for_pruned(self) -> bool:
+        """Keeps room from now on for the pruned tensors, which are saved; False if that was so already."""
+        if self._pruned_bytes is not None or not self.presolved.pruned:
             return False
-        self._reserve = saved_bytes(self.problem, self.facts)
+        self._pruned_bytes = saved_bytes(self.problem, self.presolved)
         for at in self.rows:
-            self.tighten(at, self._reserved(at))
+            self.tighten(at, self._room_for_pruned(at))
         return True
 
-    def _reserved(self, at: ProgramPoint) -> int:
-        if self._reserve is None:
+    def _room_for_pruned(self, at: ProgramPoint) -> int:
+        if self._pruned_bytes is None:
             return 0
-        forward, backward = self._reserve
+        forward, backward = self._pruned_bytes
         return forward[at.op] if at.forward else backward[at.op]
