@@ -6,15 +6,15 @@ import time
 from collections.abc import Collection, Iterator
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
 T = TypeVar("T")
 LONG_S = 2.0
 
 
 def tracked(items: Collection[T], what: str) -> Iterator[T]:
     """The items one by one, with a bar once they have taken ``LONG_S``; nothing where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     start = time.monotonic()

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from fxhybrid.api import Inputs, _plan_now
@@ -23,6 +21,9 @@ from fxhybrid.options import make_options
 from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for, prove_bound
 from fxhybrid.solvers.portfolio.known_plans import KnownPlans
 from fxhybrid.units import Budget, check_budget, format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 DEFAULT_COUNT = 12
 FRONTIER_FORMAT = 2
@@ -138,6 +139,8 @@ class Frontier:
         pyplot.close(figure)
 
     def __rich__(self) -> Table:
+        from rich.table import Table
+
         table = Table(
             title="Added time per step by budget",
             caption=f"step that keeps everything: {format_bytes(self.save_all_bytes)}, {_ms(self.step_s)}; "
@@ -164,6 +167,8 @@ class Frontier:
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=110, force_terminal=False)
         with console.capture() as capture:
             console.print(self.__rich__())

@@ -6,6 +6,7 @@ import configparser
 import importlib
 import importlib.metadata
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -95,3 +96,10 @@ def test_readme_has_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "pip install -e '.[demo]' && fxhybrid demo" in text
     assert "pip install -e '.[test]' && pytest" in text
+
+
+def test_importing_loads_neither_solvers_nor_displays() -> None:
+    names = ("pulp", "highspy", "rich", "transformers", "matplotlib")
+    code = f"import sys, fxhybrid; print([name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
@@ -146,6 +144,9 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None, progr
     costs = _read_cache(path)
     missing = list({call.key: call for call in calls if call.key not in costs}.values())
     if missing:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         bar = Progress(
             TextColumn("profiling operators"),
             BarColumn(),
