@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -149,6 +152,19 @@ def test_highs_presolve_is_off() -> None:
     result = IlpSolver(gap=0.0).solve(problem, 26613, max_error=0.0)
     assert result.actions[0] == Compress("half")
     assert result.overhead_s == pytest.approx(0.3762)
+
+
+def test_the_first_solve_prints_nothing() -> None:
+    # HiGHS greets the first call in a process; stdout belongs to whoever imports this package
+    code = (
+        "from tests.problems import random_problem\n"
+        "from fxhybrid.solvers.ilp.solver import IlpSolver\n"
+        "result = IlpSolver(gap=0.0).solve(random_problem(38, 2, lossy=False, fused=True), 16_312, max_error=0.0)\n"
+        "assert result.details['rounds'] > 0"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_pruning_spoils_neither_bound_nor_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from fxhybrid.errors import PlanError
+from fxhybrid.errors import PlanError, ProblemError
 from fxhybrid.ir.plan import RECOMPUTE, SAVE, Compress, parse_action
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor, check_problem
 from fxhybrid.ir.schedule import Kind, lower
@@ -159,3 +159,40 @@ def test_outputs_and_mutations_live_as_long_as_their_holder() -> None:
 
 def test_json_round_trip() -> None:
     assert Problem.from_json(chain().to_json()) == chain()
+
+
+def test_ops_that_every_plan_runs() -> None:
+    # The caller holds the loss, made from b, made from a. A mask of a serves grad_a only, unless it is kept.
+    base = chain()
+    tensors = (*base.tensors, Tensor("mask", 2 * KB), Tensor("sign", 2 * KB))
+    forward = (*base.forward, Op("make_sign", (0,), (7,), 1e-3, 0), Op("make_mask", (7,), (6,), 1e-3, 0))
+    backward = (base.backward[0], dataclasses.replace(base.backward[1], inputs=(3, 6)), base.backward[2])
+    problem = dataclasses.replace(base, tensors=tensors, forward=forward, backward=backward)
+    assert problem.required_forward_ops() == {0, 1, 2}
+    assert problem.required_forward_ops(kept=[7]) == {0, 1, 2, 3}
+    assert problem.required_forward_ops(kept=[6]) == {0, 1, 2, 3, 4}
+    assert problem.deferrable == {3, 4}
+    pinned = dataclasses.replace(
+        problem, forward=(*forward[:3], dataclasses.replace(forward[3], pinned=True), forward[4])
+    )
+    assert pinned.required_forward_ops() == {0, 1, 2, 3}
+
+
+def test_a_cycle_is_named() -> None:
+    # a is made from b, and b from a; grad_b and grad_a hang on both
+    base = chain()
+    problem = dataclasses.replace(base, forward=(dataclasses.replace(base.forward[0], inputs=(1,)), *base.forward[1:]))
+    with pytest.raises(ProblemError, match=r"'make_a' reads 'b'.* in a cycle: make_a -> make_b -> make_a"):
+        check_problem(problem)
+
+
+def test_an_order_that_cannot_be_is_named() -> None:
+    base = chain()
+    swapped = dataclasses.replace(base, forward=(base.forward[1], base.forward[0], base.forward[2]))
+    with pytest.raises(
+        ProblemError, match="'make_b' reads 'a' before any op writes it: 'make_a', which makes it, must"
+    ):
+        check_problem(swapped)
+    without = dataclasses.replace(base, forward=base.forward[1:])
+    with pytest.raises(ProblemError, match="'make_b' reads 'a' before any op writes it: no op makes it"):
+        check_problem(without)

@@ -35,7 +35,7 @@ class BackwardTerms:
         self.problem = model.problem
         self.presolved = model.presolved
         self._decided = set(self.presolved.decided)
-        self._certain = certain_backward(self.problem, self._decided)
+        self._certain = certain_backward(self.problem)
 
     def of(self, at: ProgramPoint) -> tuple[list[Term], float]:
         """Terms of the row of one program point, and the bytes that no decision changes."""

@@ -174,7 +174,7 @@ def saved_bytes(problem: Problem, presolved: Presolved) -> tuple[list[int], list
     return list(accumulate(forward)), list(accumulate(backward))
 
 
-def certain_backward(problem: Problem, decided: set[int]) -> list[int]:
+def certain_backward(problem: Problem) -> list[int]:
     """Adds up the bytes alive before each backward op that no decision changes."""
     n = len(problem.backward)
     last = {t: p for p, op in enumerate(problem.backward) for t in (*op.outputs, *op.inputs)}
