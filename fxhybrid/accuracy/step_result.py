@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxhybrid.capture.python_state import unchanged_python_state
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -47,7 +49,7 @@ def observe_step(
 
     Without a loss, the outputs are weighted with fixed random numbers to get a scalar.
     """
-    with _restored([*model.buffers(), *changed]), torch.random.fork_rng(devices=[]):
+    with _restored([*model.buffers(), *changed]), unchanged_python_state(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         result = run()
         outputs = list(output_tensors(result))

@@ -1,0 +1,149 @@
+"""What a model keeps in Python rather than in parameters and buffers: attributes, containers, generators."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Undo = Callable[[], None]
+
+
+@contextlib.contextmanager
+def unchanged_python_state(module: nn.Module) -> Iterator[None]:
+    """Undoes what runs of ``module`` within the block leave in Python.
+
+    Restored are the attributes of all submodules and of plain objects that they hold, the contents of lists, dicts,
+    sets, deques and arrays among them (and of those that hooks and other functions close over), tensors kept as
+    attributes, and the generators of ``random`` and NumPy. Parameters and registered buffers keep their identity; their
+    values are the caller's business.
+    """
+    snapshot = _Snapshot([*module.parameters(), *module.buffers()])
+    for part in module.modules():
+        snapshot.take(part)
+    undo_all = [*_generators(), *snapshot.undo_all]
+    try:
+        yield
+    finally:
+        for undo in undo_all:
+            undo()
+
+
+def _generators() -> Iterator[Undo]:
+    """Snapshots of the process-wide generators; NumPy's only if something has loaded it."""
+    yield partial(random.setstate, random.getstate())
+    if "numpy" in sys.modules:
+        legacy = sys.modules["numpy"].random
+        yield partial(legacy.set_state, legacy.get_state())
+
+
+class _Snapshot:
+    """Walks over Python objects and notes how to put each one's contents back.
+
+    Attributes:
+        undo_all: one function for each object that can change in place.
+    """
+
+    def __init__(self, apart: Iterable[object]) -> None:
+        self.undo_all: list[Undo] = []
+        self._seen: dict[int, object] = {id(value): value for value in apart}  # keeps them alive, so ids stay theirs
+
+    def take(self, value: object) -> None:
+        """Notes the contents of ``value`` and of all that it holds."""
+        pending = [value]
+        while pending:
+            value = pending.pop()
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value
+                pending += self._note(value)
+
+    def _note(self, value: Any) -> Iterable[object]:
+        """Notes how to restore one object, and returns what it holds."""
+        if isinstance(value, Tensor):
+            return self._note_tensor(value)
+        if isinstance(value, (list, deque, set, dict)):
+            return self._note_container(value)
+        if isinstance(value, tuple):
+            return value
+        if isinstance(value, FunctionType):
+            return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        if isinstance(value, MethodType):
+            return [value.__self__]
+        if isinstance(value, partial):
+            return [value.func, *value.args, *value.keywords.values()]
+        return self._note_object(value)
+
+    def _note_tensor(self, value: Tensor) -> Iterable[object]:
+        kept = value.detach().clone()
+
+        def undo() -> None:
+            if not torch.equal(value, kept):  # writing bumps the version that a pending backward pass looks at
+                with torch.no_grad():
+                    value.copy_(kept)
+
+        self.undo_all.append(undo)
+        return ()
+
+    def _note_container(self, value: Any) -> Iterable[object]:
+        kept = dict(value) if isinstance(value, dict) else list(value)
+
+        def undo() -> None:
+            value.clear()
+            value.update(kept) if isinstance(value, (set, dict)) else value.extend(kept)
+
+        self.undo_all.append(undo)
+        return list(kept.values()) if isinstance(kept, dict) else kept
+
+    def _note_object(self, value: Any) -> Iterable[object]:
+        if isinstance(value, random.Random):
+            self.undo_all.append(partial(value.setstate, value.getstate()))
+            return ()
+        if isinstance(value, torch.Generator):
+            self.undo_all.append(partial(_set_generator, value, value.get_state()))
+            return ()
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and isinstance(value, numpy.ndarray):
+            self.undo_all.append(partial(numpy.copyto, value, value.copy()))
+            return ()
+        if numpy is not None and isinstance(value, numpy.random.Generator):
+            state = value.bit_generator.state
+            self.undo_all.append(partial(setattr, value.bit_generator, "state", state))
+            return ()
+        attributes = getattr(value, "__dict__", None)
+        # of libraries' objects and classes none is the model's state; a model's own class is user code
+        if isinstance(value, type) or not isinstance(attributes, dict) or not _is_user_object(value):
+            return ()
+        return self._note_container(attributes)
+
+
+def _set_generator(generator: torch.Generator, state: Tensor) -> None:
+    """Sets a generator back to a state."""
+    generator.set_state(state)
+
+
+def _is_filled(cell: Any) -> bool:
+    """Whether a closure's cell holds anything yet."""
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _is_user_object(value: object) -> bool:
+    """Whether an object with attributes may be part of the model's state: a module, or of a class outside torch."""
+    if isinstance(value, nn.Module):
+        return True
+    package = type(value).__module__.partition(".")[0]
+    return package not in _LIBRARIES and not isinstance(value, Mapping)
+
+
+_LIBRARIES = frozenset({"torch", "builtins", "types", "functools", "typing", "logging", "threading", "numpy", "enum"})
