@@ -18,9 +18,9 @@ from fxhybrid.solvers.base import FrontierPoint, PlanFrontier, Status, plan_erro
 from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.mps.frontier_search import build_frontier
-from fxhybrid.solvers.mps.neighbourhood import Choices
-from fxhybrid.solvers.mps.plan_state import Footprints
-from fxhybrid.solvers.mps.problem_tables import FIRST_CODEC, RECOMPUTED, SAVED
+from fxhybrid.solvers.mps.neighbourhood import Neighbourhood
+from fxhybrid.solvers.mps.plan_state import PlanState
+from fxhybrid.solvers.mps.problem_tables import FIRST_CODEC, RECOMPUTED, SAVED, ProblemTables
 from fxhybrid.solvers.portfolio.extend_plans import ensure, frontier_plans
 from fxhybrid.solvers.portfolio.known_plans import plans_of
 from fxhybrid.solvers.portfolio.solvers import Portfolio
@@ -124,10 +124,10 @@ def test_a_chain_is_made_again_up_to_a_depth(depth: int, again: set[int]) -> Non
     tensors = (*waiting, Tensor("loss", 4), Tensor("grad", 10))
     forward = (*chain, Op("make_loss", (3,), (4,), 1.0, 4))
     problem = Problem(tensors, forward, (Op("back", (0, 1, 2, 3), (5,), 1.0, 10),), (4,), (), (5,), resident_bytes=0)
-    base = Footprints(problem)
-    base.move(dict.fromkeys(range(4), FIRST_CODEC))
+    base = PlanState(ProblemTables(problem))
+    base.apply(dict.fromkeys(range(4), FIRST_CODEC))
     kept = {min(again) - 1: SAVED} if min(again) else {}
-    assert Choices(base, MAX_ERROR).complete(3, RECOMPUTED, depth) == {**dict.fromkeys(again, RECOMPUTED), **kept}
+    assert Neighbourhood(base, MAX_ERROR).repair(3, RECOMPUTED, depth) == {**dict.fromkeys(again, RECOMPUTED), **kept}
 
 
 def test_a_mask_is_kept_packed_when_its_source_turns_lossy() -> None:
@@ -198,10 +198,12 @@ def test_without_codecs_nothing_is_compressed(problem: Problem) -> None:
 @settings(max_examples=100, deadline=None)
 @given(problems(fused=True), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4))
 def test_footprint_equals_simulation_however_it_came_there(problem: Problem, seeds: list[int]) -> None:
-    base = Footprints(problem)
+    base = PlanState(ProblemTables(problem))
     for seed in seeds:
         actions = random_actions(problem, seed)
-        cost, line = base.measure(list(base.codes(actions))), simulate_actions(problem, actions)
+        codes = base.tables.codes_of(actions)
+        assert codes is not None
+        cost, line = base.evaluate(codes), simulate_actions(problem, actions)
         assert cost is not None
         assert cost.peak_bytes == line.peak_bytes
         assert cost.overhead_s == pytest.approx(line.overhead_s, abs=1e-9)
@@ -214,20 +216,20 @@ def test_footprint_equals_simulation_however_it_came_there(problem: Problem, see
 @given(problems(fused=True), st.integers(0, 2**32 - 1), st.data())
 def test_a_move_taken_back_leaves_nothing_behind(problem: Problem, seed: int, data: st.DataObject) -> None:
     free = [t for t in problem.candidates if t not in problem.outputs]
-    base, rnd = Footprints(problem), random.Random(seed)
+    base, rnd = PlanState(ProblemTables(problem)), random.Random(seed)
     for t in data.draw(st.lists(st.sampled_from(free), max_size=6)) if free else ():
         code = rnd.choice((SAVED, RECOMPUTED, *range(FIRST_CODEC, FIRST_CODEC + len(problem.tensors[t].codecs))))
-        before = (base.footprint(), base.valid, base.state.copy(), base.heights().tolist())
+        before = (base.cost(), base.valid, base.codes.copy(), base.heights().tolist())
         effect = base.effect({t: code})
-        assert (base.footprint(), base.valid, base.state, base.heights().tolist()) == before
-        base.move({t: code})
+        assert (base.cost(), base.valid, base.codes, base.heights().tolist()) == before
+        base.apply({t: code})
         assert (effect is not None) == base.valid
         if effect is not None and before[0].overhead_s > 0 and base.overhead_s > 0:  # below that it is cut off
             assert base.overhead_s - before[0].overhead_s == pytest.approx(effect[1], abs=1e-9 * problem.step_s)
         assert effect is None or base.error2 - before[0].error2 == pytest.approx(effect[2], abs=1e-12)
         base.undo()
-        assert (base.footprint(), base.valid, base.state, base.heights().tolist()) == before
-        base.move({t: code})
+        assert (base.cost(), base.valid, base.codes, base.heights().tolist()) == before
+        base.apply({t: code})
 
 
 @settings(max_examples=200, deadline=None)

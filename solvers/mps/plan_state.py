@@ -1,14 +1,27 @@
-"""What follows when a few tensors change: who is needed, who runs again, who lives from where to where.
+"""One plan with its cost, kept up to date while a few tensors change at a time.
 
-Two facts of ``lower`` make this local. An op runs again at most once, where the first of its recomputed outputs
-is first needed: ``use[t] = min(first backward read, rerun[o] for readers o)``, ``rerun[o] = min use[t] over its
-recomputed outputs t``. And what happens between two ops of the grid (encodings after a forward op, decodings and
-reruns before a backward op: a group) is the same relative to the height after it, wherever that is.
+Problem
+    What a change of some tensors' codes does to the heights, the overhead and the error, without lowering and
+    simulating the whole plan again.
+
+Data
+    f[t]     first backward op that reads tensor t          R(t)   forward ops that read t
+    O(o)     tensors that op o makes                        A      tensors whose code is RECOMPUTED
+
+Method
+    Two facts of ``lower`` make the effect of a change local. An op runs again at most once, where the first of its
+    recomputed outputs is first needed:
+
+        use[t]   = min(f[t], min over o in R(t) of rerun[o])
+        rerun[o] = min over t in O(o) and A of use[t]
+
+    And the instructions between two ops reach equally high above the height after them, wherever that is
+    (``instruction_groups``). So ``apply`` walks from the changed tensors' ops to their sources as long as something
+    differs, then adds the differences of live ranges. ``undo`` restores the values that the last ``apply`` replaced.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,179 +30,19 @@ from typing import Any
 
 import numpy as np
 
-from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Actions, Compress
-from fxhybrid.ir.problem import Problem
-from fxhybrid.solvers.mps.live_ranges import NO_GROUP, Life, Lives
-from fxhybrid.solvers.mps.problem_tables import FIRST_CODEC, NEVER, RECOMPUTED, Ints, State
+from fxhybrid.ir.plan import Action
+from fxhybrid.solvers.mps.instruction_groups import NO_GROUP, group_height
+from fxhybrid.solvers.mps.live_ranges import LiveRange, LiveRanges
+from fxhybrid.solvers.mps.plan_arrays import PlanArrays, exact_overhead_s
+from fxhybrid.solvers.mps.problem_tables import FIRST_CODEC, NEVER, RECOMPUTED, Ints, ProblemTables
 
-
-class Settling(Lives):
-    """The present state with what follows from it, kept up to date, and with what it was before the last move."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self._live = self.base_live.copy()
-        self._heights: Ints | None = None
-        self._top = self.base_top.copy()
-        self._group = np.full(self.n_slots, NO_GROUP, np.int64)
-        self._seconds, self._error2 = self.base_s, 0.0
-        self._lossy = self._invalid = 0
-        self._trying = False  # nobody will look at the heights of this move
-        self._begin()
-
-    def _begin(self) -> None:
-        """What changes from here on, ``undo`` can take back."""
-        self._steps: defaultdict[int, int] = defaultdict(int)
-        self._old: list[tuple[Any, int, Any]] = []
-        self._put_or_taken: list[tuple[int, int, bool]] = []
-        self._before = (self._live, self._heights, self._seconds, self._error2, self._lossy, self._invalid)
-
-    def undo(self) -> None:
-        """Takes the last move back."""
-        for values, key, old in reversed(self._old):
-            values[key] = old
-        for slot, member, put in reversed(self._put_or_taken):
-            (self._members[slot].discard if put else self._members[slot].add)(member)
-        self._live, self._heights, self._seconds, self._error2, self._lossy, self._invalid = self._before
-
-    def _set(self, values: Any, key: int, new: object) -> None:
-        self._old.append((values, key, values[key]))
-        values[key] = new
-
-    def _settle(self, ops: Iterable[int], dirty: set[int]) -> None:
-        """Works out anew what depends on ``ops`` and on the tensors in ``dirty``."""
-        slots: set[int] = set()
-        self._settle_ops(ops, dirty, slots)
-        self._settle_lives(dirty, slots)
-        if self._trying:
-            return
-        self._heights = None
-        if self._steps:
-            steps = np.zeros(self.n_slots, np.int64)
-            steps[list(self._steps)] = list(self._steps.values())
-            self._live = self._live + np.cumsum(steps)
-        for slot in slots:
-            self._set(self._group, slot, self._group_height(slot))
-
-    def _settle_ops(self, ops: Iterable[int], dirty: set[int], slots: set[int]) -> None:
-        """Who is needed from when and who runs again, readers first; whose lives that may alter is ``dirty`` then."""
-        state, use, rerun, old = self.state, self.use, self.rerun, self._old
-        heap = [-o for o in ops]
-        heapify(heap)
-        queued = set(heap)
-        while heap:
-            o = -heappop(heap)
-            at = NEVER
-            for t in self.made[o]:
-                first = self.first_run[t]
-                for r in self.readers[t]:
-                    if rerun[r] < first:
-                        first = rerun[r]
-                if first != use[t]:
-                    old.append((use, t, use[t]))
-                    use[t] = first
-                    dirty.add(t)
-                if first < at and state[t] == RECOMPUTED:
-                    at = first
-            changed = at != rerun[o]
-            if changed:
-                self._run_again(o, at, slots)
-            if o in self.optional and self._settle_run(o):
-                changed = True
-            if changed:
-                dirty.update(self.touched[o])
-                for source in self.sources[o]:
-                    if -source not in queued:
-                        queued.add(-source)
-                        heappush(heap, -source)
-
-    def _run_again(self, o: int, at: int, slots: set[int]) -> None:
-        """Lets ``o`` run again before the backward op ``at``."""
-        old = self.rerun[o]
-        self._set(self.rerun, o, at)
-        fused = o in self.fused_at
-        if not self._trying:
-            if fused:
-                slot = self.fused_at[o]
-                self._set(self._top, slot, self.fused_top[o] if at < NEVER else self.base_top[slot])
-            else:
-                for p, put in ((old, False), (at, True)):
-                    if p < NEVER:
-                        self._put(self.slot(p), ~o, put, slots)
-        if (at < NEVER) != (old < NEVER):
-            sign = 1 if at < NEVER else -1
-            op = self.problem.forward[o]
-            if not fused:
-                self._seconds += sign * op.seconds
-            if not op.recomputable:
-                self._invalid += sign
-            for t in self.read[o]:
-                if self.state[t] >= FIRST_CODEC and self.lossy(t, self.state[t]):
-                    self._invalid += sign
-
-    def _settle_run(self, o: int) -> bool:
-        """Whether ``o``, which only serves the backward pass, runs in the forward pass; says whether that changed."""
-        stored = any(self.use[t] < NEVER and self.state[t] != RECOMPUTED for t in self.made[o])
-        runs = stored or any(self._runs[r] for t in self.made[o] for r in self.readers[t])
-        if runs == self._runs[o]:
-            return False
-        self._set(self._runs, o, runs)
-        self._seconds += (1 if runs else -1) * self.problem.forward[o].seconds
-        if not self._trying:
-            self._set(self._top, o, self.optional[o] if runs else 0)
-        return True
-
-    def _settle_lives(self, dirty: set[int], slots: set[int]) -> None:
-        """Who lives from where to where, and what that costs."""
-        steps, trying = self._steps, self._trying
-        for t in dirty:
-            read, last = self._last_uses(t)
-            old, new = self._lives[t], self._life(t, read, last)
-            if not trying and last // 2 != self.last_use[t]:
-                self._set(self.last_use, t, last // 2)
-            if old is new or old == new:
-                continue
-            for at, size in old.steps:
-                steps[at] -= size
-            for at, size in new.steps:
-                steps[at] += size
-            if old.code >= FIRST_CODEC:
-                self._count(old, -1)
-            if new.code >= FIRST_CODEC:
-                self._count(new, 1)
-            if not trying:
-                self._set(self._lives, t, new)
-                self._settle_groups(t, old, new, slots)
-
-    def _count(self, life: Life, sign: int) -> None:
-        self._seconds += sign * life.seconds
-        self._lossy += sign * life.lossy
-        self._error2 += sign * life.error2
-
-    def _settle_groups(self, t: int, old: Life, new: Life, slots: set[int]) -> None:
-        """Notes the slots whose decodings and reruns are others, as ``t`` has a ``new`` life."""
-        for life, put in ((old, False), (new, True)):
-            if life.code >= FIRST_CODEC:
-                self._put(life.encoded_at, t, put, slots)
-                self._put(life.decoded_at, t, put, slots)
-            if life.group_death >= 0:
-                slots.add(life.group_death)
-        rerun = self.rerun[self.producer[t]]
-        if rerun < NEVER:
-            slots.add(self.slot(rerun))
-
-    def _put(self, slot: int, member: int, put: bool, slots: set[int]) -> None:
-        if put:
-            self._members[slot].add(member)
-        else:
-            self._members[slot].discard(member)
-        self._put_or_taken.append((slot, member, put))
-        slots.add(slot)
+ROUNDING = 1e-12  # of the step: what sums of differences may leave of an overhead of nothing
+Effect = tuple[dict[int, int], float, float]  # bytes that come or go from a slot on, overhead in s, squared error
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """What one state costs.
+class PlanCost:
+    """What one plan costs.
 
     Attributes:
         peak_bytes: highest point of the step.
@@ -202,132 +55,284 @@ class Footprint:
     error2: float
 
 
-class Footprints(Settling):
-    """Measures states of one problem, each by what differs from the one before.
+class PlanState:
+    """Evaluates plans of one problem, each by what differs from the one before.
 
     Attributes:
-        moves: how many have been made so far.
+        tables: of the problem.
+        codes: per tensor, its present code; read only.
+        use: per tensor, backward op before which it is first needed, or NEVER; read only.
+        rerun: per forward op, backward op before which it runs again, or NEVER; read only.
+        n_applied: how many changes have been applied so far; the measure of a search's work.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self._default = bytes(self.default)
-        self._named: dict[int, list[Action]] = {
-            t: [SAVE, RECOMPUTE, *(Compress(o.codec) for o in problem.tensors[t].codecs)] for t in problem.candidates
-        }
-        self.moves = 0
-        self._settle(range(self.n_forward), set(problem.producer))
+    def __init__(self, tables: ProblemTables) -> None:
+        self.tables = tables
+        self._plan = PlanArrays.empty(tables)
+        self.codes, self.use, self.rerun = self._plan.codes, self._plan.use, self._plan.rerun
+        self._ranges = LiveRanges(tables)
+        self._live = tables.base_live
+        self._heights: Ints | None = None
+        self._top = tables.base_top.copy()
+        self._group = np.full(tables.n_slots, NO_GROUP, np.int64)
+        self._seconds, self._error2 = tables.base_s, 0.0
+        self._n_lossy = self._n_invalid = 0
+        self.n_applied = 0
+        self._begin()
+        self._propagate(range(tables.n_forward), set(tables.problem.producer))
 
-    # -- what the present state costs ----------------------------------------------------------------------
+    # -- what the present plan costs -----------------------------------------------------------------------
 
     @property
     def valid(self) -> bool:
         """Whether every recomputation is allowed and reads exact tensors."""
-        return self._invalid == 0
+        return self._n_invalid == 0
 
     def heights(self) -> Ints:
-        """Bytes per slot of the grid, the highest within the slot."""
+        """Returns bytes per slot, the highest within the slot."""
         if self._heights is None:
             self._heights = self._live + np.maximum(self._top, self._group)
         return self._heights
 
-    def footprint(self) -> Footprint:
-        """The figures of the present state."""
-        peak = int(self.heights().max()) if self.n_ops else self.problem.resident_bytes
-        return Footprint(peak, self.overhead_s, self.error2)
+    def cost(self) -> PlanCost:
+        """Returns the figures of the present plan."""
+        return PlanCost(int(self.heights().max()), self.overhead_s, self.error2)
 
     @property
     def overhead_s(self) -> float:
         """Seconds beyond running every op once; what rounding leaves of nothing is nothing."""
-        return self._seconds if self._seconds > 1e-12 * self.problem.step_s else 0.0
+        return self._seconds if self._seconds > ROUNDING * self.tables.problem.step_s else 0.0
 
     def exact_overhead_s(self) -> float:
-        """``overhead_s`` summed up from nothing, to the last bit as the simulator has it."""
-        forward = self.problem.forward
-        seconds = [op.seconds for op in self.problem.backward]
-        seconds += [op.seconds for op, runs in zip(forward, self._runs, strict=True) if runs]
-        seconds += [forward[o].seconds for o, at in enumerate(self.rerun) if at < NEVER and o not in self.fused_at]
-        for t in np.flatnonzero(np.frombuffer(bytes(self.state), np.uint8) >= FIRST_CODEC).tolist():
-            if self.use[t] < NEVER:
-                option = self.option(t, self.state[t])
-                seconds += [option.encode_s, option.decode_s]
-        return max(math.fsum(seconds) - self.problem.step_s, 0.0)
+        """Returns ``overhead_s`` summed up from nothing, to the last bit as the simulator has it."""
+        return exact_overhead_s(self.tables, self._plan)
 
     @property
     def error2(self) -> float:
         """Sum of squared lossy errors."""
-        return max(self._error2, 0.0) if self._lossy else 0.0
-
-    def measure(self, state: State) -> Footprint | None:
-        """Moves to ``state``; its footprint, or None if an op would be recomputed from a lossy tensor."""
-        self.move(self.changes_to(bytes(state)))
-        return self.footprint() if self.valid else None
+        return max(self._error2, 0.0) if self._n_lossy else 0.0
 
     def actions(self) -> dict[int, Action]:
-        """The state as actions; defaults and what backward does not want are left out."""
-        state, use, named = self.state, self.use, self._named
-        return {t: named[t][state[t]] for t in self.changes_to(self._default) if t in named and use[t] < NEVER}
-
-    def codes(self, actions: Actions) -> bytes | None:
-        """The state in which ``actions`` are taken, and the default where they name nothing; None if there is none.
-
-        Plans from elsewhere may hold what no state stands for: tensors made again more than once.
-        """
-        state = self.default.copy()
-        for t, action in actions.items():
-            if action not in self._named.get(t, ()):
-                return None
-            state[t] = self._named[t].index(action)
-        return bytes(state)
+        """Returns the plan as actions; defaults and what backward does not want are left out."""
+        named = self.tables.actions
+        changed = self.changes_to(bytes(self.tables.default_codes))
+        return {t: named[t][self.codes[t]] for t in changed if t in named and self.use[t] < NEVER}
 
     def changes_to(self, codes: bytes) -> dict[int, int]:
-        """What differs in another state, with its codes."""
-        there, here = np.frombuffer(codes, np.uint8), np.frombuffer(bytes(self.state), np.uint8)
+        """Returns the tensors whose codes differ in another plan, with its codes."""
+        there, here = np.frombuffer(codes, np.uint8), np.frombuffer(bytes(self.codes), np.uint8)
         changed: list[int] = np.flatnonzero(there != here).tolist()
         return {t: codes[t] for t in changed}
 
-    # -- moving to another state ---------------------------------------------------------------------------
+    # -- changes -------------------------------------------------------------------------------------------
 
-    def effect(self, changes: Mapping[int, int]) -> tuple[dict[int, int], float, float] | None:
-        """What a move would do: bytes that come or go from a slot on, added seconds and squared error.
+    def apply(self, changes: Mapping[int, int]) -> list[int]:
+        """Gives the tensors in ``changes`` new codes; returns those whose code is another one now."""
+        return self._apply(changes, trial=False)
 
-        None if it is invalid.
-        """
+    def evaluate(self, codes: bytes) -> PlanCost | None:
+        """Applies all codes of another plan; returns its cost, or None if it recomputes from a lossy tensor."""
+        self.apply(self.changes_to(codes))
+        return self.cost() if self.valid else None
+
+    def effect(self, changes: Mapping[int, int]) -> Effect | None:
+        """Returns what ``apply`` would do; None if the plan would be invalid."""
         if len(changes) == 1:
             ((t, code),) = changes.items()
-            if RECOMPUTED not in (code, self.state[t]) and self.use[t] < NEVER:
-                return self._swap(t, code)
+            if RECOMPUTED not in (code, self.codes[t]) and self.use[t] < NEVER:
+                return self._effect_of_storing(t, code)
         seconds, error2 = self._seconds, self._error2
-        self._trying = True
-        self.move(changes)
+        self._apply(changes, trial=True)
         found = (self._steps, self._seconds - seconds, self._error2 - error2) if self.valid else None
         self.undo()
-        self._trying = False
         return found
 
-    def _swap(self, t: int, code: int) -> tuple[dict[int, int], float, float] | None:
+    def undo(self) -> None:
+        """Takes the last ``apply`` back."""
+        for values, key, old in reversed(self._replaced):
+            values[key] = old
+        members = self._plan.members
+        for slot, member, put in reversed(self._regrouped):
+            (members[slot].discard if put else members[slot].add)(member)
+        self._live, self._heights, self._seconds, self._error2, self._n_lossy, self._n_invalid = self._before
+
+    def _effect_of_storing(self, t: int, code: int) -> Effect | None:
         """``effect`` of storing ``t`` in another form: nothing else is needed earlier or later for it."""
-        before = self.state[t]
-        lossy = self.lossy(t, code) - self.lossy(t, before)
-        if self._invalid + lossy * sum(self.rerun[o] < NEVER for o in self.readers[t]):
+        tables, old = self.tables, self._plan.ranges[t]
+        is_lossy = tables.is_lossy[t]
+        lossy = is_lossy[code] - is_lossy[self.codes[t]]
+        if self._n_invalid + lossy * sum(self.rerun[o] < NEVER for o in tables.readers[t]):
             return None
-        self.state[t] = code
-        old, new = self._lives[t], self._life(t, *self._last_uses(t))
-        self.state[t] = before
+        new = self._ranges.of(t, code, self.use[t], self.rerun[tables.producer[t]], *self._last_uses(t))
         steps = dict(new.steps)
         for at, size in old.steps:
             steps[at] = steps.get(at, 0) - size
         return steps, new.seconds - old.seconds, new.error2 - old.error2
 
-    def move(self, changes: Mapping[int, int]) -> dict[int, int]:
-        """Gives the tensors in ``changes`` new codes; returns the changes that lead back."""
-        self.moves += 1
+    def _begin(self) -> None:
+        """Starts the record of what ``undo`` takes back."""
+        self._steps: defaultdict[int, int] = defaultdict(int)
+        self._replaced: list[tuple[Any, int, Any]] = []
+        self._regrouped: list[tuple[int, int, bool]] = []
+        self._before = (self._live, self._heights, self._seconds, self._error2, self._n_lossy, self._n_invalid)
+
+    def _apply(self, changes: Mapping[int, int], *, trial: bool) -> list[int]:
+        self.n_applied += 1
         self._begin()
-        back = {t: self.state[t] for t, code in changes.items() if code != self.state[t]}
-        for t, old in back.items():
-            lossy = self.lossy(t, changes[t]) - self.lossy(t, old)
+        tables, codes = self.tables, self.codes
+        changed = [t for t, code in changes.items() if code != codes[t]]
+        for t in changed:
+            is_lossy = tables.is_lossy[t]
+            lossy = is_lossy[changes[t]] - is_lossy[codes[t]]
             if lossy:
-                self._invalid += lossy * sum(self.rerun[o] < NEVER for o in self.readers[t])
-            self._set(self.state, t, changes[t])
-        self._settle({self.producer[t] for t in back}, set(back))
-        return back
+                self._n_invalid += lossy * sum(self.rerun[o] < NEVER for o in tables.readers[t])
+            self._set(codes, t, changes[t])
+        self._propagate({tables.producer[t] for t in changed}, set(changed), trial=trial)
+        return changed
+
+    def _set(self, values: Any, key: int, new: object) -> None:
+        self._replaced.append((values, key, values[key]))
+        values[key] = new
+
+    # -- what follows --------------------------------------------------------------------------------------
+
+    def _propagate(self, ops: Iterable[int], dirty: set[int], *, trial: bool = False) -> None:
+        """Derives anew what depends on ``ops`` and on the tensors in ``dirty``; a ``trial`` needs no heights."""
+        slots: set[int] = set()
+        self._propagate_ops(ops, dirty, slots, trial)
+        self._propagate_ranges(dirty, slots, trial)
+        if trial:
+            return
+        self._heights = None
+        if self._steps:
+            steps = np.zeros(self.tables.n_slots, np.int64)
+            steps[list(self._steps)] = list(self._steps.values())
+            self._live = self._live + np.cumsum(steps)
+        for slot in slots:
+            self._set(self._group, slot, group_height(self.tables, self._plan, slot))
+
+    def _propagate_ops(self, ops: Iterable[int], dirty: set[int], slots: set[int], trial: bool) -> None:
+        """Derives first uses and reruns, readers before sources; adds tensors that they concern to ``dirty``."""
+        tables, codes, use, rerun = self.tables, self.codes, self.use, self.rerun
+        made, readers, first_read, replaced = tables.made, tables.readers, tables.first_read, self._replaced
+        heap = [-o for o in ops]
+        heapify(heap)
+        queued = set(heap)
+        while heap:
+            o = -heappop(heap)
+            at = NEVER
+            for t in made[o]:
+                first = first_read[t]
+                for r in readers[t]:
+                    if rerun[r] < first:
+                        first = rerun[r]
+                if first != use[t]:
+                    replaced.append((use, t, use[t]))
+                    use[t] = first
+                    dirty.add(t)
+                if first < at and codes[t] == RECOMPUTED:
+                    at = first
+            changed = at != rerun[o]
+            if changed:
+                self._run_again(o, at, slots, trial)
+            if o in tables.optional and self._propagate_run(o, trial):
+                changed = True
+            if changed:
+                dirty.update(tables.touched[o])
+                for source in tables.sources[o]:
+                    if -source not in queued:
+                        queued.add(-source)
+                        heappush(heap, -source)
+
+    def _run_again(self, o: int, at: int, slots: set[int], trial: bool) -> None:
+        """Lets ``o`` run again before the backward op ``at``, or not if that is NEVER."""
+        tables, old = self.tables, self.rerun[o]
+        self._set(self.rerun, o, at)
+        fused = o in tables.fused_at
+        if fused and not trial:
+            slot = tables.fused_at[o]
+            self._set(self._top, slot, tables.fused_top_bytes[o] if at < NEVER else tables.base_top[slot])
+        elif not trial:
+            for p, put in ((old, False), (at, True)):
+                if p < NEVER:
+                    self._put(tables.slot(p), ~o, put, slots)
+        if (at < NEVER) != (old < NEVER):
+            sign = 1 if at < NEVER else -1
+            op = tables.problem.forward[o]
+            if not fused:
+                self._seconds += sign * op.seconds
+            n_lossy = sum(tables.is_lossy[t][self.codes[t]] for t in tables.read[o])
+            self._n_invalid += sign * (n_lossy + (not op.recomputable))
+
+    def _propagate_run(self, o: int, trial: bool) -> bool:
+        """Derives whether the optional op ``o`` runs in the forward pass; returns whether that changed."""
+        tables, plan = self.tables, self._plan
+        kept = any(plan.is_kept(t) for t in tables.made[o])
+        runs = kept or any(plan.runs[r] for t in tables.made[o] for r in tables.readers[t])
+        if runs == plan.runs[o]:
+            return False
+        self._set(plan.runs, o, runs)
+        self._seconds += (1 if runs else -1) * tables.problem.forward[o].seconds
+        if not trial:
+            self._set(self._top, o, tables.op_top_bytes[o] if runs else 0)
+        return True
+
+    def _propagate_ranges(self, dirty: set[int], slots: set[int], trial: bool) -> None:
+        """Derives the live ranges of ``dirty`` and what they cost; adds slots whose groups change to ``slots``."""
+        plan, steps, producer = self._plan, self._steps, self.tables.producer
+        for t in dirty:
+            read, last = self._last_uses(t)
+            old = plan.ranges[t]
+            new = self._ranges.of(t, self.codes[t], self.use[t], self.rerun[producer[t]], read, last)
+            if not trial and last // 2 != plan.last_use[t]:
+                self._set(plan.last_use, t, last // 2)
+            if old is new or old == new:
+                continue
+            for at, size in old.steps:
+                steps[at] -= size
+            for at, size in new.steps:
+                steps[at] += size
+            if old.code >= FIRST_CODEC:
+                self._count(old, -1)
+            if new.code >= FIRST_CODEC:
+                self._count(new, 1)
+            if not trial:
+                self._set(plan.ranges, t, new)
+                self._regroup(t, old, new, slots)
+
+    def _last_uses(self, t: int) -> tuple[int, int]:
+        """Returns the last uses of ``t`` in the forward and the backward pass, as ``live_ranges`` encodes them."""
+        tables, rerun, runs = self.tables, self.rerun, self._plan.runs
+        read, last = tables.base_read[t], tables.base_last[t]
+        for o in tables.readers[t]:
+            if rerun[o] < NEVER:
+                use = 2 * tables.slot(rerun[o]) + (o in tables.fused_at)
+                if use > last:
+                    last = use
+        for o in tables.optional_users[t]:
+            if runs[o] and o > read:
+                read = o
+        return read, last
+
+    def _count(self, live: LiveRange, sign: int) -> None:
+        self._seconds += sign * live.seconds
+        self._n_lossy += sign * live.lossy
+        self._error2 += sign * live.error2
+
+    def _regroup(self, t: int, old: LiveRange, new: LiveRange, slots: set[int]) -> None:
+        """Notes the slots whose decodings and reruns are others, as ``t`` has a ``new`` live range."""
+        for live, put in ((old, False), (new, True)):
+            if live.code >= FIRST_CODEC:
+                self._put(live.encoded_at, t, put, slots)
+                self._put(live.decoded_at, t, put, slots)
+            if live.group_death >= 0:
+                slots.add(live.group_death)
+        rerun = self.rerun[self.tables.producer[t]]
+        if rerun < NEVER:
+            slots.add(self.tables.slot(rerun))
+
+    def _put(self, slot: int, member: int, put: bool, slots: set[int]) -> None:
+        members = self._plan.members[slot]
+        (members.add if put else members.discard)(member)
+        self._regrouped.append((slot, member, put))
+        slots.add(slot)

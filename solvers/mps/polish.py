@@ -1,7 +1,11 @@
-"""A known plan fitted to one budget.
+"""Polishes a known plan for one budget.
 
-The plans of a frontier lie between budgets. What one leaves of a budget pays for taking back what costs most, and for
-more exact codecs where they cost no time.
+Problem
+    Given a plan within a budget, find one with less overhead, or as much and a smaller error, that keeps the budget.
+
+Method
+    The plans of a frontier lie between budgets. What one leaves of a budget pays for storing or saving what costs most,
+    and for more exact codecs where they cost no time: moves that never leave the budget (``LocalSearch.trim``).
 """
 
 from __future__ import annotations
@@ -9,16 +13,17 @@ from __future__ import annotations
 from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.mps.move_table import MoveTable
-from fxhybrid.solvers.mps.neighbourhood import Choices
-from fxhybrid.solvers.mps.plan_state import Footprints
-from fxhybrid.solvers.mps.search import Descent
+from fxhybrid.solvers.mps.neighbourhood import Neighbourhood
+from fxhybrid.solvers.mps.plan_state import PlanState
+from fxhybrid.solvers.mps.problem_tables import ProblemTables
+from fxhybrid.solvers.mps.search import LocalSearch
 
-ERROR_PAYS = 1e-5  # share of a step that a plan's own squared error is worth: enough to choose among equals
-MOVES = 1_000
+ERROR_SHARE = 1e-5  # share of a step that a plan's own squared error is worth: enough to choose among equals
+MAX_MOVES = 1_000
 
 
-def fitted(problem: Problem, actions: Actions, budget_bytes: int, *, max_error: float) -> Actions | None:
-    """What moves that never leave the budget make of a plan.
+def polish(problem: Problem, actions: Actions, budget_bytes: int, *, max_error: float) -> Actions | None:
+    """Improves a plan by moves that never leave the budget.
 
     Args:
         problem: the step.
@@ -27,18 +32,19 @@ def fitted(problem: Problem, actions: Actions, budget_bytes: int, *, max_error: 
         max_error: limit of the root of the sum of squared lossy errors.
 
     Returns:
-        A plan that adds less, or as much with a smaller error; None if none was found.
+        A plan with less overhead, or as much and a smaller error; None if none was found.
     """
-    base = Footprints(problem)
-    search = Descent(base, MoveTable(Choices(base, max_error)), max_error**2)
-    codes = base.codes(actions)
-    if codes is None or not search.stand_at(codes):
+    tables = ProblemTables(problem)
+    codes = tables.codes_of(actions)
+    state = PlanState(tables)
+    search = LocalSearch(state, MoveTable(Neighbourhood(state, max_error)), max_error**2)
+    if codes is None or not search.go_to(codes):
         return None
-    before = base.footprint()
-    search.error_price_s = ERROR_PAYS * problem.step_s / before.error2 if before.error2 else 0.0
+    before = state.cost()
+    search.error_multiplier_s = ERROR_SHARE * problem.step_s / before.error2 if before.error2 else 0.0
     search.table.refresh()
-    search.stop_at = base.moves + MOVES
+    search.move_limit = state.n_applied + MAX_MOVES
     search.trim(budget_bytes)
-    after = base.footprint()
+    after = state.cost()
     better = (after.overhead_s, after.error2) < (before.overhead_s, before.error2)
-    return base.actions() if better else None
+    return state.actions() if better else None

@@ -1,8 +1,16 @@
-"""Local search over plans, at a price for the peak or down to a target.
+"""Local search over plans, at a Lagrange multiplier of the peak or down to a target.
 
-``relax`` makes ``overhead_s + price * peak`` small, with the peak smoothed over the slots near it, so that several
-peaks that must fall together are seen together. ``descend`` and ``trim`` then meet a target exactly. Every limit is
-a number of moves made, so that the same input gives the same plans.
+Problem
+    minimise   overhead(plan) + mu * peak(plan)              (``relax``)
+    find       a plan with peak(plan) <= target              (``descend``)
+    minimise   overhead(plan) with peak(plan) <= target      (``trim``)
+    over plans within the error limit, each by moves from the present plan.
+
+Method
+    Batches of moves that do not touch each other's tensors are applied together, the best first by the move table's
+    figures, and undone if the plan's own figure did not fall. ``relax`` smooths the peak over the slots near it, so
+    that several peaks that must fall together are seen together. Every limit is a number of moves made, so that the
+    same input gives the same plans.
 """
 
 from __future__ import annotations
@@ -13,72 +21,76 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxhybrid.solvers.mps.move_table import Bools, Floats, MoveTable, Pace, lowest, sums
+from fxhybrid.solvers.mps.move_table import Batch, Bools, Floats, MoveTable, lowest, sums
 from fxhybrid.solvers.mps.neighbourhood import Changes
-from fxhybrid.solvers.mps.plan_state import Footprint, Footprints
+from fxhybrid.solvers.mps.plan_state import PlanCost, PlanState
 from fxhybrid.solvers.mps.problem_tables import Ints
 
 SHARPNESS = 200.0  # slots one part in so many below the peak weigh 1 / e of it
 NEARLY = 0.99  # of the target: slots above that count as overloaded, so that moves reach below it
 SCARCITY = 16  # power of height over target that says how scarce a slot's room is
 ROWS_PER_PICK = 2000  # moves picked between two scorings: one, and one more for so many rows
-LOOKED_AT = 200  # moves looked at for one batch
-FAILS = 24  # moves refused in a row before a search gives up
-NOTHING = 1e-9  # of the step: seconds below that are no gain
+MAX_EXAMINED = 200  # moves that one batch is picked from
+MAX_FAILS = 24  # moves refused in a row before a search gives up
+NO_GAIN = 1e-9  # of the step: seconds below that are no gain
+LEAST_COST = 1e-6  # of the step: what a move that costs nothing counts as in bytes freed per second
+BATCH_RELAX, BATCH_DESCEND, BATCH_TRIM = 8, 4, 8  # moves applied at once to begin with
+LEAST_AT_ONCE, ROWS_PER_MOVE = 32, 100  # moves applied at once: at most one in so many rows, but the first in any case
+ERROR_ROUNDING = 1e-9  # relative: what sums of differences may exceed the squared error limit by
 
 
-class Descent:
-    """The search; it stands at the state of ``base``.
+class LocalSearch:
+    """Searches from the plan of ``state``.
 
     Attributes:
-        base: the present state, measured.
+        state: the present plan, evaluated.
         table: moves from it.
         max_error2: limit of the sum of squared errors.
-        error_price_s: seconds that one unit of squared error is worth.
-        stop_at: moves made by then end the search.
+        error_multiplier_s: seconds that one unit of squared error is worth.
+        move_limit: the search ends when ``state`` has applied so many changes.
     """
 
-    def __init__(self, base: Footprints, table: MoveTable, max_error2: float) -> None:
-        self.base = base
+    def __init__(self, state: PlanState, table: MoveTable, max_error2: float) -> None:
+        self.state = state
         self.table = table
         self.max_error2 = max_error2
-        self.error_price_s = 0.0
-        self.stop_at = 0
-        self.most_at_once = max(32, len(table.row) // 100)
-        self.nothing_s = NOTHING * base.problem.step_s
+        self.error_multiplier_s = 0.0
+        self.move_limit = 0
+        self.most_at_once = max(LEAST_AT_ONCE, len(table.row) // ROWS_PER_MOVE)
+        self.no_gain_s = NO_GAIN * state.tables.problem.step_s
 
     @property
-    def tired(self) -> bool:
-        """Whether the work is used up."""
-        return self.base.moves >= self.stop_at
+    def exhausted(self) -> bool:
+        """Whether the move budget is used up."""
+        return self.state.n_applied >= self.move_limit
 
     @property
     def cost_s(self) -> float:
-        """Added seconds and the error's price."""
-        return self.base.overhead_s + self.error_price_s * self.base.error2
+        """Overhead, and what the error counts by its multiplier."""
+        return self.state.overhead_s + self.error_multiplier_s * self.state.error2
 
     def _costs(self, rows: Ints) -> Floats:
-        """``cost_s`` that each move of ``rows`` adds."""
-        cost: Floats = self.table.seconds[rows] + self.error_price_s * self.table.error2[rows]
+        """Returns the ``cost_s`` that each move of ``rows`` adds."""
+        cost: Floats = self.table.seconds[rows] + self.error_multiplier_s * self.table.error2[rows]
         return cost
 
     def plan(self) -> EvaluatedPlan:
-        """The present state."""
-        return EvaluatedPlan(bytes(self.base.state), self.base.footprint())
+        """Returns the present plan."""
+        return EvaluatedPlan(bytes(self.state.codes), self.state.cost())
 
-    def stand_at(self, codes: bytes, *, to_search: bool = True) -> bool:
-        """Moves to a state, ``to_search`` from there; whether it is a valid one within the error limit."""
-        moved = self.base.move(self.base.changes_to(codes))
-        self.table.age(moved.keys(), at_once=to_search)
-        return self.allowed()
+    def go_to(self, codes: bytes, *, to_search: bool = True) -> bool:
+        """Goes to a plan, ``to_search`` from there; returns whether it is a valid one within the error limit."""
+        changed = self.state.apply(self.state.changes_to(codes))
+        self.table.mark_stale(changed, at_once=to_search)
+        return self.is_allowed()
 
-    def allowed(self) -> bool:
-        """Whether the present state is valid and within the error limit."""
-        return self.base.valid and self.base.error2 <= self.max_error2 * (1 + 1e-9)
+    def is_allowed(self) -> bool:
+        """Whether the present plan is valid and within the error limit."""
+        return self.state.valid and self.state.error2 <= self.max_error2 * (1 + ERROR_ROUNDING)
 
     def _improve(
         self,
-        pace: Pace,
+        batch: Batch,
         pick: Callable[[], tuple[list[int], Changes]],
         figure: Callable[[], float],
         *,
@@ -86,93 +98,99 @@ class Descent:
         patient: bool = True,
         accept: Callable[[], None] = lambda: None,
     ) -> None:
-        """Makes the moves picked, and takes those back that do not lower the figure.
+        """Applies the moves picked, and undoes those that do not lower the figure.
 
         Args:
-            pace: how many are made at once.
-            pick: rows and changes to make together; none where there is nothing to gain.
+            batch: how many are applied at once.
+            pick: rows and changes to apply together; none where there is nothing to gain.
             figure: what falls.
             until: ends the search.
-            patient: measures stale moves anew before it gives up.
-            accept: is told of moves made.
+            patient: evaluates stale moves anew before it gives up.
+            accept: called after moves that stay applied.
         """
         value = figure()
-        while not self.tired and not until():
-            rows, changes = pick() if pace.fails < FAILS else ([], {})
+        while not self.exhausted and not until():
+            rows, changes = pick() if batch.fails < MAX_FAILS else ([], {})
             if not rows:
                 if not (patient and self.table.stale):
                     return
                 self.table.refresh()
-                pace.fails = 0
+                batch.fails = 0
                 continue
-            moved = self.base.move(changes)
+            changed = self.state.apply(changes)
             lower = figure()
-            if self.allowed() and lower < value:
+            if self.is_allowed() and lower < value:
                 value = lower
-                self.table.age(moved.keys())
-                pace.quicken()
+                self.table.mark_stale(changed)
+                batch.grow()
                 accept()
             else:
-                self.base.undo()
-                pace.slow_down(rows)
+                self.state.undo()
+                batch.shrink(rows)
 
-    def _pace(self, batch: int, most: int | None = None) -> Pace:
-        return Pace(np.zeros(len(self.table.row), bool), batch, self.most_at_once if most is None else most)
+    def _batch(self, size: int, most: int | None = None) -> Batch:
+        return Batch(np.zeros(len(self.table.row), bool), size, self.most_at_once if most is None else most)
 
-    # -- at a price ----------------------------------------------------------------------------------------
+    # -- at a multiplier -------------------------------------------------------------------------------------
 
-    def relax(self, price: float) -> None:
-        """Makes moves until none makes ``cost_s + price * smooth peak`` smaller; ``price`` is seconds per byte."""
-        sharp = SHARPNESS / max(self.base.footprint().peak_bytes, 1)
-        pace = self._pace(8)
-        self._improve(pace, lambda: self._improving(price, sharp, pace), lambda: self._value(price, sharp))
+    def relax(self, multiplier_s: float) -> None:
+        """Makes moves until none makes ``cost_s + multiplier_s * smooth peak`` smaller.
 
-    def _value(self, price: float, sharp: float) -> float:
-        heights = self.base.heights()
+        Args:
+            multiplier_s: seconds that one byte of the peak is worth.
+        """
+        sharp = SHARPNESS / max(self.state.cost().peak_bytes, 1)
+        batch = self._batch(BATCH_RELAX)
+        self._improve(
+            batch, lambda: self._improving(multiplier_s, sharp, batch), lambda: self._value(multiplier_s, sharp)
+        )
+
+    def _value(self, multiplier_s: float, sharp: float) -> float:
+        heights = self.state.heights()
         top = int(heights.max())
         smooth = top + math.log(float(np.exp(sharp * (heights - top)).sum())) / sharp
-        return self.cost_s + price * smooth
+        return self.cost_s + multiplier_s * smooth
 
-    def _improving(self, price: float, sharp: float, pace: Pace) -> tuple[list[int], Changes]:
-        """A batch of moves, the most useful first, that do not touch each other's tensors."""
-        table, batch = self.table, pace.batch
-        heights = self.base.heights()
+    def _improving(self, multiplier_s: float, sharp: float, batch: Batch) -> tuple[list[int], Changes]:
+        """Returns a batch of moves, the most useful first, that do not touch each other's tensors."""
+        table, size = self.table, batch.size
+        heights = self.state.heights()
         weights = sums(np.exp(sharp * (heights - heights.max())))
 
         def gains(rows: Ints) -> Floats:
-            grown = table.weighed(lambda delta: np.expm1(np.clip(sharp * delta, -700.0, 200.0)), weights, rows)
+            grown = table.weighed_change(lambda delta: np.expm1(np.clip(sharp * delta, -700.0, 200.0)), weights, rows)
             smooth = np.log(np.maximum(1.0 + grown / weights[-1], 1e-300)) / sharp
-            gain: Floats = -(self._costs(rows) + price * smooth)
+            gain: Floats = -(self._costs(rows) + multiplier_s * smooth)
             return gain
 
-        wanted = table.possible(pace.banned, self.base.error2, self.max_error2)
+        wanted = table.possible(batch.banned, self.state.error2, self.max_error2)
         gain = gains(wanted)
-        useful = np.flatnonzero(gain > self.nothing_s)
+        useful = np.flatnonzero(gain > self.no_gain_s)
         picks: list[int] = []
-        for r in wanted[useful[lowest(-gain[useful], 4 * batch)]].tolist():
-            if len(picks) == 2 * batch:
+        for r in wanted[useful[lowest(-gain[useful], 4 * size)]].tolist():
+            if len(picks) == 2 * size:
                 break
             t = table.row[r][0]
             if t in table.stale:
                 table.refresh((t,))
                 rows = slice(table.rows_of[t].start, table.rows_of[t].stop)
-                again = table.possible(pace.banned, self.base.error2, self.max_error2, rows)
+                again = table.possible(batch.banned, self.state.error2, self.max_error2, rows)
                 fresh = gains(again)
-                if not len(fresh) or fresh.max() <= self.nothing_s:
+                if not len(fresh) or fresh.max() <= self.no_gain_s:
                     continue
                 r = int(again[fresh.argmax()])
             picks.append(r)
-        return self._together(picks, batch)
+        return self._together(picks, size)
 
-    def _together(self, picks: list[int], batch: int) -> tuple[list[int], Changes]:
-        """As many of ``picks`` as stay clear of each other and within the error limit."""
-        table, error2 = self.table, self.base.error2
+    def _together(self, picks: list[int], size: int) -> tuple[list[int], Changes]:
+        """Returns as many of ``picks`` as stay clear of each other and within the error limit."""
+        table, error2 = self.table, self.state.error2
         rows: list[int] = []
         together: Changes = {}
         for r in picks:
             changes = table.changes[r]
             fits = error2 + table.error2[r] <= self.max_error2
-            if fits and len(rows) < batch and together.keys().isdisjoint(self.base.near(changes, 1)):
+            if fits and len(rows) < size and together.keys().isdisjoint(table.tables.near(changes, 1)):
                 together.update(changes)
                 error2 += float(table.error2[r])
                 rows.append(r)
@@ -181,27 +199,27 @@ class Descent:
     # -- to a target ---------------------------------------------------------------------------------------
 
     def descend(self, target: int) -> bool:
-        """Goes down to a peak of at most ``target``; False if it got stuck on the way."""
+        """Makes moves down to a peak of at most ``target``; returns False if it got stuck on the way."""
 
         def reached() -> bool:
-            return bool(self.base.heights().max() <= target)
+            return bool(self.state.heights().max() <= target)
 
-        pace = self._pace(4)
+        batch = self._batch(BATCH_DESCEND)
         self._improve(
-            pace, lambda: self._lowering(target, pace), lambda: _excess(self.base.heights(), target), until=reached
+            batch, lambda: self._lowering(target, batch), lambda: _excess(self.state.heights(), target), until=reached
         )
         return reached()
 
-    def _lowering(self, target: int, pace: Pace) -> tuple[list[int], Changes]:
-        """A batch of moves of the highest score that do not touch each other's tensors."""
+    def _lowering(self, target: int, batch: Batch) -> tuple[list[int], Changes]:
+        """Returns a batch of moves of the highest score that do not touch each other's tensors."""
         table = self.table
-        height = self.base.heights().astype(np.float64)
-        error2 = self.base.error2
+        height = self.state.heights().astype(np.float64)
+        error2 = self.state.error2
         rows: list[int] = []
         picked: Changes = {}
-        busy = pace.banned.copy()
+        busy = batch.banned.copy()
         at_once = 1 + len(table.row) // ROWS_PER_PICK
-        while table.row and len(rows) < pace.batch and height.max() > target:
+        while table.row and len(rows) < batch.size and height.max() > target:
             score = self._scores(height, target, error2, busy)
             useful = np.flatnonzero(score > 0.0)
             if len(useful) < at_once:
@@ -213,10 +231,10 @@ class Descent:
                 t = table.row[r][0]
                 if t in table.stale:
                     table.refresh((t,))
-                elif score[r] > 0.0 and not busy[r] and len(rows) < pace.batch:
+                elif score[r] > 0.0 and not busy[r] and len(rows) < batch.size:
                     changes = table.changes[r]
                     busy[r] = True
-                    if picked.keys().isdisjoint(self.base.near(changes)):
+                    if picked.keys().isdisjoint(table.tables.near(changes)):
                         picked.update(changes)
                         busy[table.rows_of[t].start : table.rows_of[t].stop] = True
                         error2 += float(table.error2[r])
@@ -225,93 +243,93 @@ class Descent:
         return rows, picked
 
     def _scores(self, height: Floats, target: int, error2: float, busy: Bools) -> Floats:
-        """Bytes freed at the overloaded slots per second of added delay, 0 where a move cannot be or is ``busy``."""
+        """Returns bytes freed at the overloaded slots per second of overhead, 0 where a move is invalid or ``busy``."""
         table = self.table
         over = np.maximum(height - NEARLY * target, 0.0)
         top = float(over.max())
         rows = table.possible(busy, error2, self.max_error2 * (1 + 1e-12))
-        gain = table.weighed(lambda delta: np.minimum(-delta, top), sums(over / top), rows)
-        rate = gain / np.maximum(self._costs(rows), 1e-6 * self.base.problem.step_s + 1e-30)
+        gain = table.weighed_change(lambda delta: np.minimum(-delta, top), sums(over / top), rows)
+        rate = gain / np.maximum(self._costs(rows), LEAST_COST * self.state.tables.problem.step_s + 1e-30)
         score = np.zeros(len(table.row))
         score[rows] = np.maximum(rate, 0.0)
         return score
 
     def trim(self, target: int, seen: list[EvaluatedPlan] | None = None) -> None:
-        """Makes moves that save time while the peak stays at or below ``target``; ``seen`` gets the points passed."""
+        """Makes moves that save time while the peak stays at or below ``target``; ``seen`` gets the plans passed."""
 
         def cost() -> float:
-            return self.cost_s if self.base.heights().max() <= target else math.inf
+            return self.cost_s if self.state.heights().max() <= target else math.inf
 
-        pace = self._pace(8) if seen is None else self._pace(1, 1)
+        batch = self._batch(BATCH_TRIM) if seen is None else self._batch(1, 1)
         self._improve(
-            pace,
-            lambda: self._fitting(target, self._savers(target, pace.banned), pace.batch),
+            batch,
+            lambda: self._within_target(target, self._savers(target, batch.banned), batch.size),
             cost,
             patient=False,
             accept=lambda: None if seen is None else seen.append(self.plan()),
         )
 
     def _savers(self, target: int, banned: Bools) -> Ints:
-        """Some moves that save time, those first that save most per byte where the room is scarce."""
+        """Returns some moves that save time, those first that save most per byte where the room is scarce."""
         table = self.table
         wanted = np.flatnonzero(table.valid & ~banned)
         cost = self._costs(wanted)
-        saving = cost < -self.nothing_s
+        saving = cost < -self.no_gain_s
         wanted, cost = wanted[saving], cost[saving]
-        total = sums((self.base.heights() / max(target, 1)) ** SCARCITY)
-        taken = np.maximum(table.weighed(lambda delta: delta, total, wanted), 1.0)
-        return wanted[lowest(cost / taken, LOOKED_AT)]
+        total = sums((self.state.heights() / max(target, 1)) ** SCARCITY)
+        taken = np.maximum(table.weighed_change(lambda delta: delta, total, wanted), 1.0)
+        return wanted[lowest(cost / taken, MAX_EXAMINED)]
 
-    def _fitting(self, target: int, order: Ints, batch: int) -> tuple[list[int], Changes]:
-        """Moves that should keep the target, apart from each other."""
+    def _within_target(self, target: int, order: Ints, size: int) -> tuple[list[int], Changes]:
+        """Returns moves that should keep the target, apart from each other."""
         table = self.table
-        height = self.base.heights().astype(np.float64)
-        error2 = self.base.error2
+        height = self.state.heights().astype(np.float64)
+        error2 = self.state.error2
         rows: list[int] = []
         picked: Changes = {}
         top = int(height.argmax())
         for r in order.tolist():
-            if not table.fits(height, top, r, target) or error2 + table.error2[r] > self.max_error2:
+            if not table.keeps(height, top, r, target) or error2 + table.error2[r] > self.max_error2:
                 continue
             t = table.row[r][0]
             stale = t in table.stale
             table.refresh((t,))
-            cost = table.seconds[r] + self.error_price_s * table.error2[r]
-            if not table.valid[r] or cost >= 0.0 or (stale and not table.fits(height, top, r, target)):
+            cost = table.seconds[r] + self.error_multiplier_s * table.error2[r]
+            if not table.valid[r] or cost >= 0.0 or (stale and not table.keeps(height, top, r, target)):
                 continue
             changes = table.changes[r]
-            if picked.keys().isdisjoint(self.base.near(changes)):
+            if picked.keys().isdisjoint(table.tables.near(changes)):
                 picked.update(changes)
                 error2 += float(table.error2[r])
                 table.add(height, r)
                 top = int(height.argmax())
                 rows.append(r)
-                if len(rows) >= batch:
+                if len(rows) >= size:
                     break
         return rows, picked
 
 
 def _excess(heights: Ints, target: int) -> float:
-    """How far above the target, all slots counted."""
+    """Returns how far the heights lie above the target, all slots counted."""
     over = np.maximum(heights - NEARLY * target, 0.0)
     return float((over * over).sum())
 
 
 @dataclass(frozen=True)
 class EvaluatedPlan:
-    """A measured state; its codes as bytes."""
+    """Holds a plan's codes and its cost."""
 
     codes: bytes
-    cost: Footprint
+    cost: PlanCost
 
 
 def by_peak(plan: EvaluatedPlan) -> tuple[int, float]:
-    """Sorts points by their peaks."""
+    """Returns a key that sorts plans by their peaks."""
     return plan.cost.peak_bytes, plan.cost.overhead_s
 
 
 def undominated(evaluated: list[EvaluatedPlan]) -> list[EvaluatedPlan]:
-    """The points that no other one beats, the cheapest first; the first of ``evaluated`` is the start."""
+    """Returns the plans that no other one dominates, the cheapest first; the first of ``evaluated`` is the start."""
     best: list[EvaluatedPlan] = []
     for plan in sorted(evaluated[1:], key=lambda p: (p.cost.overhead_s, p.cost.peak_bytes, p.cost.error2)):
         if plan.cost.peak_bytes < min(evaluated[0].cost.peak_bytes, best[-1].cost.peak_bytes if best else 1 << 62):

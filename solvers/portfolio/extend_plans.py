@@ -15,7 +15,7 @@ from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.ilp.lp_bound import AddedBound, added_lower_bound
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.mps.frontier_search import Effort, build_frontier
-from fxhybrid.solvers.mps.polish import fitted
+from fxhybrid.solvers.mps.polish import polish
 from fxhybrid.solvers.portfolio.known_plans import (
     KnownPlan,
     KnownPlans,
@@ -29,7 +29,7 @@ from fxhybrid.solvers.portfolio.known_plans import (
     within,
 )
 
-LESS_EFFORT = Effort(moves=(7_500, 0.0))  # for one technique alone: fewer choices
+LESS_EFFORT = Effort(moves=7_500)  # for one technique alone: fewer choices
 STRICTER_ERRORS = (0.02 / 3, 0.1 / 3)  # what plans aim at for a ``max_grad_error`` of 0.02 and 0.1
 # Half of the recorded problems' smallest peaks are proven in a second, the rest not in 20.
 MIN_PEAK_LIMIT_S = 5.0
@@ -77,7 +77,7 @@ def polish_for(known: KnownPlans, limit_bytes: int) -> KnownPlans:
     plan = known.cheapest(limit_bytes)
     if plan is None or known.fixed or limit_bytes in known.polished_s:
         return known
-    actions = fitted(known.problem, plan.point.actions, limit_bytes, max_error=known.max_error)
+    actions = polish(known.problem, plan.point.actions, limit_bytes, max_error=known.max_error)
     if actions is not None:
         point = simulated(known.problem, actions)
         larger = (overhead_s for limit, overhead_s in known.polished_s.items() if limit > limit_bytes)

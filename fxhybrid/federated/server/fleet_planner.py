@@ -19,7 +19,7 @@ from fxhybrid.solvers.portfolio.known_plans import simulated
 MAX_ERROR = 0.05  # of the gradient, as estimated: half of the default limit
 N_BUCKETS = 50
 # A fleet has many kinds of devices and 50 buckets for each: a coarser frontier than one device's own will do.
-FLEET_EFFORT = Effort(moves=(3_000, 1), price_step=1.3, seeds=1, points=64)
+FLEET_EFFORT = Effort(moves=3_000, moves_per_op=1.0, initial_plans=1, points=64)
 
 
 class Technique(Enum):
