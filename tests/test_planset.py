@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.lib import record_corpus as corpus
 from fxhybrid.compiler.planner import PlanMaker
-from fxhybrid.ir.plan import RECOMPUTE, RECOMPUTE_AGAIN, Compress
+from fxhybrid.ir.plan import RECOMPUTE, SAVE, Compress
 from fxhybrid.ir.problem import CodecOption, Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import make_options
@@ -116,11 +116,11 @@ def test_rounds_share_the_integer_programs_seconds() -> None:
     assert any(plan.solver == "ilp" for plan in make_plans(problem).plans), "a late round gets some, too"
 
 
-def test_a_plan_that_no_state_stands_for_is_not_fitted() -> None:
-    points = [simulated(independent(), {1: RECOMPUTE_AGAIN})]
+def test_a_plan_that_names_a_backward_tensor_is_not_polished() -> None:
+    points = [simulated(independent(), {3: SAVE})]
     known = polish_for(plans_of(independent(), points, max_error=0.0), 220).cheapest(220)
     assert known is not None
-    assert known.point.actions == {1: RECOMPUTE_AGAIN}
+    assert known.point.actions == {3: SAVE}
 
 
 def test_fits_at_falling_budgets_never_add_less() -> None:

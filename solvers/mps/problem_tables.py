@@ -236,7 +236,7 @@ class ProblemTables:
     def codes_of(self, actions: Actions) -> bytes | None:
         """Returns the codes of a plan, the default where it names nothing; None if it holds what no code stands for.
 
-        Plans from elsewhere may recompute a tensor more than once.
+        Plans from elsewhere may name tensors that are no candidates, or codecs that are not offered here.
         """
         codes = list(self.default_codes)
         for t, action in actions.items():
