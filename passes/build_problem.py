@@ -131,7 +131,7 @@ def _options(
                 sum(codec.encoded_bytes(TensorMeta.of(value))),
                 encode.seconds,
                 decode.seconds,
-                encode.alloc_peak_bytes + codec.spare_bytes(TensorMeta.of(value)),
+                encode.alloc_peak_bytes,
                 decode.alloc_peak_bytes,
                 codec.lossless,
                 0.0 if codec.lossless else errors[storage, text],

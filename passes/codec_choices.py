@@ -70,7 +70,7 @@ def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoice
         if meta.nbytes != storage.size_bytes:
             continue
         codecs = candidate_codecs(meta, softmax=_holds_softmax(root))
-        offered = [*_pool_offsets(root), *(c.spec for c in codecs if not _is_two_bit(c.spec))]
+        offered = [*_pool_offsets(root), *(c.spec for c in codecs)]
         tolerant = all(_tolerates(reader, argument) for reader, argument in readers.get(index, []))
         tolerant = tolerant and bool(readers.get(index))
         kept = [s for s in offered if (lossless if get_codec(s).lossless else lossy and tolerant)]
@@ -120,11 +120,6 @@ def _holds_softmax(root: fx.Node) -> bool:
         assert isinstance(source, fx.Node)
         root = source
     return root.target in (aten._softmax.default, aten._safe_softmax.default)
-
-
-def _is_two_bit(codec: str) -> bool:
-    """2 bits serve one batch at the start of training and drift off later (docs/adr/0004)."""
-    return codec.startswith("rowwise2:")
 
 
 def _pool_offsets(root: fx.Node) -> Iterator[str]:

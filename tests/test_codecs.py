@@ -25,10 +25,6 @@ def bools(*shape: int) -> Tensor:
     return torch.rand(shape) > 0.5
 
 
-def integers(dtype: torch.dtype, largest: int) -> Callable[..., Tensor]:
-    return lambda *shape: torch.randint(0, largest + 1, shape, dtype=dtype)
-
-
 def pool_indices(*shape: int) -> Tensor:
     """Valid indices of a 3x3 pool, stride 2, padding 1, over 9 x 9 planes: shape must end in 5, 5."""
     x = torch.randn(*shape[:-2], 9, 9)
@@ -41,20 +37,14 @@ ANY_SHAPES = [(2, 3, 8, 8), (3, 5, 7), (1,), (9,), (8,), (), (0, 4)]
 POOL_SHAPES = [(2, 3, 5, 5), (4, 5, 5), (1, 1, 5, 5), (0, 3, 5, 5)]
 CASES: list[tuple[str, Callable[..., Tensor], list[tuple[int, ...]]]] = [
     ("bitpack", bools, ANY_SHAPES),
-    ("narrow:uint8", integers(torch.int64, 255), ANY_SHAPES),
-    ("narrow:int16", integers(torch.int32, 2**15 - 1), ANY_SHAPES),
-    ("narrow:int32", integers(torch.int64, 2**31 - 1), ANY_SHAPES),
     (POOL, pool_indices, POOL_SHAPES),
     ("rowwise8:64", floats(torch.float32), ROWWISE_SHAPES),
     ("rowwise4:64", floats(torch.bfloat16), ROWWISE_SHAPES),
+    ("rowwise8:64", floats(torch.float16), ROWWISE_SHAPES),
     ("rowwise4:98", floats(torch.float32), ROWWISE_SHAPES),
-    ("rowwise2:64", floats(torch.float32), ROWWISE_SHAPES),
-    ("rowwise2:64", floats(torch.float16), ROWWISE_SHAPES),
-    ("root8:64", floats(torch.float32), ROWWISE_SHAPES),
-    ("root4:98", floats(torch.float32), ROWWISE_SHAPES),
-    ("root4:64", floats(torch.bfloat16), ROWWISE_SHAPES),
-    ("bf16", floats(torch.float32), ANY_SHAPES),
-    ("fp8", floats(torch.float32), [*ANY_SHAPES, (3000, 701)]),
+    ("sqrt8:64", floats(torch.float32), ROWWISE_SHAPES),
+    ("sqrt4:98", floats(torch.float32), ROWWISE_SHAPES),
+    ("sqrt4:64", floats(torch.bfloat16), ROWWISE_SHAPES),
     ("channelwise:48248", floats(torch.float32), [(2, 5, 8, 8), (3, 5, 7, 7), (1, 5, 3), (0, 5, 4, 4), (2, 5, 0, 3)]),
     ("channelwise:824", floats(torch.float32), [(2, 6, 5, 5), (3, 12, 2, 1), (1, 3, 7)]),
 ]
@@ -247,12 +237,3 @@ def test_pool_takes_nan_and_minus_infinity() -> None:
     x[0, 1, 4, 4] = torch.nan
     _, indices = max_pool2d(x, 3, 2, 1, return_indices=True)
     assert torch.equal(round_trip(get_codec(POOL), indices), indices)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "largest"),
-    [("uint8", torch.int32, 255), ("int16", torch.int64, 2**15 - 1), ("int32", torch.int64, 2**31 - 1)],
-)
-def test_narrow_holds_the_whole_range(name: str, dtype: torch.dtype, largest: int) -> None:
-    x = torch.tensor([0, 1, largest], dtype=dtype)
-    assert torch.equal(round_trip(get_codec(f"narrow:{name}"), x), x)

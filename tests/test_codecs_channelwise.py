@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.codecs import TensorMeta, channels_per_row, channelwise, get_codec, lowest_price, widths_at
+from fxhybrid.codecs.rowwise import Rowwise
 from fxhybrid.codecs.widths import STEP_ERROR
-from tests.codec_parts import plain_aten, round_trip
+from tests.codec_parts import SAME_BYTES, plain_aten, round_trip
 
 
+@SAME_BYTES
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1.0, 1e30])
 @pytest.mark.parametrize("spec", ["channelwise:848242", "channelwise:824"])
 def test_makes_the_bytes_of_its_reference(scale: float, spec: str) -> None:
@@ -47,7 +49,7 @@ def test_channelwise_gives_each_channel_its_own_width() -> None:
     decoded = round_trip(get_codec("channelwise:482"), x)
     for channel, width in enumerate((4, 8, 2)):
         plane = x[:, channel].contiguous()
-        assert torch.equal(decoded[:, channel], round_trip(get_codec(f"rowwise{width}:196"), plane))
+        assert torch.equal(decoded[:, channel], round_trip(Rowwise(width, 196), plane))
     # 4 samples x 196 elements x (4 + 8 + 2) bits, and 8 bytes for each of 12 rows
     assert get_codec("channelwise:482").encoded_bytes(TensorMeta.of(x)) == (4 * 196 * 14 // 8, 96)
 

@@ -137,7 +137,7 @@ def test_lines_of_attention_weights_and_planes_of_feature_maps_are_rows() -> Non
     layout = layout_of(canonicalize(joint_of(Attention(), torch.randn(2, 4, 48, 48))))
     choices = codec_choices(layout, lossy=True, lossless=False)
     offered = {layout.storages[t].name: specs for t, specs in choices.items()}
-    lines, planes = ("root8:96", "root4:96"), ("rowwise8:2304", "rowwise4:2304")
+    lines, planes = ("sqrt8:96", "sqrt4:96"), ("rowwise8:2304", "rowwise4:2304")
     assert offered["_softmax.default.0"] == offered["native_dropout.default.0:0"] == lines
     assert offered["sigmoid.default.0"] == planes
 

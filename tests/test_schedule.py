@@ -104,8 +104,8 @@ def test_what_is_no_action_is_refused(text: str) -> None:
 
 
 def test_unknown_codec_and_random_ops_are_refused() -> None:
-    with pytest.raises(PlanError, match="does not offer codec 'narrow:int16'"):
-        lower(chain(), {0: Compress("narrow:int16")})
+    with pytest.raises(PlanError, match="does not offer codec 'sqrt4:64'"):
+        lower(chain(), {0: Compress("sqrt4:64")})
     problem = chain()
     random = dataclasses.replace(problem.forward[1], recomputable=False, pinned=True)
     problem = dataclasses.replace(problem, forward=(problem.forward[0], random, problem.forward[2]))

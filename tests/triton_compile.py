@@ -9,10 +9,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fxhybrid.codecs.kernels import cuda as triton_kernels
-from fxhybrid.codecs.kernels.reference import FP8_BLOCK
 
 TARGET = GPUTarget("cuda", 80, 32)
-POINTERS = {"codes": "*u8", "parameters": "*fp32", "units": "*fp32", "limit": "fp32"}
+POINTERS = {"codes": "*u8", "parameters": "*fp32", "limit": "fp32"}
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, object]) -> str:
@@ -24,23 +23,21 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, object]) -
 
 
 def main() -> None:
-    for bits, root, dtype, even in (
+    for bits, sqrt, dtype, even in (
         (8, False, "bf16", True),
         (4, False, "fp32", True),
         (4, True, "fp32", False),
         (2, False, "fp16", True),
     ):
-        shape = {"BITS": bits, "ROOT": root, "PARTS": 8 // bits, "EVEN": even, "ROWS": 4, "BLOCK": 256, "n_digits": 1}
+        shape = {"BITS": bits, "SQRT": sqrt, "PARTS": 8 // bits, "EVEN": even, "ROWS": 4, "BLOCK": 256, "n_digits": 1}
         for kernel in (triton_kernels._pack_rows, triton_kernels._unpack_rows):
             print(compiled(kernel, {"x": f"*{dtype}", "widths": "*u8", "starts": "*u8"}, shape))
-    shape = {"BITS": 0, "ROOT": False, "PARTS": 4, "EVEN": False, "ROWS": 4, "BLOCK": 256}
+    shape = {"BITS": 0, "SQRT": False, "PARTS": 4, "EVEN": False, "ROWS": 4, "BLOCK": 256}
     for kernel in (triton_kernels._pack_rows, triton_kernels._unpack_rows):
         print(compiled(kernel, {"x": "*fp32", "widths": "*i32", "starts": "*i64"}, shape))
     ones = {"n_rows": 1, "row": 1, "row_bytes": 1, "n_digits": 1}  # Triton makes a constant of each 1
     for kernel in (triton_kernels._pack_rows, triton_kernels._unpack_rows):
         print(compiled(kernel, {"x": "*fp32", "widths": "*i32", "starts": "*i64"}, {**shape, **ones}))
-    for kernel in (triton_kernels._pack_fp8, triton_kernels._unpack_fp8):
-        print(compiled(kernel, {"x": "*fp32"}, {"BLOCK": FP8_BLOCK}))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from fxhybrid.accuracy.verifier import reference
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, register
 from fxhybrid.codecs.kernels.reference import pack_rows
-from fxhybrid.codecs.rowwise_compiled import CompiledRowwise
+from fxhybrid.codecs.rowwise import Rowwise
 from fxhybrid.demo.demo_tasks import Task
 from fxhybrid.ir.plan import SAVE, Action, Compress
 from fxhybrid.ir.schedule import lower
@@ -43,7 +43,7 @@ ROUNDINGS = ("nearest", "stochastic")
 SEEDS = 3
 
 
-class Stochastic(CompiledRowwise):
+class Stochastic(Rowwise):
     """Row-wise codes rounded up with the probability of the fraction: spec ``stochastic<bits>:R``.
 
     Noise of up to half a step comes before rounding to nearest; a row's lowest and highest value stay as they are.
@@ -58,7 +58,7 @@ class Stochastic(CompiledRowwise):
     def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
         rows = x.detach().as_strided((meta.numel,), (1,))[: meta.numel // self.row * self.row].view(-1, self.row)
         low, high = rows.aminmax(dim=1, keepdim=True)
-        step = pack_rows(torch.cat([low, high], 1).repeat(1, 4), self.bits, root=False)[1][:, :1]
+        step = pack_rows(torch.cat([low, high], 1).repeat(1, 4), self.bits, sqrt=False)[1][:, :1]
         noise = (torch.rand(rows.shape, generator=self.generator) - 0.5) * step
         noisy = torch.where((rows == low) | (rows == high), rows, (rows + noise).clamp(low, high))
         moved = x.detach().clone(memory_format=torch.preserve_format)

@@ -4,18 +4,16 @@
 spec                   lossless  for
 =====================  ========  =================================================
 ``bitpack``            yes       bool: 1 bit each
-``narrow:<dtype>``     yes       int64 and int32 whose range the caller has proven
 ``pool:kh,...,H,W``    yes       indices of a 2-d max pool: 1 byte each
-``rowwise8:R`` (4, 2)  no        float32, bfloat16, float16: 8 (4, 2) bits each
-``root8:R`` (4)        no        the same of square roots, for rows with few large elements, such as softmax makes
-``bf16``, ``fp8``      no        float32: a cast, for fp8 with one scale per block
+``rowwise8:R`` (4)     no        float32, bfloat16, float16: 8 (4) bits each
+``sqrt8:R`` (4)        no        the same with square-root companding, for rows with few large elements, as of softmax
 ``channelwise:<d...>`` no        float32 [N, C, ...]: 8, 4 or 2 bits, a digit per channel or group of them
 =====================  ========  =================================================
 
 Importing this package defines ``torch.ops.fxhybrid.compress`` and ``.decompress``.
 """
 
-from fxhybrid.codecs import casts, channelwise, lossless, ops, pool, rowwise_compiled  # noqa: F401  they register themselves
+from fxhybrid.codecs import channelwise, lossless, ops, pool, rowwise  # noqa: F401  they register themselves
 from fxhybrid.codecs.candidate_codecs import candidate_codecs, coarsest_lossy
 from fxhybrid.codecs.codec import Codec, get_codec, register, registered_names
 from fxhybrid.codecs.kernels.storage import TensorMeta

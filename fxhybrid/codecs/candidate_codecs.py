@@ -14,16 +14,14 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_ROW = 64  # shorter rows pack several times slower and spend more on scales
 _MAX_ROW = 4096  # longer rows gain nothing
 _ROW_WITHOUT_DIVISOR = 256
-_ROWS = {False: (("rowwise8", 8), ("rowwise4", 4), ("rowwise2", 2)), True: (("root8", 8), ("root4", 4))}
-_LARGEST = (("uint8", 255), ("int16", 2**15 - 1), ("int32", 2**31 - 1))
+_ROWS = {False: (("rowwise8", 8), ("rowwise4", 4)), True: (("sqrt8", 8), ("sqrt4", 4))}
 
 
-def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None, softmax: bool = False) -> tuple[Codec, ...]:
+def candidate_codecs(meta: TensorMeta, *, softmax: bool = False) -> tuple[Codec, ...]:
     """Codecs worth considering for a tensor, the most precise first.
 
     Args:
         meta: the tensor's meta.
-        max_value: proven by the caller: every element of an integer tensor is in [0, max_value].
         softmax: whether the tensor's lines are results of softmax, or parts of such.
 
     Returns:
@@ -33,8 +31,6 @@ def candidate_codecs(meta: TensorMeta, *, max_value: int | None = None, softmax:
         specs = ["bitpack"]
     elif meta.dtype in _FLOATS and meta.numel >= _MIN_ROW:
         specs = [f"{name}:{row_length(meta, bits, planes=not softmax)}" for name, bits in _ROWS[softmax]]
-    elif max_value is not None:
-        specs = [f"narrow:{name}" for name, largest in _LARGEST if 0 <= max_value <= largest][:1]
     else:
         specs = []
     codecs = (get_codec(spec) for spec in specs)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxhybrid.codecs.codec import Codec, empty_encoded, get_codec, register
 from fxhybrid.codecs.kernels import reference
-from fxhybrid.codecs.kernels.protocol import Kernels, kernels_for, kernels_key
+from fxhybrid.codecs.kernels.protocol import kernels_for, kernels_key
 from fxhybrid.codecs.kernels.reference import PARAMETER_BYTES
 from fxhybrid.codecs.kernels.storage import TensorMeta
 from fxhybrid.codecs.widths import STEP_ERROR
@@ -64,17 +64,13 @@ class Channelwise(Codec):
         n_rows = n_samples * len(self.widths) if row else 0
         return n_samples * int(_offsets(self, row)[-1]), n_rows * PARAMETER_BYTES
 
-    def kernels(self, device: torch.device) -> Kernels | None:
-        """The compiled kernels; None stands for plain ATen."""
-        return kernels_for(device)
-
     def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
         qdata, header = empty_encoded(self, meta, x.device)
-        kernels = self.kernels(x.device)
+        kernels = kernels_for(x.device)
         if kernels is None:
             for planes, codes, parameters in self._samples(x.detach(), qdata, header):
                 for width, channels, places in self._groups(meta, x.device):
-                    packed, pair = reference.pack_rows(planes[channels], width, root=False)
+                    packed, pair = reference.pack_rows(planes[channels], width, sqrt=False)
                     codes[places] = packed.view(-1)
                     parameters[channels] = pair
             return qdata, header
@@ -84,12 +80,12 @@ class Channelwise(Codec):
 
     def _decode(self, qdata: Tensor, header: Tensor, meta: TensorMeta) -> Tensor:
         out = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=qdata.device)
-        kernels, row = self.kernels(qdata.device), self._row(meta)
+        kernels, row = kernels_for(qdata.device), self._row(meta)
         if kernels is None:
             for planes, codes, parameters in self._samples(out, qdata, header):
                 for width, channels, places in self._groups(meta, qdata.device):
                     packed = codes[places].view(len(channels), -1)
-                    planes[channels] = reference.unpack_rows(packed, parameters[channels], row, width, root=False)
+                    planes[channels] = reference.unpack_rows(packed, parameters[channels], row, width, sqrt=False)
             return out
         kernels.unpack_channels(*_table(self, row, qdata.device), qdata, header, row, out)
         return out

@@ -42,10 +42,6 @@ class Codec(ABC):
     def encoded_bytes(self, meta: TensorMeta) -> tuple[int, int]:
         """Exact bytes of qdata and header for a supported meta."""
 
-    def spare_bytes(self, meta: TensorMeta) -> int:
-        """Workspace beyond that of ordinary data which ``encode`` may take for unusual values."""
-        return 0
-
     def example(self, meta: TensorMeta, device: torch.device) -> Tensor | None:
         """Data that may be encoded, for measuring, where made-up values would not do; else None."""
         return None

@@ -1,4 +1,4 @@
-"""Lossless codecs for bool tensors and for integers of a known range."""
+"""The lossless codec for bool tensors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from torch import Tensor
 
 from fxhybrid.codecs.codec import Codec, empty_header, register
 from fxhybrid.codecs.kernels.storage import TensorMeta, storage_view
-from fxhybrid.errors import CodecError
-
-_NARROW_TO = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
 
 
 class BitPack(Codec):
@@ -51,35 +48,6 @@ def _planes(flat: Tensor, length: int) -> list[Tensor]:
     return list(torch.split(flat, length)) if length else []
 
 
-class Narrow(Codec):
-    """Integers kept in a smaller type: spec ``narrow:<uint8|int16|int32>``.
-
-    Lossless only for values that fit the smaller type. The caller proves that; nothing is checked here,
-    because a check would read the whole tensor.
-    """
-
-    lossless = True
-
-    def __init__(self, parameters: str) -> None:
-        if parameters not in _NARROW_TO:
-            raise CodecError(f"narrow:{parameters} must name one of {', '.join(_NARROW_TO)}")
-        self.spec = f"narrow:{parameters}"
-        self.dtype = _NARROW_TO[parameters]
-
-    def supports(self, meta: TensorMeta) -> bool:
-        integers = (torch.int64, torch.int32)
-        return meta.dtype in integers and self.dtype.itemsize < meta.dtype.itemsize and meta.is_dense
-
-    def encoded_bytes(self, meta: TensorMeta) -> tuple[int, int]:
-        return meta.numel * self.dtype.itemsize, 0
-
-    def _encode(self, x: Tensor, meta: TensorMeta) -> tuple[Tensor, Tensor]:
-        return storage_view(x).to(self.dtype).view(torch.uint8), empty_header(x)
-
-    def _decode(self, qdata: Tensor, header: Tensor, meta: TensorMeta) -> Tensor:
-        return qdata.view(self.dtype).to(meta.dtype).as_strided(meta.shape, meta.stride)
-
-
 def _bitpack(parameters: str) -> Codec:
     if parameters:
         raise ValueError("bitpack takes none")
@@ -87,4 +55,3 @@ def _bitpack(parameters: str) -> Codec:
 
 
 register("bitpack", _bitpack)
-register("narrow", Narrow)

@@ -1,8 +1,8 @@
 """Compiled kernels of the CPU: built by the machine's C++ compiler at first use, kept on disk, None where that fails.
 
-Inductor was tried first: its row kernels were slower than the library's and took 10 to 48 s each to compile
-(docs/adr/0009). The kernels work on memory that the caller allocates, so torch's
-allocator sees every byte. Calls go through ``ctypes``, which lets other threads run meanwhile.
+Inductor was tried first: its row kernels were slower and took 10 to 48 s each to compile (docs/adr/0009). The kernels
+work on memory that the caller allocates, so torch's allocator sees every byte. Calls go through ``ctypes``, which lets
+other threads run meanwhile.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxhybrid.codecs.kernels.cpu_casts_source import CASTS
 from fxhybrid.codecs.kernels.cpu_rows_source import ROWS
 from fxhybrid.codecs.kernels.reference import PARAMETER_BYTES
 
-_SOURCE = ROWS + CASTS
 _BUILD_LIMIT_S = 120  # a build takes one second
 _FLAGS: tuple[str, ...] = (
     "-std=c++17",
@@ -39,16 +37,11 @@ if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS = (*_FLAGS, "-mprefer-vector-width=512")
 _LINK = ("-fopenmp", "-shared", "-fPIC")
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-_EACH = (_POINTER, _LONG, _POINTER, _INT)
 _SIGNATURES = {
     "pack_rows": (_INT, _INT, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
     "unpack_rows": (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT),
     "pack_channels": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT),
     "unpack_channels": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
-    "pack_fp8": (_POINTER, _LONG, _POINTER, _POINTER, _INT),
-    "unpack_fp8": (_POINTER, _LONG, _POINTER, _POINTER, _INT),
-    "pack_bf16": _EACH,
-    "unpack_bf16": _EACH,
 }
 
 
@@ -61,18 +54,18 @@ class NativeKernels:
         self.library = library
 
     def pack_rows(
-        self, bits: int, root: bool, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor
+        self, bits: int, sqrt: bool, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor
     ) -> None:
         """Packs the first ``n_rows`` rows of a storage, ``row`` elements each."""
         places = (codes.data_ptr(), parameters.data_ptr(), torch.get_num_threads())
-        self.library.pack_rows(bits, root, rows.data_ptr(), n_rows, row, *places)
+        self.library.pack_rows(bits, sqrt, rows.data_ptr(), n_rows, row, *places)
 
     def unpack_rows(
-        self, bits: int, root: bool, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor
+        self, bits: int, sqrt: bool, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor
     ) -> None:
         """Undoes :meth:`pack_rows`."""
         places = (codes.data_ptr(), parameters.data_ptr())
-        self.library.unpack_rows(bits, root, *places, n_rows, row, rows.data_ptr(), torch.get_num_threads())
+        self.library.unpack_rows(bits, sqrt, *places, n_rows, row, rows.data_ptr(), torch.get_num_threads())
 
     def pack_channels(
         self, widths: Tensor, starts: Tensor, x: Tensor, row: int, codes: Tensor, parameters: Tensor
@@ -90,24 +83,6 @@ class NativeKernels:
         source = (widths.data_ptr(), starts.data_ptr(), codes.data_ptr(), parameters.data_ptr())
         geometry = (parameters.numel() // PARAMETER_BYTES, row, widths.numel())
         self.library.unpack_channels(*source, *geometry, x.data_ptr(), torch.get_num_threads())
-
-    def pack_fp8(self, x: Tensor, codes: Tensor, units: Tensor) -> None:
-        """Casts float32 to e4m3 in blocks."""
-        places = (codes.data_ptr(), units.data_ptr(), torch.get_num_threads())
-        self.library.pack_fp8(x.data_ptr(), codes.numel(), *places)
-
-    def unpack_fp8(self, codes: Tensor, units: Tensor, x: Tensor) -> None:
-        """Undoes :meth:`pack_fp8`."""
-        places = (units.data_ptr(), x.data_ptr(), torch.get_num_threads())
-        self.library.unpack_fp8(codes.data_ptr(), codes.numel(), *places)
-
-    def pack_bf16(self, x: Tensor, codes: Tensor) -> None:
-        """Casts float32 to bfloat16."""
-        self.library.pack_bf16(x.data_ptr(), x.numel(), codes.data_ptr(), torch.get_num_threads())
-
-    def unpack_bf16(self, codes: Tensor, x: Tensor) -> None:
-        """Undoes :meth:`pack_bf16`."""
-        self.library.unpack_bf16(codes.data_ptr(), x.numel(), x.data_ptr(), torch.get_num_threads())
 
 
 @lru_cache(maxsize=1)
@@ -142,7 +117,7 @@ def _cache_path(compiler: tuple[str, ...]) -> Path:
     # what -march=native means here: a cache on a shared disk serves machines of different kinds
     command = [*compiler, *_FLAGS, "-E", "-dM", "-x", "c++", "-"]
     run = subprocess.run(command, input="", check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S)
-    key = "\n".join((_SOURCE, *compiler, *_FLAGS, *_LINK, run.stdout, torch.__version__))
+    key = "\n".join((ROWS, *compiler, *_FLAGS, *_LINK, run.stdout, torch.__version__))
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fxhybrid"
     return root / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
@@ -151,7 +126,7 @@ def _build(compiler: tuple[str, ...], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, built = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
-        source.write_text(_SOURCE, encoding="utf-8")
+        source.write_text(ROWS, encoding="utf-8")
         command = [*compiler, *_FLAGS, *_LINK, str(source), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_LIMIT_S)
         built.replace(path)  # at once: another process may build the same

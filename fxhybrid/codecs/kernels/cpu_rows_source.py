@@ -1,4 +1,4 @@
-"""C++ of the kernels that ``native.py`` compiles: rows to codes and back. ``native_casts.py`` goes on from here.
+"""C++ of the kernels that ``cpu.py`` compiles: rows to codes and back.
 
 Arithmetic is that of ``reference.py`` step by step, products fused with the sum after them, so that both make the
 same bytes where the processor has a fused multiply-add. Vectors are those of the compiler's extension (GCC and
@@ -79,20 +79,20 @@ static inline Extent extent(const float* x, int64_t n) {
     return {both[0], -both[8], is_spoiled(sum0 + sum1)};
 }
 
-// Square roots by halving the exponent: a straight line between powers of two. 0 of either sign becomes 1.5 * 2^-64,
-// whose square unmapped() takes for 0. NaN and infinities become numbers.
+// Square-root companding by halving the exponent: a straight line between powers of two. 0 of either sign becomes
+// 1.5 * 2^-64, whose square unmapped() takes for 0. NaN and infinities become numbers.
 static const int32_t kSign = INT32_MIN, kOne = 127 << 22, kLargest = 0x7f7fffff;
-enum Map { kPlain, kRoot, kRootUnsigned };  // unsigned: of rows without negative elements, like those of softmax
+enum Map { kPlain, kSqrt, kSqrtUnsigned };  // unsigned: of rows without negative elements, like those of softmax
 template <typename Ints, Map map, typename V> static inline V mapped(V v) {
     if (map == kPlain) return v;
     const Ints half = ((bits_of<Ints>(v) & ~kSign) >> 1) + kOne;
-    return bits_of<V>(map == kRootUnsigned ? half : half | (bits_of<Ints>(v + 0.0f) & kSign));  // -0 becomes positive
+    return bits_of<V>(map == kSqrtUnsigned ? half : half | (bits_of<Ints>(v + 0.0f) & kSign));  // -0 becomes positive
 }
 template <typename Ints, Map map, typename V> static inline V unmapped(V y) {
     if (map == kPlain) return y;
-    const Ints b = bits_of<Ints>(y), half = (map == kRootUnsigned ? b : b & ~kSign) - kOne;
+    const Ints b = bits_of<Ints>(y), half = (map == kSqrtUnsigned ? b : b & ~kSign) - kOne;
     const Ints square = LESS(half, (kLargest >> 1)) << 1;
-    return bits_of<V>(map == kRootUnsigned ? square : MORE(square, 0) | (b & kSign));
+    return bits_of<V>(map == kSqrtUnsigned ? square : MORE(square, 0) | (b & kSign));
 }
 
 static inline bytes low_bytes(ints v) {
@@ -144,7 +144,7 @@ static inline void pack_row(const float* row, int64_t n, Extent of, const float*
         }
         return;
     }
-    if (map == kRoot && of.low >= 0) return pack_codes<width, kRootUnsigned>(x, m, inverse, start, q);
+    if (map == kSqrt && of.low >= 0) return pack_codes<width, kSqrtUnsigned>(x, m, inverse, start, q);
     pack_codes<width, map>(x, m, inverse, start, q);
 }
 
@@ -182,12 +182,12 @@ static inline void unpack_codes(const uint8_t* __restrict__ q, int64_t m, float 
     }
 }
 
-// Vectors may write up to 15 elements past the end where m < 16. Roots are never extreme, only NaN.
+// Vectors may write up to 15 elements past the end where m < 16. Companded rows are never extreme, only NaN.
 template <int width, Map map>
 static inline void unpack_row(const uint8_t* q, int64_t m, const float* parameters, float* x) {
     const float scale = parameters[0], low = parameters[1];
     if (!(scale * ((1 << width) - 1) + std::fabs(low) < 1.7e38f)) return unpack_extreme<width>(q, m, scale, low, x);
-    if (map == kRoot && low > 0) return unpack_codes<width, kRootUnsigned>(q, m, scale, low, x);
+    if (map == kSqrt && low > 0) return unpack_codes<width, kSqrtUnsigned>(q, m, scale, low, x);
     unpack_codes<width, map>(q, m, scale, low, x);
 }
 
@@ -260,14 +260,14 @@ static void unpack_uniform(int width, const uint8_t* q, const float* parameters,
     for (int64_t r = 0; r < n_rows; r++) unpack_width<map>(width, q + r * m, parameters + 2 * r, row, x + r * row);
 }
 
-extern "C" void pack_rows(int width, int root, const float* x, int64_t n_rows, int64_t row, uint8_t* q,
+extern "C" void pack_rows(int width, int sqrt, const float* x, int64_t n_rows, int64_t row, uint8_t* q,
                           float* parameters, int threads) {
-    (root ? pack_uniform<kRoot> : pack_uniform<kPlain>)(width, x, n_rows, row, q, parameters, threads);
+    (sqrt ? pack_uniform<kSqrt> : pack_uniform<kPlain>)(width, x, n_rows, row, q, parameters, threads);
 }
 
-extern "C" void unpack_rows(int width, int root, const uint8_t* q, const float* parameters, int64_t n_rows, int64_t row,
+extern "C" void unpack_rows(int width, int sqrt, const uint8_t* q, const float* parameters, int64_t n_rows, int64_t row,
                             float* x, int threads) {
-    (root ? unpack_uniform<kRoot> : unpack_uniform<kPlain>)(width, q, parameters, n_rows, row, x, threads);
+    (sqrt ? unpack_uniform<kSqrt> : unpack_uniform<kPlain>)(width, q, parameters, n_rows, row, x, threads);
 }
 
 // Rows are channels of samples, in order; channel c has its own width and begins at offsets[c] of a sample's bytes,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxhybrid.codecs.kernels.reference import FLOATS, FP8_BLOCK, PARAMETER_BYTES
+from fxhybrid.codecs.kernels.reference import FLOATS, PARAMETER_BYTES
 from fxhybrid.codecs.kernels.storage import storage_view
 
 _BLOCK = 1024  # elements or bytes of a row that one program looks at together
@@ -40,14 +40,14 @@ def _place(n_rows, row, row_bytes, n_digits, widths, starts, BITS: tl.constexpr,
 
 
 @triton.jit
-def _rooted(v):
+def _compand(v):
     half = ((v.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 1) + 532676608  # half of the bits of 1.0
-    root = half.to(tl.float32, bitcast=True)
-    return tl.where(v < 0, -root, root)
+    mapped = half.to(tl.float32, bitcast=True)
+    return tl.where(v < 0, -mapped, mapped)
 
 
 @triton.jit
-def _squared(y):
+def _expand(y):
     half = tl.abs(y).to(tl.int32, bitcast=True) - 532676608
     square = tl.maximum(tl.minimum(half, 1069547519), 0) << 1  # at most the largest float32
     square = square | (y.to(tl.int32, bitcast=True) & -2147483648)
@@ -57,7 +57,7 @@ def _squared(y):
 @triton.jit
 def _pack_rows(
     x, codes, parameters, widths, starts, n_rows, row, row_bytes, n_digits,
-    BITS: tl.constexpr, ROOT: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    BITS: tl.constexpr, SQRT: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     r, is_row, bits, m, start = _place(n_rows, row, row_bytes, n_digits, widths, starts, BITS, ROWS)
@@ -76,8 +76,8 @@ def _pack_rows(
     finite = most < 0x7F800000
     low = tl.where(finite, low, 0.0)
     high = tl.where(finite, high, 0.0)
-    if ROOT:
-        low, high = _rooted(low), _rooted(high)
+    if SQRT:
+        low, high = _compand(low), _compand(high)
 
     one = tl.full([ROWS], 1.0, tl.float32)
     scale = (high * 0.5 - low * 0.5) * tl.div_rn(one + one, levels.to(tl.float32))  # high - low may overflow
@@ -100,8 +100,8 @@ def _pack_rows(
             if not EVEN:
                 at = tl.minimum(at, row - 1)
             v = tl.load(x + r[:, None] * row + at, mask=inside, other=0.0).to(tl.float32)
-            if ROOT:
-                v = _rooted(v)
+            if SQRT:
+                v = _compand(v)
             v = tl.where(hard[:, None], (v - low[:, None]) * up[:, None], v)
             y = tl.fma(v, factor[:, None] + tl.zeros_like(v), addend[:, None] + tl.zeros_like(v))
             y = tl.where(hard[:, None], y, y + 12582912.0)
@@ -116,7 +116,7 @@ def _pack_rows(
 @triton.jit
 def _unpack_rows(
     codes, parameters, x, widths, starts, n_rows, row, row_bytes, n_digits, limit,
-    BITS: tl.constexpr, ROOT: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    BITS: tl.constexpr, SQRT: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     r, is_row, bits, m, start = _place(n_rows, row, row_bytes, n_digits, widths, starts, BITS, ROWS)
@@ -134,8 +134,8 @@ def _unpack_rows(
             code = ((joined >> (part * bits)[:, None]) & levels[:, None]).to(tl.float32)
             v = tl.fma(code, factor[:, None] + tl.zeros_like(code), addend[:, None] + tl.zeros_like(code))
             v = tl.where(half[:, None] < 1.0, v * 2.0, v)
-            if ROOT:
-                v = _squared(v)
+            if SQRT:
+                v = _expand(v)
             v = tl.where(v > limit, limit, v)  # rounding must not make infinities; a NaN stays one
             v = tl.where(v < -limit, -limit, v)
             inside = wanted & (part * bits < 8)[:, None]
@@ -144,56 +144,24 @@ def _unpack_rows(
             tl.store(x + r[:, None] * row + at, v.to(x.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _pack_fp8(x, codes, units, n, BLOCK: tl.constexpr):
-    block = tl.program_id(0).to(tl.int64)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    v = tl.load(x + at, mask=at < n, other=0.0)
-    largest = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    finite = largest < 0x7F800000
-    exponent = tl.maximum((largest >> 23) - 7, 1)  # the unit's inverse must be a float32 too
-    unit = (exponent << 23).to(tl.float32, bitcast=True)
-    raw = (v * tl.div_rn(unit * 0.0 + 1.0, unit)).to(tl.int32, bitcast=True)
-    magnitude = raw & 0x7FFFFFFF
-    scaled = magnitude.to(tl.float32, bitcast=True) * 512.0  # below 2^-6 values are 2^-9 apart
-    whole = tl.floor(scaled)
-    fine = whole.to(tl.int32) + (scaled - whole >= 0.5).to(tl.int32)
-    coarse = ((magnitude + 0x80000) >> 20) - 960
-    rounded = tl.where(magnitude < 0x3C800000, fine, coarse)
-    rounded = tl.minimum(rounded, tl.where(exponent == 247, 0x77, 0x7F))  # 256 units would be infinite there
-    code = tl.where(finite, rounded | ((raw >> 24) & 0x80), 0)
-    tl.store(codes + at, code.to(tl.uint8), mask=at < n)
-    tl.store(units + block, tl.where(finite, unit, float("nan")))
-
-
-@triton.jit
-def _unpack_fp8(codes, units, x, n, BLOCK: tl.constexpr):
-    block = tl.program_id(0).to(tl.int64)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    code = tl.load(codes + at, mask=at < n, other=0).to(tl.int32)
-    # e4m3 is float16 of a 256th, cut to 3 bits of mantissa
-    half = (((code & 0x7F) << 7) | ((code & 0x80) << 8)).to(tl.int16).to(tl.float16, bitcast=True)
-    tl.store(x + at, half.to(tl.float32) * 256.0 * tl.load(units + block), mask=at < n)
-
-
 class TritonKernels:
     """``kernels.Kernels`` for CUDA."""
 
     row_dtypes = FLOATS
 
     def pack_rows(
-        self, bits: int, root: bool, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor
+        self, bits: int, sqrt: bool, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor
     ) -> None:
         """Packs the first ``n_rows`` rows of a storage, ``row`` elements each."""
         pointers = (storage_view(rows), codes, _pairs(parameters, n_rows), codes, codes)
-        _launch(_pack_rows, pointers, n_rows, row, (1,), bits, root)
+        _launch(_pack_rows, pointers, n_rows, row, (1,), bits, sqrt)
 
     def unpack_rows(
-        self, bits: int, root: bool, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor
+        self, bits: int, sqrt: bool, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor
     ) -> None:
         """Undoes :meth:`pack_rows`."""
         pointers = (codes, _pairs(parameters, n_rows), storage_view(rows), codes, codes)
-        _launch(_unpack_rows, pointers, n_rows, row, (1, torch.finfo(rows.dtype).max), bits, root)
+        _launch(_unpack_rows, pointers, n_rows, row, (1, torch.finfo(rows.dtype).max), bits, sqrt)
 
     def pack_channels(
         self, widths: Tensor, starts: Tensor, x: Tensor, row: int, codes: Tensor, parameters: Tensor
@@ -210,24 +178,6 @@ class TritonKernels:
         numbers = (len(widths), torch.finfo(x.dtype).max)
         _launch(_unpack_rows, (codes, pairs, x, widths, starts), pairs.numel() // 2, row, numbers)
 
-    def pack_fp8(self, x: Tensor, codes: Tensor, units: Tensor) -> None:
-        """Casts float32 to e4m3 in blocks."""
-        pointers, n = (storage_view(x), codes, units.view(torch.float32)), codes.numel()
-        _run(_pack_fp8, triton.cdiv(n, FP8_BLOCK), pointers, (n,), {"BLOCK": FP8_BLOCK})
-
-    def unpack_fp8(self, codes: Tensor, units: Tensor, x: Tensor) -> None:
-        """Undoes :meth:`pack_fp8`."""
-        pointers, n = (codes, units.view(torch.float32), storage_view(x)), codes.numel()
-        _run(_unpack_fp8, triton.cdiv(n, FP8_BLOCK), pointers, (n,), {"BLOCK": FP8_BLOCK})
-
-    def pack_bf16(self, x: Tensor, codes: Tensor) -> None:
-        """Casts float32 to bfloat16."""
-        codes.view(torch.bfloat16).copy_(storage_view(x))
-
-    def unpack_bf16(self, codes: Tensor, x: Tensor) -> None:
-        """Undoes :meth:`pack_bf16`."""
-        storage_view(x).copy_(codes.view(torch.bfloat16))
-
 
 def _pairs(parameters: Tensor, n_rows: int) -> Tensor:
     """Scales and lowest values of rows; what comes after them in a header is not looked at."""
@@ -241,14 +191,14 @@ def _launch(
     row: int,
     numbers: tuple[float, ...],
     bits: int = 0,
-    root: bool = False,
+    sqrt: bool = False,
 ) -> None:
     """Runs a kernel over all rows; ``bits`` is 0 where each row has its own."""
     row_bytes = -(-row * (bits or 8) // 8)  # of the widest rows
     block = min(triton.next_power_of_2(max(row_bytes, 1)), _BLOCK)
     rows = max(1, min(_PROGRAM // block, triton.next_power_of_2(n_rows)))
     parts = 8 // (bits or 2)
-    shape = {"BITS": bits, "ROOT": root, "PARTS": parts, "EVEN": row % parts == 0, "ROWS": rows, "BLOCK": block}
+    shape = {"BITS": bits, "SQRT": sqrt, "PARTS": parts, "EVEN": row % parts == 0, "ROWS": rows, "BLOCK": block}
     _run(kernel, triton.cdiv(n_rows, rows) if row else 0, pointers, (n_rows, row, row_bytes, *numbers), shape)
 
 

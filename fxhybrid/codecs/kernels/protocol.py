@@ -25,12 +25,12 @@ class Kernels(Protocol):
     def row_dtypes(self) -> tuple[torch.dtype, ...]: ...
 
     def pack_rows(
-        self, bits: int, root: bool, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor
+        self, bits: int, sqrt: bool, rows: Tensor, n_rows: int, row: int, codes: Tensor, parameters: Tensor
     ) -> None:
-        """Packs the first ``n_rows`` rows of a storage, ``row`` elements each, or their roots."""
+        """Packs the first ``n_rows`` rows of a storage, ``row`` elements each, companded where ``sqrt`` is set."""
 
     def unpack_rows(
-        self, bits: int, root: bool, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor
+        self, bits: int, sqrt: bool, codes: Tensor, parameters: Tensor, n_rows: int, row: int, rows: Tensor
     ) -> None:
         """Undoes :meth:`pack_rows`."""
 
@@ -43,18 +43,6 @@ class Kernels(Protocol):
         self, widths: Tensor, starts: Tensor, codes: Tensor, parameters: Tensor, row: int, x: Tensor
     ) -> None:
         """Undoes :meth:`pack_channels`."""
-
-    def pack_fp8(self, x: Tensor, codes: Tensor, units: Tensor) -> None:
-        """Casts float32 to e4m3 in blocks of ``FP8_BLOCK`` elements."""
-
-    def unpack_fp8(self, codes: Tensor, units: Tensor, x: Tensor) -> None:
-        """Undoes :meth:`pack_fp8`."""
-
-    def pack_bf16(self, x: Tensor, codes: Tensor) -> None:
-        """Casts float32 to bfloat16."""
-
-    def unpack_bf16(self, codes: Tensor, x: Tensor) -> None:
-        """Undoes :meth:`pack_bf16`."""
 
 
 def kernels_for(device: torch.device) -> Kernels | None:
