@@ -112,7 +112,8 @@ class Rowwise(Codec):
 
 
 def _make(bits: int, sqrt: bool, parameters: str) -> Rowwise:
-    return Rowwise(bits, *parse_integers(parameters, "R"), sqrt=sqrt)
+    (row,) = parse_integers(parameters, "R")
+    return Rowwise(bits, row, sqrt)
 
 
 for _bits in (8, 4):
