@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 MINUTES = 5
@@ -63,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_child(arguments: argparse.Namespace, kind: str, limit_bytes: int | None, budget_bytes: int) -> Result:
     """Runs one child to its end; adds the peak of its data memory and its seconds."""
+    from fxhybrid.profiling.system_memory import data_bytes  # a child sets its limit before it imports torch
+
     command = [sys.executable, "-m", "benchmarks.real_limit", "--child", kind]
     for name in ("model", "size", "repeat", "steps"):
         command += [f"--{name}", str(getattr(arguments, name))]
@@ -73,7 +74,7 @@ def _run_child(arguments: argparse.Namespace, kind: str, limit_bytes: int | None
     start, peak_bytes = time.perf_counter(), 0
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
-        peak_bytes = max(peak_bytes, _data_bytes(process.pid))
+        peak_bytes = max(peak_bytes, data_bytes(process.pid))
         time.sleep(POLL_S)
     output, errors = process.communicate()
     lines = [line for line in output.splitlines() if line.startswith("{")]
@@ -81,15 +82,6 @@ def _run_child(arguments: argparse.Namespace, kind: str, limit_bytes: int | None
     died: Result = {"status": f"died (exit code {process.returncode}): {last}"}
     result: Result = json.loads(lines[-1]) if lines else died
     return result | {"data_peak_bytes": peak_bytes, "seconds": time.perf_counter() - start}
-
-
-def _data_bytes(pid: int) -> int:
-    """What RLIMIT_DATA bounds: private writable memory."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("VmData:")), 0)
 
 
 def _child(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fxhybrid.errors import FxHybridError, InvalidArgument
-from fxhybrid.profiling.system_memory import MemoryReading, read_memory
+from fxhybrid.errors import InvalidArgument
+from fxhybrid.profiling.system_memory import MemoryReading, available_bytes, data_limit, read_memory
 
 MIB = 1 << 20
 KIB = 1024
@@ -60,9 +61,42 @@ def test_cgroup_version_1(tmp_path: Path) -> None:
     assert read_memory(root=root).available_bytes == (3000 - 900 + 400) * KIB
 
 
-def test_no_proc_is_said(tmp_path: Path) -> None:
-    with pytest.raises(FxHybridError, match="only be read on Linux"):
-        read_memory(root=tmp_path)
+def test_what_is_still_free_knows_nested_control_groups(tmp_path: Path) -> None:
+    root = machine(tmp_path, cgroup="0::/pod/train\n")
+    group(root / "sys/fs/cgroup/pod/train", "max", 900 * KIB)
+    group(root / "sys/fs/cgroup/pod", str(2000 * KIB), 1500 * KIB, f"inactive_file {200 * KIB}\n")
+    assert available_bytes(root=root) == 700 * KIB  # 2000 - (1500 used - 200 reclaimable); 5000 on the machine
+
+
+def test_what_is_still_free_knows_the_limits_of_the_process() -> None:
+    before = available_bytes()
+    with data_limit(64 * MIB):
+        assert available_bytes() <= 64 * MIB < before
+
+
+def test_without_proc_psutil_is_asked(tmp_path: Path) -> None:
+    reading = read_memory(root=tmp_path)
+    assert 0 < reading.own_bytes < reading.available_bytes <= reading.total_bytes
+    assert reading.total_bytes >= read_memory().total_bytes  # a control group may hold less than the machine
+
+
+WITHOUT_RESOURCE = """
+import sys
+sys.modules["resource"] = None  # as on Windows
+import fxhybrid
+from fxhybrid.profiling.system_memory import available_bytes, data_limit
+assert available_bytes() > 0
+try:
+    with data_limit(1):
+        pass
+except fxhybrid.FxHybridError as error:
+    print(error)
+"""
+
+
+def test_systems_without_limits_import_and_say_so() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_RESOURCE], capture_output=True, text=True, check=True)
+    assert "cannot hold this process to 1 more bytes" in done.stdout
 
 
 def test_this_machine_can_be_read() -> None:

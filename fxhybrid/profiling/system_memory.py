@@ -1,15 +1,14 @@
 """How much memory this process could hold right now, in bytes.
 
-On Linux: the kernel's MemAvailable, or what the tightest cgroup around this process still allows if that is less; plus
-what this process holds itself, because a training step may use that too. Only its anonymous and shared pages are
-added back: MemAvailable already counts file pages as available. On CUDA: what the driver has free, plus what PyTorch's
-allocator holds here.
+On Linux: the kernel's MemAvailable, or what the tightest control group around this process still allows if that is
+less; plus what this process holds itself, because a training step may use that too. Only its anonymous and shared pages
+are added back: MemAvailable already counts file pages as available. Where there is no /proc, psutil says both. On CUDA:
+what the driver has free, plus what PyTorch's allocator holds here.
 """
 
 from __future__ import annotations
 
 import importlib
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +16,18 @@ from pathlib import Path
 
 from fxhybrid.errors import FxHybridError, InvalidArgument
 
+try:
+    import resource
+except ImportError:  # Windows: processes have no such limits
+    resource = None  # type: ignore[assignment]
+
 _RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
 _UNLIMITED = 1 << 60  # cgroup v1 writes a huge number for "no limit"
 
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """One reading.
+    """Holds one reading.
 
     Attributes:
         available_bytes: what this process could hold in all.
@@ -45,31 +49,33 @@ def read_memory(device: str = "cpu", *, root: Path = Path("/")) -> MemoryReading
 
     Raises:
         InvalidArgument: there is no such device.
-        FxHybridError: this system has no Linux /proc.
     """
     if device == "cpu":
-        return _read_linux(root)
+        return _read_linux(root) if (root / "proc/meminfo").exists() else _read_psutil()
     if device.split(":")[0] == "cuda":
         return _read_cuda(device)
     raise InvalidArgument(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
 
 
 def _read_linux(root: Path) -> MemoryReading:
-    try:
-        machine = _fields(root / "proc/meminfo")
-        process = _fields(root / "proc/self/status")
-        available, total = machine["MemAvailable"], machine["MemTotal"]
-        # older kernels do not split the resident set; then file pages count twice, which is little for a trainer
-        own = process["RssAnon"] + process["RssShmem"] if "RssAnon" in process else process["VmRSS"]
-    except (OSError, KeyError) as error:
-        raise FxHybridError(f"memory can only be read on Linux with a /proc file system: {error}") from error
+    machine, process = _fields(root / "proc/meminfo"), _fields(root / "proc/self/status")
+    available, total = machine["MemAvailable"], machine["MemTotal"]
+    # older kernels do not split the resident set; then file pages count twice, which is little for a trainer
+    own = process["RssAnon"] + process["RssShmem"] if "RssAnon" in process else process["VmRSS"]
     for limit, left in _cgroup_limits(root):
         available, total = min(available, left), min(total, limit)
     return MemoryReading(min(available + own, total), own, total)
 
 
+def _read_psutil() -> MemoryReading:
+    import psutil  # where it is not needed, it is not loaded
+
+    machine, own = psutil.virtual_memory(), int(psutil.Process().memory_info().rss)
+    return MemoryReading(min(int(machine.available) + own, int(machine.total)), own, int(machine.total))
+
+
 def _fields(path: Path) -> dict[str, int]:
-    """The lines ``Name:   123 kB`` of a /proc file, in bytes."""
+    """Reads the lines ``Name:   123 kB`` of a /proc file, in bytes."""
     found = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, rest = line.partition(":")
@@ -80,7 +86,7 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """For every limited control group around this process: its limit, and what it still allows."""
+    """Yields, for every limited control group around this process, its limit and what it still allows."""
     for folder, limit_name, usage_name in _cgroup_folders(root):
         try:
             limit = int((folder / limit_name).read_text())  # "max" is no limit: not an integer
@@ -113,7 +119,7 @@ def _cgroup_folders(root: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def _reclaimable(folder: Path) -> int:
-    """File pages and slabs that the kernel drops before it kills."""
+    """Counts file pages and slabs, which the kernel drops before it kills."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
@@ -131,57 +137,37 @@ def _read_cuda(device: str) -> MemoryReading:
     return MemoryReading(int(free) + own, own, int(total))
 
 
-def available_bytes() -> int:
-    """Memory that this process can still take: free memory, the control group's and the process's limits."""
-    limits = [_meminfo("MemAvailable")]
-    used = _status("VmData")
-    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+def available_bytes(*, root: Path = Path("/")) -> int:
+    """Returns what this process can still take in addition: free memory, within its control groups and limits."""
+    reading = read_memory(root=root)
+    return max(0, min([reading.available_bytes - reading.own_bytes, *_left_of_limits()]))
+
+
+def _left_of_limits() -> Iterator[int]:
+    """Yields what each limit of this process (``ulimit -d``, ``ulimit -v``) still allows."""
+    if resource is None:
+        return
+    for kind, field in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
-            limits.append(soft - (used if kind == resource.RLIMIT_DATA else _status("VmSize")))
-    limits.append(_cgroup_free())
-    return max(min(limits), 0)
-
-
-def _meminfo(field: str) -> int:
-    return _field(Path("/proc/meminfo"), field)
-
-
-def _status(field: str) -> int:
-    return _field(Path("/proc/self/status"), field) if Path("/proc/self/status").exists() else 0
-
-
-def _field(path: Path, field: str) -> int:
-    """Bytes of one ``Name:  n kB`` line; without the file, as much as can be (nothing is known)."""
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 1 << 62
-
-
-def _cgroup_free() -> int:
-    root = Path("/sys/fs/cgroup")
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return int((root / limit).read_text()) - int((root / usage).read_text())
-        except (OSError, ValueError):
-            continue
-    return 1 << 62
+            yield soft - _process_bytes(field)
 
 
 @contextmanager
 def data_limit(extra_bytes: int) -> Iterator[None]:
-    """Within the block the process may take ``extra_bytes`` of private memory beyond what it has now.
+    """Lets the process take ``extra_bytes`` of private memory beyond what it has now, within the block.
 
     An allocation above that raises MemoryError, or torch's RuntimeError. The limit is the whole process's: use it
     where the process serves one device.
+
+    Raises:
+        FxHybridError: this system cannot limit a process so.
     """
+    if resource is None or not Path("/proc/self/status").exists():
+        raise FxHybridError(
+            f"cannot hold this process to {extra_bytes} more bytes: that needs Linux (RLIMIT_DATA and /proc); "
+            "train without the guard here"
+        )
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = data_bytes() + extra_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
@@ -191,9 +177,13 @@ def data_limit(extra_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def data_bytes() -> int:
-    """Private writable memory of this process: what ``RLIMIT_DATA`` bounds."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmData:"):
-            return int(line.split()[1]) << 10
-    return 0
+def data_bytes(process: int | str = "self") -> int:
+    """Returns the private writable memory of a process, which is what ``RLIMIT_DATA`` bounds; 0 where it is gone."""
+    return _process_bytes("VmData", process)
+
+
+def _process_bytes(field: str, process: int | str = "self") -> int:
+    try:
+        return _fields(Path(f"/proc/{process}/status")).get(field, 0)
+    except OSError:
+        return 0
