@@ -3,7 +3,7 @@
 Each run trains a model twice with the default settings, unmodified and inside the smallest budget in reach, from the
 same weights on the same batches. The digits are cross-validated: a seed has five runs, each with another fifth of all
 1,797 images held out. Judged are one-sided 95 % intervals of the seeds' paired differences; the spread of float32 over
-the seeds stands beside them. Records are appended as they come and those of the file are not made again, so a run can
+the seeds is printed with them. Records are appended as they come and those of the file are not repeated, so a run can
 be cut into slices.
 """
 
@@ -46,7 +46,7 @@ TASKS: dict[str, tuple[Callable[[int, int], Task], int, str]] = {
 
 
 def train(task: Task, *, small: bool) -> Record:
-    """One run; ``small``: inside the smallest budget in reach."""
+    """Trains one run; ``small``: inside the smallest budget in reach."""
     model, batches = task.make_model(), task.batches()
     example = next(batches)
     hybrid = at_smallest_budget(model, example, task) if small else None
@@ -75,7 +75,7 @@ def train(task: Task, *, small: bool) -> Record:
 
 
 def at_smallest_budget(model: nn.Module, example: tuple[Tensor, Tensor], task: Task) -> fxhybrid.HybridModule:
-    """The model compiled a little above the smallest peak for which there is a plan; default settings."""
+    """Compiles the model a little above the smallest peak for which there is a plan; default settings."""
     x, y = example
 
     def compiled(budget: int) -> fxhybrid.HybridModule:
@@ -91,7 +91,7 @@ def evaluated(model: nn.Module, task: Task) -> Record:
 
 
 def bound(differences: Sequence[float]) -> float:
-    """Lower end of the one-sided interval of the mean."""
+    """Computes the lower end of the one-sided interval of the mean."""
     n = len(differences)
     if n < 2:
         return -math.inf
@@ -100,7 +100,7 @@ def bound(differences: Sequence[float]) -> float:
 
 
 def score(records: Sequence[Record], kind: str, measure: str) -> float:
-    """Accuracy in percent over all folds of a seed, or their mean loss."""
+    """Computes the accuracy in percent over all folds of a seed, or their mean loss."""
     runs = [record[kind] for record in records]
     if measure == "loss":
         return statistics.fmean(run["loss"] for run in runs)
@@ -108,7 +108,7 @@ def score(records: Sequence[Record], kind: str, measure: str) -> float:
 
 
 def complete_seeds(records: Sequence[Record], name: str) -> dict[int, list[Record]]:
-    """The records of each seed of which all folds are there."""
+    """Selects the records of each seed of which all folds are there."""
     seeds: dict[int, list[Record]] = defaultdict(list)
     for record in records:
         if record["model"] == name:
@@ -117,7 +117,7 @@ def complete_seeds(records: Sequence[Record], name: str) -> dict[int, list[Recor
 
 
 def judge(records: Sequence[Record]) -> list[Check]:
-    """One check per task."""
+    """Makes one check per task."""
     checks = []
     for name, (_, _, measure) in TASKS.items():
         asked = f"not {POINTS} points lower" if measure == "accuracy" else f"not {LOSS_SHARE:.0%} higher"
@@ -139,7 +139,7 @@ def judge(records: Sequence[Record]) -> list[Check]:
 
 
 def runs_table(records: Sequence[Record]) -> Table:
-    """One row per task and seed."""
+    """Makes one row per task and seed."""
     table = Table(title="Training to the end")
     for name in ("task", "seed", "peak share", "loss", "accuracy", "ours: loss", "accuracy", "error planned", "at end"):
         table.add_column(name, justify="left" if name == "task" else "right")

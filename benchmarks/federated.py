@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.lib.common import names_of, wide_console
 from benchmarks.lib.results import Record, append_record, read_records
 from fxhybrid.federated.server.policies import POLICIES, Settings, policy_of
-from fxhybrid.federated.simulation.experiment import Laboratory
+from fxhybrid.federated.simulation.experiment import Experiment
 from fxhybrid.federated.simulation.scenarios import DEADLINE_S, Scenario
 from fxhybrid.optional_imports import require
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _show(_read(arguments.json), arguments.plot)
         return
     torch.set_num_threads(1)
-    laboratory = Laboratory()
+    experiment = Experiment()
     until = time.monotonic() + arguments.seconds
     done = {_key(record) for record in _read(arguments.json)}
     for run in _runs(arguments):
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             wide_console().print("the time for this slice is over; call again for the rest")
             return
         if run not in done:
-            record = _run(laboratory, *run)
+            record = _run(experiment, *run)
             append_record(arguments.json, record)
             accuracy = record["accuracies"][-1]
             wide_console().print(
@@ -90,14 +90,14 @@ def _runs(arguments: argparse.Namespace) -> Iterable[Run]:
     return [(t, c, p, s) for s in seeds for t, c in cases for p in policies]  # balanced if cut short
 
 
-def _run(laboratory: Laboratory, task: str, cell: str, policy: str, seed: int) -> Record:
+def _run(experiment: Experiment, task: str, cell: str, policy: str, seed: int) -> Record:
     share, skew, contention = GRID[cell]
     scenario = Scenario(task, N_DEVICES, share, skew, contention, seed)
     settings = Settings(
         ROUNDS[task], devices_per_round=5, local_steps=5, deadline_s=DEADLINE_S, seed=seed, evaluate_every=2
     )
     start = time.perf_counter()
-    driver = laboratory.driver(scenario, policy_of(policy), settings)
+    driver = experiment.driver(scenario, policy_of(policy), settings)
     records = driver.run()
     scored = [record for record in records if record.score is not None]
     return {
@@ -125,13 +125,13 @@ def _read(path: Path) -> list[Record]:
 
 
 def time_to(record: Record, accuracy: float) -> float | None:
-    """Virtual seconds until a run first has an accuracy; None if it never has."""
+    """Returns the virtual seconds until a run first has an accuracy; None if it never has."""
     pairs = zip(record["clocks_s"], record["accuracies"], strict=True)
     return next((clock_s for clock_s, reached in pairs if reached >= accuracy), None)
 
 
 def speedup(record: Record, baseline: Record) -> float | None:
-    """How much sooner a run reaches the baseline's own best accuracy."""
+    """Computes how much sooner a run reaches the baseline's own best accuracy."""
     best = max(baseline["accuracies"])
     own, other = time_to(record, best), time_to(baseline, best)
     return None if own is None or other is None else other / own
@@ -149,7 +149,7 @@ def _show(records: Sequence[Record], folder: Path | None) -> None:
 
 
 def _summary(by_cell: Mapping[tuple[str, str], Mapping[tuple[str, int], Record]]) -> Table:
-    """One row per population: what the claim is about."""
+    """Makes one row per population: what the claim is about."""
     table = Table(title="fxhybrid against the others", caption="mean (least to most over seeds)")
     columns = ("exclude", "oort-fedprox", "random", "no-limit")
     for name in ("task", "cell", "accuracy", *(f"ahead of {policy}" for policy in columns), "sooner than random"):

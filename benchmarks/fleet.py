@@ -1,6 +1,6 @@
 """Times planning and bookkeeping of federated rounds for a thousand devices.
 
-Devices are made up: three kinds, each device with its own speed and a memory of its own that wanders. They train by
+Devices are synthetic: three kinds, each device with its own speed and a memory of its own that wanders. They train by
 adding noise, so what is timed is the driver: reports, forecasts, plans, selection, checks, averages.
 """
 
@@ -22,11 +22,11 @@ from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request
 from fxhybrid.federated.protocol.model_arrays import to_arrays
 from fxhybrid.federated.protocol.transport import InProcessTransport
 from fxhybrid.federated.selection.strategies import SELECTORS
-from fxhybrid.federated.server.device_registry import DeviceRecord, Ledger
+from fxhybrid.federated.server.device_registry import DeviceRecord, DeviceRegistry
 from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
-from fxhybrid.federated.server.offers import Fleet
 from fxhybrid.federated.server.policies import Settings, policy_of
+from fxhybrid.federated.server.round_plans import Fleet
 from fxhybrid.federated.simulation.scenarios import KINDS
 from fxhybrid.federated.tasks.captured_step import capture_step
 from fxhybrid.federated.tasks.tasks import Score, digits_task
@@ -68,11 +68,13 @@ def _planning(planner: FleetPlanner, arrays: dict[str, np.ndarray], count: int) 
             return budgets[device]
 
         start = time.perf_counter()
-        offers = fleet.offers(Ledger(records), policy_of("fxhybrid"), Settings(1, 10), forecast, records)
+        round_plans = fleet.round_plans(
+            DeviceRegistry(records), policy_of("fxhybrid"), Settings(1, 10), forecast, records
+        )
         seconds = time.perf_counter() - start
-        plans = {id(offer.plans[0]) for offer in offers if offer.plans}
-        told = f"planning round {place + 1}: {count} devices, {len(plans)} plans of {planner.n_buckets} buckets a kind"
-        wide_console().print(f"{told}: {seconds:.2f} s", highlight=False)
+        plans = {id(round_plan.plans[0]) for round_plan in round_plans if round_plan.plans}
+        text = f"planning round {place + 1}: {count} devices, {len(plans)} plans of {planner.n_buckets} buckets a kind"
+        wide_console().print(f"{text}: {seconds:.2f} s", highlight=False)
 
 
 def _handler(profile: DeviceProfile) -> Callable[[Request], Reply]:
@@ -82,13 +84,13 @@ def _handler(profile: DeviceProfile) -> Callable[[Request], Reply]:
         random = np.random.default_rng([seed, request.round])
         if request.kind is Kind.REPORT:
             level = 4_000_000 + 2_000_000 * np.sin(request.now_s / 3000 + seed) + random.normal() * 200_000
-            facts = {"n_examples": 50, "readings": [[request.now_s, int(level)]]}
-            facts |= {"bytes_per_s": 1e5, "profile": profile.to_json()} if request.facts["introduce"] else {}
-            return Reply(profile.name, request.round, Outcome.OK, 0.0, facts)
+            payload = {"n_examples": 50, "readings": [[request.now_s, int(level)]]}
+            payload |= {"bytes_per_s": 1e5, "profile": profile.to_json()} if request.payload["introduce"] else {}
+            return Reply(profile.name, request.round, Outcome.OK, 0.0, payload)
         noise = random.normal(0, 0.1, 1000).astype(np.float32)
         arrays = {name: array + noise for name, array in request.arrays.items()}
-        facts = {"n_examples": 50, "loss": 1.0, "squared_loss": float(random.random())}
-        return Reply(profile.name, request.round, Outcome.OK, float(random.uniform(30, 300)), facts, arrays)
+        payload = {"n_examples": 50, "loss": 1.0, "squared_loss": float(random.random())}
+        return Reply(profile.name, request.round, Outcome.OK, float(random.uniform(30, 300)), payload, arrays)
 
     return handler
 
@@ -110,8 +112,8 @@ def _bookkeeping(planner: FleetPlanner, count: int, rounds: int) -> None:
         driver.run_round()
         if driver.round % max(rounds // 10, 1) == 0:
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            told = f"round {driver.round}: {time.perf_counter() - start:.1f} s, at most {resident:.0f} MiB resident"
-            wide_console().print(told, highlight=False)
+            text = f"round {driver.round}: {time.perf_counter() - start:.1f} s, at most {resident:.0f} MiB resident"
+            wide_console().print(text, highlight=False)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from benchmarks.lib.common import add_record_files, names_of, records_of, wide_c
 from benchmarks.lib.fixed_forecasts import Floats, Rounds, methods, rounds_of, score, tuned
 from benchmarks.lib.results import Record
 from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
-from fxhybrid.federated.memory.traces import POPULATIONS, MemoryTrace, generate_fleet
+from fxhybrid.federated.memory.trace_generator import POPULATIONS, generate_fleet
+from fxhybrid.federated.memory.traces import MemoryTrace
 from fxhybrid.optional_imports import require
 
 MINUTES = 30
@@ -74,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> Iterator[Record]:
 
 
 def _recorded(paths: Sequence[Path], lengths: Sequence[int]) -> Iterator[Record]:
-    """Traces of real machines, at the round lengths that they hold enough rounds of."""
+    """Reads traces of real machines, at the round lengths that they hold enough rounds of."""
     for trace in map(MemoryTrace.load, paths):
         for round_s in lengths:
             rounds = rounds_of(trace, round_s)
@@ -100,7 +101,7 @@ def _generated(arguments: argparse.Namespace, lengths: Sequence[int]) -> Iterato
 
 
 def compare(fleet: Sequence[Rounds], round_s: float) -> Record:
-    """The predictor and all other methods on the rounds of a fleet."""
+    """Compares the predictor and all other methods on the rounds of a fleet."""
     minima = np.concatenate([rounds.minima for rounds in fleet])
     own = [forecasts_of(rounds, round_s) for rounds in fleet]
     result = score(np.concatenate(own), minima, PROMISED)
@@ -121,7 +122,7 @@ def compare(fleet: Sequence[Rounds], round_s: float) -> Record:
 
 
 def forecasts_of(rounds: Rounds, round_s: float) -> Floats:
-    """One forecast per round, each from the readings before it and the one at its start."""
+    """Makes one forecast per round, each from the readings before it and the one at its start."""
     predictor = MemoryBudgetPredictor(PROMISED)
     interval_s = round_s / rounds.readings.shape[1]
     found = []
@@ -139,7 +140,7 @@ def _line(record: Record) -> str:
 
 
 def table_of(records: Sequence[Record]) -> Table:
-    """One row per fleet and round length."""
+    """Makes one row per fleet and round length."""
     table = Table(title=f"Forecasts of a round's lowest memory, {PROMISED:.0%} promised")
     for name in (
         *("population", "seed/s", "missed", "devices", "used", "pinball MiB", "over MiB"),
@@ -166,7 +167,7 @@ def table_of(records: Sequence[Record]) -> Table:
 
 
 def judge(records: Sequence[Record]) -> list[Check]:
-    """The promise kept, and its price."""
+    """Checks that the promise is kept, and what that costs."""
     names = {f"{r['model']} {r['key']}": r for r in records}
     low, high = MISS_RATES
     too_few = {name: low / max(r["predictor"]["miss_rate"], 1e-9) for name, r in names.items()}

@@ -1,4 +1,4 @@
-"""What the tests of the federated layer share: a tiny task, plain selectors and forecasters, made-up devices."""
+"""What the tests of the federated layer share: a tiny task, plain selectors and forecasters, simulated devices."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fxhybrid.federated.protocol.transport import InProcessTransport
 from fxhybrid.federated.selection.candidates import Candidate, Selection
 from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
-from fxhybrid.federated.server.offers import Fleet
 from fxhybrid.federated.server.policies import Policy, Settings
+from fxhybrid.federated.server.round_plans import Fleet
 from fxhybrid.federated.tasks.data import ArrayData
 from fxhybrid.federated.tasks.tasks import Score, Task
 
@@ -61,10 +61,10 @@ class InOrder:
         return Selection(round_index, tuple(chosen), {n: {"score": 1.0, "chosen": float(n in chosen)} for n in names})
 
 
-def report(request: Request, readings: list[list[float]], **facts: Any) -> Reply:
+def report(request: Request, readings: list[list[float]], **payload: Any) -> Reply:
     """A device's report."""
     own = {"n_examples": 10, "bytes_per_s": 1e6, "profile": DeviceProfile().to_json(), "readings": readings}
-    return Reply(request.device, request.round, Outcome.OK, 0.0, {**own, **facts})
+    return Reply(request.device, request.round, Outcome.OK, 0.0, {**own, **payload})
 
 
 Trained = Callable[[Request], Reply]
@@ -73,12 +73,12 @@ Trained = Callable[[Request], Reply]
 def adds_one(request: Request) -> Reply:
     """Training that adds 1 to every number, in 10 s."""
     arrays = {name: (array + 1).astype(array.dtype) for name, array in request.arrays.items()}
-    facts = {"n_examples": 10, "loss": 1.0, "squared_loss": 1.0}
-    return Reply(request.device, request.round, Outcome.OK, 10.0, facts, arrays)
+    payload = {"n_examples": 10, "loss": 1.0, "squared_loss": 1.0}
+    return Reply(request.device, request.round, Outcome.OK, 10.0, payload, arrays)
 
 
 def device(train: Trained = adds_one, available_bytes: int = PLENTY) -> Callable[[Request], Reply]:
-    """A made-up device that reports steady memory."""
+    """A simulated device that reports steady memory."""
 
     def handler(request: Request) -> Reply:
         if request.kind is Kind.REPORT:
@@ -98,7 +98,7 @@ def driver_of(
     checkpoint: Path | None = None,
     **settings: Any,
 ) -> Driver:
-    """A driver over made-up devices; the model is one array of zeros, its score its first number."""
+    """A driver over simulated devices; the model is one array of zeros, its score its first number."""
     arrays: Arrays = {"w": np.zeros(3, np.float32)}
     chosen = {"devices_per_round": 2, "deadline_s": 100.0, **settings}
     return Driver(

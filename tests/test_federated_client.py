@@ -37,13 +37,13 @@ def trainer() -> Trainer:
 def plans(trainer: Trainer) -> tuple[Plan, ...]:
     planner = FleetPlanner.of(trainer.hybrid)
     found = [planner.plan(PROFILE, planner.save_all_bytes)]
-    found += planner.smaller(PROFILE, planner.save_all_bytes, 4)
+    found += planner.smaller_plans(PROFILE, planner.save_all_bytes, 4)
     kept = [planned.plan for planned in found if planned is not None]
     return tuple(plan for i, plan in enumerate(kept) if i == 0 or plan.peak_bytes < kept[i - 1].peak_bytes)
 
 
 class Readings:
-    """A gauge with one reading for each look at memory; notes the plans that ran and the time that passed."""
+    """A monitor with one reading for each look at memory; notes the plans that ran and the time that passed."""
 
     def __init__(self, readings: list[int]) -> None:
         self.readings = iter(readings)
@@ -91,19 +91,19 @@ def test_measured_peaks_stay_within_the_plans(trainer: Trainer, plans: tuple[Pla
 def test_the_client_moves_down_as_memory_falls_and_up_again(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
     high, low = plans[0].peak_bytes, plans[-1].peak_bytes
     # a tenth of what is free stays so, but for the smallest plan: low fits low, and high takes high / 0.9
-    gauge = Readings([int(high / 0.9) + 1, low, low + 1, high, PLENTY])
-    result = trainer.train(to_arrays(TASK.make_model(1.0)), work(plans, n_steps=5), DATA, gauge)
-    assert gauge.ran[0] == gauge.ran[-1] == high
-    assert gauge.ran[1] == gauge.ran[2] == low
-    assert low < gauge.ran[3] < high
+    monitor = Readings([int(high / 0.9) + 1, low, low + 1, high, PLENTY])
+    result = trainer.train(to_arrays(TASK.make_model(1.0)), work(plans, n_steps=5), DATA, monitor)
+    assert monitor.ran[0] == monitor.ran[-1] == high
+    assert monitor.ran[1] == monitor.ran[2] == low
+    assert low < monitor.ran[3] < high
     assert (result.n_moves, result.peak_bytes, result.n_steps) == (3, high, 5)
 
 
 def test_the_client_waits_for_memory_and_sends_what_it_has(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
     low, start = plans[-1].peak_bytes, to_arrays(TASK.make_model(1.0))
-    gauge = Readings([low, 0, 0, low, low])
-    assert trainer.train(start, work(plans, patience_s=10.0), DATA, gauge).n_steps == 3
-    assert (gauge.ran, gauge.waited_s) == ([low] * 3, 10.0)
+    monitor = Readings([low, 0, 0, low, low])
+    assert trainer.train(start, work(plans, patience_s=10.0), DATA, monitor).n_steps == 3
+    assert (monitor.ran, monitor.waited_s) == ([low] * 3, 10.0)
     # 10 s of patience are two looks more; then one of the three steps is what there is
     cut = trainer.train(start, work(plans, patience_s=10.0), DATA, Readings([low, 0, 0, 0]))
     assert cut.n_steps == 1
@@ -126,20 +126,20 @@ def test_the_proximal_term_pulls_to_the_start(trainer: Trainer, plans: tuple[Pla
     assert distance(3.0) < 0.5 * distance(0.0)
 
 
-def facts_of(plans: tuple[Plan, ...], **others: object) -> dict[str, object]:
+def payload_of(plans: tuple[Plan, ...], **others: object) -> dict[str, object]:
     texts = [plan.to_json() for plan in plans]
-    facts = {"plans": texts, "n_steps": 1, "mu": 0.0, "seed": [1], "elastic": False, "patience_s": 0.0, "width": 1.0}
-    return {**facts, **others}
+    payload = {"plans": texts, "n_steps": 1, "mu": 0.0, "seed": [1], "elastic": False, "patience_s": 0.0, "width": 1.0}
+    return {**payload, **others}
 
 
 @pytest.mark.parametrize(
     "change", [{"n_steps": 0}, {"plans": []}, {"mu": float("nan")}, {"n_steps": "3"}, {"patience_s": -1.0}]
 )
 def test_impossible_work_is_refused(plans: tuple[Plan, ...], change: dict[str, object]) -> None:
-    facts = facts_of(plans[:1])
-    assert LocalWork.from_facts(facts).plans[0] == plans[0]
+    payload = payload_of(plans[:1])
+    assert LocalWork.from_payload(payload).plans[0] == plans[0]
     with pytest.raises(InvalidArgument, match="cannot"):
-        LocalWork.from_facts({**facts, **change})
+        LocalWork.from_payload({**payload, **change})
 
 
 def simulated(
@@ -147,13 +147,13 @@ def simulated(
 ) -> tuple[str, float]:
     """One training of 4 steps on a device whose memory has these levels, one per 1,000 s; outcome and seconds."""
     pool = TrainerPool(lambda width: trainer)
-    pool.warm(1.0)
+    pool.open(1.0)
     step_s = plans[0].step_s + plans[0].added_s
     profile = DeviceProfile(slowdown=1000.0 / step_s)  # one step of the largest plan takes 1,000 s
     memory = SimulatedMemory(1000.0, np.array(levels))
     device = SimulatedDevice("d", profile, memory, 1e12, 0.0, DATA)
-    facts = facts_of(plans, n_steps=4, elastic=elastic, patience_s=patience_s)
-    request = Request("d", Kind.TRAIN, 1, 0.0, 1e6, facts, to_arrays(TASK.make_model(1.0)))
+    payload = payload_of(plans, n_steps=4, elastic=elastic, patience_s=patience_s)
+    request = Request("d", Kind.TRAIN, 1, 0.0, 1e6, payload, to_arrays(TASK.make_model(1.0)))
     reply = device.handler(pool, 0)(request)
     return reply.outcome.value, reply.elapsed_s
 
@@ -184,8 +184,8 @@ def test_simulated_memory_repeats_itself() -> None:
 LIMITED = """
 import torch
 torch.set_num_threads(1)
-from fxhybrid.federated.guard import data_limit
-from fxhybrid.federated.transport import is_out_of_memory
+from fxhybrid.profiling.system_memory import data_limit
+from fxhybrid.federated.protocol.transport import is_out_of_memory
 kept = torch.zeros(1)  # the allocator and its threads are there before the limit
 with data_limit(64 << 20):
     torch.zeros(32 << 20, dtype=torch.uint8)
@@ -208,12 +208,12 @@ PLANNED = """
 import dataclasses
 import torch
 torch.set_num_threads(1)
-from fxhybrid.federated.client import LocalWork, Trainer
-from fxhybrid.devices import DeviceProfile
-from fxhybrid.federated.node import RealGauge
-from fxhybrid.federated.planning import FleetPlanner
-from fxhybrid.federated.transport import is_out_of_memory
-from fxhybrid.federated.wire import to_arrays
+from fxhybrid.federated.client.trainer import LocalWork, Trainer
+from fxhybrid.devices.device_profile import DeviceProfile
+from fxhybrid.federated.client.node import ProcessMemoryMonitor
+from fxhybrid.federated.server.fleet_planner import FleetPlanner
+from fxhybrid.federated.protocol.transport import is_out_of_memory
+from fxhybrid.federated.protocol.model_arrays import to_arrays
 from tests.federated_parts import tiny_task
 task = dataclasses.replace(tiny_task(), batch_size=32768)
 trainer = Trainer(task)
@@ -221,14 +221,14 @@ planner, profile = FleetPlanner.of(trainer.hybrid), DeviceProfile()
 small = planner.plan(profile, planner.smallest_bytes(profile)).plan
 full = planner.plan(profile, planner.save_all_bytes).plan
 slack_bytes = (full.peak_bytes - small.peak_bytes) // 2
-class Believes(RealGauge):  # holds every step to the small plan, whatever it is
+class Believes(ProcessMemoryMonitor):  # holds every step to the small plan, whatever it is
     def run_step(self, step, plan):
         return super().run_step(step, small)
-gauge = Believes(None, is_guarded=True, slack_bytes=slack_bytes)
+monitor = Believes(None, is_guarded=True, slack_bytes=slack_bytes)
 for name, plan in (("small", small), ("unmodified", full)):
     work = LocalWork((plan,), 3, 0.0, (1,), False)
     try:
-        trainer.train(to_arrays(task.make_model(1.0)), work, task.clients["client0"], gauge)
+        trainer.train(to_arrays(task.make_model(1.0)), work, task.clients["client0"], monitor)
         print(name, "trained")
     except Exception as error:
         print(name, "out of memory" if is_out_of_memory(error) else error)

@@ -44,9 +44,9 @@ def test_a_node_that_is_killed_costs_its_own_updates_only(deployment: Deployment
 BAD = """
 import numpy as np
 
-from fxhybrid.federated.flower import make_client_app
-from fxhybrid.federated.messages import Kind, Outcome, Reply
-from fxhybrid.federated.node import Node
+from fxhybrid.federated.flower.apps import make_client_app
+from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply
+from fxhybrid.federated.client.node import Node
 
 
 class Bad(Node):
@@ -58,8 +58,8 @@ class Bad(Node):
         arrays = {name: a * np.nan if a.dtype.kind == "f" else a for name, a in request.arrays.items()}
         if request.round == 3:
             arrays = {name: np.zeros((7, 7), np.float32) for name in arrays}
-        facts = {"n_examples": 1, "loss": 1.0, "squared_loss": 1.0}
-        return Reply(request.device, request.round, Outcome.OK, 0.0, facts, arrays)
+        payload = {"n_examples": 1, "loss": 1.0, "squared_loss": 1.0}
+        return Reply(request.device, request.round, Outcome.OK, 0.0, payload, arrays)
 
 
 app = make_client_app(Bad)

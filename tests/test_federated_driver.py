@@ -54,8 +54,8 @@ def test_rounds_average_and_advance_the_clock(planner: FleetPlanner) -> None:
         (changed(elapsed_s=101.0), "late"),
         (changed(arrays={"w": np.full(3, np.nan, np.float32)}), "invalid"),
         (changed(arrays={"w": np.ones(4, np.float32)}), "invalid"),
-        (changed(facts={}), "invalid"),
-        (changed(facts={"n_examples": 10**30, "loss": 1.0, "squared_loss": 1.0}), "invalid"),
+        (changed(payload={}), "invalid"),
+        (changed(payload={"n_examples": 10**30, "loss": 1.0, "squared_loss": 1.0}), "invalid"),
     ],
 )
 def test_bad_devices_do_not_touch_the_model(
@@ -99,14 +99,14 @@ def test_a_round_waits_only_for_as_many_as_it_needs(planner: FleetPlanner) -> No
     driver = driver_of(planner, {"a": device(slow), "b": device(), "c": device()}, rounds=1, extra_devices=1)
     driver.run()
     assert driver.clock_s == 10.0
-    assert driver.ledger.records["a"].times_selected == 1
+    assert driver.registry.records["a"].times_selected == 1
 
 
 def test_devices_get_plans_for_their_own_memory(planner: FleetPlanner) -> None:
     seen: dict[str, LocalWork] = {}
 
     def noting(request: Request) -> Reply:
-        seen[request.device] = LocalWork.from_facts(request.facts)
+        seen[request.device] = LocalWork.from_payload(request.payload)
         return adds_one(request)
 
     full, profile_low = planner.save_all_bytes, int(planner.save_all_bytes * 0.8)
@@ -151,8 +151,8 @@ def noisy(request: Request) -> Reply:
     arrays = {
         name: array + random.normal(size=array.shape).astype(array.dtype) for name, array in request.arrays.items()
     }
-    facts = {"n_examples": int(random.integers(1, 99)), "loss": 1.0, "squared_loss": float(random.random())}
-    return Reply(request.device, request.round, Outcome.OK, float(random.uniform(1, 120)), facts, arrays)
+    payload = {"n_examples": int(random.integers(1, 99)), "loss": 1.0, "squared_loss": float(random.random())}
+    return Reply(request.device, request.round, Outcome.OK, float(random.uniform(1, 120)), payload, arrays)
 
 
 def test_a_resumed_run_equals_one_that_was_not_cut_off(planner: FleetPlanner, tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def test_settings_and_policies_are_checked(planner: FleetPlanner) -> None:
 
 def test_devices_with_much_data_count_once(planner: FleetPlanner) -> None:
     def trained(value: float, n_examples: int) -> Callable[[Request], Reply]:
-        facts = {"n_examples": n_examples, "loss": 1.0, "squared_loss": 1.0}
-        return device(changed(arrays={"w": np.full(3, value, np.float32)}, facts=facts))
+        payload = {"n_examples": n_examples, "loss": 1.0, "squared_loss": 1.0}
+        return device(changed(arrays={"w": np.full(3, value, np.float32)}, payload=payload))
 
     handlers = {"much": trained(4.0, 30), "little": trained(0.0, 10)}
     for selector, mean in (("random", 3.0), ("utility", 2.0)):  # 30 of 40 examples; one of two devices

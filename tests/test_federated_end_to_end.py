@@ -11,9 +11,9 @@ import torch
 
 from fxhybrid.cli.main import main
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.protocol.model_arrays import corner, to_arrays
+from fxhybrid.federated.protocol.model_arrays import leading_slice, to_arrays
 from fxhybrid.federated.server.policies import Policy, Settings, policy_of
-from fxhybrid.federated.simulation.experiment import Laboratory, run_policy
+from fxhybrid.federated.simulation.experiment import Experiment, run_policy
 from fxhybrid.federated.simulation.scenarios import Scenario
 from fxhybrid.federated.tasks.data import ArrayData, capability_split, dirichlet_split, from_dataset
 from fxhybrid.federated.tasks.tasks import text_task
@@ -24,37 +24,37 @@ SETTINGS = Settings(rounds=3, devices_per_round=3, local_steps=2)
 
 
 @pytest.fixture(scope="module")
-def laboratory() -> Laboratory:
-    return Laboratory()
+def experiment() -> Experiment:
+    return Experiment()
 
 
-def test_a_run_learns_and_resumes_bit_exactly(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_run_learns_and_resumes_bit_exactly(experiment: Experiment, tmp_path: Path) -> None:
     policy = policy_of("fxhybrid")
-    whole = run_policy(laboratory, SCENARIO, policy, SETTINGS, checkpoint=tmp_path / "whole")
+    whole = run_policy(experiment, SCENARIO, policy, SETTINGS, checkpoint=tmp_path / "whole")
     assert whole.evaluate(whole.arrays).loss < whole.evaluate(to_arrays(text_task(6).make_model(1.0))).loss
     shorter = Settings(2, devices_per_round=3, local_steps=2)
-    run_policy(laboratory, SCENARIO, policy, shorter, checkpoint=tmp_path / "cut")
-    resumed = run_policy(laboratory, SCENARIO, policy, SETTINGS, checkpoint=tmp_path / "cut", resume=True)
+    run_policy(experiment, SCENARIO, policy, shorter, checkpoint=tmp_path / "cut")
+    resumed = run_policy(experiment, SCENARIO, policy, SETTINGS, checkpoint=tmp_path / "cut", resume=True)
     assert resumed.clock_s == whole.clock_s
     assert all(np.array_equal(resumed.arrays[name], array) for name, array in whole.arrays.items())
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_without_a_limit_nobody_dies_and_with_one_the_unmodified_step_does(laboratory: Laboratory) -> None:
-    free = run_policy(laboratory, SCENARIO, policy_of("no-limit"), SETTINGS)
+def test_without_a_limit_nobody_dies_and_with_one_the_unmodified_step_does(experiment: Experiment) -> None:
+    free = run_policy(experiment, SCENARIO, policy_of("no-limit"), SETTINGS)
     assert free.outcomes["oom"] == 0
-    dying = run_policy(laboratory, SCENARIO, policy_of("random"), SETTINGS)
+    dying = run_policy(experiment, SCENARIO, policy_of("random"), SETTINGS)
     assert dying.outcomes["oom"] > 0
 
 
 @pytest.mark.slow
-def test_narrow_models_train_a_corner_of_the_wide_one(laboratory: Laboratory) -> None:
+def test_narrow_models_train_a_slice_of_the_wide_one(experiment: Experiment) -> None:
     policy = Policy("narrow", policy_of("heterofl").technique, "random", elastic=False, widths=(1.0, 0.5))
     settings = Settings(1, devices_per_round=6, local_steps=1)
-    driver = laboratory.driver(SCENARIO, policy, settings)
+    driver = experiment.driver(SCENARIO, policy, settings)
     before = dict(driver.arrays)
     driver.run()
-    part = corner(before, driver.fleet.parts[0.5])
+    part = leading_slice(before, driver.fleet.parts[0.5])
     assert {name: array.shape for name, array in part.items()} == {
         name: array.shape for name, array in driver.fleet.parts[0.5].items()
     }
@@ -63,10 +63,10 @@ def test_narrow_models_train_a_corner_of_the_wide_one(laboratory: Laboratory) ->
 
 
 def test_the_command_runs_and_writes(
-    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "fxhybrid.federated.simulation.cli.Laboratory", lambda: laboratory
+        "fxhybrid.federated.simulation.cli.Experiment", lambda: experiment
     )  # captured and planned already
     arguments = ["federated", "--task", "text", "--devices", "4", "--rounds", "1", "--per-round", "2"]
     arguments += ["--local-steps", "1", "--policies", "exclude", "--folder", str(tmp_path)]

@@ -67,10 +67,12 @@ def through_bytes(content: RecordDict) -> RecordDict:
 
 def echo(message: Message) -> Message:
     request = decode_request(message, Kind.TRAIN)
-    facts = {"n_examples": 1, "loss": 0.0, "squared_loss": 0.0}
-    told = {"outcome": "ok", "detail": "", "facts": facts}
+    payload = {"n_examples": 1, "loss": 0.0, "squared_loss": 0.0}
+    told = {"outcome": "ok", "detail": "", "payload": payload}
     arrays = ArrayRecord({name: Array(np.asarray(array + 1)) for name, array in request.arrays.items()})
-    return Message(RecordDict({"facts": ConfigRecord({"json": json.dumps(told)}), "arrays": arrays}), reply_to=message)
+    return Message(
+        RecordDict({"payload": ConfigRecord({"json": json.dumps(told)}), "arrays": arrays}), reply_to=message
+    )
 
 
 def error(code: int, reason: str) -> Answer:
@@ -118,7 +120,7 @@ def test_requests_survive_the_wire() -> None:
     transport = FlowerTransport(LocalGrid({11: noting}), poll_s=0.01)  # type: ignore[arg-type]
     transport.devices()
     transport.ask([sent], 1.0)
-    assert (got[0].device, got[0].facts, got[0].round, got[0].deadline_s) == ("11", sent.facts, 2, 60.0)
+    assert (got[0].device, got[0].payload, got[0].round, got[0].deadline_s) == ("11", sent.payload, 2, 60.0)
     assert got[0].arrays["w"].tolist() == [0, 1, 2]
     assert encode_request(sent)["arrays"]["w"].numpy().tolist() == [0, 1, 2]
 
@@ -137,7 +139,7 @@ def test_a_superlink_out_of_reach_loses_requests_and_nothing_else() -> None:
 
 
 def node(train: Trained = adds_one) -> Answer:
-    """A made-up device behind Flower's messages; its errors are Flower's, its silence is None."""
+    """A simulated device behind Flower's messages; its errors are Flower's, its silence is None."""
 
     def answer(message: Message) -> Message | None:
         kind = Kind.TRAIN if message.metadata.message_type == "train" else Kind.REPORT
@@ -147,10 +149,10 @@ def node(train: Trained = adds_one) -> Answer:
             return Message(Error(code=2, reason=f"{type(failure)}:<{failure}>"), reply_to=message)
         except TimeoutError:
             return None
-        told = {"outcome": reply.outcome.value, "detail": reply.detail, "facts": dict(reply.facts)}
+        told = {"outcome": reply.outcome.value, "detail": reply.detail, "payload": dict(reply.payload)}
         arrays = ArrayRecord({name: Array(array) for name, array in reply.arrays.items()})
         return Message(
-            RecordDict({"facts": ConfigRecord({"json": json.dumps(told)}), "arrays": arrays}), reply_to=message
+            RecordDict({"payload": ConfigRecord({"json": json.dumps(told)}), "arrays": arrays}), reply_to=message
         )
 
     return answer

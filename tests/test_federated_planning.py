@@ -30,7 +30,7 @@ def planner(hybrid: HybridModule) -> FleetPlanner:
     return FleetPlanner.of(hybrid)
 
 
-def test_work_stands_beside_every_op(hybrid: HybridModule) -> None:
+def test_every_op_has_its_work(hybrid: HybridModule) -> None:
     problem, work = hybrid.planning_problem, hybrid.planning_work
     assert (len(work.forward), len(work.backward)) == (len(problem.forward), len(problem.backward))
     # 64 x 16 by 16 x 64, then three times 64 x 64 by 64 x 64, then 64 x 64 by 64 x 4; 2 flops for each product
@@ -75,14 +75,14 @@ def test_devices_of_one_kind_share_plans_whatever_their_speed(hybrid: HybridModu
     profiles = [dataclasses.replace(SLOW_COMPUTE, name=f"d{i}", slowdown=1 + i) for i in range(40)]
     found = {id(planner.plan(profile, budget)) for profile in profiles for budget in budgets}
     assert len(found) <= 10
-    assert len(planner._ladders) == 1
+    assert len(planner._frontiers) == 1
     planned = planner.plan(SLOW_COMPUTE, planner.save_all_bytes)
     assert planned is not None
     assert planner.step_s(profiles[3], planned) == 4 * planner.step_s(SLOW_COMPUTE, planned)
 
 
 def test_smaller_plans_fall_to_the_smallest(planner: FleetPlanner) -> None:
-    peaks = [p.plan.peak_bytes for p in planner.smaller(SLOW_COMPUTE, planner.save_all_bytes, 4)]
+    peaks = [p.plan.peak_bytes for p in planner.smaller_plans(SLOW_COMPUTE, planner.save_all_bytes, 4)]
     assert peaks == sorted(set(peaks), reverse=True)
     assert len(peaks) >= 3
     assert peaks[-1] == planner.smallest_bytes(SLOW_COMPUTE)

@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 def play(predictor: MemoryBudgetPredictor, rounds: list[list[float]], round_s: float = 60.0) -> list[bool]:
-    """Forecasts every round from what came before; gives which were missed."""
+    """Forecasts every round from what came before; returns which were missed."""
     missed = []
     for i, readings in enumerate(rounds):
         times = [i * round_s + j * round_s / len(readings) for j in range(len(readings))]

@@ -15,11 +15,11 @@ from torch import nn
 
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
 from fxhybrid.federated.protocol.messages import Arrays, Kind, Outcome, Reply, Request
-from fxhybrid.federated.protocol.model_arrays import corner, load_arrays, to_arrays
+from fxhybrid.federated.protocol.model_arrays import leading_slice, load_arrays, to_arrays
 from fxhybrid.federated.protocol.transport import Handler, InProcessTransport
 from fxhybrid.federated.server.aggregation import Update, average, shapes_of, weight_of, why_invalid
 
-FACTS = {"n_examples": 3, "loss": 0.5, "squared_loss": 0.25}
+PAYLOAD = {"n_examples": 3, "loss": 0.5, "squared_loss": 0.25}
 
 
 def request(device: str) -> Request:
@@ -34,7 +34,7 @@ def raising(error: Exception) -> Handler:
 
 
 def after(elapsed_s: float) -> Handler:
-    return lambda request: Reply(request.device, request.round, Outcome.OK, elapsed_s, FACTS)
+    return lambda request: Reply(request.device, request.round, Outcome.OK, elapsed_s, PAYLOAD)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -68,8 +68,8 @@ def test_a_device_cannot_answer_for_another() -> None:
 MODEL = {"w": np.zeros((2, 2), np.float32), "n": np.array(5)}
 
 
-def reply(arrays: Arrays, **facts: object) -> Reply:
-    return Reply("a", 1, Outcome.OK, 1.0, {**FACTS, **facts}, arrays)
+def reply(arrays: Arrays, **payload: object) -> Reply:
+    return Reply("a", 1, Outcome.OK, 1.0, {**PAYLOAD, **payload}, arrays)
 
 
 def test_a_good_reply_is_valid() -> None:
@@ -111,7 +111,7 @@ def test_average_weighs_by_examples() -> None:
     assert (mean["n"], mean["n"].dtype, mean["w"].dtype) == (3, MODEL["n"].dtype, np.float32)
 
 
-def test_average_of_corners_keeps_what_nobody_trained() -> None:
+def test_average_of_slices_keeps_what_nobody_trained() -> None:
     # a holds one column of two, b all of one row; the element that neither holds stays at 9
     current = {"w": np.full((2, 2), 9, np.float32)}
     updates = [
@@ -152,9 +152,9 @@ def test_bfloat16_is_widened_on_the_wire_and_narrowed_back() -> None:
     assert other.weight.dtype is torch.bfloat16
 
 
-def test_a_narrow_models_part_is_the_leading_corner() -> None:
+def test_a_narrow_models_part_is_the_leading_slice() -> None:
     wide, narrow = {"w": np.arange(6).reshape(2, 3)}, {"w": np.zeros((1, 2))}
-    assert corner(wide, narrow)["w"].tolist() == [[0, 1]]
+    assert leading_slice(wide, narrow)["w"].tolist() == [[0, 1]]
 
 
 def test_arrays_are_copies() -> None:

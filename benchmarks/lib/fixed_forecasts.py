@@ -16,7 +16,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from fxhybrid.federated.memory.predictor import pinball
-from fxhybrid.federated.memory.traces import MIB, MemoryTrace
+from fxhybrid.federated.memory.trace_generator import MIB
+from fxhybrid.federated.memory.traces import MemoryTrace
 
 Floats = NDArray[np.float64]
 Method = Callable[[float], Floats]
@@ -30,7 +31,7 @@ _SMALLEST = 0.1
 
 @dataclass(frozen=True)
 class Rounds:
-    """Back-to-back rounds of one device; all arrays one entry per round but ``readings``, shape (rounds, per round)."""
+    """Holds back-to-back rounds of one device; arrays have one entry per round, ``readings`` (rounds, per round)."""
 
     total_bytes: int
     start_s: Floats
@@ -38,12 +39,12 @@ class Rounds:
 
     @property
     def now(self) -> Floats:
-        """The reading at the start."""
+        """Returns the reading at the start."""
         return np.asarray(self.readings[:, 0])
 
     @property
     def minima(self) -> Floats:
-        """The lowest reading of the round, its start included."""
+        """Returns the lowest reading of the round, its start included."""
         return np.asarray(self.readings.min(axis=1))
 
 
@@ -58,7 +59,7 @@ def rounds_of(trace: MemoryTrace, round_s: float) -> Rounds:
 
 @dataclass(frozen=True)
 class Score:
-    """How good forecasts were.
+    """Says how good forecasts were.
 
     Attributes:
         miss_rate: share of rounds whose minimum lay under the forecast.
@@ -86,7 +87,7 @@ def score(forecasts: Floats, minima: Floats, promised: float) -> Score:
 
 
 def methods(fleet: Sequence[Rounds]) -> dict[str, Method]:
-    """Every fixed method over the rounds of all devices, one after another; ``/n`` is over the last n rounds."""
+    """Makes every fixed method over the rounds of all devices, one after another; ``/n`` is over the last n rounds."""
     now = np.concatenate([rounds.now for rounds in fleet])
     total = np.concatenate([np.full(len(rounds.now), float(rounds.total_bytes)) for rounds in fleet])
     found: dict[str, Method] = {
@@ -103,7 +104,7 @@ def methods(fleet: Sequence[Rounds]) -> dict[str, Method]:
 
 
 def tuned(method: Method, minima: Floats, miss_rate: float) -> float:
-    """The boldest parameter at which the method misses at most ``miss_rate`` of the rounds."""
+    """Finds the boldest parameter at which the method misses at most ``miss_rate`` of the rounds."""
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -129,7 +130,7 @@ def _readings_before(rounds: Rounds, first: int, index: int) -> Floats:
 
 
 def _quantiles(rounds: Rounds, sample: Callable[[Rounds, int, int], Floats]) -> Floats:
-    """For every round the quantiles at ``GRID`` of a sample of the rounds before; half the reading for the first."""
+    """Computes each round's quantiles at ``GRID`` of a sample of those before; half the reading for the first."""
     table = np.full((len(rounds.now), len(GRID)), 0.5 * rounds.now[0])
     for index in range(1, len(rounds.now)):
         table[index] = np.quantile(sample(rounds, max(0, index - QUANTILE_ROUNDS), index), GRID)
@@ -137,12 +138,12 @@ def _quantiles(rounds: Rounds, sample: Callable[[Rounds, int, int], Floats]) -> 
 
 
 def _multiple(trailing: Floats, now: Floats, parameter: float) -> Floats:
-    """Up to twice the trailing minimum, which alone may be more careful than asked."""
+    """Takes up to twice the trailing minimum, which alone may be more careful than asked."""
     return np.minimum(2 * parameter * trailing, now)
 
 
 def _at(table: Floats, parameter: float) -> Floats:
-    """A quantile, and for the lowest parameters a share of the smallest: so that every miss rate can be reached."""
+    """Takes a quantile, for the lowest parameters a share of the smallest: so that every miss rate can be reached."""
     if parameter < _SMALLEST:
         return table[:, 0] * (parameter / _SMALLEST)
     position = (parameter - _SMALLEST) / (1 - _SMALLEST) * (len(GRID) - 1)

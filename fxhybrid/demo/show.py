@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """One row per run."""
+    """Makes one row per run."""
     table = Table(title="Training inside a memory budget", caption="step time: median of interleaved pairs")
     for name in ("task", "budget", "measured peak", "step time", "held-out loss", "accuracy", "actions"):
         table.add_column(name, justify="left" if name in ("task", "actions") else "right")
@@ -37,7 +37,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 
 def budget_text(run: Run) -> str:
-    """The budget in words; says where the share asked for was out of reach."""
+    """Writes the budget in words; says where the share asked for was out of reach."""
     if run.budget_bytes is None or run.share is None:
         return "none"
     got = run.budget_bytes / run.eager_peak_bytes

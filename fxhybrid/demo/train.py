@@ -26,7 +26,7 @@ PAIRS = 11
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
+    """Describes one training run.
 
     Attributes:
         task: the task's name.
@@ -54,7 +54,7 @@ class Run:
 
 
 def train_task(task: Task, shares: Sequence[float], steps: int, console: Console) -> list[Run]:
-    """One unmodified run, then one per share of its measured peak."""
+    """Trains one unmodified run, then one per share of its measured peak."""
     runs = [_train(task, None, 0, steps, console)]
     eager_peak_bytes = runs[0].peak_bytes
     return runs + [_train(task, share, eager_peak_bytes, steps, console) for share in shares]
@@ -93,7 +93,7 @@ def _train(task: Task, share: float | None, eager_peak_bytes: int, steps: int, c
 def _compiled(
     task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, budget_bytes: int, batch: Batch
 ) -> HybridModule:
-    """The model at this budget, or at the smallest one in reach."""
+    """Compiles the model for this budget, or for the smallest one in reach."""
     inputs, target = batch
 
     def at(n_bytes: int) -> HybridModule:
@@ -113,7 +113,7 @@ def _compiled(
 
 
 def step_of(task: Task, model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
-    """Forward and backward of one batch, with fresh gradients; gives the loss."""
+    """Makes a step: forward and backward of one batch with fresh gradients; returns the loss."""
     inputs, target = batch
 
     def step() -> Tensor:
@@ -158,7 +158,7 @@ def _fit(
 def _measure(
     step: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
 ) -> StepMeasurement:
-    """The peak of a step as a training loop has it: the optimizer's state is there, old gradients are not."""
+    """Measures a step as a training loop has it: the optimizer's state is there, old gradients are not."""
     return measure_step(step, modules=model, tensors=batch, optimizer=optimizer, repeats=0)
 
 
@@ -169,7 +169,7 @@ def _step_ratio(task: Task, model: nn.Module, trained: nn.Module, batch: Batch) 
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """Seconds of one run."""
+    """Measures the seconds of one run."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start

@@ -27,12 +27,12 @@ _BUILDERS: dict[str, Callable[[Size, Generator], SuiteCase]] = {
 
 
 def names() -> list[str]:
-    """The names that :func:`load` knows, in the suite's order."""
+    """Lists the names that :func:`load` knows, in the suite's order."""
     return list(_BUILDERS)
 
 
 def load(name: str, size: Size = "full", *, seed: int = 0) -> SuiteCase:
-    """Build one case on the CPU; the same arguments give the same weights and data.
+    """Builds one case on the CPU; the same arguments give the same weights and data.
 
     Args:
         name: one of :func:`names`.

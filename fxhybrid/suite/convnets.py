@@ -34,7 +34,7 @@ def unet(size: Size, data: Generator) -> SuiteCase:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride, as in ResNet v1.5), 1x1 convolution around a shortcut."""
+    """Applies 1x1, 3x3 (with the stride, as in ResNet v1.5) and 1x1 convolution around a shortcut."""
 
     def __init__(self, n_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of bottlenecks; blocks (3, 4, 6, 3) at width 64 are ResNet-50."""
+    """Stacks four stages of bottlenecks; blocks (3, 4, 6, 3) at width 64 are ResNet-50."""
 
     def __init__(self, blocks: Sequence[int], width: int = 64, n_classes: int = 1000) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class ResNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection."""
+    """Applies 1x1 expansion, 3x3 depthwise convolution and linear 1x1 projection."""
 
     def __init__(self, n_in: int, n_out: int, stride: int, expand: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2; ``scale`` is its width multiplier, ``max_repeats`` shortens the stages."""
+    """Stacks MobileNetV2's stages; ``scale`` is its width multiplier, ``max_repeats`` shortens the stages."""
 
     # (expansion, channels, repeats, first stride) per stage
     STAGES = (
@@ -141,7 +141,7 @@ class MobileNetV2(nn.Module):
 
 
 class UNet(nn.Module):
-    """Convolution pairs down and up again, each level's output carried over to its mirror level."""
+    """Applies convolution pairs down and up again; each level's output is merged into its mirror level."""
 
     def __init__(self, widths: Sequence[int], n_classes: int = 4) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def _double_conv(n_in: int, n_out: int) -> nn.Sequential:
 
 
 def _divisible(channels: float, divisor: int = 8) -> int:
-    """The nearest multiple of ``divisor`` that is no more than a tenth too small."""
+    """Finds the nearest multiple of ``divisor`` that is no more than a tenth too small."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
 

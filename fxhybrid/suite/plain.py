@@ -31,7 +31,7 @@ def mlp(size: Size, data: Generator) -> SuiteCase:
 
 
 class GRUClassifier(nn.Module):
-    """Two GRU layers over (batch, length, features); the last step's state is classified."""
+    """Runs two GRU layers over (batch, length, features) and classifies the last step's state."""
 
     def __init__(self, n_features: int, hidden: int, n_classes: int = 10) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ def split_held_out(n_examples: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def epoch_batches(inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Yields endless batches, shuffled anew in each epoch; drops what does not fill a batch at an epoch's end."""
+    """Yields endless batches, reshuffled in each epoch; drops what does not fill a batch at an epoch's end."""
     generator = Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(targets), generator=generator)

@@ -13,7 +13,7 @@ from fxhybrid.suite.convnets import InvertedResidual, conv_bn_relu6
 from fxhybrid.suite.sample_data import Batch
 
 N_BYTES = 256
-HEAD_CHANNELS = 8  # of an attention head in ``corner_transformer``, at every width: a narrow model has fewer heads
+HEAD_CHANNELS = 8  # of an attention head in ``nested_transformer``, at every width: a narrow model has fewer heads
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -44,7 +44,7 @@ class HeldOutScore:
 
     @property
     def accuracy(self) -> float:
-        """Share of right predictions."""
+        """Returns the share of right predictions."""
         return self.n_right / self.n_predictions
 
 
@@ -83,7 +83,7 @@ class DigitsNet(nn.Module):
 
 
 class SmallMobileNet(nn.Module):
-    """Classifies 8 x 8 images by MobileNetV2's blocks; any width is a leading corner of the full model."""
+    """Classifies 8 x 8 images by MobileNetV2's blocks; any width is a leading slice of the full model."""
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class CausalBlock(nn.Module):
         Args:
             width: channels, a multiple of ``n_heads``.
             n_heads: attention heads.
-            is_packed: query, key and value are one layer, as in GPT-2; else three, whose leading corners are those
+            is_packed: query, key and value are one layer, as in GPT-2; else three, whose leading slices are those
                 of a narrower block.
         """
         super().__init__()
@@ -184,8 +184,8 @@ def language_model() -> ByteTransformer:
     return ByteTransformer(width=96, n_heads=4, n_layers=3)
 
 
-def corner_transformer(width: float = 1.0, *, length: int) -> ByteTransformer:
-    """Makes a model of two blocks at a relative width; any width is a leading corner of the full model."""
+def nested_transformer(width: float = 1.0, *, length: int) -> ByteTransformer:
+    """Makes a model of two blocks at a relative width; any width is a leading slice of the full model."""
     channels = max(HEAD_CHANNELS, scaled(32, width) // HEAD_CHANNELS * HEAD_CHANNELS)
     n_heads = channels // HEAD_CHANNELS
     return ByteTransformer(width=channels, n_heads=n_heads, n_layers=2, length=length, is_packed=False)

@@ -1,4 +1,4 @@
-"""A real device's side, in a process of its own."""
+"""Trains on a real device, in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from contextlib import nullcontext
 from typing import Any
 
 from fxhybrid.devices.device_profile import DeviceProfile
-from fxhybrid.federated.client.trainer import LocalWork, Trainer, reply_facts
+from fxhybrid.federated.client.trainer import LocalWork, Trainer, training_payload
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.protocol.transport import is_out_of_memory
 from fxhybrid.federated.tasks.tasks import Task, digits_task, text_task
 from fxhybrid.ir.plan import Plan
 from fxhybrid.profiling.system_memory import available_bytes, data_limit
 
-GUARD_SLACK_BYTES = 64 << 20  # what libraries and the C library take beside the tensors of a step
+GUARD_SLACK_BYTES = 64 << 20  # what libraries and the C library take in addition to the tensors of a step
 ASSUMED_BYTES_PER_S = 1e6
 
 
 def task_of(config: Mapping[str, Any], n_clients: int) -> Task:
-    """The task that a run's configuration names, on server and devices alike."""
+    """Makes the task that a run's configuration names, on server and devices alike."""
     make = text_task if config["task"] == "text" else digits_task
     return make(n_clients, seed=int(config["seed"]))
 
 
-class RealGauge:
-    """This machine's memory, or what the device may use of it."""
+class ProcessMemoryMonitor:
+    """Reads this machine's memory, or what the device may use of it."""
 
     def __init__(self, limit_bytes: int | None, *, is_guarded: bool, slack_bytes: int = GUARD_SLACK_BYTES) -> None:
         """Keeps the limit.
@@ -34,14 +34,14 @@ class RealGauge:
         Args:
             limit_bytes: that training may use at most; None for all there is.
             is_guarded: hold every step to its plan by a limit of the operating system.
-            slack_bytes: that the guard allows beside the plan.
+            slack_bytes: that the guard allows above the plan.
         """
         self.limit_bytes = limit_bytes
         self.slack_bytes = slack_bytes
         self.is_guarded = is_guarded
 
     def available_bytes(self) -> int:
-        """What a training step may take now."""
+        """Returns the bytes that a training step may take now."""
         free = available_bytes()
         return free if self.limit_bytes is None else min(free, self.limit_bytes)
 
@@ -56,7 +56,7 @@ class RealGauge:
 
 
 class Node:
-    """Answers requests from this process; made anew for every message, as Flower's clients are.
+    """Answers requests from this process; a new one for every message, as Flower's clients are.
 
     Node configuration: ``partition-id``, ``num-partitions``; optional ``budget-bytes`` (memory that training may use)
     and ``hard-guard`` (1: every step is held to its plan). Operator times are cached on disk by the profile.
@@ -68,25 +68,25 @@ class Node:
         self.run_config = run_config
         limit = node_config.get("budget-bytes")
         is_guarded = bool(node_config.get("hard-guard", 0))
-        self.gauge = RealGauge(None if limit is None else int(limit), is_guarded=is_guarded)
+        self.monitor = ProcessMemoryMonitor(None if limit is None else int(limit), is_guarded=is_guarded)
 
     def answer(self, request: Request) -> Reply:
-        """The reply; running out of memory is one, too."""
+        """Answers with a reply, also where memory runs out."""
         start = time.monotonic()
         task = task_of(self.run_config, int(self.node_config["num-partitions"]))
         data = list(task.clients.values())[int(self.node_config["partition-id"])]
         if request.kind is Kind.REPORT:
-            readings = [[request.now_s, self.gauge.available_bytes()]]
-            facts: dict[str, Any] = {"n_examples": data.n_examples, "readings": readings}
-            if request.facts["introduce"]:
-                facts |= {"bytes_per_s": ASSUMED_BYTES_PER_S, "profile": DeviceProfile().to_json()}
-            return Reply(request.device, request.round, Outcome.OK, time.monotonic() - start, facts)
-        work = LocalWork.from_facts(request.facts)
+            readings = [[request.now_s, self.monitor.available_bytes()]]
+            payload: dict[str, Any] = {"n_examples": data.n_examples, "readings": readings}
+            if request.payload["introduce"]:
+                payload |= {"bytes_per_s": ASSUMED_BYTES_PER_S, "profile": DeviceProfile().to_json()}
+            return Reply(request.device, request.round, Outcome.OK, time.monotonic() - start, payload)
+        work = LocalWork.from_payload(request.payload)
         try:
-            result = Trainer(task, work.width, plan=work.plans[0]).train(request.arrays, work, data, self.gauge)
+            result = Trainer(task, work.width, plan=work.plans[0]).train(request.arrays, work, data, self.monitor)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             return failed(request, Outcome.OOM, time.monotonic() - start, str(error))
-        facts = reply_facts(result, data)
-        return Reply(request.device, request.round, Outcome.OK, time.monotonic() - start, facts, result.arrays)
+        payload = training_payload(result, data)
+        return Reply(request.device, request.round, Outcome.OK, time.monotonic() - start, payload, result.arrays)

@@ -1,4 +1,4 @@
-"""The device's side: local training by the plan that came, moving to a smaller one where memory falls."""
+"""Local training on a device by the plan it got, changing to a smaller one where memory falls."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any, Protocol
 import torch
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.protocol.messages import Arrays, Facts
+from fxhybrid.federated.protocol.messages import Arrays, Payload
 from fxhybrid.federated.protocol.model_arrays import load_arrays, to_arrays
 from fxhybrid.federated.tasks.captured_step import capture_step, make_optimizer
 from fxhybrid.federated.tasks.data import ClientData
 from fxhybrid.federated.tasks.tasks import Task
 from fxhybrid.ir.plan import Plan
 
-LOOK_AGAIN_S = 5.0  # after finding too little memory for any plan
+RETRY_S = 5.0  # after finding too little memory for any plan
 FREE_SHARE = 0.9  # of what is free before a step that its plan may take: it may fall while the step runs
 
 
-class Gauge(Protocol):
-    """A device's memory and clock, real or simulated."""
+class MemoryMonitor(Protocol):
+    """Watches a device's memory and clock, real or simulated."""
 
     def available_bytes(self) -> int:
-        """What a training step may take now."""
+        """Returns the bytes that a training step may take now."""
         ...
 
     def run_step(self, step: Callable[[], float], plan: Plan) -> float:
@@ -46,7 +46,7 @@ class Gauge(Protocol):
 
 @dataclass(frozen=True)
 class LocalWork:
-    """What a device is asked to train.
+    """Describes what a device shall train.
 
     Attributes:
         plans: the one to start with, then smaller ones to move to; by falling peak.
@@ -67,22 +67,22 @@ class LocalWork:
     width: float = 1.0
 
     @classmethod
-    def from_facts(cls, facts: Facts) -> LocalWork:
-        """The work that a request describes.
+    def from_payload(cls, payload: Payload) -> LocalWork:
+        """Reads the work that a request describes.
 
         Raises:
             InvalidArgument: it asks for something that is none.
             PlanMismatchError: a plan cannot be read.
         """
-        plans = tuple(_parsed(text) for text in facts["plans"])
-        n_steps, mu, width = facts["n_steps"], float(facts["mu"]), float(facts["width"])
-        patience_s = float(facts["patience_s"])
+        plans = tuple(_parsed(text) for text in payload["plans"])
+        n_steps, mu, width = payload["n_steps"], float(payload["mu"]), float(payload["width"])
+        patience_s = float(payload["patience_s"])
         if not plans or not isinstance(n_steps, int) or n_steps < 1 or not (math.isfinite(mu) and mu >= 0):
             raise InvalidArgument(f"cannot train {n_steps!r} steps by {len(plans)} plans with mu {mu!r}")
         if not (math.isfinite(patience_s) and patience_s >= 0):
             raise InvalidArgument(f"cannot wait for {patience_s!r} s")
-        seed = tuple(int(part) for part in facts["seed"])
-        return cls(plans, n_steps, mu, seed, bool(facts["elastic"]), patience_s, width)
+        seed = tuple(int(part) for part in payload["seed"])
+        return cls(plans, n_steps, mu, seed, bool(payload["elastic"]), patience_s, width)
 
 
 @functools.lru_cache(maxsize=512)
@@ -92,7 +92,7 @@ def _parsed(text: str) -> Plan:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training gave.
+    """Holds the result of local training.
 
     Attributes:
         arrays: the trained model.
@@ -112,7 +112,7 @@ class LocalResult:
 
 
 class Trainer:
-    """One model with its planned step; serves one device at a time."""
+    """Trains one model by its planned step; serves one device at a time."""
 
     def __init__(self, task: Task, width: float = 1.0, *, plan: Plan | None = None) -> None:
         """Captures and compiles the step.
@@ -125,7 +125,7 @@ class Trainer:
         self.task = task
         self.model, self.hybrid = capture_step(task, width, plan=plan)
 
-    def train(self, arrays: Arrays, work: LocalWork, data: ClientData, gauge: Gauge) -> LocalResult:
+    def train(self, arrays: Arrays, work: LocalWork, data: ClientData, monitor: MemoryMonitor) -> LocalResult:
         """Trains ``arrays`` on the data.
 
         Raises:
@@ -140,11 +140,11 @@ class Trainer:
         losses: list[float] = []
         current, peak_bytes, n_moves, patience_s = work.plans[0], 0, 0, work.patience_s
         while len(losses) < work.n_steps:
-            available_bytes = gauge.available_bytes()
+            available_bytes = monitor.available_bytes()
             chosen = _plan_for(work, available_bytes) if work.elastic else current
             if chosen is None and patience_s > 0:
-                gauge.wait(LOOK_AGAIN_S)
-                patience_s -= LOOK_AGAIN_S
+                monitor.wait(RETRY_S)
+                patience_s -= RETRY_S
                 continue
             if chosen is None and losses:
                 break  # what is learned so far is worth sending
@@ -155,7 +155,7 @@ class Trainer:
             current, peak_bytes = chosen, max(peak_bytes, chosen.peak_bytes)
             self.hybrid.use_plan(current)
             inputs, targets = next(batches)
-            loss = gauge.run_step(lambda x=inputs, y=targets: self._gradients(x, y), current)  # type: ignore[misc]
+            loss = monitor.run_step(lambda x=inputs, y=targets: self._gradients(x, y), current)  # type: ignore[misc]
             self._update(optimizer, start, work.mu)
             losses.append(loss)
         squared = sum(loss * loss for loss in losses) / len(losses)
@@ -178,13 +178,13 @@ class Trainer:
 
 
 def _plan_for(work: LocalWork, available_bytes: int) -> Plan | None:
-    """The largest plan that fits what is left with some to spare, else the smallest if that fits at all."""
+    """Returns the largest plan that fits what is left with some to spare, else the smallest if that fits at all."""
     limits = [FREE_SHARE * available_bytes] * (len(work.plans) - 1) + [available_bytes]
     return next((plan for plan, limit in zip(work.plans, limits, strict=True) if plan.peak_bytes <= limit), None)
 
 
 class TrainerPool:
-    """Trainers that devices of one process share, one per width and worker."""
+    """Shares trainers between the devices of one process, one per width and worker."""
 
     def __init__(self, make: Callable[[float], Trainer], workers: int = 1) -> None:
         """Makes nothing yet.
@@ -197,7 +197,7 @@ class TrainerPool:
         self.workers = workers
         self._free: dict[float, queue.Queue[Trainer | None]] = {}
 
-    def warm_start(self, width: float) -> None:
+    def open(self, width: float) -> None:
         """Opens the pool for a width; call it before threads do."""
         if width not in self._free:
             self._free[width] = queue.Queue()
@@ -206,7 +206,7 @@ class TrainerPool:
 
     @contextmanager
     def trainer(self, width: float) -> Iterator[Trainer]:
-        """A free trainer; waits for one."""
+        """Waits for a free trainer and lends it."""
         free = self._free[width]
         trainer = free.get()
         try:
@@ -216,8 +216,8 @@ class TrainerPool:
             free.put(trainer)
 
 
-def reply_facts(result: LocalResult, data: ClientData) -> dict[str, Any]:
-    """What a device says about its training beside the model."""
+def training_payload(result: LocalResult, data: ClientData) -> dict[str, Any]:
+    """Makes what a device reports about its training in addition to the model."""
     return {
         "n_examples": data.n_examples,
         "loss": result.loss,

@@ -19,33 +19,33 @@ from flwr.serverapp import Grid, ServerApp
 
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
 from fxhybrid.federated.client.node import Node
-from fxhybrid.federated.flower.server import build_driver
+from fxhybrid.federated.flower.run_config import driver_from_config
 from fxhybrid.federated.protocol.messages import Arrays, Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.protocol.transport import is_out_of_memory
 from fxhybrid.federated.server.driver import Driver
 
 POLL_S = 0.3
 MESSAGE_TYPES = {Kind.REPORT: "query", Kind.TRAIN: "train"}
-_FACTS, _ARRAYS = "facts", "arrays"
-_GONE = (5, 8)  # Flower's codes for a node that left and for a client process that was killed
+_PAYLOAD, _ARRAYS = "payload", "arrays"
+_LOST_CODES = (5, 8)  # Flower's codes for a node that left and for a client process that was killed
 
 
 class FlowerTransport:
-    """Devices are the SuperNodes that the SuperLink knows."""
+    """Reaches the SuperNodes that the SuperLink knows."""
 
     def __init__(self, grid: Grid, *, poll_s: float = POLL_S) -> None:
         """Keeps the grid.
 
         Args:
             grid: what a ServerApp gets.
-            poll_s: seconds between two looks for replies.
+            poll_s: seconds between two polls for replies.
         """
         self.grid = grid
         self.poll_s = poll_s
         self._nodes: dict[str, int] = {}
 
     def devices(self) -> Sequence[str]:
-        """The nodes that are online; those of before where the SuperLink cannot be reached."""
+        """Lists the nodes that are online; the previous ones where the SuperLink cannot be reached."""
         with contextlib.suppress(Exception):  # transport errors of Flower have no common class
             self._nodes = {str(node): node for node in sorted(self.grid.get_node_ids())}
         return list(self._nodes)
@@ -69,7 +69,7 @@ class FlowerTransport:
         return [replies[request.device] for request in requests]
 
     def _push(self, requests: Sequence[Request]) -> dict[str, Request]:
-        """Requests by the ids of their messages."""
+        """Sends requests; returns them by the ids of their messages."""
         messages = []
         for request in requests:
             kind = MESSAGE_TYPES[request.kind]
@@ -77,53 +77,53 @@ class FlowerTransport:
             messages.append(self.grid.create_message(encode_request(request), kind, node, str(request.round), ttl))
         try:
             identities = list(self.grid.push_messages(messages))
-        except Exception:
+        except Exception:  # noqa: BLE001 - transport errors of Flower have no common class
             return {}  # all of them are reported as lost
         return {name: request for name, request in zip(identities, requests, strict=True) if name}
 
     def _pull(self, identities: Sequence[str]) -> list[Message]:
         try:
             return list(self.grid.pull_messages(identities))
-        except Exception:
+        except Exception:  # noqa: BLE001 - as above
             return []  # the SuperLink may be starting again; the deadline bounds the wait
 
 
 # -- messages ---------------------------------------------------------------------------------------------
 
 
-def _record(facts: Mapping[str, Any], arrays: Arrays) -> RecordDict:
+def _pack(payload: Mapping[str, Any], arrays: Arrays) -> RecordDict:
     held = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-    return RecordDict({_FACTS: ConfigRecord({"json": json.dumps(dict(facts))}), _ARRAYS: held})
+    return RecordDict({_PAYLOAD: ConfigRecord({"json": json.dumps(dict(payload))}), _ARRAYS: held})
 
 
-def _opened(record: RecordDict) -> tuple[dict[str, Any], Arrays]:
-    facts: dict[str, Any] = json.loads(str(record.config_records[_FACTS]["json"]))
-    return facts, {name: array.numpy() for name, array in record.array_records[_ARRAYS].items()}
+def _unpack(record: RecordDict) -> tuple[dict[str, Any], Arrays]:
+    payload: dict[str, Any] = json.loads(str(record.config_records[_PAYLOAD]["json"]))
+    return payload, {name: array.numpy() for name, array in record.array_records[_ARRAYS].items()}
 
 
 def encode_request(request: Request) -> RecordDict:
-    """A request as Flower's records."""
+    """Encodes a request as Flower's records."""
     head = {"round": request.round, "now_s": request.now_s, "deadline_s": request.deadline_s}
-    return _record({**head, "facts": dict(request.facts)}, request.arrays)
+    return _pack({**head, "payload": dict(request.payload)}, request.arrays)
 
 
 def decode_request(message: Message, kind: Kind) -> Request:
-    """The request in a message that a device got."""
-    facts, arrays = _opened(message.content)
+    """Decodes the request in a message that a device got."""
+    payload, arrays = _unpack(message.content)
     device = str(message.metadata.dst_node_id)
-    return Request(device, kind, facts["round"], facts["now_s"], facts["deadline_s"], facts["facts"], arrays)
+    return Request(device, kind, payload["round"], payload["now_s"], payload["deadline_s"], payload["payload"], arrays)
 
 
 def decode_reply(message: Message, request: Request, elapsed_s: float) -> Reply:
-    """The reply in a message that the server got; whatever is wrong with it becomes its outcome."""
+    """Decodes the reply in a message that the server got; whatever is wrong with it becomes its outcome."""
     if message.has_error():
         code, reason = message.error.code, str(message.error.reason or "")
         return failed(request, _outcome(code, reason), elapsed_s, f"Flower error {code}: {reason}")
     try:
-        facts, arrays = _opened(message.content)
-        outcome, detail = Outcome(facts["outcome"]), str(facts["detail"])
-        return Reply(request.device, request.round, outcome, elapsed_s, facts["facts"], arrays, detail)
-    except Exception as error:  # a foreign client may send anything
+        payload, arrays = _unpack(message.content)
+        outcome, detail = Outcome(payload["outcome"]), str(payload["detail"])
+        return Reply(request.device, request.round, outcome, elapsed_s, payload["payload"], arrays, detail)
+    except Exception as error:  # noqa: BLE001 - a foreign client may send anything
         return failed(request, Outcome.INVALID, elapsed_s, f"not a reply: {error!r}")
 
 
@@ -132,21 +132,21 @@ def _outcome(code: int, reason: str) -> Outcome:
         return Outcome.OOM
     if PlanMismatchError.__name__ in reason:
         return Outcome.REFUSED
-    return Outcome.LOST if code in _GONE else Outcome.FAILED
+    return Outcome.LOST if code in _LOST_CODES else Outcome.FAILED
 
 
 # -- apps -------------------------------------------------------------------------------------------------
 
 
 def make_client_app(make_node: Callable[[Mapping[str, Any], Mapping[str, Any]], Node] = Node) -> ClientApp:
-    """A ClientApp whose devices are nodes made from node and run configuration."""
+    """Makes a ClientApp whose devices are nodes made from node and run configuration."""
     app = ClientApp()
 
     def answer(message: Message, context: Context, kind: Kind) -> Message:
         node = make_node(context.node_config, context.run_config)
         reply = node.answer(decode_request(message, kind))
-        told = {"outcome": reply.outcome.value, "detail": reply.detail, "facts": dict(reply.facts)}
-        return Message(_record(told, reply.arrays), reply_to=message)
+        payload = {"outcome": reply.outcome.value, "detail": reply.detail, "payload": dict(reply.payload)}
+        return Message(_pack(payload, reply.arrays), reply_to=message)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
@@ -159,8 +159,10 @@ def make_client_app(make_node: Callable[[Mapping[str, Any], Mapping[str, Any]], 
     return app
 
 
-def make_server_app(make_driver: Callable[[FlowerTransport, Mapping[str, Any]], Driver] = build_driver) -> ServerApp:
-    """A ServerApp that runs a driver made from the run configuration."""
+def make_server_app(
+    make_driver: Callable[[FlowerTransport, Mapping[str, Any]], Driver] = driver_from_config,
+) -> ServerApp:
+    """Makes a ServerApp that runs a driver made from the run configuration."""
     app = ServerApp()
 
     @app.main()
@@ -174,8 +176,8 @@ def make_server_app(make_driver: Callable[[FlowerTransport, Mapping[str, Any]], 
         driver.run()
         if config["out"]:
             score = driver.evaluate(driver.arrays)
-            told = {"rounds": driver.round, "outcomes": dict(driver.outcomes), "accuracy": score.accuracy}
-            Path(str(config["out"])).write_text(json.dumps(told), encoding="utf-8")
+            result = {"rounds": driver.round, "outcomes": dict(driver.outcomes), "accuracy": score.accuracy}
+            Path(str(config["out"])).write_text(json.dumps(result), encoding="utf-8")
 
     return app
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+UNLIMITED_BYTES = 1 << 62
+
 
 class Forecaster(Protocol):
     """Forecasts the least memory that a device will have over the coming seconds."""
@@ -13,7 +15,7 @@ class Forecaster(Protocol):
         ...
 
     def predict(self, device: str, *, now_s: float, horizon_s: float) -> int:
-        """Bytes that are safe to use from now on for ``horizon_s``."""
+        """Forecasts the bytes that are safe to use from now on for ``horizon_s``."""
         ...
 
     def report_miss(self, device: str, t_s: float) -> None:
@@ -21,12 +23,12 @@ class Forecaster(Protocol):
         ...
 
     def to_state(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """Returns everything as JSON values."""
         ...
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Forecaster:
-        """The forecaster that gave ``state``."""
+        """Restores the forecaster that gave ``state``."""
         ...
 
 
@@ -42,19 +44,19 @@ class LastReading:
         self.last_bytes[device] = available_bytes
 
     def predict(self, device: str, *, now_s: float, horizon_s: float) -> int:
-        """The last reading; 0 before the first."""
+        """Returns the last reading; 0 before the first."""
         return self.last_bytes.get(device, 0)
 
     def report_miss(self, device: str, t_s: float) -> None:
         """Changes nothing: the next reading counts."""
 
     def to_state(self) -> dict[str, Any]:
-        """The readings."""
+        """Returns the readings."""
         return dict(self.last_bytes)
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> LastReading:
-        """The forecaster that gave ``state``."""
+        """Restores the forecaster that gave ``state``."""
         forecaster = LastReading()
         forecaster.last_bytes = dict(state)
         return forecaster

@@ -26,7 +26,7 @@ _LONGEST = 4
 
 @dataclass(frozen=True)
 class Windows:
-    """Past stretches of one horizon's length, at a spacing of one block, oldest first; all arrays ``(n,)``.
+    """Holds past stretches of one horizon's length, one block apart, oldest first; all arrays ``(n,)``.
 
     Attributes:
         starts: the reading that a forecast would have seen at the stretch's start.
@@ -42,7 +42,7 @@ class Windows:
 
 
 class _Level:
-    """Closed blocks of one length, as rings that grow up to their capacity, and the block still open."""
+    """Keeps closed blocks of one length, in a buffer that grows up to its capacity, and the block still open."""
 
     def __init__(self) -> None:
         self.closed = np.empty((3, 16))  # number of the block, first reading, lowest reading
@@ -50,17 +50,17 @@ class _Level:
         self.open: list[float] | None = None
 
     def add(self, block: int, first: float, low: float) -> list[float] | None:
-        """Puts a reading, or a finished block of the level below, into its block; gives the block this closes."""
+        """Puts a reading, or a finished block of the level below, into its block; returns the block this closes."""
         done = None
         if self.open is None or block > self.open[0]:
             done, self.open = self.open, [block, first, low]
             if done is not None:
-                self._close(done)
+                self.close(done)
         else:
             self.open[2] = min(self.open[2], low)
         return done
 
-    def _close(self, block: list[float]) -> None:
+    def close(self, block: list[float]) -> None:
         if self.n == self.closed.shape[1]:
             if self.n < 2 * CAPACITY:
                 self.closed = np.concatenate([self.closed, np.empty_like(self.closed)], axis=1)
@@ -71,12 +71,12 @@ class _Level:
         self.n += 1
 
     def recent(self) -> Floats:
-        """The last ``CAPACITY`` closed blocks. Shape ``(3, n)``."""
+        """Returns the last ``CAPACITY`` closed blocks. Shape ``(3, n)``."""
         return self.closed[:, max(0, self.n - CAPACITY) : self.n]
 
 
 class ReadingHistory:
-    """Takes readings in order of time and gives past stretches of any length."""
+    """Takes readings in order of time and returns past stretches of any length."""
 
     def __init__(self) -> None:
         self._levels = [_Level()]
@@ -96,7 +96,7 @@ class ReadingHistory:
             block, first, low = int(done[0]) // 2, done[1], done[2]
 
     def trailing_minimum(self, start_s: float) -> float:
-        """Lowest reading since about ``start_s``, the last reading included."""
+        """Returns the lowest reading since about ``start_s``, the last reading included."""
         lowest = self.last_bytes
         level = self._finest_since(start_s)
         for k in range(level + 1):
@@ -108,10 +108,10 @@ class ReadingHistory:
         return min(lowest, float(lows.min())) if lows.size else lowest
 
     def windows(self, horizon_s: float) -> Windows:
-        """What happened after (and before) past times, over stretches of ``horizon_s``."""
+        """Collects what happened after (and before) past times, over stretches of ``horizon_s``."""
         level = self._level_for(horizon_s)
         length_s = _length_s(level)
-        # a block wider than a quarter of the horizon: its first reading may stand anywhere in it
+        # a block wider than a quarter of the horizon: its first reading may lie anywhere in it
         width = math.ceil(horizon_s / length_s) + (length_s > horizon_s / 4)
         numbers, firsts, lows = self._levels[level].recent()
         if numbers.size and numbers[-1] - numbers[0] > _LONGEST * CAPACITY:  # long silence: forget what was before
@@ -135,7 +135,7 @@ class ReadingHistory:
         return Windows(starts, trailing, minima[good], int(covered.sum()) / width if good.any() else 0.0)
 
     def _level_for(self, horizon_s: float) -> int:
-        """The widest blocks that divide the horizon well; wider ones where readings are too rare to fill those."""
+        """Finds the widest blocks that divide the horizon well; wider ones where readings are rare."""
         level = min(_finest(horizon_s), len(self._levels) - 1)
         while level + 1 < len(self._levels):
             numbers = self._levels[level].recent()[0]
@@ -148,20 +148,20 @@ class ReadingHistory:
         return min(_finest(max(self.last_s - start_s, 0.0)), len(self._levels) - 1)
 
     def to_state(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """Returns everything as JSON values."""
         levels = [{"closed": level.recent().tolist(), "open": level.open} for level in self._levels]
         return {"last": [self.last_s, self.last_bytes], "levels": levels}
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> ReadingHistory:
-        """The history that gave ``state``."""
+        """Restores the history that gave ``state``."""
         history = ReadingHistory()
         history.last_s, history.last_bytes = state["last"]
         history._levels = []
         for saved in state["levels"]:
             level = _Level()
             for block in zip(*saved["closed"], strict=True):
-                level._close(list(block))
+                level.close(list(block))
             level.open = None if saved["open"] is None else list(saved["open"])
             history._levels.append(level)
         return history
@@ -172,6 +172,6 @@ def _length_s(level: int) -> float:
 
 
 def _finest(horizon_s: float) -> int:
-    """The level with the widest blocks of at most an eighth of the horizon."""
+    """Finds the level with the widest blocks of at most an eighth of the horizon."""
     blocks = horizon_s / (_BLOCKS_PER_HORIZON * BASE_S)
     return min(max(0, math.floor(math.log2(blocks))), _TOP_LEVEL) if blocks >= 1 else 0

@@ -37,7 +37,7 @@ _Floats = NDArray[np.float64]
 
 @dataclass
 class _Forecast:
-    """One forecast whose outcome is still open; ``low_bytes`` is the lowest reading since, inf before the first."""
+    """Holds a forecast whose outcome is still open; ``low_bytes`` is the lowest reading since, inf before the first."""
 
     start_s: float
     end_s: float
@@ -51,7 +51,7 @@ class _Forecast:
 class _Device:
     level: float
     history: ReadingHistory = field(default_factory=ReadingHistory)
-    waiting: list[_Forecast] = field(default_factory=list)
+    open_forecasts: list[_Forecast] = field(default_factory=list)
     setback: float = 1.0
 
 
@@ -64,7 +64,7 @@ class MemoryBudgetPredictor:
 
     Args:
         miss_rate: share of forecasts that may turn out too high.
-        overhead_bytes: what runtime and transport take beside the training step; subtracted from every forecast.
+        overhead_bytes: what runtime and transport take; subtracted from every forecast.
     """
 
     def __init__(self, miss_rate: float = 0.05, *, overhead_bytes: int = 0) -> None:
@@ -77,24 +77,24 @@ class MemoryBudgetPredictor:
         self._devices: dict[str, _Device] = {}
 
     def observe(self, device: str, t_s: float, available_bytes: float) -> None:
-        """Takes a reading and settles the forecasts whose time is over; one older than the last is left out."""
+        """Takes a reading and closes the forecasts whose time is over; one older than the last is left out."""
         if not (math.isfinite(t_s) and math.isfinite(available_bytes) and available_bytes >= 0):
             raise InvalidArgument(f"{device}: not a reading: {available_bytes!r} bytes at {t_s!r} s")
         own = self._device(device)
         if t_s < own.history.last_s:
             return
         own.history.observe(t_s, available_bytes)
-        for forecast in own.waiting:
+        for forecast in own.open_forecasts:
             # a device that reports only between rounds: the next reading must do, unless it comes long after
             alone = forecast.last_s <= forecast.start_s and t_s < 2 * forecast.end_s - forecast.start_s
             if t_s < forecast.end_s or alone:
                 forecast.low_bytes = min(forecast.low_bytes, available_bytes)
                 forecast.last_s = t_s
-        if any(forecast.end_s <= t_s for forecast in own.waiting):
-            self._settle(own, t_s)
+        if any(forecast.end_s <= t_s for forecast in own.open_forecasts):
+            self._close_forecasts(own, t_s)
 
     def predict(self, device: str, *, now_s: float, horizon_s: float) -> int:
-        """Bytes that a training step may take from ``now_s`` to ``now_s + horizon_s``; 0 for an unknown device.
+        """Forecasts the bytes that a step may take from ``now_s`` to ``now_s + horizon_s``; 0 for an unknown device.
 
         The forecast counts towards the device's miss rate. One that is repeated for the same start replaces the first.
         """
@@ -103,20 +103,20 @@ class MemoryBudgetPredictor:
         own = self._devices.get(device)
         if own is None or own.history.last_s == -math.inf:
             return 0
-        self._settle(own, now_s)
+        self._close_forecasts(own, now_s)
         bytes_free = _forecast(own, now_s, horizon_s, self.miss_rate) * own.setback
-        own.waiting = [forecast for forecast in own.waiting if forecast.start_s != now_s]
-        own.waiting.append(_Forecast(now_s, now_s + horizon_s, bytes_free))
+        own.open_forecasts = [forecast for forecast in own.open_forecasts if forecast.start_s != now_s]
+        own.open_forecasts.append(_Forecast(now_s, now_s + horizon_s, bytes_free))
         return max(0, int(bytes_free) - self.overhead_bytes)
 
     def report_miss(self, device: str, t_s: float) -> None:
-        """The device ran out of memory at ``t_s``.
+        """Takes in that the device ran out of memory at ``t_s``.
 
         Counts as a miss at once. If no reading of that round lies under the forecast, how deep memory fell is unknown:
         then the next forecasts shrink by a fifth and grow back slowly.
         """
         own = self._device(device)
-        hit = [f for f in own.waiting if f.start_s <= t_s <= f.end_s and not f.missed]
+        hit = [f for f in own.open_forecasts if f.start_s <= t_s <= f.end_s and not f.missed]
         if not any(forecast.low_bytes < forecast.available_bytes for forecast in hit):
             own.setback *= SETBACK
         for forecast in hit:
@@ -127,9 +127,9 @@ class MemoryBudgetPredictor:
     def _device(self, device: str) -> _Device:
         return self._devices.setdefault(device, _Device(self.miss_rate))
 
-    def _settle(self, own: _Device, now_s: float) -> None:
-        over = [forecast for forecast in own.waiting if forecast.end_s <= now_s]
-        own.waiting = [forecast for forecast in own.waiting if forecast.end_s > now_s]
+    def _close_forecasts(self, own: _Device, now_s: float) -> None:
+        over = [forecast for forecast in own.open_forecasts if forecast.end_s <= now_s]
+        own.open_forecasts = [forecast for forecast in own.open_forecasts if forecast.end_s > now_s]
         for forecast in over:
             # without a reading after its start a forecast has no outcome: a silent device is not a safe one
             if not forecast.missed and forecast.last_s > forecast.start_s:
@@ -142,13 +142,13 @@ class MemoryBudgetPredictor:
             own.setback = min(1.0, own.setback / RECOVERY)
 
     def to_state(self) -> dict[str, Any]:
-        """Everything, as JSON values; forecasts go on bit-exactly after :meth:`from_state`."""
+        """Returns everything as JSON values; forecasts go on bit-exactly after :meth:`from_state`."""
         devices = {
             name: {
                 "level": own.level,
                 "setback": own.setback,
                 "history": own.history.to_state(),
-                "waiting": [asdict(forecast) for forecast in own.waiting],
+                "open_forecasts": [asdict(forecast) for forecast in own.open_forecasts],
             }
             for name, own in self._devices.items()
         }
@@ -156,20 +156,20 @@ class MemoryBudgetPredictor:
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> MemoryBudgetPredictor:
-        """The predictor that gave ``state``."""
+        """Restores the predictor that gave ``state``."""
         predictor = MemoryBudgetPredictor(state["miss_rate"], overhead_bytes=state["overhead_bytes"])
         for name, saved in state["devices"].items():
             predictor._devices[name] = _Device(
                 saved["level"],
                 ReadingHistory.from_state(saved["history"]),
-                [_Forecast(**forecast) for forecast in saved["waiting"]],
+                [_Forecast(**forecast) for forecast in saved["open_forecasts"]],
                 saved["setback"],
             )
         return predictor
 
 
 def _forecast(own: _Device, now_s: float, horizon_s: float, miss_rate: float) -> float:
-    """Available bytes at the quantile level of the device; never above its last reading."""
+    """Forecasts the available bytes at the quantile level of the device; never above its last reading."""
     history = own.history
     past = history.windows(horizon_s)
     # few stretches have hardly seen what happens in 1 of 20; soon nothing, or memory that hardly moves is never missed
@@ -182,7 +182,7 @@ def _forecast(own: _Device, now_s: float, horizon_s: float, miss_rate: float) ->
 
 
 def _reference(past: Windows, history: ReadingHistory, since_s: float, miss_rate: float) -> tuple[float, _Floats]:
-    """The reference as it stands now, and the past minima as shares of what it stood at then."""
+    """Chooses the reference; returns its value now, and the past minima as shares of its value then."""
     now = max(history.last_bytes, 1.0)
     ones = np.ones_like(past.starts)
     choices = [
@@ -203,7 +203,7 @@ def _reference(past: Windows, history: ReadingHistory, since_s: float, miss_rate
 
 
 def _quantile(shares: _Floats, level: float) -> float:
-    """The quantile at ``level``, half-way between ranks; under level 0 less than the smallest."""
+    """Computes the quantile at ``level``, half-way between ranks; under level 0 less than the smallest."""
     if level <= 0:
         return float(shares.min()) * max(0.0, 1 + _BEYOND_WORST * level)
     rank = min(max(level * len(shares) - 0.5, 0.0), len(shares) - 1.0)
@@ -214,5 +214,5 @@ def _quantile(shares: _Floats, level: float) -> float:
 
 
 def pinball(error: _Floats, miss_rate: float) -> _Floats:
-    """The quantile loss of ``minimum - forecast``: a byte too much costs (1 - miss_rate), one unused miss_rate."""
+    """Computes the pinball loss of ``minimum - forecast``: 1 - miss_rate a byte too much, miss_rate a byte unused."""
     return np.where(error < 0, (miss_rate - 1) * error, miss_rate * error)

@@ -30,7 +30,7 @@ def record_trace(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
 ) -> int:
-    """Samples every ``interval_s`` until ``n_readings`` (None: until interrupted); gives the number of readings.
+    """Samples every ``interval_s`` until ``n_readings`` (None: until interrupted); returns the number of readings.
 
     Args:
         path: the file; must not exist.

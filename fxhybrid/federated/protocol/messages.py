@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
-Facts = Mapping[str, Any]  # what JSON can hold
+Payload = Mapping[str, Any]  # what JSON can hold
 
 
 class Kind(Enum):
-    """What a device is asked for: a report of its memory, or training."""
+    """Says what is asked of a device: a report of its memory, or training."""
 
     REPORT = "report"
     TRAIN = "train"
 
 
 class Outcome(Enum):
-    """How a request ended.
+    """Says how a request ended.
 
     OK: answered. OOM: the device ran out of memory. REFUSED: the device will not do it (its graph differs from the
     plan's). FAILED: the device raised another error. LATE: no answer before the deadline. LOST: the device went away.
@@ -41,7 +41,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Request:
-    """One thing asked of one device.
+    """Asks one thing of one device.
 
     Attributes:
         device: who is asked.
@@ -49,7 +49,7 @@ class Request:
         round: the round it belongs to.
         now_s: the server's clock.
         deadline_s: seconds until an answer is too late.
-        facts: parameters.
+        payload: parameters, as JSON values.
         arrays: the global model, for training.
     """
 
@@ -58,20 +58,20 @@ class Request:
     round: int
     now_s: float
     deadline_s: float
-    facts: Facts = field(default_factory=dict)
+    payload: Payload = field(default_factory=dict)
     arrays: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of one request.
+    """Says what became of one request.
 
     Attributes:
         device: who was asked.
         round: the round it belongs to.
         outcome: how it ended.
         elapsed_s: seconds from request to answer, on the server's clock.
-        facts: what the device says beside arrays.
+        payload: what the device reports in addition to arrays, as JSON values.
         arrays: the trained model.
         detail: an error in words.
     """
@@ -80,16 +80,16 @@ class Reply:
     round: int
     outcome: Outcome
     elapsed_s: float
-    facts: Facts = field(default_factory=dict)
+    payload: Payload = field(default_factory=dict)
     arrays: Arrays = field(default_factory=dict)
     detail: str = ""
 
 
 def failed(request: Request, outcome: Outcome, elapsed_s: float, detail: str) -> Reply:
-    """A reply that holds no result."""
+    """Makes a reply that holds no result."""
     return Reply(request.device, request.round, outcome, elapsed_s, detail=detail)
 
 
 def n_bytes(arrays: Arrays) -> int:
-    """Bytes that arrays take on the wire."""
+    """Computes the bytes that arrays take in a message."""
     return sum(int(np.asarray(array).nbytes) for array in arrays.values())

@@ -12,7 +12,7 @@ WIDENED = (torch.bfloat16,)  # numpy has no such type; float32 holds every one o
 
 
 def to_arrays(model: nn.Module) -> dict[str, Array]:
-    """Copies of all parameters and buffers that are part of the state."""
+    """Copies all parameters and buffers that are part of the state."""
     return {name: _array(tensor) for name, tensor in model.state_dict().items()}
 
 
@@ -28,6 +28,6 @@ def load_arrays(model: nn.Module, arrays: Arrays) -> None:
             tensor.copy_(torch.from_numpy(np.array(arrays[name], copy=True)))
 
 
-def corner(arrays: Arrays, like: Arrays) -> dict[str, Array]:
-    """The leading corner of each array, in the shapes of ``like``: a narrow model's part of a wide one."""
+def leading_slice(arrays: Arrays, like: Arrays) -> dict[str, Array]:
+    """Takes the leading slice of each array, in the shapes of ``like``: a narrow model's part of a wide one."""
     return {name: arrays[name][tuple(slice(size) for size in part.shape)] for name, part in like.items()}

@@ -17,11 +17,11 @@ class Transport(Protocol):
     """Reaches devices, wherever they are."""
 
     def devices(self) -> Sequence[str]:
-        """The devices that can be asked now, in a fixed order."""
+        """Lists the devices that can be asked now, in a fixed order."""
         ...
 
     def ask(self, requests: Sequence[Request], deadline_s: float) -> list[Reply]:
-        """One reply per request, in the same order; a device's failure is a reply too, never an exception.
+        """Returns one reply per request, in the same order; a device's failure is a reply too, never an exception.
 
         Args:
             requests: at most one per device.
@@ -31,7 +31,7 @@ class Transport(Protocol):
 
 
 class InProcessTransport:
-    """Devices are functions of this process.
+    """Reaches devices that are functions of this process.
 
     ``elapsed_s`` of their replies is what they say it is: a simulated device keeps a clock of its own.
     """
@@ -47,7 +47,7 @@ class InProcessTransport:
         self.workers = workers
 
     def devices(self) -> Sequence[str]:
-        """All of them."""
+        """Lists all of them."""
         return list(self.handlers)
 
     def ask(self, requests: Sequence[Request], deadline_s: float) -> list[Reply]:
@@ -68,18 +68,18 @@ class InProcessTransport:
 
 
 def answered(handler: Handler, request: Request) -> Reply:
-    """What the handler replies; an exception becomes a typed reply."""
+    """Returns what the handler replies; an exception becomes a typed reply."""
     try:
         return handler(request)
     except PlanMismatchError as error:
         return failed(request, Outcome.REFUSED, 0.0, str(error))
-    except Exception as error:  # a device's fault must not end the run, whatever it is
+    except Exception as error:  # noqa: BLE001 - a device's fault must not end the run, whatever it is
         outcome = Outcome.OOM if is_out_of_memory(error) else Outcome.FAILED
         return failed(request, outcome, 0.0, f"{type(error).__name__}: {error}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out; torch on CPU says so in a plain RuntimeError."""
+    """Returns whether an exception says that memory ran out; torch on CPU says so in a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

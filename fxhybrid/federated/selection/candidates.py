@@ -17,7 +17,7 @@ from fxhybrid.errors import InvalidArgument
 
 @dataclass(frozen=True)
 class Candidate:
-    """One client as the server knows it before a round.
+    """Describes one client as the server knows it before a round.
 
     Attributes:
         client: its lasting name.
@@ -56,13 +56,13 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """The hard gate: the smallest plan fits the forecast."""
+        """Returns whether the smallest plan fits the forecast: the hard gate."""
         return self.smallest_plan_bytes <= self.available_bytes
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The clients chosen for a round and every factor that led there.
+    """Holds the clients chosen for a round and every factor that led there.
 
     Attributes:
         round_index: the round, from 1.
@@ -75,7 +75,7 @@ class Selection:
     factors: Mapping[str, Mapping[str, float]]
 
     def to_json(self) -> dict[str, Any]:
-        """One record of the log; floats that JSON does not have become None."""
+        """Makes one record of the log; floats that JSON does not have become None."""
         factors = {
             client: {name: value if math.isfinite(value) else None for name, value in own.items()}
             for client, own in self.factors.items()
@@ -99,5 +99,5 @@ class ClientSelector(Protocol):
         ...
 
     def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """Up to ``count`` of the candidates, without repetition."""
+        """Chooses up to ``count`` of the candidates, without repetition."""
         ...

@@ -50,11 +50,11 @@ class RandomSelector:
 
     @property
     def name(self) -> str:
-        """``random`` or ``memory-gate``."""
+        """Returns ``random`` or ``memory-gate``."""
         return "memory-gate" if self.gate else "random"
 
     def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """See :class:`ClientSelector`."""
+        """Selects; see :class:`ClientSelector`."""
         random = _generator(self.seed, round_index, count)
         pool = [c for c in candidates if c.fits or not self.gate]
         factors = {c.client: {"fits": float(c.fits), "score": 1.0} for c in pool}
@@ -71,7 +71,7 @@ class UtilitySelector:
     name: str = "utility"
 
     def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """See :class:`ClientSelector`."""
+        """Selects; see :class:`ClientSelector`."""
         return _bandit(self.seed, candidates, count, round_index, self._rewards, gate=True)
 
     def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
@@ -86,7 +86,7 @@ class UtilitySelector:
 
 @dataclass
 class ProductSelector:
-    """The paper's literal product: mean squared loss * min(M_i / M_G, 1) / seconds of a step, plus the bonus.
+    """Scores by the paper's literal product: mean squared loss * min(M_i / M_G, 1) / seconds of a step, plus the bonus.
 
     The paper prints its indicator both ways; either one, read literally, would zero the rich or the poor devices.
     Here it is the gate that the smallest plan fits. The units are multiplied as they are.
@@ -97,7 +97,7 @@ class ProductSelector:
     name: str = "product"
 
     def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """See :class:`ClientSelector`: the ``count`` largest scores; whoever never took part comes first."""
+        """Selects the ``count`` largest scores; whoever never took part comes first. See :class:`ClientSelector`."""
         _generator(self.seed, round_index, count)
         factors = {}
         for c in candidates:
@@ -113,7 +113,7 @@ class ProductSelector:
 
 @dataclass
 class OortSelector:
-    """Oort (Lai et al., OSDI 2021): data utility, a penalty on slow clients, no look at memory.
+    """Selects as Oort does (Lai et al., OSDI 2021): data utility, a penalty on slow clients, no look at memory.
 
     The preferred duration is a fixed quantile of the predicted durations; Oort's pacer, which moves it, is left out.
     """
@@ -123,7 +123,7 @@ class OortSelector:
     name: str = "oort"
 
     def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """See :class:`ClientSelector`."""
+        """Selects; see :class:`ClientSelector`."""
         return _bandit(self.seed, candidates, count, round_index, self._rewards, gate=False)
 
     def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
@@ -158,7 +158,7 @@ def _bandit(
     *,
     gate: bool,
 ) -> Selection:
-    """Exploration, then cut-off sampling of the highest upper confidence bounds, as Oort does it."""
+    """Explores, then samples above a cut-off of the highest upper confidence bounds, as Oort does."""
     random = _generator(seed, round_index, count)
     pool = [c for c in candidates if c.fits or not gate]
     known, new = [c for c in pool if c.mean_squared_loss is not None], [c for c in pool if c.mean_squared_loss is None]
@@ -187,7 +187,7 @@ def _places_to_explore(count: int, round_index: int, n_known: int, n_new: int) -
 
 
 def _above_cutoff(clients: Sequence[str], places: int, factors: Mapping[str, Factors]) -> list[str]:
-    """All clients whose score is at least ``CUTOFF`` times that of the last winner."""
+    """Lists the clients whose score is at least ``CUTOFF`` times that of the last winner."""
     order = sorted(clients, key=lambda client: (-factors[client]["score"], client))
     if places <= 0 or not order:
         return []
@@ -198,7 +198,7 @@ def _above_cutoff(clients: Sequence[str], places: int, factors: Mapping[str, Fac
 def _draw(
     random: np.random.Generator, clients: Sequence[str], places: int, factors: Mapping[str, Factors]
 ) -> list[str]:
-    """``places`` of the clients without repetition, in proportion to their scores."""
+    """Draws ``places`` of the clients without repetition, in proportion to their scores."""
     places = min(places, len(clients))
     if places <= 0:
         return []
@@ -213,10 +213,10 @@ def _selection(
 ) -> Selection:
     if len({c.client for c in candidates}) != len(candidates):
         raise InvalidArgument("every candidate must be named once")
-    shut_out = {"fits": 0.0, "score": 0.0}
+    excluded = {"fits": 0.0, "score": 0.0}
     every = {
         c.client: {
-            **factors.get(c.client, shut_out),
+            **factors.get(c.client, excluded),
             "fits": float(c.fits),
             "available_share": _memory_share(c),
             "chosen": float(c.client in chosen),
@@ -237,7 +237,7 @@ def _data_utility(candidate: Candidate) -> float:
 
 
 def _shares_of_top(utilities: Sequence[float]) -> Floats:
-    """Utilities over their ``CLIP_QUANTILE``, at most 1."""
+    """Divides utilities by their ``CLIP_QUANTILE``; at most 1."""
     top = float(np.quantile(utilities, CLIP_QUANTILE, method="higher"))
     return np.minimum(np.asarray(utilities) / top, 1.0) if top > 0 else np.ones(len(utilities))
 
@@ -247,12 +247,12 @@ def _memory_share(candidate: Candidate) -> float:
 
 
 def _bonus(candidate: Candidate, round_index: int) -> float:
-    """The width of the confidence interval: the longer unseen, the wider."""
+    """Computes the width of the confidence interval: the longer unseen, the wider."""
     return math.sqrt(CONFIDENCE * math.log(round_index) / max(candidate.last_seen_round or 1, 1))
 
 
 def _ranks(values: Sequence[float]) -> Floats:
-    """Ranks in (0, 1]; equal values share the mean of their ranks."""
+    """Computes ranks in (0, 1]; equal values share the mean of their ranks."""
     array = np.asarray(values, dtype=np.float64)
     below = (array[None, :] < array[:, None]).sum(axis=1)
     equal = (array[None, :] == array[:, None]).sum(axis=1)

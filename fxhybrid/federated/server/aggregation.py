@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Update:
-    """One device's trained model and its weight in the average."""
+    """Holds one device's trained model and its weight in the average."""
 
     device: str
     arrays: Arrays
@@ -25,23 +25,23 @@ class Update:
 
 
 def shapes_of(arrays: Arrays) -> dict[str, tuple[int, ...]]:
-    """The shape of each array."""
+    """Returns the shape of each array."""
     return {name: array.shape for name, array in arrays.items()}
 
 
 def why_invalid(reply: Reply, reference: Arrays, shapes: Shapes) -> str:
-    """Why a trained model cannot be used, in words; empty if it can.
+    """Says why a trained model cannot be used; empty if it can.
 
     Args:
         reply: a device's answer.
         reference: the global model: names and types.
         shapes: what shapes were asked for; smaller than the global model's where a device trains a part of it.
     """
-    count = reply.facts.get("n_examples")
+    count = reply.payload.get("n_examples")
     if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= MOST_EXAMPLES:
         return f"n_examples is {count!r}"
     for name in ("loss", "squared_loss"):
-        value = reply.facts.get(name)
+        value = reply.payload.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             return f"{name} is {value!r}"
     if reply.arrays.keys() != reference.keys():
@@ -58,7 +58,7 @@ def why_invalid(reply: Reply, reference: Arrays, shapes: Shapes) -> str:
 
 
 def weight_of(reply: Reply, weighting: str) -> float:
-    """A device's weight: ``"examples"`` (FedAvg) or ``"uniform"`` (FedProx, which samples devices by their data).
+    """Computes a device's weight: ``"examples"`` (FedAvg) or ``"uniform"`` (FedProx, which samples by their data).
 
     Raises:
         InvalidArgument: another weighting.
@@ -66,14 +66,14 @@ def weight_of(reply: Reply, weighting: str) -> float:
     if weighting == "uniform":
         return 1.0
     if weighting == "examples":
-        return float(reply.facts["n_examples"])
+        return float(reply.payload["n_examples"])
     raise InvalidArgument(f'weighting is {weighting!r}; it must be "examples" or "uniform"')
 
 
 def average(current: Arrays, updates: Sequence[Update]) -> dict[str, Array]:
-    """The weighted mean of the updates; where none has a say, the current value.
+    """Computes the weighted mean of the updates; where none has a value, the current one.
 
-    An update may hold the leading corner of an array only (HeteroFL); each element is averaged over those that have
+    An update may hold the leading slice of an array only (HeteroFL); each element is averaged over those that have
     it. Sums are taken in 64 bits in the order of the devices' names, so that the result does not depend on who
     answered first.
     """
@@ -86,9 +86,9 @@ def _mean(name: str, current: Array, updates: Sequence[Update]) -> Array:
     weight = np.zeros(current.shape, np.float64)
     for update in updates:
         array = update.arrays[name]
-        corner = tuple(slice(size) for size in array.shape)
-        total[corner] += update.weight * array.astype(np.float64)
-        weight[corner] += update.weight
+        where = tuple(slice(size) for size in array.shape)
+        total[where] += update.weight * array.astype(np.float64)
+        weight[where] += update.weight
     mean = np.divide(total, weight, out=current.astype(np.float64), where=weight > 0)
     if current.dtype.kind in "iu":
         mean = np.rint(mean)  # counters, such as the number of batches that a batch norm has seen

@@ -13,12 +13,12 @@ from fxhybrid.federated.protocol.transport import Transport
 from fxhybrid.federated.selection.strategies import SELECTORS
 from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
-from fxhybrid.federated.server.offers import Fleet
 from fxhybrid.federated.server.policies import Policy, Settings
+from fxhybrid.federated.server.round_plans import Fleet
 from fxhybrid.federated.tasks.tasks import Score, Task, score_model
 
 
-def make_driver(
+def build_driver(
     transport: Transport,
     task: Task,
     planners: Mapping[float, FleetPlanner],
@@ -28,7 +28,7 @@ def make_driver(
     log: Path | None = None,
     checkpoint: Path | None = None,
 ) -> Driver:
-    """A run of ``policy``, ready to start.
+    """Builds the driver of a run of ``policy``, ready to start.
 
     Args:
         transport: reaches the devices.
@@ -60,5 +60,5 @@ def make_driver(
 
 
 def make_forecaster(policy: Policy) -> Forecaster:
-    """The policy's forecaster, without readings yet."""
+    """Makes the policy's forecaster, without readings yet."""
     return LastReading() if policy.forecast == "last" else MemoryBudgetPredictor()

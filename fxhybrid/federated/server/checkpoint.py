@@ -15,13 +15,13 @@ import numpy as np
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.protocol.messages import Array, Arrays
 
-FORMAT = 1
+FORMAT = 2
 _MODEL = "model/"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after a finished round.
+    """Holds a run after a finished round.
 
     Attributes:
         arrays: the global model.

@@ -16,7 +16,7 @@ from fxhybrid.federated.protocol.messages import Reply
 
 @dataclass
 class DeviceRecord:
-    """One device.
+    """Describes one device.
 
     Attributes:
         profile: its speeds and memory, as JSON.
@@ -38,7 +38,7 @@ class DeviceRecord:
 
     @property
     def device_profile(self) -> DeviceProfile:
-        """The profile itself."""
+        """Parses the profile."""
         return _parsed(self.profile)
 
 
@@ -47,26 +47,26 @@ def _parsed(text: str) -> DeviceProfile:
     return DeviceProfile.from_json(text)
 
 
-class Ledger:
-    """Records by device."""
+class DeviceRegistry:
+    """Keeps a record of every device that has reported."""
 
     def __init__(self, records: Mapping[str, DeviceRecord] | None = None) -> None:
         """Starts with ``records``, or empty."""
         self.records = dict(records or {})
 
-    def take_report(self, reply: Reply, now_s: float) -> list[tuple[float, int]]:
-        """Notes a report and gives its readings: times and available bytes.
+    def record_report(self, reply: Reply, now_s: float) -> list[tuple[float, int]]:
+        """Notes a report and returns its readings: times and available bytes.
 
         Raises:
             InvalidArgument: it is malformed; nothing is noted then.
         """
         try:
-            facts = reply.facts
-            readings = [(float(t), int(b)) for t, b in facts["readings"]]
-            n_examples = int(facts["n_examples"])
+            payload = reply.payload
+            readings = [(float(t), int(b)) for t, b in payload["readings"]]
+            n_examples = int(payload["n_examples"])
             if reply.device not in self.records:
-                bytes_per_s = float(facts["bytes_per_s"])
-                record = DeviceRecord(str(facts["profile"]), bytes_per_s, n_examples)
+                bytes_per_s = float(payload["bytes_per_s"])
+                record = DeviceRecord(str(payload["profile"]), bytes_per_s, n_examples)
                 if not (math.isfinite(bytes_per_s) and bytes_per_s > 0) or not record.device_profile:
                     raise ValueError(f"bytes_per_s is {bytes_per_s}")
         except (KeyError, TypeError, ValueError) as error:
@@ -79,16 +79,16 @@ class Ledger:
         self.records[reply.device].last_report_s = now_s
         return readings
 
-    def take_choice(self, device: str, round_index: int) -> None:
+    def record_selection(self, device: str, round_index: int) -> None:
         """Notes that a device was chosen."""
         record = self.records[device]
         record.last_seen_round, record.times_selected = round_index, record.times_selected + 1
 
     def to_json(self) -> dict[str, Any]:
-        """All records as JSON values."""
+        """Returns all records as JSON values."""
         return {device: dataclasses.asdict(record) for device, record in self.records.items()}
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Ledger:
-        """The ledger that ``to_json`` wrote."""
+    def from_json(cls, raw: Mapping[str, Any]) -> DeviceRegistry:
+        """Restores the registry that ``to_json`` wrote."""
         return cls({device: DeviceRecord(**record) for device, record in raw.items()})

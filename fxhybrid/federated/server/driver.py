@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +12,16 @@ from typing import Any
 from rich.progress import Progress
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.memory.forecast import Forecaster
+from fxhybrid.federated.memory.forecast import UNLIMITED_BYTES, Forecaster
 from fxhybrid.federated.protocol.messages import Arrays, Kind, Outcome, Reply, Request
 from fxhybrid.federated.protocol.transport import Transport
 from fxhybrid.federated.selection.candidates import ClientSelector, Selection
 from fxhybrid.federated.server.aggregation import Update, average, shapes_of, weight_of, why_invalid
 from fxhybrid.federated.server.checkpoint import Checkpoint
-from fxhybrid.federated.server.device_registry import Ledger
-from fxhybrid.federated.server.offers import Fleet, Offer
+from fxhybrid.federated.server.device_registry import DeviceRegistry
 from fxhybrid.federated.server.policies import Policy, Settings
+from fxhybrid.federated.server.round_plans import Fleet, RoundPlan
+from fxhybrid.federated.server.run_log import RunLog, log_entry
 from fxhybrid.federated.tasks.tasks import Score
 
 PATIENCE = 0.5  # share of a round's deadline that a device may wait for memory
@@ -30,7 +29,7 @@ PATIENCE = 0.5  # share of a round's deadline that a device may wait for memory
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One finished round.
+    """Records one finished round.
 
     Attributes:
         round: from 1.
@@ -46,7 +45,7 @@ class RoundRecord:
 
 
 class Driver:
-    """One federated run. The only random draws are seeded by run, round and device."""
+    """Runs one federated job. The only random draws are seeded by run, round and device."""
 
     def __init__(
         self,
@@ -80,8 +79,9 @@ class Driver:
         self.policy, self.settings = policy, settings
         self.forecaster, self.selector = forecaster, selector
         self.evaluate = evaluate
-        self.log, self.checkpoint = log, checkpoint
-        self.ledger = Ledger()
+        self.log = RunLog(log) if log else None
+        self.checkpoint = checkpoint
+        self.registry = DeviceRegistry()
         self.round = 0
         self.clock_s = 0.0
         self.outcomes: Counter[str] = Counter()
@@ -89,7 +89,7 @@ class Driver:
     # -- running ------------------------------------------------------------------------------------------
 
     def run(self, progress: Progress | None = None) -> list[RoundRecord]:
-        """Runs all rounds that are left; gives their records."""
+        """Runs all rounds that are left; returns their records."""
         total, name = self.settings.rounds, self.policy.name
         bar = progress.add_task(name, total=total, completed=self.round) if progress else None
         records = []
@@ -105,11 +105,11 @@ class Driver:
         """Runs one round to its end, whatever devices do."""
         self.round += 1
         refused = self._reports()
-        offers = self.fleet.offers(self.ledger, self.policy, self.settings, self._forecast, self.transport.devices())
-        usable = [offer for offer in offers if self._can_take_part(offer)]
-        selection = self._select(usable)
-        chosen = {offer.candidate.client: offer for offer in usable if offer.candidate.client in selection.chosen}
-        replies = self._train([chosen[name] for name in selection.chosen])
+        devices = self.transport.devices()
+        plans = self.fleet.round_plans(self.registry, self.policy, self.settings, self._forecast, devices)
+        usable = {plan.candidate.client: plan for plan in plans if self._can_take_part(plan)}
+        selection = self._select(list(usable.values()))
+        replies = self._train([usable[name] for name in selection.chosen])
         counted = self._counted(replies)
         elapsed_s = self._elapsed_s(replies, counted)
         self._learn(replies)
@@ -123,28 +123,28 @@ class Driver:
         self._write(record, selection, replies, counted, refused)
         return record
 
-    def _can_take_part(self, offer: Offer) -> bool:
-        """Whether a plan fits the device and its answer can be in time; without the gate, whatever it is."""
-        candidate = offer.candidate
+    def _can_take_part(self, plan: RoundPlan) -> bool:
+        """Returns whether a plan fits the device and its answer can be in time; without the gate always."""
+        candidate = plan.candidate
         in_time = candidate.predicted_round_s <= self.settings.deadline_s
-        return (candidate.fits and in_time and bool(offer.plans)) or not self.policy.gate
+        return (candidate.fits and in_time and bool(plan.plans)) or not self.policy.gate
 
     def _is_scored(self) -> bool:
         return self.round % self.settings.evaluate_every == 0 or self.round == self.settings.rounds
 
     def _reports(self) -> list[str]:
-        """Asks every device for its memory; gives the reports that were refused, in words."""
+        """Asks every device for its memory; returns the reports that were refused, in words."""
         requests = []
         for device in self.transport.devices():
-            record = self.ledger.records.get(device)
-            facts = {"introduce": record is None, "since_s": record.last_report_s if record else 0.0}
+            record = self.registry.records.get(device)
+            payload = {"introduce": record is None, "since_s": record.last_report_s if record else 0.0}
             deadline_s = self.settings.report_deadline_s
-            requests.append(Request(device, Kind.REPORT, self.round, self.clock_s, deadline_s, facts))
+            requests.append(Request(device, Kind.REPORT, self.round, self.clock_s, deadline_s, payload))
         refused = []
         replies = self.transport.ask(requests, self.settings.report_deadline_s)
         for reply in (r for r in replies if r.outcome is Outcome.OK):
             try:
-                for t_s, available_bytes in self.ledger.take_report(reply, self.clock_s):
+                for t_s, available_bytes in self.registry.record_report(reply, self.clock_s):
                     self.forecaster.observe(reply.device, t_s, available_bytes)
             except InvalidArgument as error:
                 refused.append(str(error))
@@ -153,31 +153,31 @@ class Driver:
 
     def _forecast(self, device: str, horizon_s: float) -> int:
         if self.policy.forecast == "none":
-            return 1 << 62
+            return UNLIMITED_BYTES
         found = self.forecaster.predict(device, now_s=self.clock_s, horizon_s=horizon_s)
         return max(found - self.settings.overhead_bytes, 0)
 
-    def _select(self, usable: Sequence[Offer]) -> Selection:
+    def _select(self, usable: Sequence[RoundPlan]) -> Selection:
         count = self.settings.devices_per_round + self.settings.extra_devices
-        return self.selector.select([offer.candidate for offer in usable], count, round_index=self.round)
+        return self.selector.select([plan.candidate for plan in usable], count, round_index=self.round)
 
-    def _train(self, offers: Sequence[Offer]) -> list[Reply]:
+    def _train(self, plans: Sequence[RoundPlan]) -> list[Reply]:
         requests = []
-        for offer in offers:
-            device = offer.candidate.client
-            self.ledger.take_choice(device, self.round)
-            facts = {
-                "plans": [planned.text for planned in offer.plans],
+        for plan in plans:
+            device = plan.candidate.client
+            self.registry.record_selection(device, self.round)
+            payload = {
+                "plans": [planned.text for planned in plan.plans],
                 "n_steps": self.settings.local_steps,
                 "mu": self.policy.mu,
                 "seed": [self.settings.seed, self.round, *device.encode()],
                 "elastic": self.policy.elastic,
                 "patience_s": PATIENCE * self.settings.deadline_s,
-                "width": offer.width,
+                "width": plan.width,
             }
-            arrays = self.fleet.part(self.arrays, offer.width)
+            arrays = self.fleet.part(self.arrays, plan.width)
             deadline_s = self.settings.deadline_s
-            requests.append(Request(device, Kind.TRAIN, self.round, self.clock_s, deadline_s, facts, arrays))
+            requests.append(Request(device, Kind.TRAIN, self.round, self.clock_s, deadline_s, payload, arrays))
         replies = self.transport.ask(requests, self.settings.deadline_s) if requests else []
         return [self._checked(reply, request) for reply, request in zip(replies, requests, strict=True)]
 
@@ -188,12 +188,12 @@ class Driver:
         return dataclasses.replace(reply, outcome=Outcome.INVALID, arrays={}, detail=why) if why else reply
 
     def _counted(self, replies: Sequence[Reply]) -> list[Reply]:
-        """The usable replies that came first."""
+        """Selects the usable replies that came first."""
         usable = sorted((r for r in replies if r.outcome is Outcome.OK), key=lambda r: (r.elapsed_s, r.device))
         return usable[: self.settings.devices_per_round]
 
     def _elapsed_s(self, replies: Sequence[Reply], counted: Sequence[Reply]) -> float:
-        """The round's length: until enough have answered, else until nothing more is to come."""
+        """Computes the round's length: until enough have answered, else until nothing more is to come."""
         if not replies:
             return self.settings.deadline_s  # nobody can take part; look again later
         waited = counted if len(counted) == self.settings.devices_per_round else replies
@@ -202,7 +202,7 @@ class Driver:
     def _learn(self, replies: Sequence[Reply]) -> None:
         for reply in replies:
             if reply.outcome is Outcome.OK:
-                self.ledger.records[reply.device].squared_loss = float(reply.facts["squared_loss"])
+                self.registry.records[reply.device].squared_loss = float(reply.payload["squared_loss"])
             elif reply.outcome is Outcome.OOM and self.policy.forecast != "none":
                 self.forecaster.report_miss(reply.device, self.clock_s + reply.elapsed_s)
 
@@ -221,13 +221,11 @@ class Driver:
                 "policy": self.policy.name,
                 **dataclasses.asdict(record),
                 "counted": [r.device for r in counted],
-                "replies": {r.device: _told(r) for r in replies},
+                "replies": {r.device: log_entry(r) for r in replies},
                 "refused_reports": list(refused),
                 "selection": selection.to_json(),
             }
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.log.append(line)
         if self.checkpoint is not None:
             Checkpoint(self.arrays, self._state()).save(self.checkpoint)
 
@@ -237,13 +235,13 @@ class Driver:
             "round": self.round,
             "clock_s": self.clock_s,
             "outcomes": dict(self.outcomes),
-            "ledger": self.ledger.to_json(),
+            "registry": self.registry.to_json(),
             "forecaster": self.forecaster.to_state(),
             "selector": self.selector.state,
         }
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a run to go on; it may get more rounds."""
+        """Returns what must be equal for a run to go on; it may get more rounds."""
         settings = dataclasses.asdict(self.settings)
         del settings["rounds"]
         return {"policy": self.policy.name, "settings": settings, "fingerprint": self.fleet.fingerprint}
@@ -259,22 +257,8 @@ class Driver:
         found = Checkpoint.load(self.checkpoint, self._identity())
         state = found.state
         self.arrays, self.round, self.clock_s = found.arrays, state["round"], state["clock_s"]
-        self.ledger, self.outcomes = Ledger.from_json(state["ledger"]), Counter(state["outcomes"])
+        self.registry, self.outcomes = DeviceRegistry.from_json(state["registry"]), Counter(state["outcomes"])
         self.forecaster = self.forecaster.from_state(state["forecaster"])
         self.selector.state = state["selector"]
-        if self.log is not None and self.log.exists():
-            lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.log.write_text("".join(line for line in lines if _round_of(line) <= self.round), encoding="utf-8")
-
-
-def _round_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["round"])
-    except ValueError:
-        return math.inf  # cut off while being written
-
-
-def _told(reply: Reply) -> dict[str, Any]:
-    """A reply for the log: everything but its arrays."""
-    told = {"outcome": reply.outcome.value, "elapsed_s": reply.elapsed_s, **reply.facts}
-    return {**told, "detail": reply.detail} if reply.detail else told
+        if self.log is not None:
+            self.log.drop_after(self.round)

@@ -23,7 +23,7 @@ FLEET_EFFORT = Effort(moves=3_000, moves_per_op=1.0, initial_plans=1, points=64)
 
 
 class Technique(Enum):
-    """Which plans a fleet's devices may get."""
+    """Says which plans a fleet's devices may get."""
 
     SAVE_ALL = "unmodified"
     RECOMPUTE = "recompute only"
@@ -33,7 +33,7 @@ class Technique(Enum):
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """A plan for one kind of device.
+    """Holds a plan for one kind of device.
 
     Attributes:
         plan: what the device carries out.
@@ -47,7 +47,7 @@ class DevicePlan:
 
 
 class FleetPlanner:
-    """Plans for any device and budget; frontiers and plans are made once and then looked up."""
+    """Plans for any device and budget; makes frontiers and plans once and then looks them up."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class FleetPlanner:
         Args:
             problem: the captured step.
             work: of the same step.
-            base: any plan for it; gives fingerprint and versions.
+            base: any plan for it; its fingerprint and versions are those of all plans.
             technique: which actions plans may use.
             n_buckets: budgets are rounded down to so many even steps from the smallest to the largest useful one.
         """
@@ -73,49 +73,49 @@ class FleetPlanner:
         self.technique = technique
         self.n_buckets = n_buckets
         self.save_all = simulated(problem, {})
-        self._ladders: dict[str, tuple[Problem, PlanFrontier]] = {}
+        self._frontiers: dict[str, tuple[Problem, PlanFrontier]] = {}
         self._plans: dict[tuple[str, int], DevicePlan | None] = {}
-        self._grids: dict[str, list[int]] = {}
+        self._buckets: dict[str, list[int]] = {}
         self._kinds: dict[int, tuple[DeviceProfile, str]] = {}
 
     @classmethod
     def of(cls, hybrid: HybridModule, **options: object) -> FleetPlanner:
-        """A planner for a compiled module's last called signature."""
+        """Makes a planner for a compiled module's last called signature."""
         return cls(hybrid.planning_problem, hybrid.planning_work, hybrid.plan, **options)  # type: ignore[arg-type]
 
     @property
     def save_all_bytes(self) -> int:
-        """Peak of the unmodified step."""
+        """Returns the peak of the unmodified step."""
         return self.save_all.peak_bytes
 
     def smallest_bytes(self, profile: DeviceProfile) -> int:
-        """Peak of the smallest plan for this kind of device."""
-        return self._ladder(self._kind(profile), profile)[1].points[-1].peak_bytes
+        """Returns the peak of the smallest plan for this kind of device."""
+        return self._frontier_of(self._kind(profile), profile)[1].points[-1].peak_bytes
 
     def plan(self, profile: DeviceProfile, budget_bytes: int) -> DevicePlan | None:
-        """The plan for a device at a budget; None where no known plan fits.
+        """Returns the plan for a device at a budget; None where no known plan fits.
 
         The plan's own budget is the bucket's lower end, so it holds for every budget of the bucket.
         """
         kind = self._kind(profile)
-        _, frontier = self._ladder(kind, profile)
-        place = bisect_right(self._grids[kind], budget_bytes) - 1
+        _, frontier = self._frontier_of(kind, profile)
+        place = bisect_right(self._buckets[kind], budget_bytes) - 1
         if place < 0:
             return None
         if (kind, place) not in self._plans:
-            self._plans[kind, place] = self._make(kind, frontier, self._grids[kind][place])
+            self._plans[kind, place] = self._make(kind, frontier, self._buckets[kind][place])
         return self._plans[kind, place]
 
     def unmodified_s(self, profile: DeviceProfile) -> float:
-        """Predicted seconds of one unmodified step on this very device."""
-        return self._ladder(self._kind(profile), profile)[0].step_s * profile.slowdown
+        """Predicts the seconds of one unmodified step on this very device."""
+        return self._frontier_of(self._kind(profile), profile)[0].step_s * profile.slowdown
 
     def step_s(self, profile: DeviceProfile, planned: DevicePlan) -> float:
-        """Predicted seconds of one step on this very device."""
+        """Predicts the seconds of one step on this very device."""
         return planned.step_s * profile.slowdown
 
-    def smaller(self, profile: DeviceProfile, budget_bytes: int, count: int) -> list[DevicePlan]:
-        """Up to ``count`` plans with lower peaks, evenly down to the smallest: where an elastic client can go."""
+    def smaller_plans(self, profile: DeviceProfile, budget_bytes: int, count: int) -> list[DevicePlan]:
+        """Returns up to ``count`` plans with lower peaks, evenly down to the smallest, for an elastic client."""
         lowest = self.smallest_bytes(profile)
         budgets = (budget_bytes - (budget_bytes - lowest) * i // count for i in range(1, count + 1))
         found: dict[int, DevicePlan] = {}
@@ -126,25 +126,25 @@ class FleetPlanner:
         return [found[peak] for peak in sorted(found, reverse=True)]
 
     def _kind(self, profile: DeviceProfile) -> str:
-        """A key that devices with the same plans share."""
+        """Makes a key that devices with the same plans share."""
         known = self._kinds.get(id(profile))
         if known is None:
-            # the profile is kept beside its key, so that its id stays taken
+            # the profile is kept with its key, so that no other profile gets its id
             known = self._kinds[id(profile)] = (profile, profile.kind.to_json())
         return known[1]
 
-    def _ladder(self, kind: str, profile: DeviceProfile) -> tuple[Problem, PlanFrontier]:
-        if kind not in self._ladders:
+    def _frontier_of(self, kind: str, profile: DeviceProfile) -> tuple[Problem, PlanFrontier]:
+        if kind not in self._frontiers:
             problem = problem_on(self.problem, self.work, profile)
             frontier = _build(problem, self.technique)
             top, low = frontier.points[0].peak_bytes, frontier.points[-1].peak_bytes
             steps = max(self.n_buckets - 1, 1)
-            self._grids[kind] = sorted({low + (top - low) * i // steps for i in range(steps + 1)})
-            self._ladders[kind] = (problem, frontier)
-        return self._ladders[kind]
+            self._buckets[kind] = sorted({low + (top - low) * i // steps for i in range(steps + 1)})
+            self._frontiers[kind] = (problem, frontier)
+        return self._frontiers[kind]
 
     def _make(self, kind: str, frontier: PlanFrontier, budget_bytes: int) -> DevicePlan | None:
-        problem = self._ladders[kind][0]
+        problem = self._frontiers[kind][0]
         point = frontier.point_for(budget_bytes)
         if point is None:
             return None

@@ -1,4 +1,4 @@
-"""What the driver is told: the policy (the method and the baselines) and the settings of a run."""
+"""Options of a run: its policy (the method or a baseline) and its settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fxhybrid.federated.server.fleet_planner import Technique
 
 @dataclass(frozen=True)
 class Policy:
-    """How rounds are run.
+    """Says how rounds are run.
 
     Attributes:
         name: as tables call it.
@@ -21,7 +21,7 @@ class Policy:
         elastic: devices move between plans, and wait between steps where none fits.
         mu: weight of FedProx's proximal term.
         widths: of the models that devices may train; below 1 a device trains the widest that fits (HeteroFL).
-        is_limited: False for the bound that no memory limit gives.
+        is_limited: False for the upper bound: no memory limit.
     """
 
     name: str
@@ -36,24 +36,24 @@ class Policy:
 
     @property
     def weighting(self) -> str:
-        """Of the average, see ``weight_of``: selectors that prefer devices with much data have counted it already."""
+        """Returns how to average, see ``weight_of``: selectors that prefer much data have counted it already."""
         return "examples" if self.selector in ("random", "memory-gate") else "uniform"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how much.
+    """Says how long a run is and how much each round does.
 
     Attributes:
         rounds: to run.
         devices_per_round: updates that a round waits for.
-        extra_devices: asked beside those; the slowest answers are dropped.
+        extra_devices: asked in addition to those; the slowest answers are dropped.
         local_steps: of each device.
         deadline_s: after which an answer is too late.
         report_deadline_s: the same for reports.
         seed: of everything random.
         evaluate_every: rounds from one evaluation to the next.
-        overhead_bytes: that runtime and transport of a device take beside training.
+        overhead_bytes: that runtime and transport of a device take in addition to training.
     """
 
     rounds: int
@@ -100,7 +100,7 @@ POLICIES = {
 
 
 def policy_of(name: str) -> Policy:
-    """A policy by its name.
+    """Looks up a policy by its name.
 
     Raises:
         InvalidArgument: there is none of that name.

@@ -1,4 +1,4 @@
-"""``fxhybrid federated``: runs policies on one simulated population and prints what became of them."""
+"""``fxhybrid federated``: runs policies on one simulated population and prints their results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.server.policies import Settings, policy_of
-from fxhybrid.federated.simulation.experiment import Laboratory, run_policy
+from fxhybrid.federated.simulation.experiment import Experiment, run_policy
 from fxhybrid.federated.simulation.scenarios import DEADLINE_S, Scenario
 
 
@@ -43,17 +43,17 @@ def run(arguments: argparse.Namespace) -> None:
     table = Table(title=f"{scenario.task}: {scenario.n_devices} devices, {scenario.capable_share:.0%} capable")
     for column in ("policy", "accuracy", "loss", "virtual time", "replies"):
         table.add_column(column, justify="left" if column in ("policy", "replies") else "right")
-    laboratory = Laboratory()
+    experiment = Experiment()
     with _bars() as progress:
         for policy in policies:
             files = _files(arguments.folder, policy.name)
             driver = run_policy(
-                laboratory, scenario, policy, settings, progress=progress, resume=arguments.resume, **files
+                experiment, scenario, policy, settings, progress=progress, resume=arguments.resume, **files
             )
             score = driver.evaluate(driver.arrays)
-            told = ", ".join(f"{count} {name}" for name, count in driver.outcomes.most_common())
+            outcomes = ", ".join(f"{count} {name}" for name, count in driver.outcomes.most_common())
             hours = f"{driver.clock_s / 3600:.2f} h"
-            table.add_row(policy.name, f"{score.accuracy:.1%}", f"{score.loss:.3f}", hours, told)
+            table.add_row(policy.name, f"{score.accuracy:.1%}", f"{score.loss:.3f}", hours, outcomes)
     console.print(table)
 
 

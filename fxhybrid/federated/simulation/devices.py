@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxhybrid.devices.device_profile import DeviceProfile
-from fxhybrid.federated.client.trainer import LocalWork, TrainerPool, reply_facts
+from fxhybrid.federated.client.trainer import LocalWork, TrainerPool, training_payload
+from fxhybrid.federated.memory.forecast import UNLIMITED_BYTES
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed, n_bytes
 from fxhybrid.federated.tasks.data import ClientData
 from fxhybrid.ir.plan import Plan
@@ -20,7 +21,7 @@ MOST_READINGS = 20
 
 @dataclass(frozen=True, eq=False)
 class SimulatedMemory:
-    """Bytes that training may take, over time; the series repeats itself.
+    """Holds the bytes that training may take, over time; the series repeats itself.
 
     Attributes:
         interval_s: between two values.
@@ -31,11 +32,11 @@ class SimulatedMemory:
     available_bytes: NDArray[np.int64]
 
     def at(self, t_s: float) -> int:
-        """The value at a time."""
+        """Returns the value at a time."""
         return int(self.available_bytes[int(t_s / self.interval_s) % len(self.available_bytes)])
 
     def minimum(self, start_s: float, end_s: float) -> int:
-        """The lowest value between two times, both included."""
+        """Returns the lowest value between two times, both included."""
         first, last = int(start_s / self.interval_s), int(end_s / self.interval_s)
         if last - first >= len(self.available_bytes):
             return int(self.available_bytes.min())
@@ -45,7 +46,7 @@ class SimulatedMemory:
 
 @dataclass(frozen=True, eq=False)
 class SimulatedDevice:
-    """One device of a population.
+    """Simulates one device of a population.
 
     Attributes:
         name: its lasting name.
@@ -66,7 +67,7 @@ class SimulatedDevice:
     is_limited: bool = True
 
     def handler(self, pool: TrainerPool, seed: int) -> Callable[[Request], Reply]:
-        """What answers requests for this device."""
+        """Makes the function that answers requests for this device."""
         return lambda request: self._answer(request, pool, seed)
 
     def _answer(self, request: Request, pool: TrainerPool, seed: int) -> Reply:
@@ -76,35 +77,35 @@ class SimulatedDevice:
         if random.random() < self.drop_rate:
             return failed(request, Outcome.LOST, request.deadline_s * float(random.random()), "went away")
         transfer_s = n_bytes(request.arrays) / self.bytes_per_s
-        gauge = _Gauge(self, request.now_s + transfer_s, request.now_s + request.deadline_s)
-        work = LocalWork.from_facts(request.facts)
+        monitor = _SimulatedMonitor(self, request.now_s + transfer_s, request.now_s + request.deadline_s)
+        work = LocalWork.from_payload(request.payload)
         try:
             with pool.trainer(work.width) as trainer:
-                result = trainer.train(request.arrays, work, self.data, gauge)
+                result = trainer.train(request.arrays, work, self.data, monitor)
         except _TooLate:
             return failed(request, Outcome.LATE, request.deadline_s, "not done at the deadline")
         except MemoryError as error:
-            return failed(request, Outcome.OOM, gauge.now_s - request.now_s, str(error))
-        elapsed_s = gauge.now_s - request.now_s + n_bytes(result.arrays) / self.bytes_per_s
-        facts = reply_facts(result, self.data)
-        return Reply(self.name, request.round, Outcome.OK, elapsed_s, facts, result.arrays)
+            return failed(request, Outcome.OOM, monitor.now_s - request.now_s, str(error))
+        elapsed_s = monitor.now_s - request.now_s + n_bytes(result.arrays) / self.bytes_per_s
+        payload = training_payload(result, self.data)
+        return Reply(self.name, request.round, Outcome.OK, elapsed_s, payload, result.arrays)
 
     def _report(self, request: Request) -> dict[str, object]:
-        since_s = max(float(request.facts["since_s"]), request.now_s - MOST_READINGS * READING_INTERVAL_S, 0.0)
+        since_s = max(float(request.payload["since_s"]), request.now_s - MOST_READINGS * READING_INTERVAL_S, 0.0)
         times = [t for t in np.arange(since_s, request.now_s, READING_INTERVAL_S).tolist() if t > since_s]
         readings = [[t, self.memory.at(t)] for t in [*times, request.now_s]]
-        facts: dict[str, object] = {"n_examples": self.data.n_examples, "readings": readings}
-        if request.facts["introduce"]:
-            facts |= {"bytes_per_s": self.bytes_per_s, "profile": self.profile.to_json()}
-        return facts
+        payload: dict[str, object] = {"n_examples": self.data.n_examples, "readings": readings}
+        if request.payload["introduce"]:
+            payload |= {"bytes_per_s": self.bytes_per_s, "profile": self.profile.to_json()}
+        return payload
 
 
 class _TooLate(Exception):
-    """The deadline passed; the rest of the work is not worth simulating."""
+    """Says that the deadline passed: the rest of the work is not worth simulating."""
 
 
-class _Gauge:
-    """Memory and clock of a simulated device during one training."""
+class _SimulatedMonitor:
+    """Simulates a device's memory and clock during one training."""
 
     def __init__(self, device: SimulatedDevice, now_s: float, end_s: float) -> None:
         self.device = device
@@ -112,8 +113,8 @@ class _Gauge:
         self.end_s = end_s
 
     def available_bytes(self) -> int:
-        """What the trace says."""
-        return self.device.memory.at(self.now_s) if self.device.is_limited else 1 << 62
+        """Returns what the trace says."""
+        return self.device.memory.at(self.now_s) if self.device.is_limited else UNLIMITED_BYTES
 
     def run_step(self, step: Callable[[], float], plan: Plan) -> float:
         """Runs the step unless memory falls under the plan's peak meanwhile."""

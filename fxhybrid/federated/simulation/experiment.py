@@ -8,15 +8,15 @@ from rich.progress import Progress
 
 from fxhybrid.federated.client.trainer import Trainer, TrainerPool
 from fxhybrid.federated.protocol.transport import InProcessTransport
-from fxhybrid.federated.server.build_driver import make_driver
+from fxhybrid.federated.server.build_driver import build_driver
 from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner, Technique
 from fxhybrid.federated.server.policies import Policy, Settings
 from fxhybrid.federated.simulation.scenarios import KINDS, Scenario, population
 
 
-class Laboratory:
-    """Trainers and planners by task; results do not depend on what ran before."""
+class Experiment:
+    """Runs policies with shared trainers and planners; results do not depend on what ran before."""
 
     def __init__(self, workers: int = 1) -> None:
         """Makes nothing yet.
@@ -37,7 +37,7 @@ class Laboratory:
         log: Path | None = None,
         checkpoint: Path | None = None,
     ) -> Driver:
-        """A run, ready to start."""
+        """Builds the driver of a run, ready to start."""
         task = scenario.make_task()
         pool = self._pool(scenario.task)
         planners = {width: self._planner(scenario.task, width, policy.technique) for width in policy.widths}
@@ -52,7 +52,7 @@ class Laboratory:
         transport = InProcessTransport(
             {device.name: device.handler(pool, scenario.seed) for device in devices}, workers=self.workers
         )
-        return make_driver(transport, task, planners, policy, settings, log=log, checkpoint=checkpoint)
+        return build_driver(transport, task, planners, policy, settings, log=log, checkpoint=checkpoint)
 
     def _pool(self, name: str) -> TrainerPool:
         if name not in self._pools:
@@ -64,14 +64,14 @@ class Laboratory:
         key = (name, width, technique)
         if key not in self._planners:
             pool = self._pool(name)
-            pool.warm_start(width)
+            pool.open(width)
             with pool.trainer(width) as trainer:
                 self._planners[key] = FleetPlanner.of(trainer.hybrid, technique=technique)
         return self._planners[key]
 
 
 def run_policy(
-    laboratory: Laboratory,
+    experiment: Experiment,
     scenario: Scenario,
     policy: Policy,
     settings: Settings,
@@ -81,12 +81,12 @@ def run_policy(
     checkpoint: Path | None = None,
     resume: bool = False,
 ) -> Driver:
-    """Runs all rounds, or those that a checkpoint leaves; gives the driver after the last.
+    """Runs all rounds, or those that a checkpoint leaves; returns the driver after the last.
 
     Raises:
         InvalidArgument: ``resume`` without a checkpoint of this run.
     """
-    driver = laboratory.driver(scenario, policy, settings, log=log, checkpoint=checkpoint)
+    driver = experiment.driver(scenario, policy, settings, log=log, checkpoint=checkpoint)
     if resume:
         driver.resume()
     elif log is not None:

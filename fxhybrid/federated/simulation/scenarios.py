@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.memory.traces import POPULATIONS, generate_fleet
+from fxhybrid.federated.memory.trace_generator import POPULATIONS, generate_fleet
 from fxhybrid.federated.simulation.devices import SimulatedDevice, SimulatedMemory
 from fxhybrid.federated.tasks.tasks import Task, digits_task, text_task
 
@@ -30,7 +30,7 @@ DEADLINE_S = 1800.0  # of a round; in time for almost every device
 
 @dataclass(frozen=True)
 class Scenario:
-    """One population.
+    """Describes one population.
 
     Attributes:
         task: ``"digits"`` or ``"text"``.
@@ -63,13 +63,13 @@ class Scenario:
             raise InvalidArgument("capable_share and skew lie between 0 and 1, n_devices is at least 1")
 
     def is_capable(self) -> list[bool]:
-        """Which devices are strong: a random choice of the asked share, at least one."""
+        """Chooses which devices are strong: a random choice of the asked share, at least one."""
         count = max(1, round(self.capable_share * self.n_devices))
         strong = np.random.default_rng([self.seed, 3]).permutation(self.n_devices)[:count]
         return [i in set(strong.tolist()) for i in range(self.n_devices)]
 
     def make_task(self) -> Task:
-        """Model and data."""
+        """Makes model and data."""
         if self.task == "text":
             return text_task(self.n_devices, seed=self.seed)
         return digits_task(self.n_devices, seed=self.seed, is_capable=self.is_capable(), skew=self.skew)
@@ -78,7 +78,7 @@ class Scenario:
 def population(
     scenario: Scenario, task: Task, *, smallest_bytes: int, full_bytes: int, is_limited: bool = True
 ) -> list[SimulatedDevice]:
-    """The scenario's devices, one for each of the task's clients.
+    """Makes the scenario's devices, one for each of the task's clients.
 
     A strong device's median memory is 1.5 to 3 times the unmodified step's peak; a weak one's lies between the
     smallest plan's peak and that, at 15 to 90 % of the way.
@@ -113,5 +113,5 @@ def population(
 
 
 def _scaled(available_bytes: NDArray[np.int64], median_bytes: float) -> NDArray[np.int64]:
-    """The trace in the scale of a tiny model: its shape stays, its median becomes ``median_bytes``."""
+    """Scales the trace to a tiny model: its shape stays, its median becomes ``median_bytes``."""
     return (available_bytes * (median_bytes / float(np.median(available_bytes)))).astype(np.int64)

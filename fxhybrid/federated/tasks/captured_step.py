@@ -13,7 +13,7 @@ from fxhybrid.module import HybridModule
 
 
 def capture_step(task: Task, width: float = 1.0, *, plan: Plan | None = None) -> tuple[nn.Module, HybridModule]:
-    """The task's model at a width, and the same compiled without a limit: what plans are made from and run on.
+    """Makes the task's model at a width, and compiles it without a limit: what plans are made from and run on.
 
     Args:
         task: model, loss and an example batch.
@@ -36,7 +36,7 @@ def capture_step(task: Task, width: float = 1.0, *, plan: Plan | None = None) ->
 
 
 def make_optimizer(task: Task, model: nn.Module) -> torch.optim.Optimizer:
-    """The task's optimizer with fresh state.
+    """Makes the task's optimizer with fresh state.
 
     Raises:
         InvalidArgument: the task names another one.

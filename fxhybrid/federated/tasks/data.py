@@ -17,20 +17,20 @@ Indices = NDArray[np.int64]
 
 
 class ClientData(Protocol):
-    """One client's local data."""
+    """Holds one client's local data."""
 
     @property
     def n_examples(self) -> int:
-        """How many examples there are."""
+        """Counts the examples."""
         ...
 
     def batches(self, batch_size: int, seed: Sequence[int]) -> Iterator[Batch]:
-        """Endless batches of inputs and targets, all of the same shape; the same for the same seed."""
+        """Yields endless batches of inputs and targets, all of the same shape; the same for the same seed."""
         ...
 
 
 class ArrayData:
-    """Examples in two tensors; a client with fewer examples than a batch sees some twice in it."""
+    """Holds examples in two tensors; a client with fewer examples than a batch sees some twice in it."""
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         """Keeps the examples.
@@ -44,11 +44,11 @@ class ArrayData:
 
     @property
     def n_examples(self) -> int:
-        """How many examples there are."""
+        """Counts the examples."""
         return len(self.inputs)
 
     def batches(self, batch_size: int, seed: Sequence[int]) -> Iterator[Batch]:
-        """Endless batches, epoch by epoch in a new order; see ``ClientData``."""
+        """Yields endless batches, epoch by epoch in a new order; see ``ClientData``."""
         generator = np.random.default_rng(list(seed))
         waiting: list[int] = []
         while True:
@@ -59,7 +59,7 @@ class ArrayData:
 
 
 def from_dataset(dataset: object, inputs: str, targets: str) -> ArrayData:
-    """A client's share of a Hugging Face ``Dataset``, as ``flwr_datasets``' partitioners give it, too.
+    """Reads a client's share of a Hugging Face ``Dataset``, as ``flwr_datasets``' partitioners give it, too.
 
     Args:
         dataset: has ``with_format("torch")`` and columns.
@@ -83,7 +83,7 @@ def from_dataset(dataset: object, inputs: str, targets: str) -> ArrayData:
 
 
 def dirichlet_split(labels: NDArray[np.int64], n_clients: int, alpha: float, seed: int) -> list[Indices]:
-    """Label skew by Dirichlet: each class is dealt out in shares drawn from Dirichlet(``alpha``).
+    """Splits with label skew: each class is dealt out in shares drawn from Dirichlet(``alpha``).
 
     A small alpha gives each client few classes, a large one equal shares. No client goes empty.
     """
@@ -95,7 +95,7 @@ def dirichlet_split(labels: NDArray[np.int64], n_clients: int, alpha: float, see
 def capability_split(
     labels: NDArray[np.int64], is_capable: Sequence[bool], skew: float, alpha: float, seed: int
 ) -> list[Indices]:
-    """Label skew that goes with the device: weak devices hold classes that strong ones lack.
+    """Splits with label skew by device: weak devices hold classes that strong ones lack.
 
     Args:
         labels: class of each example.
@@ -117,7 +117,7 @@ def capability_split(
 
 
 def _deal(labels: NDArray[np.int64], preference: NDArray[np.float64], generator: np.random.Generator) -> list[Indices]:
-    """Examples of each class by the clients' shares; who went empty gets one of the largest client's."""
+    """Deals out each class by the clients' shares; who went empty gets one of the largest client's examples."""
     parts: list[list[int]] = [[] for _ in range(preference.shape[1])]
     for label, shares in enumerate(preference):
         members = generator.permutation(np.flatnonzero(labels == label))

@@ -1,4 +1,4 @@
-"""What is trained: a model, its loss, every client's data and what is held out."""
+"""Training tasks: a model, its loss, every client's data and held-out data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fxhybrid.suite.sample_data import (
     load_digits,
     split_held_out,
 )
-from fxhybrid.suite.small_models import SmallMobileNet, corner_transformer, evaluate, next_byte_loss, seeded
+from fxhybrid.suite.small_models import SmallMobileNet, evaluate, nested_transformer, next_byte_loss, seeded
 
 TEXT_LENGTH, PACKAGE_BYTES = 32, 60_000
 N_HELD_OUT_WINDOWS = 1024
@@ -27,7 +27,7 @@ N_HELD_OUT_WINDOWS = 1024
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A model to train together.
+    """Holds a model to train together.
 
     Attributes:
         name: short name.
@@ -35,7 +35,7 @@ class Task:
         loss_fn: ``loss_fn(output, target)``: the mean over the batch.
         batch_size: examples of one local step.
         learning_rate: of the local steps.
-        optimizer: ``"sgd"`` or ``"adam"``; its state starts anew each round.
+        optimizer: ``"sgd"`` or ``"adam"``; its state is fresh in each round.
         clients: data by client.
         held_out: a batch that nobody trains on.
     """
@@ -50,7 +50,7 @@ class Task:
     held_out: Batch
 
     def example(self) -> Batch:
-        """A batch of the shape that every local step has."""
+        """Draws a batch of the shape that every local step has."""
         first = next(iter(self.clients.values()))
         return next(first.batches(self.batch_size, (0,)))
 
@@ -64,7 +64,7 @@ def digits_task(
     skew: float = 0.0,
     batch_size: int = 32,
 ) -> Task:
-    """scikit-learn's 8 x 8 digits on a batch-norm CNN.
+    """Makes the task of a batch-norm CNN on scikit-learn's 8 x 8 digits.
 
     Args:
         n_clients: how many share the training images.
@@ -98,7 +98,7 @@ def digits_task(
 
 
 def text_task(n_clients: int, *, seed: int = 0, batch_size: int = 16) -> Task:
-    """Next byte of the standard library's source on a small transformer, one package per client.
+    """Makes the task of a small transformer on the standard library's source, one package per client.
 
     The last fifth of each package is held out.
     """
@@ -111,7 +111,7 @@ def text_task(n_clients: int, *, seed: int = 0, batch_size: int = 16) -> Task:
     chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:N_HELD_OUT_WINDOWS]
     return Task(
         "text",
-        lambda width: seeded(lambda: corner_transformer(width, length=TEXT_LENGTH), seed),
+        lambda width: seeded(lambda: nested_transformer(width, length=TEXT_LENGTH), seed),
         next_byte_loss,
         batch_size,
         5e-3,
@@ -123,7 +123,7 @@ def text_task(n_clients: int, *, seed: int = 0, batch_size: int = 16) -> Task:
 
 @dataclass(frozen=True)
 class Score:
-    """How good a model is on held-out data."""
+    """Says how good a model is on held-out data."""
 
     loss: float
     accuracy: float

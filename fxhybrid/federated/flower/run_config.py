@@ -9,13 +9,13 @@ from typing import Any
 from fxhybrid.federated.client.node import task_of
 from fxhybrid.federated.client.trainer import Trainer
 from fxhybrid.federated.protocol.transport import Transport
-from fxhybrid.federated.server.build_driver import make_driver
+from fxhybrid.federated.server.build_driver import build_driver
 from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.server.policies import Settings, policy_of
 
 
-def build_driver(transport: Transport, config: Mapping[str, Any]) -> Driver:
+def driver_from_config(transport: Transport, config: Mapping[str, Any]) -> Driver:
     """Captures the task's step once, for planning, and joins the parts.
 
     Args:
@@ -42,4 +42,4 @@ def build_driver(transport: Transport, config: Mapping[str, Any]) -> Driver:
     )
     folder = Path(str(config["folder"])) if config["folder"] else None
     files = {"log": folder / "rounds.jsonl", "checkpoint": folder / "checkpoint.npz"} if folder else {}
-    return make_driver(transport, task, planners, policy, settings, **files)
+    return build_driver(transport, task, planners, policy, settings, **files)

@@ -1,4 +1,4 @@
-"""Before a round: what each device could train, by which plan, in how much time."""
+"""Round plans: what each device could train in a round, by which plan, in how much time."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.protocol.messages import Arrays, n_bytes
-from fxhybrid.federated.protocol.model_arrays import corner
+from fxhybrid.federated.protocol.model_arrays import leading_slice
 from fxhybrid.federated.selection.candidates import Candidate
-from fxhybrid.federated.server.device_registry import DeviceRecord, Ledger
+from fxhybrid.federated.server.device_registry import DeviceRecord, DeviceRegistry
 from fxhybrid.federated.server.fleet_planner import DevicePlan, FleetPlanner
 from fxhybrid.federated.server.policies import Policy, Settings
 
-N_SMALLER = 3  # plans that an elastic client gets beside the first
+N_SMALLER = 3  # plans that an elastic client gets in addition to the first
 SLACK = 1.5  # a round may take so much longer than predicted for the unmodified step: what memory is forecast over
 
 
 @dataclass(frozen=True)
-class Offer:
-    """What one device could do in a round.
+class RoundPlan:
+    """Plans what one device could do in a round.
 
     Attributes:
         candidate: as selectors see it.
@@ -43,33 +44,33 @@ class Fleet:
 
     @property
     def fingerprint(self) -> str:
-        """Of the full model's graph."""
+        """Returns that of the full model's graph."""
         return self.planners[max(self.planners)].base.graph_fingerprint
 
     def part(self, arrays: Arrays, width: float) -> Arrays:
-        """The global model's part for a width."""
-        return arrays if width == max(self.planners) else corner(arrays, self.parts[width])
+        """Takes the global model's part for a width."""
+        return arrays if width == max(self.planners) else leading_slice(arrays, self.parts[width])
 
-    def offers(
+    def round_plans(
         self,
-        ledger: Ledger,
+        registry: DeviceRegistry,
         policy: Policy,
         settings: Settings,
         forecast: Callable[[str, float], int],
         devices: Iterable[str],
-    ) -> list[Offer]:
-        """One offer for each device that is there and has reported."""
-        known = [(device, ledger.records[device]) for device in devices if device in ledger.records]
-        return [self._offer(device, record, policy, settings, forecast) for device, record in known]
+    ) -> list[RoundPlan]:
+        """Plans the round for each device that is there and has reported."""
+        known = [(device, registry.records[device]) for device in devices if device in registry.records]
+        return [self._round_plan(device, record, policy, settings, forecast) for device, record in known]
 
-    def _offer(
+    def _round_plan(
         self,
         device: str,
         record: DeviceRecord,
         policy: Policy,
         settings: Settings,
         forecast: Callable[[str, float], int],
-    ) -> Offer:
+    ) -> RoundPlan:
         profile = record.device_profile
         widest = next(iter(self.planners.values()))
         full_s = settings.local_steps * widest.unmodified_s(profile)
@@ -83,10 +84,6 @@ class Fleet:
         planner = self.planners[width]
         if planned is None and not policy.gate:
             planned = planner.plan(profile, planner.smallest_bytes(profile))
-        plans: tuple[DevicePlan, ...] = (planned,) if planned else ()
-        if planned and policy.elastic:
-            lower = planner.smaller(profile, planned.plan.budget_bytes, N_SMALLER)
-            plans = (planned, *(p for p in lower if p.plan.peak_bytes < planned.plan.peak_bytes))
         step_s = planner.step_s(profile, planned) if planned else math.inf
         transfer_s = 2 * self.model_bytes[width] / record.bytes_per_s
         candidate = Candidate(
@@ -101,12 +98,24 @@ class Fleet:
             last_seen_round=record.last_seen_round,
             times_selected=record.times_selected,
         )
-        return Offer(candidate, plans, width)
+        return RoundPlan(candidate, _with_smaller(planner, profile, planned, policy), width)
 
     def _choice(self, record: DeviceRecord, available_bytes: int) -> tuple[float, DevicePlan | None]:
-        """The widest model for which there is a plan; without any, the narrowest model and None."""
+        """Finds the widest model for which there is a plan; without any, the narrowest model and None."""
         for width, planner in self.planners.items():
             planned = planner.plan(record.device_profile, available_bytes)
             if planned is not None:
                 return width, planned
         return min(self.planners), None
+
+
+def _with_smaller(
+    planner: FleetPlanner, profile: DeviceProfile, planned: DevicePlan | None, policy: Policy
+) -> tuple[DevicePlan, ...]:
+    """Adds the smaller plans that an elastic device may change to."""
+    if planned is None:
+        return ()
+    if not policy.elastic:
+        return (planned,)
+    lower = planner.smaller_plans(profile, planned.plan.budget_bytes, N_SMALLER)
+    return (planned, *(p for p in lower if p.plan.peak_bytes < planned.plan.peak_bytes))
