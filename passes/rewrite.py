@@ -19,7 +19,7 @@ from fxhybrid.passes.storages import Layout, OpCall, fused_form, recompute_form
 
 
 def rewrite(joint: JointGraph, layout: Layout, schedule: Schedule) -> JointGraph:
-    """The joint graph that carries out ``schedule``; its roles are those of ``joint``."""
+    """Builds the joint graph that carries out ``schedule``; its roles are those of ``joint``."""
     return _Rewriter(joint, layout).run(schedule)
 
 
@@ -124,7 +124,7 @@ class _Rewriter:
         self.whole[instruction.writes[0]] = self._tag(new, value)
 
     def _resolve(self, node: fx.Node) -> fx.Node:
-        """The new node that stands for ``node`` in the instruction being written."""
+        """Returns the new node that replaces ``node`` in the instruction being written."""
         if node in self.resident:
             return self.resident[node]
         behind = self.layout.storages_of[node]

@@ -13,7 +13,7 @@ from fxhybrid.ir.problem import Problem
 
 
 class Status(Enum):
-    """How much is known about a result.
+    """Says how much is known about a result.
 
     OPTIMAL: proven best (gap closed). FEASIBLE: fits the budget. INFEASIBLE: the budget lies below a proven
     lower bound of the peak of plans that make each tensor at most once more. UNKNOWN: no plan found, but none
@@ -28,7 +28,7 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class SolveResult:
-    """A solver's answer for one budget.
+    """Holds a solver's answer for one budget.
 
     Attributes:
         status: how much is known.
@@ -37,7 +37,7 @@ class SolveResult:
         peak_bytes: simulated peak of these actions.
         overhead_s: simulated added seconds of these actions.
         lower_bound_s: no plan within budget and error limit adds less.
-        error: root of the sum of squared errors of the chosen lossy codecs.
+        error: L2 norm of the errors of the chosen lossy codecs.
         solver: which solver it came from.
         solve_s: seconds spent.
         details: counts worth reporting (nodes, rows added, rounds).
@@ -56,13 +56,13 @@ class SolveResult:
     proof: str = ""
 
     def gap(self, step_s: float) -> float:
-        """``relative_gap`` in a step of ``step_s`` seconds."""
+        """Computes ``relative_gap`` in a step of ``step_s`` seconds."""
         return relative_gap(self.overhead_s, self.lower_bound_s, step_s)
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One plan of a frontier, with its simulated figures."""
+    """Holds one plan of a frontier, with its simulated figures."""
 
     actions: Actions
     peak_bytes: int
@@ -72,12 +72,12 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class PlanFrontier:
-    """Plans from keep-everything to the smallest peak found: the peak falls, the added time never does."""
+    """Holds the Pareto frontier from save-all to the smallest peak found: the peak falls, the added time never does."""
 
     points: tuple[FrontierPoint, ...]
 
     def point_for(self, budget_bytes: int) -> FrontierPoint | None:
-        """The cheapest plan with a peak of at most ``budget_bytes``."""
+        """Returns the cheapest plan with a peak of at most ``budget_bytes``."""
         place = bisect_left(self.points, -budget_bytes, key=lambda point: -point.peak_bytes)
         return self.points[place] if place < len(self.points) else None
 
@@ -86,12 +86,12 @@ class Solver(Protocol):
     """Finds actions for a problem whose simulated peak is at most ``budget_bytes``."""
 
     def solve(self, problem: Problem, budget_bytes: int, *, max_error: float) -> SolveResult:
-        """The best actions found; ``max_error`` bounds the root of the sum of squared lossy errors."""
+        """Finds the best actions; ``max_error`` bounds their ``plan_error``."""
         ...
 
 
 def plan_error(problem: Problem, actions: Mapping[int, Action]) -> float:
-    """Root of the sum of squared errors of the lossy codecs that ``actions`` choose and backward reads."""
+    """Computes the L2 norm of the errors of the lossy codecs that ``actions`` choose and backward reads."""
     total = 0.0
     for t, action in actions.items():
         if isinstance(action, Compress):
@@ -100,5 +100,5 @@ def plan_error(problem: Problem, actions: Mapping[int, Action]) -> float:
 
 
 def default_action(problem: Problem, t: int) -> Action:
-    """What ``schedule.lower`` does with a tensor that a plan does not name."""
+    """Returns what ``schedule.lower`` does with a tensor that a plan does not name."""
     return RECOMPUTE if problem.producer[t] in problem.deferrable else SAVE

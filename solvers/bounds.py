@@ -14,7 +14,7 @@ def peak_lower_bound(problem: Problem) -> tuple[int, str]:
     """Computes a proven lower bound of the peak of every plan, and the instruction that holds it.
 
     While an op runs, its inputs exist and its outputs or its workspace come on top. In the backward pass
-    there are besides: the held outputs, the tangents, the gradients made so far, and the backward tensors
+    there are in addition: the held outputs, the tangents, the gradients made so far, and the backward tensors
     that wait for a reader (no plan moves or encodes those). Forward tensors count only while an op that must
     run reads them.
 

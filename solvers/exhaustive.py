@@ -1,4 +1,4 @@
-"""Trying every plan: the truth for small problems, and what the other solvers are tested against.
+"""Exhaustive search: the optimum of small problems, which the other solvers are tested against.
 
 Problem
     Among all plans within the error limit, the one that adds the fewest seconds within the budget.
@@ -31,10 +31,12 @@ from fxhybrid.solvers.base import SolveResult, Status, default_action, plan_erro
 from fxhybrid.solvers.bounds import holder_in_words
 from fxhybrid.units import format_bytes
 
+ROUNDING = 1e-12  # of the squared error left, which is a difference of floats
+
 
 @dataclass(frozen=True)
 class Tried:
-    """One plan with its simulated figures."""
+    """Holds one plan with its simulated figures."""
 
     actions: Mapping[int, Action]
     peak_bytes: int
@@ -53,7 +55,7 @@ class OracleSolver:
         self.max_tensors = max_tensors
 
     def solve(self, problem: Problem, budget_bytes: int, *, max_error: float) -> SolveResult:
-        """The best plan of all; see ``Solver``.
+        """Finds the best plan of all; see ``Solver``.
 
         Raises:
             ProblemError: the problem is malformed.
@@ -81,7 +83,7 @@ class OracleSolver:
         )
 
     def best_plans(self, problem: Problem, *, max_error: float) -> tuple[list[Tried], int]:
-        """The plans that none other beats in both peak and seconds, fastest first, and how many were tried.
+        """Finds the Pareto frontier of all plans, fastest first, and how many there are.
 
         Raises:
             ProblemError: the problem is malformed.
@@ -102,7 +104,7 @@ class OracleSolver:
 
 
 def every_plan(problem: Problem, max_error: float) -> Iterator[dict[int, Action]]:
-    """Every plan within the error limit; tensors that it does not reach, or leaves as they are, are not named."""
+    """Yields every plan within the error limit; tensors that it does not reach, or leaves as they are, are left out."""
     order = sorted(problem.candidates, key=lambda t: (-problem.producer[t], t))
     for actions in _complete(problem, order, 0, {}, max_error**2):
         yield {t: a for t, a in actions.items() if a is not default_action(problem, t)}
@@ -111,7 +113,7 @@ def every_plan(problem: Problem, max_error: float) -> Iterator[dict[int, Action]
 def _complete(
     problem: Problem, order: list[int], place: int, chosen: dict[int, Action], error2: float
 ) -> Iterator[dict[int, Action]]:
-    """All ways to decide ``order[place:]`` after ``chosen``, with ``error2`` of squared error left."""
+    """Yields all ways to decide ``order[place:]`` after ``chosen``, with ``error2`` of squared error left."""
     if place == len(order):
         yield dict(chosen)
         return
@@ -125,7 +127,7 @@ def _complete(
         return
     for action, option in _actions(problem, t):
         left = error2 - (option.error**2 if option else 0.0)
-        if left < -1e-12 * error2 or (option and not option.lossless and rerun):
+        if left < -ROUNDING * error2 or (option and not option.lossless and rerun):
             continue
         chosen[t] = action
         yield from _complete(problem, order, place + 1, chosen, left)

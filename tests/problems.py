@@ -26,7 +26,7 @@ class _Builder:
         return len(self.tensors) - 1
 
     def codecs(self, size: int, *, lossy: bool) -> tuple[CodecOption, ...]:
-        """Halving without loss, and up to three lossy options."""
+        """Draws halving without loss, and up to three lossy options."""
         speed = self.random.choice((0.5, 1.0, 3.0)) * size * 1e-4
         options = []
         if self.random.random() < 0.4:
@@ -51,7 +51,7 @@ def random_problem(
     with_masks: bool = True,
     fused: bool = False,
 ) -> Problem:
-    """A layered forward program with its mirrored backward program.
+    """Builds a layered forward program with its mirrored backward program.
 
     Args:
         seed: the same seed gives the same problem.
@@ -134,7 +134,7 @@ def problems(min_ops: int = 1, max_ops: int = 12, *, fused: bool = False) -> st.
 
 
 def small_problems(count: int, max_candidates: int, first_seed: int = 0) -> Iterator[Problem]:
-    """The first ``count`` random problems with 2 to ``max_candidates`` candidates, half of them with fusable masks."""
+    """Yields the first ``count`` random problems with 2 to ``max_candidates`` candidates, half with fusable masks."""
     seed = first_seed
     while count:
         problem = random_problem(seed, 3 + seed % 4, fused=seed // 4 % 2 == 1)
@@ -145,7 +145,7 @@ def small_problems(count: int, max_candidates: int, first_seed: int = 0) -> Iter
 
 
 def choices(problem: Problem, t: int) -> tuple[Action, ...]:
-    """Every action that tensor ``t`` offers."""
+    """Returns every action that tensor ``t`` offers."""
     actions: list[Action] = [SAVE, *(Compress(o.codec) for o in problem.tensors[t].codecs)]
     if problem.forward[problem.producer[t]].recomputable:
         actions.append(RECOMPUTE)

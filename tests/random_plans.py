@@ -19,7 +19,7 @@ from fxhybrid.suite import SuiteCase, load
 
 
 def random_actions(problem: Problem, rng: random.Random, *, lossy: bool) -> dict[int, Action]:
-    """A valid action for each forward tensor; the shares recomputed and compressed are random too."""
+    """Draws a valid action for each forward tensor; the shares recomputed and compressed are random too."""
     recompute_share, compress_share = rng.random(), rng.random()
     actions: dict[int, Action] = {}
 
@@ -42,7 +42,7 @@ def random_actions(problem: Problem, rng: random.Random, *, lossy: bool) -> dict
 
 @dataclass(frozen=True)
 class Trial:
-    """One random plan: what was predicted, what was measured, and the step's results."""
+    """Holds one random plan: what was predicted, what was measured, and the step's results."""
 
     predicted_bytes: int
     measured: StepMeasurement
@@ -54,7 +54,7 @@ class Trial:
 
 
 class Subject:
-    """A suite model, prepared once, that runs random plans."""
+    """Runs random plans of a suite model that is prepared once."""
 
     def __init__(self, name: str, size: str = "small") -> None:
         self.case: SuiteCase = load(name, size)  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ class Subject:
             function(self.step, *self.call).backward()
 
         measured = measure_step(train, modules=model, tensors=self.case.tensors, repeats=0)
-        beside = sum(p.nbytes for p in model.parameters() if p.grad is not None) if accumulating else 0
+        accumulated_bytes = sum(p.nbytes for p in model.parameters() if p.grad is not None) if accumulating else 0
         model.zero_grad(set_to_none=True)
-        predicted = simulate_actions(self.prepared.problem, actions).peak_bytes + beside
+        predicted = simulate_actions(self.prepared.problem, actions).peak_bytes + accumulated_bytes
         return Trial(predicted, measured, result)

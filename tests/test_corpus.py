@@ -43,7 +43,7 @@ def masked() -> Problem:
 
 
 def lossy() -> Problem:
-    """Two tensors of 100 bytes, made again in 5 s or kept in 25 bytes for 0.1 + 0.1 s at an error of 0.03 each."""
+    """Two tensors of 100 bytes, recomputed in 5 s or kept in 25 bytes for 0.1 + 0.1 s at an error of 0.03 each."""
     q8 = CodecOption("q8", 25, 0.1, 0.1, 25, 100, False, 0.03)
     tensors = (Tensor("a", 100, (q8,)), Tensor("b", 100, (q8,)), Tensor("g0", 10), Tensor("g1", 10))
     forward = tuple(Op(f"f{i}", (), (i,), 5.0, 100, pinned=True) for i in range(2))
@@ -54,20 +54,20 @@ def lossy() -> Problem:
 HAND_MADE: tuple[tuple[Problem, int, float, Actions, int], ...] = (
     # Keep all: highest in b0, a + b + c + g0 = 220.
     (independent(), 220, 0.0, {}, 220),
-    # Without c (1.5 s) b0 still holds all four: 220. Without b (2 s): b0 holds a + c + g0 = 160, then b is made
-    # again beside a and g0 and b1 holds a + b + g0 + g1 = 180.
+    # Without c (1.5 s) b0 still holds all four: 220. Without b (2 s): b0 holds a + c + g0 = 160, then b is
+    # recomputed with a and g0 alive and b1 holds a + b + g0 + g1 = 180.
     (independent(), 219, 2.0, {1: RECOMPUTE}, 180),
     # Without a (4 s): b0 holds b + c + g0 = 120, b1 80, and b2 a + g1 + g2 = 120. No plan is lower: b2 needs a.
     (independent(), 179, 4.0, {0: RECOMPUTE}, 120),
     # By default m is not kept: x waits for b1 instead, and b0 holds x + y + g0 = 240.
     (masked(), 240, 0.0, {}, 240),
-    # Kept (0.5 s), m lets x go after f1, which holds m + x + y = 170; b0 holds m + y + g0 = 170. Making x again
+    # Kept (0.5 s), m lets x go after f1, which holds m + x + y = 170; b0 holds m + y + g0 = 170. Recomputing x
     # (3 s) is as low: b1 holds x + g0 + g1 = 170.
     (masked(), 239, 0.5, {1: SAVE}, 170),
     # Keep all: b0 holds a + b + g0 = 210. Packing a (0.2 s): packed a + b + g0 = 135, and again a packed, a and g0
     # while a is unpacked: 135.
     (lossy(), 209, 0.2, {0: Compress("q8")}, 135),
-    # Packing both would have an error of 0.042, and encoding b beside both forms takes 150. Making a again (5 s):
+    # Packing both would have an error of 0.042, and encoding b with both forms alive takes 150. Recomputing a (5 s):
     # b1 holds a + g0 + g1 = 120.
     (lossy(), 134, 5.0, {0: RECOMPUTE}, 120),
 )

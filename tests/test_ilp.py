@@ -26,7 +26,7 @@ SHARES = (0.0, 0.02, 0.3, 0.65, 0.95)
 def chain(*, seconds: tuple[float, float, float], codecs: tuple[CodecOption, ...] = ()) -> Problem:
     """Three forward ops a -> b -> c, each making 100 bytes; backward reads c, b, a.
 
-    a can be made again from the resident input, b from a, c from b; only a offers ``codecs``. Each backward
+    a can be recomputed from the resident input, b from a, c from b; only a offers ``codecs``. Each backward
     op makes one gradient of 10 bytes that dies in the next op; the last one stays.
     """
     tensors = tuple(Tensor(n, 100, codecs if n == "a" else ()) for n in "abc")
@@ -86,10 +86,10 @@ def compare_with_every_plan(count: int, first_seed: int) -> None:
 
 def test_recomputes_what_is_cheap() -> None:
     # Keep all: a, b and c alive (300), and the first gradient is made: 310.
-    # Drop b (2 s): forward is highest, c made beside a and b: 300. Backward: a + c + 10 = 210, then b again
-    # beside a and g0: 210, and its reader: a + b + g0 + 10 = 220.
-    # Drop a (5 s): it dies when b is made, so c is made beside b alone: 200. Backward: b + c + 10 = 210.
-    # Drop c (9 s): it is made again at once, beside a and b: 310.
+    # Drop b (2 s): forward is highest, c made while a and b are alive: 300. Backward: a + c + 10 = 210, then b
+    # recomputed with a and g0 alive: 210, and its reader: a + b + g0 + 10 = 220.
+    # Drop a (5 s): it dies when b is made, so c is made with b alone: 200. Backward: b + c + 10 = 210.
+    # Drop c (9 s): it is recomputed at once, with a and b alive: 310.
     problem = chain(seconds=(5.0, 2.0, 9.0))
     assert IlpSolver().solve(problem, 310, max_error=0.0).actions == {}
     result = IlpSolver().solve(problem, 300, max_error=0.0)
@@ -112,14 +112,14 @@ def test_names_the_moment_of_a_fused_reader() -> None:
 
 def test_compresses_where_that_is_cheaper() -> None:
     # As above, but a may be kept in 25 bytes for 0.5 + 0.5 s once b is made: forward 100 + 100 + 30 to
-    # encode, then c beside b and 25. Backward is highest at its start: 25 + b + c + 10 = 235.
+    # encode, then c with b and 25 alive. Backward is highest at its start: 25 + b + c + 10 = 235.
     lossy = CodecOption("q8", 25, 0.5, 0.5, 30, 100, False, 0.05)
     problem = chain(seconds=(5.0, 2.0, 9.0), codecs=(lossy,))
     result = IlpSolver().solve(problem, 240, max_error=0.05)
     assert (result.actions, result.peak_bytes) == ({0: Compress("q8")}, 235)
     assert result.overhead_s == pytest.approx(1.0)
     assert result.error == pytest.approx(0.05)
-    # With less error allowed, a has to be made again.
+    # With less error allowed, a has to be recomputed.
     assert IlpSolver().solve(problem, 240, max_error=0.04).actions == {0: RECOMPUTE}
 
 
@@ -206,7 +206,7 @@ def test_more_room_never_costs_time(seed: int) -> None:
 
 def test_says_infeasible_only_below_what_is_reachable() -> None:
     # Dropping a leaves b and c in forward and at the start of backward: 210 (see the first test). Dropping b too
-    # makes it again from a beside c and g0, so all come together; the smallest peak of all plans is 210.
+    # recomputes it from a with c and g0 alive, so all come together; the smallest peak of all plans is 210.
     problem = chain(seconds=(5.0, 2.0, 9.0))
     assert min(peak for peak, _, _ in every_plan(problem)) == 210
     assert IlpSolver().solve(problem, 210, max_error=0.0).status is Status.OPTIMAL

@@ -146,7 +146,7 @@ def test_a_mask_that_is_not_kept_is_fused_into_its_reader() -> None:
 
 
 def test_outputs_and_mutations_live_as_long_as_their_holder() -> None:
-    # a is held by the caller: dropping it is no option and it stands beside everything: 16 + 8 + 8 + 8 = 40 KB
+    # a is held by the caller: dropping it is no option and it adds to everything else: 16 + 8 + 8 + 8 = 40 KB
     problem = dataclasses.replace(chain(), outputs=(0, 2))
     assert 0 not in problem.candidates
     assert simulate_actions(problem, {0: RECOMPUTE}).peak_bytes == 40 * KB

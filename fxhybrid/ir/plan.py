@@ -14,6 +14,7 @@ from fxhybrid.errors import PlanMismatchError
 from fxhybrid.units import format_bytes
 
 PLAN_FORMAT = 1
+LEAST_STEP_S = 1e-12  # where a step takes no time at all
 GAP_FLOOR_SHARE = 1e-3  # of the step: added seconds below that count as that in the gap
 
 
@@ -68,7 +69,7 @@ class GradientError:
 
 def relative_gap(overhead_s: float, lower_bound_s: float, step_s: float) -> float:
     """Computes (added - bound) / max(added, 0.1 % of the step)."""
-    return (overhead_s - lower_bound_s) / max(overhead_s, GAP_FLOOR_SHARE * step_s, 1e-12)
+    return (overhead_s - lower_bound_s) / max(overhead_s, GAP_FLOOR_SHARE * step_s, LEAST_STEP_S)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """The ``relative_gap`` of this plan."""
+        """``relative_gap`` of this plan."""
         return relative_gap(self.added_s, self.lower_bound_s, self.step_s)
 
     def counts(self) -> dict[str, int]:

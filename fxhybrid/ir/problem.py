@@ -1,8 +1,8 @@
 """The planning problem: plain numbers, no torch.
 
 A training step is two straight-line programs, forward and backward, over storages. Every storage that the
-forward program makes and the backward program wants is a decision: keep it, keep an encoded form of it, or
-run its op again. Parameters, buffers and inputs are resident: always there, never decided, summed up in
+forward program makes and the backward program reads is a decision: save it, keep an encoded form of it, or
+recompute it. Parameters, buffers and inputs are resident: always there, never decided, summed up in
 ``resident_bytes``.
 """
 
@@ -58,7 +58,7 @@ MAX_TENSORS = 200_000  # a planner would work for hours on more, and no traced s
 
 @dataclass(frozen=True)
 class Problem:
-    """A training step as numbers.
+    """Holds a training step as numbers.
 
     Attributes:
         tensors: all storages, made by forward or backward.
@@ -67,7 +67,7 @@ class Problem:
         outputs: tensors that the caller holds from the end of forward to the end of backward.
         mutations: tensors that live to the end of forward, where they are copied into buffers.
         gradients: tensors that live to the end of backward.
-        resident_bytes: parameters, buffers, inputs, optimizer state and reserve.
+        resident_bytes: parameters, buffers, inputs, optimizer state, and what the user keeps free.
         tangent_bytes: gradients of the outputs, alive through the whole backward pass.
     """
 
@@ -153,7 +153,7 @@ class Problem:
         return math.fsum(op.seconds for op in [*ops, *self.backward])
 
     def top_bytes(self, op: Op) -> int:
-        """How far memory rises above what was alive while ``op`` runs."""
+        """Returns how far memory rises above what was alive while ``op`` runs."""
         return max(op.alloc_peak_bytes, sum(self.tensors[t].size_bytes for t in op.outputs))
 
     def __str__(self) -> str:
@@ -163,12 +163,12 @@ class Problem:
         )
 
     def to_json(self) -> str:
-        """This problem as JSON text."""
+        """Writes this problem as JSON text."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Problem:
-        """The problem that ``to_json`` wrote, checked.
+        """Reads and checks the problem that ``to_json`` wrote.
 
         Raises:
             ProblemError: the text is no problem, or a malformed one.
@@ -245,7 +245,7 @@ def _check_order(problem: Problem) -> None:
 
 
 def _read_too_early(problem: Problem, op: Op, t: int) -> str:
-    """Says why ``op`` cannot read t where it stands: a cycle, an order in which t comes later, or no writer."""
+    """Says why ``op`` cannot read t at its place: a cycle, an order in which t comes later, or no writer."""
     read = f"op {op.name!r} reads {problem.tensors[t].name!r} before any op writes it"
     ops = {FORWARD: problem.forward, BACKWARD: problem.backward}
     cycle = [ops[kind][i].name for kind, i in find_cycle(problem.dependencies)]
@@ -273,12 +273,12 @@ def _check_fusions(problem: Problem) -> None:
 
 
 def without_codecs(problem: Problem) -> Problem:
-    """The problem where tensors are kept as they are or made again."""
+    """Returns the problem in which tensors are saved or recomputed."""
     return replace(problem, tensors=tuple(replace(t, codecs=()) for t in problem.tensors))
 
 
 def without_recomputation(problem: Problem) -> Problem:
-    """The problem where no op runs twice; those that only serve the backward pass may still wait for it."""
+    """Returns the problem in which no op runs twice; those that only serve the backward pass may still wait for it."""
     once = tuple(
         op if i in problem.deferrable else replace(op, recomputable=False) for i, op in enumerate(problem.forward)
     )
@@ -286,7 +286,7 @@ def without_recomputation(problem: Problem) -> Problem:
 
 
 def single_techniques(problem: Problem) -> tuple[Problem, ...]:
-    """Recomputing only and compressing only; nothing where ``problem`` offers no codecs."""
+    """Returns the problems of recomputing only and of compressing only; nothing where ``problem`` offers no codecs."""
     if not any(t.codecs for t in problem.tensors):
         return ()
     return without_codecs(problem), without_recomputation(problem)

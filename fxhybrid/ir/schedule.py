@@ -3,7 +3,7 @@
 ``lower`` turns a problem and one action per tensor into a straight list of instructions over values. The
 timeline adds up this list and the rewrite pass emits it node by node, so that what is simulated is what runs.
 
-* Encoding stands right after the last forward read; decoding and recomputation right before the first
+* Encoding comes right after the last forward read; decoding and recomputation right before the first
   backward use; a value dies at its last use.
 * Recomputation reads exact values only.
 * An op whose results nobody needs does not run in the forward pass at all.
@@ -223,7 +223,7 @@ class _Lowering:
                 reruns.add(producer)
                 stack.extend(problem.forward[producer].inputs)
         order = sorted([(problem.producer[t], 1, t) for t in decodes] + [(i, 0, i) for i in reruns])
-        # A decoded source stands right before the first rerun that reads it, not before all of them.
+        # A decoded source comes right before the first rerun that reads it, not before all of them.
         pending = {t for _, is_decode, t in order if is_decode}
         for _, is_decode, i in order:
             if is_decode:

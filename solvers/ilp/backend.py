@@ -50,7 +50,7 @@ class Answer:
 
 
 class _SilentModel(highspy.Highs):
-    """A HiGHS instance that prints nothing.
+    """Runs HiGHS and prints nothing.
 
     HiGHS prints its banner at the first call that is not an option. ``highspy`` makes such a call in its constructor,
     before PuLP's ``msg=False`` arrives: it registers callbacks.
@@ -62,7 +62,7 @@ class _SilentModel(highspy.Highs):
 
 
 class _Highs(pulp.HiGHS):  # type: ignore[misc]
-    """PuLP's in-process HiGHS, silent from the start and started from known values of some variables."""
+    """Runs PuLP's in-process HiGHS silently, from known values of some variables."""
 
     start: Mapping[str, float] = {}
 
@@ -94,7 +94,7 @@ class LinearProgram:
 
     @property
     def columns(self) -> int:
-        """How many variables there are."""
+        """The number of variables."""
         return len(self._lp.variables())
 
     def column(self, name: str, *, most: int = 1, integer: bool = False) -> Literal:

@@ -1,6 +1,7 @@
-"""Memory rows of backward program points: what is alive before an op, a rerun or a decoding.
+"""Memory rows of backward program points: what is alive before an op, a recomputation or a decoding.
 
-With at(q) = m_qp for what stands before the program point in batch p and m_q,p-1 for what stands after it, a decided
+A batch p is backward op p with the recomputations and decodings right before it. With at(q) = m_qp for an op q whose
+turn in batch p comes before the program point, and m_q,p-1 for one whose turn comes after it, a decided
 tensor t counts in backward with
 
 * its size between its first and last direct read: it is there whatever was chosen;
@@ -8,7 +9,7 @@ tensor t counts in backward with
   with c_tb, unless one of these q came by;
 * after, and if backward never reads it: live_t >= what is there + (r_q - at(q)) - 1 for q in R(t) to come.
 
-An op that makes a mask does not run again: with r_o the mask's reader p takes its fused form. The mask is not there
+An op that makes a mask is not recomputed: with r_o the mask's reader p takes its fused form. The mask is not there
 then, p rises as far as that form does, and o reads its sources not before, but together with p.
 """
 
@@ -38,7 +39,7 @@ class BackwardTerms:
         self._certain = certain_backward(self.problem)
 
     def of(self, at: ProgramPoint) -> tuple[list[Term], float]:
-        """Terms of the row of one program point, and the bytes that no decision changes."""
+        """Returns the terms of the row of one program point, and the bytes that no decision changes."""
         terms: list[Term] = []
         for t in self.presolved.decided:
             if t not in self.problem.outputs:
@@ -58,7 +59,7 @@ class BackwardTerms:
         return terms, base
 
     def _own(self, terms: list[Term], op: Op) -> int:
-        """How far a backward op rises; gives the part that no decision changes."""
+        """Adds how far a backward op rises; returns the part that no decision changes."""
         top = self.problem.top_bytes(op)
         if op.fusion:
             fused_top = self.problem.top_bytes(fused_op(self.problem, op, op.fusion))
@@ -71,19 +72,19 @@ class BackwardTerms:
         return first < at.op
 
     def _fused(self, o: int) -> Literal:
-        """Whether a backward op reads the sources of the mask that forward op o makes, instead of the mask."""
+        """Says whether a backward op reads the sources of the mask that forward op o makes, instead of the mask."""
         return self.model.rerun.get(o, 0) if o in self.problem.fused_masks else 0
 
     def _turn(self, q: int) -> int:
-        """Where among the reruns of a batch q has its turn; one that is fused comes with the batch's own op."""
+        """Returns the turn of q among the recomputations of a batch; a fused one comes with the batch's own op."""
         return len(self.problem.forward) if q in self.problem.fused_masks else q
 
     def _ran(self, q: int, at: ProgramPoint) -> Literal:
-        """Whether q has run again before the program point."""
+        """Says whether q has been recomputed before the program point."""
         return self.model.moved(q, at.op if self._turn(q) < at.rerun else at.op - 1)
 
     def _found(self, t: int, q: int, at: ProgramPoint) -> Literal:
-        """Whether q, which reads t, has run again or is about to, so that t stands decoded."""
+        """Says whether q, which reads t, has been recomputed or is about to be, so that t is there decoded."""
         if self._turn(q) == at.rerun:
             inputs = self.problem.forward[q].inputs
             fused = q != at.rerun
@@ -92,7 +93,7 @@ class BackwardTerms:
         return self._ran(q, at)
 
     def _made(self, t: int, at: ProgramPoint) -> Literal:
-        """Whether t stands because its op ran again."""
+        """Says whether t is there because its op was recomputed."""
         o = self.problem.producer[t]
         if o not in self.model.rerun or o in self.problem.fused_masks:
             return 0
@@ -123,7 +124,7 @@ class BackwardTerms:
         self._after_direct(terms, t, at, first is not None)
 
     def _after_direct(self, terms: list[Term], t: int, at: ProgramPoint, read: bool) -> None:
-        """After the last direct read, or without one: only reruns still to come hold t."""
+        """Adds t after its last direct read, or without one: only recomputations still to come hold it."""
         model, size = self.model, self.problem.tensors[t].size_bytes
         ran = {q: self._ran(q, at) for q in self.presolved.readers[t]}
         coming = [q for q, r in ran.items() if r is not model.rerun[q]]

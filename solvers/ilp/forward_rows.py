@@ -26,7 +26,7 @@ class ForwardTerms:
         self._certain = certain_forward(self.problem, self.presolved)
 
     def of(self, at: ProgramPoint) -> tuple[list[Term], float]:
-        """Terms of the row of one program point, and the bytes that no decision changes."""
+        """Returns the terms of the row of one program point, and the bytes that no decision changes."""
         terms: list[Term] = []
         encoding = at.tensor >= 0
         position = at.op + 1 if encoding else at.op

@@ -107,7 +107,7 @@ class LeastTime:
             return
         known, model = self._known, self._master.model
         if bound == math.inf:
-            # Nothing is left: no plan at all, or none besides those simulated.
+            # Nothing is left: no plan at all, or none but those simulated.
             known.impossible = known.best is None
             known.bound_s = known.best.overhead_s if known.best else known.bound_s
         elif math.isfinite(bound):

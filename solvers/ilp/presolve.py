@@ -1,7 +1,7 @@
 """Presolve: which tensors the integer program decides on, which ops it may recompute, and when.
 
 Positions are those of backward ops. ``first`` and ``last`` are a tensor's direct backward reads; ``earliest``
-and ``latest`` bound the position at which an op may run again.
+and ``latest`` bound the position at which an op may be recomputed.
 """
 
 from __future__ import annotations

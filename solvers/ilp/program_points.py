@@ -1,4 +1,4 @@
-"""Moments: the instructions of any schedule, named so that rows made for one plan speak of all of them."""
+"""Program points: the instructions of any schedule, named so that a row made for one plan holds for all of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fxhybrid.ir.schedule import Kind, Schedule
 
 @dataclass(frozen=True)
 class ProgramPoint:
-    """An instruction of any schedule, named by what surrounds it.
+    """Names an instruction of any schedule by what surrounds it.
 
     Attributes:
         forward: whether it belongs to the forward pass.
         op: the forward op that runs or has just run, or the backward op that runs next.
-        rerun: in backward, the forward op about to run again; the number of forward ops after all of these.
+        rerun: in backward, the forward op about to be recomputed; the number of forward ops after all of these.
         tensor: the tensor being encoded or decoded; -1 for the op itself.
     """
 
@@ -26,7 +26,7 @@ class ProgramPoint:
 
 
 def program_points_of(problem: Problem, schedule: Schedule) -> list[ProgramPoint]:
-    """The program point of each instruction of ``schedule``."""
+    """Returns the program point of each instruction of ``schedule``."""
     program_points: list[ProgramPoint] = []
     at = 0
     for instruction in schedule.instructions[: schedule.n_forward]:
