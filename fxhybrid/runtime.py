@@ -136,7 +136,7 @@ def _take_saved(ctx: Any) -> list[Tensor]:
 def _tangent(tangent: Tensor | None, like: Tensor) -> Tensor:
     """The tangent in the strides that the graph was traced with; zeros where none arrived."""
     if tangent is None:
-        return torch.zeros(like.shape, dtype=like.dtype, device=like.device).as_strided(like.shape, like.stride())
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).zero_()
     if tangent.stride() == like.stride():
         return tangent
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(tangent)

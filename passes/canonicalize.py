@@ -114,24 +114,22 @@ def hoist_predicates(joint: JointGraph) -> None:
 
     Each is moved to right behind its last input, so that a plan can keep the mask and drop what it came from.
     """
-    order = {node: i for i, node in enumerate(joint.module.graph.nodes)}
     free = tangent_free(joint)
     for node in list(joint.module.graph.nodes):
         value = node.meta.get("val")
         if phase_of(node) is Phase.FORWARD or node not in free or not isinstance(value, torch.Tensor):
             continue
         if value.dtype is torch.bool:
-            _hoist(joint, node, order)
+            _hoist(joint, node)
 
 
-def _hoist(joint: JointGraph, node: fx.Node, order: dict[fx.Node, int]) -> None:
+def _hoist(joint: JointGraph, node: fx.Node) -> None:
     for source in node.all_input_nodes:
         if phase_of(source) is Phase.BACKWARD:
-            _hoist(joint, source, order)
+            _hoist(joint, source)
     sources = [n for n in node.all_input_nodes if n.op != "placeholder"]
-    anchor = max(sources, key=lambda n: order[n], default=joint.placeholders[-1])
+    anchor = max(sources, default=joint.placeholders[-1])  # nodes compare by their place in the graph
     anchor.append(node)
-    order[node] = order.get(anchor, 0)
     node.meta[TAG] = NodeTag(Phase.FORWARD)
 
 

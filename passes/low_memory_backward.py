@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -32,11 +33,11 @@ def split_convolution_gradients(joint: JointGraph) -> None:
         parts = output_parts(node)
         if 0 not in parts:
             continue
-        spatial = range(len(stride))
-        sizes = (value.shape[2:], gradient.meta["val"].shape[2:], weight.meta["val"].shape[2:])
+        sizes = [t.shape[2:] for t in (value, gradient.meta["val"], weight.meta["val"])]
+        stride, padding, dilation = (_per_dimension(p, len(sizes[0])) for p in (stride, padding, dilation))
         rest = [
-            sizes[0][i] - ((sizes[1][i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (sizes[2][i] - 1) + 1)
-            for i in spatial
+            x_size - ((out_size - 1) * step - 2 * pad + spread * (w_size - 1) + 1)
+            for x_size, out_size, w_size, step, pad, spread in zip(*sizes, stride, padding, dilation, strict=True)
         ]
         with joint.module.graph.inserting_after(parts[max(parts)]):
             arguments = (gradient, weight, None, stride, padding, dilation, True, rest, groups)
@@ -49,6 +50,11 @@ def split_convolution_gradients(joint: JointGraph) -> None:
         joint.module.graph.erase_node(parts[0])
         node.args = (*node.args[:10], [False, *mask[1:]])
         node.meta["val"] = (None, *node.meta["val"][1:])
+
+
+def _per_dimension(parameter: Sequence[int], n_dimensions: int) -> list[int]:
+    """Repeats a convolution's parameter that is given as one number for all dimensions."""
+    return list(parameter) * n_dimensions if len(parameter) == 1 else list(parameter)
 
 
 def _is_onednn_convolution(x: torch.Tensor) -> bool:

@@ -166,7 +166,8 @@ class _Builder:
         inputs = self._known(s for n in node.all_input_nodes for s in storages(n.meta.get("val")))
         random = is_random(node)
         again = not random and not self._reads_overwritten(node)
-        call = OpCall(name, node, inputs, tuple(outputs), again, random, self._fused_with(node))
+        pinned = random or not outputs  # an op without outputs is there for its effect: a check that raises
+        call = OpCall(name, node, inputs, tuple(outputs), again and not pinned, pinned, self._fused_with(node))
         self.ops[phase_of(node)].append(call)
 
     def _fused_with(self, node: fx.Node) -> int | None:

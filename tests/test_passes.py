@@ -24,7 +24,7 @@ from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import split
 from fxhybrid.passes.storages import Layout, layout_of
 from fxhybrid.profiling.op_profiler import profile_calls
-from fxhybrid.profiling.synthetic_inputs import made_up_arguments
+from fxhybrid.profiling.synthetic_inputs import synthetic_arguments
 from tests.graph_text import graph_text
 
 
@@ -286,7 +286,7 @@ def test_decoding_is_measured_on_real_data_of_the_tensors_own_device(
     assert rises["rowwise8:64"] == 16 * 1024
     assert 4 * 1024 <= rises["bitpack"] < 4 * 1024 + 64
     call = next(call for call in decodes if "rowwise8" in call.key)
-    arguments, _ = made_up_arguments(call.target, call.args, call.kwargs)
+    arguments, _ = synthetic_arguments(call.target, call.args, call.kwargs)
     decoded = torch.ops.fxhybrid.decompress(*arguments)
     assert decoded.isfinite().all()
     assert decoded.std() > 0.1

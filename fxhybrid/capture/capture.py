@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo import convert_frame
-from torch._dynamo.eval_frame import set_enable_dynamic
 from torch._dynamo.exc import TorchDynamoException
-from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext
 from torch.utils import _pytree as pytree
 
-from fxhybrid.capture.fake_tensor_fixes import follow_kernels
+from fxhybrid.capture.effect_tokens import drop_effect_tokens
+from fxhybrid.capture.fake_tensor_fixes import fix_kernel_results
 from fxhybrid.capture.joint_graph import (
     TAG,
     InputKind,
@@ -33,6 +32,7 @@ from fxhybrid.capture.joint_graph import (
     Phase,
     node_name,
 )
+from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
 from fxhybrid.errors import CaptureError, FxHybridError
 from fxhybrid.ops.recurrent import make_opaque
 
@@ -71,11 +71,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
             cannot carry; the message names the user's line where Dynamo knows it.
     """
     try:
-        # Dynamo leaves hooks out of its guards unless told: one added later would be ignored.
-        # It takes recurrent layers only if told, and would unroll them: they become opaque operators below.
-        # Gradients that the model itself computes (penalties, forces) are traced as part of its forward pass.
-        settings = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, allow_rnn=True, trace_autograd_ops=True)
-        with settings, get_metrics_context(), dynamo_timed("fxhybrid_capture"), set_enable_dynamic(False):
+        with tracing_settings():
             traced = convert_frame.fullgraph_capture(module, args, {})
             if traced.backend_input is None:
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
@@ -98,7 +94,8 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
     parameters = list(_parameter_names(function))
 
     def holds(*call: Any) -> bool:
-        return bool(manager.check(dict(zip(parameters, call, strict=True))))
+        with without_value_checks():
+            return bool(manager.check(dict(zip(parameters, call, strict=True))))
 
     def bind(flat: FlatFunction) -> Callable[..., Any]:
         return env.forward_callable(backend_id, flat, extra_globals=function.__globals__)
@@ -114,20 +111,38 @@ def _parameter_names(function: Any) -> tuple[str, ...]:
 def _joint_graph(module: nn.Module, backend_input: Any) -> tuple[JointGraph, Any, tuple[str, ...]]:
     names = _tensor_names(module)
     flat_names = tuple(names.get(id(t), ("", False))[0] for t in backend_input.example_inputs)
-    context = TracingContext(backend_input.fake_mode)
-    context.tensor_to_context = backend_input.tensor_to_context
-    config = torch._functorch.config.patch(backward_pass_autocast="off")
-    with torch._guards.tracing(context), config, contextlib.ExitStack() as stack:
-        described = aot_export_joint_with_descriptors(
-            stack, backend_input.graph_module, tuple(backend_input.example_inputs), decompositions={}
-        )
+    described = _export(backend_input)
+    if any(_overlaps(tangent) for tangent in described._aot_state.fw_metadata.traced_tangents):
+        # A gradient cannot lie in memory as an output does whose elements share bytes (``unfold``).
+        with torch._functorch.config.patch(guess_tangent_strides_as_outputs=False):
+            described = _export(backend_input)
     metadata = described._aot_state.fw_metadata
     graph_module = described.graph_module
+    drop_effect_tokens(graph_module)
     _check_supported(metadata, graph_module, len(backend_input.example_inputs))
     _tag_phases(graph_module)
-    follow_kernels(graph_module)
+    fix_kernel_results(graph_module)
     inputs = _input_roles(metadata, backend_input.example_inputs, names)
     return JointGraph(graph_module, inputs, _output_roles(metadata, len(flat_names))), metadata, flat_names
+
+
+def _export(backend_input: Any) -> Any:
+    context = TracingContext(backend_input.fake_mode)
+    context.tensor_to_context = backend_input.tensor_to_context
+    with torch._guards.tracing(context), contextlib.ExitStack() as stack:
+        return aot_export_joint_with_descriptors(
+            stack, backend_input.graph_module, tuple(backend_input.example_inputs), decompositions={}
+        )
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements of ``tensor`` may share memory, by sizes and strides alone."""
+    reach = 0  # furthest element, from the first, of the dimensions with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def _tensor_names(module: nn.Module) -> dict[int, tuple[str, bool]]:

@@ -1,15 +1,21 @@
-"""Corrections of a traced graph where torch's CPU kernels do something else than its fake tensors tell.
+"""Corrections of traced graphs where torch's CPU kernels do something else than its fake tensors say.
 
-Plans are made from fake values, so each difference would be a wrong size, or a value that no kernel takes.
+Plans are made from fake values, so each difference would be a wrong size, or a value that no kernel takes. Strides and
+types are corrected while the model is traced, since ``reshape`` decides by them between a view and a copy; what a
+kernel keeps alive behind its result is corrected afterwards.
 """
 
 from __future__ import annotations
 
-import operator
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import meta_table
+from torch._prims_common import suggest_memory_format
+from torch._subclasses import fake_impls
 
 from fxhybrid.capture.joint_graph import TAG
 
@@ -22,8 +28,8 @@ _OVERSIZED: dict[Any, int] = {
     aten.soft_margin_loss.default: 2,
     aten.binary_cross_entropy.default: 3,
 }
-# Norms: arguments that decide the type of the statistics (outputs 1 and 2).
-_NORMS: dict[Any, tuple[int, ...]] = {
+# Norms in the forward pass: arguments that decide the type of the statistics (outputs 1 and 2).
+_FORWARD: dict[Any, tuple[int, ...]] = {
     aten.native_layer_norm.default: (2, 3),
     aten.native_group_norm.default: (1, 2),
     aten.native_batch_norm.default: (1, 2, 3, 4),
@@ -31,17 +37,68 @@ _NORMS: dict[Any, tuple[int, ...]] = {
     aten._native_batch_norm_legit.no_stats: (1, 2),
     aten._native_batch_norm_legit_functional.default: (1, 2, 3, 4),
 }
+_BACKWARD = (
+    aten.native_layer_norm_backward.default,
+    aten.native_group_norm_backward.default,
+    aten.native_batch_norm_backward.default,
+)
+_NORMS = (*_FORWARD, *_BACKWARD)
+_TORCHS_OWN = {op: fake_impls.op_implementations_dict.get(op) for op in _NORMS}
+_ALWAYS_CONTIGUOUS = (aten.native_layer_norm.default, aten.native_layer_norm_backward.default)
 _REDUCED = (torch.bfloat16, torch.float16)
 _NO_REDUCTION = 0
 
 
-def follow_kernels(module: fx.GraphModule) -> None:
-    """Corrects ``module`` in place."""
+@contextlib.contextmanager
+def kernel_norms() -> Iterator[None]:
+    """Lets fake norms give the strides and types that the CPU kernels give, while a model is traced.
+
+    The cache of fake tensors must be off meanwhile: it is shared by the whole process.
+    """
+    # A Python decomposition would come first, unless torch takes it that the operator has a meta function.
+    ours = dict.fromkeys(_NORMS, _norm)
+    with _entries(fake_impls.op_implementations_dict, ours), _entries(meta_table, ours):
+        yield
+
+
+@contextlib.contextmanager
+def _entries(table: dict[Any, Any], entries: Mapping[Any, Any]) -> Iterator[None]:
+    """Puts ``entries`` into ``table`` for a while; None leaves an operator out."""
+    before = {op: table.pop(op, None) for op in entries}
+    table.update({op: entry for op, entry in entries.items() if entry is not None})
+    try:
+        yield
+    finally:
+        for op, entry in before.items():
+            table.pop(op, None)
+            if entry is not None:
+                table[op] = entry
+
+
+def _norm(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+    """Computes the fake outputs of a norm, or of its backward pass, as the CPU kernels lay them out."""
+    own = _entries(fake_impls.op_implementations_dict, {op: _TORCHS_OWN[op]})
+    with fake_mode:
+        with own, _entries(meta_table, {op: None}):
+            outputs: Sequence[Tensor | None] = op(*args, **kwargs)
+        x = args[1] if op in _BACKWARD else args[0]
+        if x.device.type != "cpu":
+            return tuple(outputs)
+        layout = torch.contiguous_format if op in _ALWAYS_CONTIGUOUS else suggest_memory_format(x)
+        first = None if outputs[0] is None else torch.empty_like(x, memory_format=layout)
+        if op in _BACKWARD or x.dtype not in _REDUCED:
+            return (first, *outputs[1:])
+        dtypes = {args[i].dtype for i in _FORWARD[op] if isinstance(args[i], Tensor)}
+        statistics = torch.float32 if torch.float32 in dtypes else x.dtype
+        # Running statistics (outputs 3 and 4 of the functional form) keep their type, which is all others' too.
+        return (first, *(None if t is None else torch.empty_like(t, dtype=statistics) for t in outputs[1:]))
+
+
+def fix_kernel_results(module: fx.GraphModule) -> None:
+    """Corrects, in place, what kernels leave behind their results and in which type they compute."""
     for node in list(module.graph.nodes):
         if node.target in _OVERSIZED:
             _shrink(node)
-        elif node.target in _NORMS:
-            _type_statistics(node)
         elif node.target is aten.native_dropout_backward.default:
             _round_noise(node)
     module.recompile()
@@ -60,7 +117,7 @@ def _shrink(node: fx.Node) -> None:
 
 
 def _round_noise(node: fx.Node) -> None:
-    """Eager dropout on the CPU multiplies with noise in the input's type, the traced one with a float."""
+    """Rounds dropout's noise: eager on the CPU multiplies with noise in the input's type, traced dropout in float32."""
     gradient, mask, scale = node.args
     value: Tensor = node.meta["val"]
     if value.device.type != "cpu" or value.dtype not in _REDUCED:
@@ -79,24 +136,3 @@ def _round_noise(node: fx.Node) -> None:
     product.meta = node.meta
     node.replace_all_uses_with(product)
     node.graph.erase_node(node)
-
-
-def _type_statistics(node: fx.Node) -> None:
-    """Statistics of a bfloat16 input are float32 where weights or running statistics are."""
-    value: tuple[Tensor, ...] = node.meta["val"]
-    if value[0].device.type != "cpu" or value[0].dtype not in _REDUCED:
-        return
-    others = [n.meta["val"] for i in _NORMS[node.target] if isinstance(n := node.args[i], fx.Node)]
-    dtypes = {t.dtype for t in others}
-    mixed = torch.float32 in dtypes
-    statistics = torch.float32 if mixed else value[0].dtype
-    # Running statistics (outputs 3 and 4 of the functional form) keep their type, which is all others' too.
-    new = (value[0], *(_retyped(t, statistics) for t in value[1:]))
-    node.meta["val"] = new
-    for user in node.users:
-        if user.target is operator.getitem:
-            user.meta["val"] = operator.getitem(new, user.args[1])
-
-
-def _retyped(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value if value.dtype is dtype else torch.empty_like(value, dtype=dtype)

@@ -1,6 +1,6 @@
 """Profile: seconds and allocator rise of every operator call of a graph, measured on this device.
 
-Each distinct call (operator, shapes, strides, dtypes, constants) runs alone a few times on made-up inputs; the
+Each distinct call (operator, shapes, strides, dtypes, constants) runs alone a few times on synthetic inputs; the
 smallest time counts, since noise only ever adds. All calls are gone through twice, so that a busy moment of the
 machine does not make some of them look slow. The processor's caches are full of other data by then, as they are in
 a step: on cached inputs every call bound by memory, codecs and masks first of all, looks cheaper than it is. Filling a
@@ -30,8 +30,9 @@ from torch.utils._pytree import tree_leaves
 
 from fxhybrid.errors import ProfileError
 from fxhybrid.profiling.allocator import Recording, recording
+from fxhybrid.profiling.cost_estimate import estimate_cost
 from fxhybrid.profiling.state_bytes import storage_bytes
-from fxhybrid.profiling.synthetic_inputs import made_up_arguments
+from fxhybrid.profiling.synthetic_inputs import synthetic_arguments
 
 ROUNDS = 2  # over all calls
 FEWEST_RUNS, MOST_RUNS = 2, 4  # of a call, in each round
@@ -42,10 +43,17 @@ USUAL_CACHE_BYTES = 8 * 2**20  # where the system does not say
 
 @dataclass(frozen=True)
 class OpCost:
-    """Seconds of one run and the allocator's peak rise during it, outputs included."""
+    """Holds seconds of one run and the allocator's peak rise during it, outputs included.
+
+    Attributes:
+        seconds: smallest time seen.
+        alloc_peak_bytes: most bytes allocated at once.
+        estimated: whether both follow from the sizes of inputs and outputs, since the operator takes no synthetic ones.
+    """
 
     seconds: float
     alloc_peak_bytes: int
+    estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,14 @@ class Profile:
             raise ProfileError(f"no cost is known for {call.key}")
         return self.costs[call.key]
 
+    @property
+    def estimated(self) -> list[str]:
+        """Calls whose costs are estimated, as text."""
+        return [key for key, cost in self.costs.items() if cost.estimated]
+
     def __str__(self) -> str:
-        return f"Profile: {len(self.costs)} calls on {self.device}"
+        estimated = f", {len(self.estimated)} of them estimated" if self.estimated else ""
+        return f"Profile: {len(self.costs)} calls on {self.device}{estimated}"
 
 
 def call_of(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Call:
@@ -137,7 +151,7 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None, progr
         progress: show a bar on a terminal while measuring.
 
     Raises:
-        ProfileError: a call cannot be run on made-up inputs.
+        ProfileError: a call fails that ran before, or memory does not suffice for it.
     """
     device = device_key()
     path = _cache_path(device, cache_dir)
@@ -157,41 +171,48 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None, progr
             disable=not progress or not Console(stderr=True).is_terminal,
         )
         with bar:
-            costs.update(_measure(bar.track(missing * ROUNDS), len(missing)))
+            costs.update(_measure(bar.track(missing * ROUNDS)))
         _write_cache(path, costs)
     return Profile(device, costs)
 
 
-def _measure(calls: Iterable[Call], n_distinct: int) -> dict[str, OpCost]:
-    """Runs each call on made-up inputs: smallest time of a few runs, and the allocator's rise.
+def _measure(calls: Iterable[Call]) -> dict[str, OpCost]:
+    """Runs each call on synthetic inputs: smallest time of a few runs, and the allocator's rise.
 
     Args:
         calls: the distinct calls, several times over.
-        n_distinct: how many they are.
     """
     seconds: dict[str, float] = {}
+    refused: dict[str, Call] = {}
     other_data = torch.zeros(cache_bytes() // 4 + 1)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), recording() as recorded:
         torch.manual_seed(0)
-        for trials in _batches(calls, cache_bytes()):
+        for trials in _batches(calls, cache_bytes(), refused):
             _time(trials, recorded, other_data)
             for trial in trials:
                 key = trial.call.key
                 seconds[key] = min(trial.best_s, seconds.get(key, math.inf))
     # segments: before the first mark, call 0, between, call 1, between ...
-    rises = (recorded.peak_rise_bytes(2 * i + 1) for i in range(n_distinct))
-    return {key: OpCost(s, rise) for (key, s), rise in zip(seconds.items(), rises, strict=True)}
+    rises = (recorded.peak_rise_bytes(2 * i + 1) for i in range(len(seconds)))
+    costs = {key: OpCost(s, rise) for (key, s), rise in zip(seconds.items(), rises, strict=True)}
+    estimates = {key: _estimated(call) for key, call in refused.items() if key not in costs}
+    return costs | estimates
+
+
+def _estimated(call: Call) -> OpCost:
+    with torch.no_grad():
+        return OpCost(*estimate_cost(call.target, call.args, call.kwargs), estimated=True)
 
 
 class _Trial:
-    """A call with made-up inputs, and how long it took so far."""
+    """A call with synthetic inputs, and how long it took so far."""
 
     def __init__(self, call: Call) -> None:
+        """Makes the inputs and runs the call once: kernels and weight layouts are chosen at the first run."""
         self.call = call
         self.best_s, self.spent_s, self.runs = math.inf, 0.0, 0
-        with _blaming(call):
-            self.args, self.kwargs = made_up_arguments(call.target, call.args, call.kwargs)
-            call.target(*self.args, **self.kwargs)  # warm-up: kernels and weight layouts are chosen at the first run
+        self.args, self.kwargs = synthetic_arguments(call.target, call.args, call.kwargs)
+        call.target(*self.args, **self.kwargs)
 
     @property
     def wanted(self) -> bool:
@@ -203,7 +224,7 @@ class _Trial:
         if self.runs == 0:
             recorded.mark()
         start = time.perf_counter()
-        with _blaming(self.call):
+        with _as_profile_error(self.call):
             result = self.call.target(*self.args, **self.kwargs)
         seconds = time.perf_counter() - start
         if self.runs == 0:
@@ -213,19 +234,32 @@ class _Trial:
 
 
 @contextlib.contextmanager
-def _blaming(call: Call) -> Iterator[None]:
+def _as_profile_error(call: Call) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         raise ProfileError(f"cannot measure {call.key}: {error}") from error
 
 
-def _batches(calls: Iterable[Call], room_bytes: int) -> Iterator[list[_Trial]]:
-    """Calls whose inputs take ``room_bytes`` together: they are there at the same time."""
+def _batches(calls: Iterable[Call], room_bytes: int, refused: dict[str, Call]) -> Iterator[list[_Trial]]:
+    """Yields calls whose inputs take ``room_bytes`` together: they are there at the same time.
+
+    Calls that refuse synthetic inputs are put into ``refused``.
+    """
     trials: list[_Trial] = []
     taken_bytes = 0
     for call in calls:
-        trials.append(_Trial(call))
+        if call.key in refused:
+            continue
+        try:
+            trials.append(_Trial(call))
+        except MemoryError:
+            raise
+        except Exception as error:
+            if "allocate" in str(error):
+                raise ProfileError(f"memory does not suffice to measure {call.key}: {error}") from error
+            refused[call.key] = call
+            continue
         tensors = tree_leaves((trials[-1].args, trials[-1].kwargs))
         taken_bytes += storage_bytes(x for x in tensors if isinstance(x, torch.Tensor))
         if taken_bytes >= room_bytes:
@@ -269,7 +303,8 @@ def _read_cache(path: Path) -> dict[str, OpCost]:
 
 
 def _write_cache(path: Path, costs: Mapping[str, OpCost]) -> None:
-    text = json.dumps({key: (cost.seconds, cost.alloc_peak_bytes) for key, cost in costs.items()})
+    measured = {key: cost for key, cost in costs.items() if not cost.estimated}
+    text = json.dumps({key: (cost.seconds, cost.alloc_peak_bytes) for key, cost in measured.items()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")

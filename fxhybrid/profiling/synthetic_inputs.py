@@ -1,23 +1,27 @@
-"""Made-up inputs, on which an operator can be timed."""
+"""Synthetic inputs, on which an operator can be timed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxhybrid.codecs import TensorMeta, get_codec
 
 aten = torch.ops.aten
 PATTERN = 4099  # prime, so that rows differ
 
+Arguments = Mapping[str, Any]
+Values = Callable[[Tensor, Arguments], Tensor]
 
-def made_up_arguments(
+
+def synthetic_arguments(
     target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Real tensors in place of the fake ones, on which ``target`` can run."""
+    """Makes real tensors in the place of fake ones, with values that ``target`` takes."""
     if target is torch.ops.fxhybrid.compress.default:
         value, codec = args
         return (_encodable(codec, value), codec), {}
@@ -26,50 +30,113 @@ def made_up_arguments(
         value = qdata.new_empty_strided(size, stride, dtype=dtype)
         return (*get_codec(codec).encode(_encodable(codec, value)), *args[2:]), {}
     schema = target._schema.arguments if hasattr(target, "_schema") else ()
-    names = [argument.name for argument in schema] + [""] * len(args)
-
-    def real(value: Any, name: str) -> Any:
-        limit = _index_limit(target, args, name)
-        return fx.node.map_aggregate(value, lambda v: _real(v, limit))
-
-    made = tuple(real(value, name) for value, name in zip(args, names, strict=False))
-    return made, {name: real(value, name) for name, value in kwargs.items()}
+    names = [argument.name for argument in schema]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    made = {name: _argument(target, name, value, named) for name, value in named.items()}
+    nameless = (_argument(target, "", value, named) for value in args[len(names) :])
+    return (*(made[name] for name in names[: len(args)]), *nameless), {name: made[name] for name in kwargs}
 
 
-def _encodable(codec: str, value: torch.Tensor) -> torch.Tensor:
-    """Made-up data like ``value`` that ``codec`` may encode."""
+def _argument(target: Any, name: str, value: Any, named: Arguments) -> Any:
+    """One argument, with tensors of the values that it needs in the place of all fake ones."""
+    values = _VALUES.get((getattr(target, "overloadpacket", target), name), _plain)
+    return fx.node.map_aggregate(value, lambda v: _laid_out(values(v, named), v) if isinstance(v, Tensor) else v)
+
+
+def _encodable(codec: str, value: Tensor) -> Tensor:
+    """Data like ``value`` that ``codec`` may encode."""
     example = get_codec(codec).example(TensorMeta.of(value), value.device)
-    return _real(value, 1) if example is None else example
+    return _laid_out(_plain(value, {}), value) if example is None else example
 
 
-def _index_limit(target: Any, args: tuple[Any, ...], argument: str) -> int:
-    """Integer inputs named ``argument`` are drawn from [0, limit): what the operator's indices may be."""
-    if target is aten.embedding.default and argument == "indices":
-        return int(args[0].shape[0])
-    if target is aten.embedding_dense_backward.default and argument == "indices":
-        return int(args[2])
-    if target in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default) and argument == "target":
-        return int(args[0].shape[1])
-    if target in (aten.nll_loss_backward.default, aten.nll_loss2d_backward.default) and argument == "target":
-        return int(args[1].shape[1])
-    return 1
+def _laid_out(values: Tensor, like: Tensor) -> Tensor:
+    """The elements of a storage as a tensor with the strides of ``like``."""
+    return values.as_strided(like.shape, like.stride(), like.storage_offset())
 
 
-def _real(value: Any, limit: int) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    n_elements = value.untyped_storage().nbytes() // value.dtype.itemsize
-    if value.dtype.is_floating_point:
-        base = _pattern(value.device).to(value.dtype).repeat(n_elements // PATTERN + 1)[:n_elements]
-    elif value.dtype is torch.bool:
-        base = torch.rand(n_elements, device=value.device) > 0.5
-    elif value.dtype.is_complex:
-        base = torch.rand(n_elements, dtype=value.dtype, device=value.device)
-    else:
-        base = torch.randint(0, limit, (n_elements,), dtype=value.dtype, device=value.device)
-    return base.as_strided(value.shape, value.stride(), value.storage_offset())
+def _n_elements(like: Tensor) -> int:
+    """How many elements the storage of ``like`` holds."""
+    return like.untyped_storage().nbytes() // like.dtype.itemsize
 
 
-def _pattern(device: torch.device) -> torch.Tensor:
-    """Values in [0.5, 1.5): fit for logarithms, divisions and square roots."""
-    return torch.rand(PATTERN, device=device).add_(0.5)
+# -- values: each makes all elements of one storage -----------------------------------------------------------
+
+
+def _plain(like: Tensor, _: Arguments) -> Tensor:
+    """Floats fit for logarithms, divisions and square roots; integers that are 0, the first index of anything."""
+    n = _n_elements(like)
+    if like.dtype.is_floating_point:
+        pattern = torch.rand(PATTERN, device=like.device).add_(0.5).to(like.dtype)
+        return pattern.repeat(n // PATTERN + 1)[:n]
+    if like.dtype is torch.bool:
+        return torch.rand(n, device=like.device) > 0.5
+    if like.dtype.is_complex:
+        return torch.rand(n, dtype=like.dtype, device=like.device)
+    return torch.zeros(n, dtype=like.dtype, device=like.device)
+
+
+def _probabilities(like: Tensor, named: Arguments) -> Tensor:
+    """Floats in [0.25, 0.75)."""
+    return _plain(like, named).sub_(0.5).mul_(0.5).add_(0.25) if like.dtype.is_floating_point else _plain(like, named)
+
+
+def _true(like: Tensor, _: Arguments) -> Tensor:
+    return torch.ones(_n_elements(like), dtype=like.dtype, device=like.device)
+
+
+def _pivots(like: Tensor, _: Arguments) -> Tensor:
+    """Rows 1, 2, ... that are exchanged with themselves."""
+    n = like.shape[-1] if like.dim() else 1
+    return torch.arange(1, n + 1, dtype=like.dtype, device=like.device).repeat(-(-_n_elements(like) // max(n, 1)))
+
+
+def _few(wanted: Callable[[Arguments], int]) -> Values:
+    """A mask that lets no more elements through than there are to put in their place."""
+
+    def values(like: Tensor, named: Arguments) -> Tensor:
+        n = _n_elements(like)
+        copies = max(like.numel() // max(n, 1), 1)  # of each element, where the mask is expanded
+        mask = torch.zeros(n, dtype=like.dtype, device=like.device)
+        mask[: wanted(named) // copies] = True
+        return mask
+
+    return values
+
+
+def _indices(limit: Callable[[Arguments], int]) -> Values:
+    """Integers in [0, limit)."""
+
+    def values(like: Tensor, named: Arguments) -> Tensor:
+        return torch.randint(0, limit(named), (_n_elements(like),), dtype=like.dtype, device=like.device)
+
+    return values
+
+
+def _classes(named: Arguments) -> int:
+    """How many classes the scores of a loss have: dimension 1, or the only one."""
+    return int(named["self"].shape[min(1, named["self"].dim() - 1)])
+
+
+def _rows(named: Arguments) -> int:
+    return int(named["weight"].shape[0])
+
+
+_TARGETS = (aten.nll_loss_forward, aten.nll_loss2d_forward, aten.nll_loss_backward, aten.nll_loss2d_backward)
+_CROSS_ENTROPIES = (aten.binary_cross_entropy, aten.binary_cross_entropy_backward)
+_VALUES: dict[tuple[Any, str], Values] = {
+    (aten.embedding, "indices"): _indices(_rows),
+    (aten.embedding_dense_backward, "indices"): _indices(lambda named: int(named["num_weights"])),
+    **{(op, "target"): _indices(_classes) for op in _TARGETS},
+    **{(op, name): _probabilities for op in _CROSS_ENTROPIES for name in ("self", "target")},
+    (aten.bernoulli, "self"): _probabilities,
+    (aten.bernoulli, "p"): _probabilities,
+    (aten.binomial, "prob"): _probabilities,
+    (aten.fractional_max_pool2d, "random_samples"): _probabilities,
+    (aten.fractional_max_pool3d, "random_samples"): _probabilities,
+    (aten.masked_scatter, "mask"): _few(lambda named: named["source"].numel()),
+    (aten.masked_scatter_backward, "mask"): _few(lambda named: math.prod(named["sizes"])),
+    (aten._assert_async, "self"): _true,
+    (aten.linalg_lu_solve, "pivots"): _pivots,
+    (aten.linalg_ldl_solve, "pivots"): _pivots,
+    (aten.lu_unpack, "LU_pivots"): _pivots,
+}

@@ -1,0 +1,69 @@
+"""Settings of torch's tracers under which a model is captured, and under which its guards are checked."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._dynamo.eval_frame import set_enable_dynamic
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch.distributions import Distribution, kl
+
+from fxhybrid.capture.fake_tensor_fixes import kernel_norms
+
+LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "fatal", "log", "isEnabledFor")
+LIBRARIES = ("_once", "_advice")  # endings of the methods that model libraries add to loggers
+
+
+@contextlib.contextmanager
+def tracing_settings() -> Iterator[None]:
+    """Sets Dynamo and AOTAutograd up for a capture."""
+    _remember_divergences()
+    dynamo: Any = torch._dynamo.config.patch(
+        skip_nnmodule_hook_guards=False,  # a hook added later would be ignored
+        trace_autograd_ops=True,  # gradients that the model itself computes (penalties, forces) are its forward pass
+        allow_rnn=True,  # recurrent layers become opaque operators afterwards
+        ignore_logging_functions=_logging_functions(),
+        fake_tensor_cache_enabled=False,  # it forgets the size of storages that are larger than their tensor
+    )
+    # Random operators whose result nobody reads stay: all later random numbers depend on them.
+    inductor: Any = torch._inductor.config.patch(fallback_random=True)
+    aot: Any = torch._functorch.config.patch(backward_pass_autocast="off")
+    with contextlib.ExitStack() as stack:
+        for setting in (dynamo, inductor, aot, set_enable_dynamic(False), without_value_checks(), kernel_norms()):
+            stack.enter_context(setting)
+        stack.enter_context(get_metrics_context())
+        stack.enter_context(dynamo_timed("fxhybrid_capture"))
+        yield
+
+
+@contextlib.contextmanager
+def without_value_checks() -> Iterator[None]:
+    """Lets ``torch.distributions`` take its arguments unchecked, as ``torch.compile`` does for a whole process.
+
+    A guard remembers which way it was, so guards are checked under this too.
+    """
+    before = Distribution._validate_args
+    Distribution._validate_args = False
+    try:
+        yield
+    finally:
+        Distribution._validate_args = before
+
+
+def _logging_functions() -> set[Callable[..., Any]]:
+    """Finds what writes to a log or warns: it gives nothing back, so a trace may leave it out."""
+    places = (logging, logging.Logger, logging.LoggerAdapter)
+    found: list[Any] = [getattr(place, name, None) for place in places for name in LOGGING]
+    found += [value for name, value in vars(logging.Logger).items() if name.endswith(LIBRARIES)]
+    return {function for function in (*found, warnings.warn, warnings.warn_explicit, print) if callable(function)}
+
+
+def _remember_divergences() -> None:
+    """Fills the memory of ``kl_divergence``, whose search by classes cannot be traced."""
+    for pair, function in kl._KL_REGISTRY.items():
+        kl._KL_MEMOIZE.setdefault(pair, function)
