@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fxhybrid
+from tests.test_layering import FLOORS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/**/*.md")])
@@ -60,3 +61,9 @@ def test_glossary_rows_are_complete_and_sorted() -> None:
     assert all(len(row) == 3 and all(row) for row in rows)
     names = [row[0].lower() for row in rows]
     assert names == sorted(names)
+
+
+def test_every_room_has_a_paragraph() -> None:
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    described = [name for line in re.findall(r"^\*\*(.+?)\.\*\*", text, re.M) for name in re.findall(r"`(.+?)`", line)]
+    assert sorted(described) == sorted(room for floor in FLOORS for room in floor)
