@@ -39,6 +39,7 @@ class LiftedGraph(nn.Module):
         self.n_arguments = len(arguments)
 
     def forward(self, *free: Any) -> Any:
+        """Runs the graph on its own tensors and those that are given."""
         rest = iter(free)
         positions = range(self.n_arguments)
         arguments = [getattr(self, self.owned[i]) if i in self.owned else next(rest) for i in positions]
@@ -54,7 +55,10 @@ class LiftedGraph(nn.Module):
 
 
 def fxhybrid_backend(
-    graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],  # noqa: ARG001  Dynamo's protocol for backends
+    *,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """A Dynamo backend; ``options`` are keyword arguments of ``fxhybrid.compile``, ``budget`` among them.
 

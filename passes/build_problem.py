@@ -41,6 +41,9 @@ def problem_of(
     """The planning problem of ``layout`` with ``profile``'s costs.
 
     Args:
+        joint: the graph, with the roles of inputs and outputs.
+        layout: its storages and operators.
+        profile: seconds and workspace of every operator and codec.
         choices: codecs offered per storage.
         errors: relative gradient error of each (storage, lossy codec).
         resident_bytes: everything that is alive through the whole step.

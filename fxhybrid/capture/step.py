@@ -24,6 +24,7 @@ class Step(nn.Module):
         self.return_outputs = return_outputs
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss_args: tuple[Any, ...]) -> Any:
+        """Returns the outputs, the loss, or both."""
         output = self.model(*args, **kwargs)
         if self.loss_fn is None:
             return output

@@ -169,6 +169,7 @@ class Recording:
         return _walk(self.segments[segment], {})[0]
 
     def mark(self) -> None:
+        """Ends the segment: what comes after belongs to the next one."""
         with torch.profiler.record_function(_MARK):
             pass
 

@@ -109,7 +109,8 @@ def native_kernels() -> NativeKernels | None:
 def kernels_key() -> str:
     """Names what runs where there is a choice: the compiled kernels by their source and flags, or plain ATen."""
     kernels = native_kernels()
-    return "aten" if kernels is None else Path(kernels.library._name).stem
+    # ctypes has no other name for the file
+    return "aten" if kernels is None else Path(kernels.library._name).stem  # noqa: SLF001
 
 
 def _cache_path(compiler: tuple[str, ...]) -> Path:
