@@ -37,7 +37,7 @@ MIXED = 2.0  # encode time of channel-wise widths over that of uniform 4 bits
 
 @dataclass(frozen=True)
 class Case:
-    """A tensor, the codecs for it, and its row length or plane size."""
+    """Holds a tensor, the codecs for it, and its row length or plane size."""
 
     layout: str
     natural_row: int
@@ -108,7 +108,7 @@ def sqrt_codecs(weights: Tensor) -> tuple[Codec, ...]:
 
 
 def channelwise_codec(x: Tensor) -> Codec:
-    """The widths of least error in x itself at the bytes of 4 bits a row."""
+    """Returns the widths of least error in x itself at the bytes of 4 bits a row."""
     meta, per_row = TensorMeta.of(x), channels_per_row(x.shape[1], x[0, 0].numel())
     low, high = x.view(x.shape[0], x.shape[1] // per_row, -1).aminmax(dim=2)
     errors = {0: (high - low).double().square().sum(0)}
@@ -159,7 +159,7 @@ def against(run: Callable[[], object], relu: Callable[[], object], pairs: int) -
 
 
 def table(size_mib: int, records: Sequence[Record]) -> Table:
-    """One row per layout and codec."""
+    """Builds a table of one row per layout and codec."""
     found = Table(title=f"{size_mib} MiB; x: speed over relu's")
     for name in ("layout", "codec", "row", "encode GB/s", "x", "decode GB/s", "x", "bytes", "error"):
         found.add_column(name, justify="left" if name in ("layout", "codec") else "right")
@@ -171,7 +171,7 @@ def table(size_mib: int, records: Sequence[Record]) -> Table:
 
 
 def checks(records: Sequence[Record]) -> list[Check]:
-    """The speed checks: each lossy codec's slowest case."""
+    """Judges the speed: each lossy codec's slowest case."""
     found = []
     for codec in sorted({r["codec"] for r in records if not r["lossless"]}):
         for long, limit in ((True, LONG), (False, SHORT)):

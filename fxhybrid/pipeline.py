@@ -42,9 +42,9 @@ class Prepared:
 
     def meta(self, storage: int) -> TensorMeta:
         """Shape, strides and type of a storage that some node reads whole."""
-        root = self.layout.storages[storage].root
-        assert root is not None, "codecs are offered only for storages that are read"
-        return TensorMeta.of(root.meta["val"])
+        base = self.layout.storages[storage].base
+        assert base is not None, "codecs are offered only for storages that are read"
+        return TensorMeta.of(base.meta["val"])
 
     @cached_property
     def save_all_graphs(self) -> SplitGraphs:

@@ -1,4 +1,4 @@
-"""Problem: layout and profile become plain numbers."""
+"""Builds the planning problem: layout and profile become plain numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CodecChoices = Mapping[int, tuple[str, ...]]
 
 
 def calls_of(layout: Layout, choices: CodecChoices) -> Iterable[Call]:
-    """Every call whose cost the problem needs: ops, and encode and decode of each offered codec."""
+    """Yields every call whose cost the problem needs: ops, and encode and decode of each offered codec."""
     for op in layout.forward + layout.backward:
         yield _op_call(op)
         form = fused_form(op.node)
@@ -27,7 +27,7 @@ def calls_of(layout: Layout, choices: CodecChoices) -> Iterable[Call]:
             yield call_of(*form)
     for storage, codecs in choices.items():
         for codec in codecs:
-            yield from _codec_calls(_root_value(layout, storage), get_codec(codec).profiled_as().spec)
+            yield from _codec_calls(_base_value(layout, storage), get_codec(codec).profiled_as().spec)
 
 
 def problem_of(
@@ -38,7 +38,7 @@ def problem_of(
     errors: Mapping[tuple[int, str], float],
     resident_bytes: int,
 ) -> Problem:
-    """The planning problem of ``layout`` with ``profile``'s costs.
+    """Builds the planning problem of ``layout`` with ``profile``'s costs.
 
     Args:
         joint: the graph, with the roles of inputs and outputs.
@@ -88,10 +88,10 @@ def _op_call(op: OpCall) -> Call:
     return call_of(op.node.target, op.node.args, op.node.kwargs)
 
 
-def _root_value(layout: Layout, storage: int) -> torch.Tensor:
-    root = layout.storages[storage].root
-    assert isinstance(root, fx.Node), "codecs are offered only for storages that are read"
-    value: torch.Tensor = root.meta["val"]
+def _base_value(layout: Layout, storage: int) -> torch.Tensor:
+    base = layout.storages[storage].base
+    assert isinstance(base, fx.Node), "codecs are offered only for storages that are read"
+    value: torch.Tensor = base.meta["val"]
     return value
 
 
@@ -104,7 +104,7 @@ def _codec_calls(value: torch.Tensor, codec: str) -> tuple[Call, Call]:
 
 
 def _codec_costs(profile: Profile, value: torch.Tensor, codec: str) -> tuple[OpCost, OpCost]:
-    """What encode and decode cost: the seconds of the codec that stands in for it, and its own bytes."""
+    """Returns what encode and decode cost: the seconds of the codec that stands in for it, and its own bytes."""
     stand_in, meta = get_codec(codec).profiled_as(), TensorMeta.of(value)
     encode, decode = (profile.cost(call) for call in _codec_calls(value, stand_in.spec))
     more = sum(get_codec(codec).encoded_bytes(meta)) - sum(stand_in.encoded_bytes(meta))
@@ -112,7 +112,7 @@ def _codec_costs(profile: Profile, value: torch.Tensor, codec: str) -> tuple[OpC
 
 
 def _by_kernels(call: Call, codec: str) -> Call:
-    """The call, told apart from the same one by other kernels: costs are kept on disk by key."""
+    """Tells the call apart from the same one by other kernels: costs are kept on disk by key."""
     kernels = get_codec(codec).kernels_key
     return replace(call, key=f"{call.key} by {kernels}") if kernels else call
 
@@ -126,7 +126,7 @@ def _options(
 ) -> tuple[CodecOption, ...]:
     options = []
     for text in codecs:
-        value, codec = _root_value(layout, storage), get_codec(text)
+        value, codec = _base_value(layout, storage), get_codec(text)
         encode, decode = _codec_costs(profile, value, text)
         options.append(
             CodecOption(

@@ -15,7 +15,7 @@ from torch import fx
 import fxhybrid.ops.masks  # noqa: F401  (registers keep_mask and apply_mask)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
 from fxhybrid.passes.graph_edit import call, tangent_free
-from fxhybrid.passes.low_memory_backward import lean_batch_norm, parameter_gradients_first, split_convolution_gradients
+from fxhybrid.passes.low_memory_backward import chunk_batch_norm, parameter_gradients_first, split_convolution_gradients
 from fxhybrid.passes.storages import is_random
 
 aten = torch.ops.aten
@@ -180,7 +180,7 @@ PASSES: tuple[Pass, ...] = (
     snapshot_overwritten,
     hoist_predicates,
     own_gradients,
-    lean_batch_norm,
+    chunk_batch_norm,
     split_convolution_gradients,
     parameter_gradients_first,
 )

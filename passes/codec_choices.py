@@ -1,4 +1,4 @@
-"""Choices: which codecs a storage may be offered, decided by what reads it in the backward pass."""
+"""Decides which codecs a storage may be offered, by what reads it in the backward pass."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ SMALLEST_BYTES = 4096
 
 
 def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoices:
-    """Codecs offered per storage; storages of a few KiB are not worth a call."""
+    """Returns the codecs offered per storage; storages of a few KiB are not worth a call."""
     choices = {}
     forward = {s for op in layout.forward for s in op.outputs}
     readers = _backward_readers(layout)
     drifting = _drifting(layout)
     for index, storage in enumerate(layout.storages):
-        root = storage.root
-        if index not in forward or root is None or storage.size_bytes < SMALLEST_BYTES:
+        base = storage.base
+        if index not in forward or base is None or storage.size_bytes < SMALLEST_BYTES:
             continue
-        meta = TensorMeta.of(root.meta["val"])
+        meta = TensorMeta.of(base.meta["val"])
         if meta.nbytes != storage.size_bytes:
             continue
-        codecs = candidate_codecs(meta, softmax=_holds_softmax(root))
-        offered = [*_pool_offsets(root), *(c.spec for c in codecs)]
+        codecs = candidate_codecs(meta, softmax=_holds_softmax(base))
+        offered = [*_pool_offsets(base), *(c.spec for c in codecs)]
         tolerant = all(_tolerates(reader, argument) for reader, argument in readers.get(index, []))
         tolerant = tolerant and bool(readers.get(index))
         kept = [s for s in offered if (lossless if get_codec(s).lossless else lossy and tolerant)]
@@ -82,7 +82,7 @@ def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoice
 
 
 def _backward_readers(layout: Layout) -> dict[int, list[tuple[fx.Node, int]]]:
-    """For each storage, the backward ops that read it (through views) and at which argument."""
+    """Finds, for each storage, the backward ops that read it (through views) and at which argument."""
     readers: dict[int, list[tuple[fx.Node, int]]] = {}
     for op in layout.backward:
         for position, argument in enumerate((*op.node.args, *op.node.kwargs.values())):
@@ -95,7 +95,7 @@ def _backward_readers(layout: Layout) -> dict[int, list[tuple[fx.Node, int]]]:
 
 
 def _drifting(layout: Layout) -> frozenset[int]:
-    """Storages whose error at 4 bits one batch at the start of training does not tell (docs/adr/0014).
+    """Finds the storages whose error at 4 bits one batch at the start of training does not tell (docs/adr/0014).
 
     These are inputs of norms over lines, and of the output layer: what reads the forward pass first on the way back.
     """
@@ -109,24 +109,24 @@ def _tolerates(reader: fx.Node, argument: int) -> bool:
     return phase_of(reader) is Phase.BACKWARD and argument in TOLERANT.get(reader.target, ())
 
 
-def _holds_softmax(root: fx.Node) -> bool:
-    """Whether a tensor is made by softmax, or by dropout of that, in any precision.
+def _holds_softmax(base: fx.Node) -> bool:
+    """Tells whether a tensor is made by softmax, or by dropout of that, in any precision.
 
     Its lines sum to one each: one that attends to few places has values many times those of another, and on a grid
     that both share the small ones become 0. Within a line, too, most are small.
     """
-    while root.target in (operator.getitem, aten.native_dropout.default, aten._to_copy.default):
-        source = root.args[0]
+    while base.target in (operator.getitem, aten.native_dropout.default, aten._to_copy.default):
+        source = base.args[0]
         assert isinstance(source, fx.Node)
-        root = source
-    return root.target in (aten._softmax.default, aten._safe_softmax.default)
+        base = source
+    return base.target in (aten._softmax.default, aten._safe_softmax.default)
 
 
-def _pool_offsets(root: fx.Node) -> Iterator[str]:
-    """The window-offset codec for the indices of a max pool."""
-    if root.target is not operator.getitem or root.args[1] != 1:
+def _pool_offsets(base: fx.Node) -> Iterator[str]:
+    """Yields the window-offset codec for the indices of a max pool."""
+    if base.target is not operator.getitem or base.args[1] != 1:
         return
-    pool = root.args[0]
+    pool = base.args[0]
     assert isinstance(pool, fx.Node)
     if pool.target is not aten.max_pool2d_with_indices.default:
         return

@@ -1,4 +1,4 @@
-"""Gradient error of lossy choices where nothing is measured: an estimate per tensor and codec.
+"""Estimates the gradient error of lossy choices where nothing is measured, per tensor and codec.
 
 Lossy candidates are grouped by what reads them in the backward pass. The group's tensors share the error of the
 whole group at 4 bits evenly (errors add up as squares), and other codecs follow from their noise. Where memory allows
@@ -22,7 +22,7 @@ Group = frozenset[str]
 
 
 def lossy_groups(layout: Layout, choices: CodecChoices) -> dict[Group, list[int]]:
-    """Storages that may be lossy, grouped by the operators that read them in the backward pass."""
+    """Groups the storages that may be lossy by the operators that read them in the backward pass."""
     readers: dict[int, set[str]] = {}
     for op in layout.backward:
         for storage in op.inputs:
@@ -37,7 +37,7 @@ def lossy_groups(layout: Layout, choices: CodecChoices) -> dict[Group, list[int]
 def error_table(
     groups: Mapping[Group, Iterable[int]], choices: CodecChoices, at_4_bits: Callable[[Group], float]
 ) -> ErrorTable:
-    """Error of each (storage, lossy codec), from each group's error at 4 bits."""
+    """Computes the error of each (storage, lossy codec) from each group's error at 4 bits."""
     errors: ErrorTable = {}
     for group, members in groups.items():
         storages = list(members)

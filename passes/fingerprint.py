@@ -13,7 +13,7 @@ from fxhybrid.capture.joint_graph import JointGraph
 
 
 def fingerprint(joint: JointGraph) -> str:
-    """Hex digest that is equal for graphs that any plan fits alike."""
+    """Computes a hex digest that is equal for graphs that any plan fits alike."""
     digest = hashlib.sha256()
     number = {node: i for i, node in enumerate(joint.module.graph.nodes)}
     for node in joint.module.graph.nodes:

@@ -15,7 +15,7 @@ from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, Ph
 def call(
     joint: JointGraph, target: Any, args: tuple[Any, ...], phase: Phase, kwargs: Mapping[str, Any] | None = None
 ) -> fx.Node:
-    """A new call at the graph's insertion point, its fake value worked out from its arguments'."""
+    """Makes a new call at the graph's insertion point, its fake value worked out from its arguments'."""
     node = joint.module.graph.call_function(target, args, dict(kwargs or {}))
     values = fx.node.map_arg(args, lambda n: n.meta["val"])
     found: list[torch.Tensor] = []
@@ -28,12 +28,12 @@ def call(
 
 
 def output_parts(node: fx.Node) -> dict[int, fx.Node]:
-    """The getitem of each output of ``node`` that is read."""
+    """Finds the getitem of each output of ``node`` that is read."""
     return {int(user.args[1]): user for user in node.users if user.target is operator.getitem}  # type: ignore[arg-type]
 
 
 def tangent_free(joint: JointGraph) -> set[fx.Node]:
-    """Nodes that no tangent reaches."""
+    """Finds the nodes that no tangent reaches."""
     pairs = zip(joint.placeholders, joint.inputs, strict=True)
     tangents = {node for node, role in pairs if role.kind is InputKind.TANGENT}
     free: set[fx.Node] = set()

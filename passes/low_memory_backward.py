@@ -1,4 +1,4 @@
-"""Lean: backward operators in forms that hold less at once, with the very same results."""
+"""Low-memory backward: operators in forms that hold less at once, with the very same results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fxhybrid.capture.joint_graph import JointGraph, Phase, phase_of
 from fxhybrid.passes.graph_edit import call, output_parts
 
 aten = torch.ops.aten
-LARGE = 2  # batch norms of at least 1 / LARGE of the largest input are made lean
+LARGE = 2  # batch norms of at least 1 / LARGE of the largest input run some channels at a time
 
 
 def split_convolution_gradients(joint: JointGraph) -> None:
-    """Weight and input gradient of a convolution one after the other.
+    """Computes weight and input gradient of a convolution one after the other.
 
     One call for both holds input, output gradient and input gradient together. The input gradient alone is a
     transposed convolution, which does not need the input, so that the input may be gone by then. On CPU both
@@ -62,8 +62,8 @@ def _is_onednn_convolution(x: torch.Tensor) -> bool:
     return plain and x.dim() == 4 and x.dtype is torch.float32 and x.is_contiguous()
 
 
-def lean_batch_norm(joint: JointGraph) -> None:
-    """Batch norm's backward pass some channels at a time, for the largest inputs.
+def chunk_batch_norm(joint: JointGraph) -> None:
+    """Runs batch norm's backward pass some channels at a time, for the largest inputs.
 
     It takes up to twice as long, and only the largest ones can hold the peak of the step.
     """
@@ -85,7 +85,7 @@ def lean_batch_norm(joint: JointGraph) -> None:
 
 
 def parameter_gradients_first(joint: JointGraph) -> None:
-    """Work that ends in a parameter's gradient is done as soon as it can be.
+    """Moves work that ends in a parameter's gradient to where it can first be done.
 
     A weight gradient reads a saved activation; doing it before the input gradient is made lets the activation
     go first.

@@ -88,16 +88,16 @@ class _Rewriter:
 
     def _take_outputs(self, op: OpCall, new: fx.Node, instruction: Instruction) -> None:
         for storage, value in zip(op.outputs, instruction.writes, strict=True):
-            root = self.layout.storages[storage].root
+            base = self.layout.storages[storage].base
             wanted = value in self.read_values
             if instruction.kind is not Kind.RERUN:
                 self.original[storage] = value
                 wanted = wanted or storage in self.returned
-            if root is op.node:
+            if base is op.node:
                 self.whole[value] = new
-            elif root is not None and wanted:
-                part = self.graph.call_function(operator.getitem, (new, root.args[1]))
-                self.whole[value] = self._tag(part, root.meta["val"])
+            elif base is not None and wanted:
+                part = self.graph.call_function(operator.getitem, (new, base.args[1]))
+                self.whole[value] = self._tag(part, base.meta["val"])
 
     def _emit_encode(self, instruction: Instruction) -> None:
         source = self.whole[instruction.reads[0]]
@@ -111,9 +111,9 @@ class _Rewriter:
         self.encoded[instruction.writes[0]] = (qdata, header)
 
     def _emit_decode(self, instruction: Instruction) -> None:
-        root = self.layout.storages[instruction.op].root
-        assert root is not None, "only tensors that are read can be decoded"
-        value: torch.Tensor = root.meta["val"]
+        base = self.layout.storages[instruction.op].base
+        assert base is not None, "only tensors that are read can be decoded"
+        value: torch.Tensor = base.meta["val"]
         shape = (list(value.shape), list(value.stride()), value.dtype)
         new = self.graph.create_node(
             "call_function",

@@ -1,4 +1,4 @@
-"""Split: a rewritten joint graph becomes a forward and a backward graph, called boxed.
+"""Splits: a rewritten joint graph becomes a forward and a backward graph, called boxed.
 
 What crosses is exactly what the plan stores, plus resident inputs. Boxed calls hand over a list that the graph
 empties, so that a saved tensor dies at its last use and not when the call returns.
@@ -17,7 +17,7 @@ from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phas
 
 @dataclass(frozen=True, eq=False)
 class SplitGraphs:
-    """The two halves of a step.
+    """Holds the two halves of a step.
 
     Attributes:
         forward: takes all primals; returns mutations, user outputs, then the saved values.
@@ -35,7 +35,7 @@ class SplitGraphs:
 
 
 def split(joint: JointGraph) -> SplitGraphs:
-    """The halves of ``joint``; its nodes must be tagged with their phase."""
+    """Splits ``joint`` in two; its nodes must be tagged with their phase."""
     placeholders = joint.placeholders
     roles = dict(zip(placeholders, joint.inputs, strict=True))
     primals = [n for n in placeholders if roles[n].kind is not InputKind.TANGENT]
@@ -53,7 +53,7 @@ def split(joint: JointGraph) -> SplitGraphs:
 
 
 def _crossing(joint: JointGraph, gradients: list[fx.Node | None]) -> list[fx.Node]:
-    """Nodes made before the backward pass and read in it, in order of birth."""
+    """Finds the nodes made before the backward pass and read in it, in order of birth."""
     read = dict.fromkeys(n for n in gradients if n is not None)
     for node in joint.module.graph.nodes:
         if node.op == "call_function" and phase_of(node) is Phase.BACKWARD:

@@ -1,4 +1,4 @@
-"""Layout: which nodes allocate, which only look at what others allocated.
+"""Tells which nodes allocate, and which only look at what others allocated.
 
 A view shares its base's storage, so memory is counted, and decided, per storage. The layout numbers every
 storage that the step makes and lists the ops that make and read them; views and ``getitem`` disappear into
@@ -24,16 +24,16 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Storage:
-    """One allocation of the step; ``root`` is the node whose value covers it, if any node reads it."""
+    """Holds one allocation of the step; ``base`` is the node whose value covers it, if any node reads it."""
 
     name: str
     size_bytes: int
-    root: fx.Node | None
+    base: fx.Node | None
 
 
 @dataclass(frozen=True)
 class OpCall:
-    """One call that allocates or computes; inputs and outputs are storage indices.
+    """Holds one call that allocates or computes; inputs and outputs are storage indices.
 
     ``fused_with`` is the forward op whose mask this backward op applies, if nothing else reads that mask.
     """
@@ -49,7 +49,7 @@ class OpCall:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Storages and ops of a joint graph.
+    """Holds the storages and ops of a joint graph.
 
     Attributes:
         storages: every allocation, in order of birth.
@@ -71,17 +71,17 @@ class Layout:
 
     @cached_property
     def op_nodes(self) -> frozenset[fx.Node]:
-        """Nodes that are ops; all other calls are views and getitems."""
+        """Returns the nodes that are ops; all other calls are views and getitems."""
         return frozenset(op.node for op in self.forward + self.backward)
 
 
 def layout_of(joint: JointGraph) -> Layout:
-    """The layout of ``joint``; reads shapes and aliases from ``meta["val"]`` only."""
+    """Builds the layout of ``joint``; reads shapes and aliases from ``meta["val"]`` only."""
     return _Builder(joint).build()
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether the node draws random numbers (attention ops only if their dropout is on)."""
+    """Tells whether the node draws random numbers (attention ops only if their dropout is on)."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
@@ -95,7 +95,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def recompute_form(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
-    """Another call with the same leading outputs that leaves running statistics alone, if there is one."""
+    """Returns another call with the same leading outputs that leaves running statistics alone, if there is one."""
     if node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True:
         x, weight, bias, _, _, training, momentum, eps = node.args
         return aten._native_batch_norm_legit.no_stats, (x, weight, bias, training, momentum, eps)
@@ -103,7 +103,7 @@ def recompute_form(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
 
 
 def fused_form(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
-    """The one call that applies a mask without having it: ``(target, arguments)`` over the mask's own sources."""
+    """Returns the call that applies a mask without having it: ``(target, arguments)`` over the mask's own sources."""
     if node.target is not torch.ops.fxhybrid.apply_mask.default:
         return None
     gradient, mask = node.args
@@ -153,16 +153,16 @@ class _Builder:
         self.storages_of[node] = self._known(behind)
 
     def _add_op(self, node: fx.Node, made: list[int]) -> None:
-        base = node_name(node)
-        name = f"{base}.{self.name_counts[base]}"
-        self.name_counts[base] += 1
+        operator_name = node_name(node)
+        name = f"{operator_name}.{self.name_counts[operator_name]}"
+        self.name_counts[operator_name] += 1
         sizes = dict(zip(storages(node.meta.get("val")), _storage_bytes(node.meta.get("val")), strict=True))
         outputs = []
         for position, storage in enumerate(made):
             self.storage_index[storage] = len(self.found)
             outputs.append(len(self.found))
             label = name if len(made) == 1 else f"{name}:{position}"
-            self.found.append(Storage(label, sizes[storage], _root(node, storage)))
+            self.found.append(Storage(label, sizes[storage], _base(node, storage)))
         inputs = self._known(s for n in node.all_input_nodes for s in storages(n.meta.get("val")))
         random = is_random(node)
         again = not random and not self._reads_overwritten(node)
@@ -176,7 +176,7 @@ class _Builder:
         return next(i for i, op in enumerate(self.ops[Phase.FORWARD]) if op.node is node.args[1])
 
     def _reads_overwritten(self, node: fx.Node) -> bool:
-        """Whether running the node again would read contents that the step has replaced by then."""
+        """Tells whether running the node again would read contents that the step has replaced by then."""
         form = recompute_form(node)
         arguments = form[1] if form else (node.args, node.kwargs)
         nodes: list[fx.Node] = []
@@ -196,8 +196,8 @@ class _Builder:
         return self._known(behind)
 
 
-def _root(node: fx.Node, storage: int) -> fx.Node | None:
-    """The node whose value is the whole storage: the op itself or the getitem of one of its outputs."""
+def _base(node: fx.Node, storage: int) -> fx.Node | None:
+    """Returns the node whose value is the whole storage: the op itself or the getitem of one of its outputs."""
     if isinstance(node.meta.get("val"), torch.Tensor):
         return node
     for user in node.users:
@@ -215,6 +215,6 @@ def _storage_bytes(value: Any) -> list[int]:
 
 
 def resident_nodes(joint: JointGraph) -> list[fx.Node]:
-    """Placeholders that are alive through the whole step: all but tangents."""
+    """Returns the placeholders that are alive through the whole step: all but tangents."""
     pairs = zip(joint.placeholders, joint.inputs, strict=True)
     return [node for node, role in pairs if role.kind is not InputKind.TANGENT]

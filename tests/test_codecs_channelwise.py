@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxhybrid.accuracy.channel_widths import channelwise_specs
-from fxhybrid.codecs import TensorMeta, channels_per_row, channelwise, get_codec, lowest_price, widths_at
+from fxhybrid.codecs import TensorMeta, bisect_multiplier, channels_per_row, channelwise, get_codec, widths_at
 from fxhybrid.codecs.rowwise import Rowwise
 from fxhybrid.codecs.widths import STEP_ERROR
 from tests.codec_parts import SAME_BYTES, plain_aten, round_trip
@@ -60,27 +60,27 @@ def test_channelwise_gives_each_channel_its_own_width() -> None:
     st.sampled_from([{2: 13, 4: 25, 8: 49}, {2: 49, 4: 98, 8: 196}, {2: 1, 4: 3, 8: 4}]),
     st.floats(1e-6, 1.0),
 )
-def test_widths_at_a_price_are_the_best_for_their_bytes(
-    errors: list[float], row_bytes: dict[int, int], price: float
+def test_widths_at_a_multiplier_are_the_best_for_their_bytes(
+    errors: list[float], row_bytes: dict[int, int], multiplier: float
 ) -> None:
     def error(widths: tuple[int, ...]) -> float:
         return sum(225 * v * STEP_ERROR[w] for v, w in zip(errors, widths, strict=True))
 
-    found = widths_at(price, torch.tensor(errors, dtype=torch.float64), row_bytes)
+    found = widths_at(multiplier, torch.tensor(errors, dtype=torch.float64), row_bytes)
     total = sum(row_bytes[w] for w in found)
     every = itertools.product((2, 4, 8), repeat=len(errors))
     assert error(found) <= min(error(w) for w in every if sum(row_bytes[k] for k in w) <= total) * (1 + 1e-9)
 
 
-def test_the_lowest_price_at_which_bytes_fit() -> None:
-    """200 bytes below a price of 1e-9, 100 from there to 1e-3, then 50."""
+def test_the_lowest_multiplier_at_which_bytes_fit() -> None:
+    """200 bytes below a multiplier of 1e-9, 100 from there to 1e-3, then 50."""
 
-    def n_bytes(price: float) -> int:
-        return 200 if price < 1e-9 else 100 if price < 1e-3 else 50
+    def n_bytes(multiplier: float) -> int:
+        return 200 if multiplier < 1e-9 else 100 if multiplier < 1e-3 else 50
 
-    assert lowest_price(n_bytes, 100) == pytest.approx(1e-9)
-    assert lowest_price(n_bytes, 99) == pytest.approx(1e-3)
-    assert lowest_price(n_bytes, 49) is None
+    assert bisect_multiplier(n_bytes, 100) == pytest.approx(1e-9)
+    assert bisect_multiplier(n_bytes, 99) == pytest.approx(1e-3)
+    assert bisect_multiplier(n_bytes, 49) is None
 
 
 def test_widths_beat_uniform_4_bits_at_equal_bytes() -> None:

@@ -97,7 +97,7 @@ def saved_tensors(name: str, size: suite.Size) -> Iterator[Kept]:
     masks: dict[int, Action] = {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
     graphs = build_graphs(prepared, masks)[1]
     makers = {t: op for op in layout.forward for t in op.outputs}
-    storages = {id(s.root.meta["val"]): t for t, s in enumerate(layout.storages) if s.root is not None and t in makers}
+    storages = {id(s.base.meta["val"]): t for t, s in enumerate(layout.storages) if s.base is not None and t in makers}
     found: list[Kept] = []
 
     def look(x: Tensor, storage: int) -> Tensor:

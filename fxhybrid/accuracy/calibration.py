@@ -38,7 +38,7 @@ class ErrorPair:
     Attributes:
         what: the operators that read the tensors, or which plan it is.
         codec: their kind of codec; empty for a plan.
-        predicted: from the same tensors at 4 bits, or the root of the sum of squares over a plan.
+        predicted: from the same tensors at 4 bits, or the L2 norm over a plan.
         measured: on the example batch.
     """
 

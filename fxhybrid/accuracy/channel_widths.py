@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from fxhybrid.codecs import TensorMeta, coarsest_lossy, get_codec, lowest_price, widths_at
+from fxhybrid.codecs import TensorMeta, bisect_multiplier, coarsest_lossy, get_codec, widths_at
 from fxhybrid.codecs.kernels.reference import PARAMETER_BYTES, code_bytes
 from fxhybrid.pipeline import Prepared
 
@@ -39,16 +39,16 @@ def channelwise_specs(
     row_bytes = {t: _row_bytes(metas[t], len(errors[t])) for t in errors}
     n_rows = {t: metas[t].shape[0] for t in errors}  # of each width
 
-    def widths(price: float) -> dict[int, tuple[int, ...]]:
-        return {t: widths_at(price, errors[t] / n_rows[t], row_bytes[t]) for t in errors}
+    def widths(multiplier: float) -> dict[int, tuple[int, ...]]:
+        return {t: widths_at(multiplier, errors[t] / n_rows[t], row_bytes[t]) for t in errors}
 
-    def n_bytes(price: float) -> int:
-        return sum(n_rows[t] * sum(row_bytes[t][w] for w in found) for t, found in widths(price).items())
+    def n_bytes(multiplier: float) -> int:
+        return sum(n_rows[t] * sum(row_bytes[t][w] for w in found) for t, found in widths(multiplier).items())
 
-    price = lowest_price(n_bytes, total_bytes)
-    if price is None:
+    multiplier = bisect_multiplier(n_bytes, total_bytes)
+    if multiplier is None:
         return {}
-    specs = {t: f"channelwise:{''.join(map(str, found))}" for t, found in widths(price).items()}
+    specs = {t: f"channelwise:{''.join(map(str, found))}" for t, found in widths(multiplier).items()}
     return {t: spec for t, spec in specs.items() if get_codec(spec).supports(metas[t])}
 
 

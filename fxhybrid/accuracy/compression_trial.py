@@ -29,8 +29,8 @@ class LossyStep:
         masks: dict[int, Action] = {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
         self.graphs = build_graphs(prepared, masks)[1]
         self.watch = ChannelWatch(prepared.layout, self.graphs)
-        roots = {t: prepared.layout.storages[t].root for t in prepared.choices}
-        self._pass_through({id(root.meta["val"]): t for t, root in roots.items() if root is not None})
+        bases = {t: prepared.layout.storages[t].base for t in prepared.choices}
+        self._pass_through({id(base.meta["val"]): t for t, base in bases.items() if base is not None})
 
     def _pass_through(self, storages: Mapping[int, int]) -> None:
         """Sends every saved tensor with choices through its present codec; keys are the fake tensors' ids."""

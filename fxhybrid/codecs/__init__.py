@@ -17,16 +17,16 @@ from fxhybrid.codecs import channelwise, lossless, ops, pool, rowwise  # noqa: F
 from fxhybrid.codecs.candidate_codecs import candidate_codecs, coarsest_lossy
 from fxhybrid.codecs.codec import Codec, get_codec, register, registered_names
 from fxhybrid.codecs.kernels.storage import TensorMeta
-from fxhybrid.codecs.widths import channels_per_row, lowest_price, widths_at
+from fxhybrid.codecs.widths import bisect_multiplier, channels_per_row, widths_at
 
 __all__ = [
     "Codec",
     "TensorMeta",
+    "bisect_multiplier",
     "candidate_codecs",
     "channels_per_row",
     "coarsest_lossy",
     "get_codec",
-    "lowest_price",
     "register",
     "registered_names",
     "widths_at",

@@ -1,4 +1,4 @@
-"""Which codecs are worth considering for a tensor."""
+"""Finds the codecs that are worth considering for a tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROWS = {False: (("rowwise8", 8), ("rowwise4", 4)), True: (("sqrt8", 8), ("sqrt4
 
 
 def candidate_codecs(meta: TensorMeta, *, softmax: bool = False) -> tuple[Codec, ...]:
-    """Codecs worth considering for a tensor, the most precise first.
+    """Finds the codecs worth considering for a tensor, the most precise first.
 
     Args:
         meta: the tensor's meta.
@@ -38,7 +38,7 @@ def candidate_codecs(meta: TensorMeta, *, softmax: bool = False) -> tuple[Codec,
 
 
 def coarsest_lossy(choices: Mapping[int, Iterable[str]], storages: Iterable[int]) -> dict[int, str]:
-    """The codec of most noise of each of the storages that is offered a lossy one.
+    """Returns the codec of most noise of each of the storages that is offered a lossy one.
 
     Args:
         choices: specs offered to each storage.
@@ -49,7 +49,7 @@ def coarsest_lossy(choices: Mapping[int, Iterable[str]], storages: Iterable[int]
 
 
 def row_length(meta: TensorMeta, bits: int, *, planes: bool = True) -> int:
-    """Elements per row for a dense float tensor.
+    """Returns the elements per row for a dense float tensor.
 
     A row is a natural channel: the plane of one sample and channel where the layout is N, C, ... (unless ``planes``
     is False), and else the innermost dimension in storage. Planes too short, or not of whole bytes, are merged with

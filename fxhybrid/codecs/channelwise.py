@@ -24,7 +24,7 @@ _IN_TURN = "4842"
 
 
 class Channelwise(Codec):
-    """Planes of a tensor [N, C, ...] as rows: spec ``channelwise:`` and C digits of 8, 4 or 2.
+    """Packs planes of a tensor [N, C, ...] as rows: spec ``channelwise:`` and C digits of 8, 4 or 2.
 
     With C / k digits, k neighbouring channels form one row: that is for small planes. qdata holds the rows' codes and
     header their parameters, both in the tensor's own order, so that it is read and written from front to back.
@@ -43,7 +43,7 @@ class Channelwise(Codec):
         self.kernels_key = kernels_key()
 
     def profiled_as(self) -> Codec:
-        """Widths in turn, as many: what costs time is reading the tensor, whatever the widths."""
+        """Returns as many widths in turn: what costs time is reading the tensor, whatever the widths."""
         return get_codec(f"channelwise:{(_IN_TURN * len(self.widths))[: len(self.widths)]}")
 
     def supports(self, meta: TensorMeta) -> bool:
@@ -56,7 +56,7 @@ class Channelwise(Codec):
         return meta.is_dense and (in_order or meta.numel == 0) and (row % 4 == 0 or row <= _LARGEST_PART)
 
     def _row(self, meta: TensorMeta) -> int:
-        """Elements of one sample and digit."""
+        """Returns the elements of one sample and digit."""
         return math.prod(meta.shape[1:]) // len(self.widths)
 
     def encoded_bytes(self, meta: TensorMeta) -> tuple[int, int]:
@@ -91,7 +91,7 @@ class Channelwise(Codec):
         return out
 
     def _samples(self, x: Tensor, qdata: Tensor, header: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows [digits, row], codes and parameters of each sample; nothing for an empty tensor."""
+        """Yields rows [digits, row], codes and parameters of each sample; nothing for an empty tensor."""
         if x.numel():
             parameters = header.view(torch.float32).view(x.shape[0], -1, 2)
             yield from zip(
@@ -99,7 +99,7 @@ class Channelwise(Codec):
             )
 
     def _groups(self, meta: TensorMeta, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Each width, its digits' places, and the places of their codes in a sample's."""
+        """Yields each width, its digits' places, and the places of their codes in a sample's."""
         row = self._row(meta)
         for width in _WIDTHS:
             channels = np.flatnonzero(self.widths == width)
@@ -111,14 +111,14 @@ class Channelwise(Codec):
 
 @lru_cache(maxsize=1024)
 def _offsets(codec: Channelwise, row: int) -> npt.NDArray[np.int64]:
-    """Where each digit's codes begin within a sample's, and their end."""
+    """Returns where each digit's codes begin within a sample's, and their end."""
     ends: npt.NDArray[np.int64] = np.cumsum(-(-codec.widths.astype(np.int64) * row // 8))
     return np.concatenate([np.zeros(1, np.int64), ends])
 
 
 @lru_cache(maxsize=1024)
 def _table(codec: Channelwise, row: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Widths and offsets where the kernels read them."""
+    """Puts widths and offsets where the kernels read them."""
     return torch.from_numpy(codec.widths).to(device), torch.from_numpy(_offsets(codec, row)).to(device)
 
 

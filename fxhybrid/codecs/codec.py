@@ -16,7 +16,7 @@ from fxhybrid.errors import CodecError
 class Codec(ABC):
     """Turns a tensor into two smaller ones, and back.
 
-    A codec is immutable and fully told by its ``spec``. The sizes of what it makes follow from
+    A codec is immutable and fully identified by its ``spec``. The sizes of what it makes follow from
     the tensor's meta alone, never from its values. A new codec sets ``spec`` and ``lossless``,
     fills in ``supports``, ``encoded_bytes``, ``_encode`` and ``_decode``, and is made known by
     :func:`register`.
@@ -36,18 +36,18 @@ class Codec(ABC):
 
     @abstractmethod
     def supports(self, meta: TensorMeta) -> bool:
-        """Whether tensors of this meta can be encoded; never raises."""
+        """Tells whether tensors of this meta can be encoded; never raises."""
 
     @abstractmethod
     def encoded_bytes(self, meta: TensorMeta) -> tuple[int, int]:
-        """Exact bytes of qdata and header for a supported meta."""
+        """Returns the exact bytes of qdata and header for a supported meta."""
 
     def example(self, meta: TensorMeta, device: torch.device) -> Tensor | None:
-        """Data that may be encoded, for measuring, where made-up values would not do; else None."""
+        """Makes data that may be encoded, for measuring, where synthetic values would not do; else None."""
         return None
 
     def profiled_as(self) -> Codec:
-        """A codec that takes the same time on the same tensor: many specs may share one measurement."""
+        """Returns a codec that takes the same time on the same tensor: many specs may share one measurement."""
         return self
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,13 +102,13 @@ class Codec(ABC):
 
 @lru_cache(maxsize=4096)
 def _meta_of(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> TensorMeta:
-    """The meta of a real tensor, kept: making one takes as long as packing 64 KiB."""
+    """Returns the meta of a real tensor, kept: making one takes as long as packing 64 KiB."""
     return TensorMeta(tuple(shape), tuple(stride), dtype)
 
 
 @lru_cache(maxsize=4096)
 def sizes_of(codec: Codec, meta: TensorMeta) -> tuple[int, int]:
-    """``encoded_bytes`` of a supported meta, kept: a step asks for the same ones again and again.
+    """Returns ``encoded_bytes`` of a supported meta, kept: a step asks for the same ones again and again.
 
     Raises:
         CodecError: the meta is not supported.
@@ -118,7 +118,7 @@ def sizes_of(codec: Codec, meta: TensorMeta) -> tuple[int, int]:
 
 
 def empty_encoded(codec: Codec, meta: TensorMeta, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for qdata and header of a supported meta, uint8 each, not filled in."""
+    """Allocates room for qdata and header of a supported meta, uint8 each, not filled in."""
     qdata_bytes, header_bytes = sizes_of(codec, meta)
     qdata = torch.empty(qdata_bytes, dtype=torch.uint8, device=device)
     return qdata, torch.empty(header_bytes, dtype=torch.uint8, device=device)
@@ -146,13 +146,13 @@ def register(name: str, factory: Callable[[str], Codec]) -> None:
 
 
 def registered_names() -> tuple[str, ...]:
-    """Names of all registered codecs, sorted."""
+    """Returns the names of all registered codecs, sorted."""
     return tuple(sorted(_FACTORIES))
 
 
 @lru_cache(maxsize=4096)
 def get_codec(spec: str) -> Codec:
-    """The codec that a spec such as ``"rowwise4:196"`` names.
+    """Returns the codec that a spec such as ``"rowwise4:196"`` names.
 
     Raises:
         CodecError: unknown name or bad parameters.
@@ -185,5 +185,5 @@ def parse_integers(parameters: str, names: str) -> tuple[int, ...]:
 
 
 def empty_header(like: Tensor) -> Tensor:
-    """A header of no bytes."""
+    """Makes a header of no bytes."""
     return like.new_empty(0, dtype=torch.uint8)

@@ -10,7 +10,7 @@ from fxhybrid.codecs.kernels.storage import TensorMeta, storage_view
 
 
 class BitPack(Codec):
-    """One bit per bool: spec ``bitpack``.
+    """Packs one bit per bool: spec ``bitpack``.
 
     The storage is cut into eight equal planes; bit i of byte j is element j of plane i. So every step
     is one pass over contiguous bytes, which is as fast as a copy.
@@ -44,7 +44,7 @@ class BitPack(Codec):
 
 
 def _planes(flat: Tensor, length: int) -> list[Tensor]:
-    """At most eight parts of this length; the last may be shorter."""
+    """Cuts into at most eight parts of this length; the last may be shorter."""
     return list(torch.split(flat, length)) if length else []
 
 

@@ -17,7 +17,7 @@ _CHUNK_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True)
 class PoolWindow:
-    """Geometry of a 2-d max pool.
+    """Holds the geometry of a 2-d max pool.
 
     Attributes:
         kernel: rows and columns of the window.
@@ -40,20 +40,20 @@ class PoolWindow:
             raise ValueError(f"a window of {self.kernel} has more than 256 places")
 
     def starts(self, oh: int, ow: int, device: torch.device) -> Tensor:
-        """Plane index of each window's first element, int64 [oh, ow]; outside the plane where padded."""
+        """Returns the plane index of each window's first element, int64 [oh, ow]; outside the plane where padded."""
         rows = torch.arange(oh, device=device) * self.stride[0] - self.padding[0]
         columns = torch.arange(ow, device=device) * self.stride[1] - self.padding[1]
         return rows[:, None] * self.plane[1] + columns
 
     def steps(self, device: torch.device) -> Tensor:
-        """Plane index of each place in a window less that of the first, int64 [kh * kw]."""
+        """Returns the plane index of each place in a window less that of the first, int64 [kh * kw]."""
         rows = torch.arange(self.kernel[0], device=device) * self.dilation[0]
         columns = torch.arange(self.kernel[1], device=device) * self.dilation[1]
         return (rows[:, None] * self.plane[1] + columns).reshape(-1)
 
 
 class PoolIndices(Codec):
-    """Indices of ``max_pool2d_with_indices`` as places in the window: spec ``pool:kh,...,H,W``.
+    """Packs indices of ``max_pool2d_with_indices`` as places in the window: spec ``pool:kh,...,H,W``.
 
     Index and place tell the same: index = start of the window + step of the place. Two places may have
     the same step (a dilated window wider than the plane); then both decode to the same index. Only
@@ -101,7 +101,7 @@ class PoolIndices(Codec):
         return (kh - 1) * dh * self.window.plane[1] + (kw - 1) * dw
 
     def _chunks(self, indices: Tensor, places: Tensor, meta: TensorMeta) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Matching parts of indices, places and window starts, all in storage order."""
+        """Yields matching parts of indices, places and window starts, all in storage order."""
         if meta.numel == 0:
             return
         order = meta.storage_order

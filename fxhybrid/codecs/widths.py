@@ -5,10 +5,10 @@ Data:       a row of channels r (of any tensor) has error v_r at 4 bits and so v
 Variables:  w_r in {2, 4, 8}.
 Model:      minimise sum_r error_r(w_r) subject to sum_r b_r(w_r) <= total_bytes.
 
-With a price of bytes in the place of the limit, each row chooses alone: the width of least error + price * bytes. What
-comes out has the least error of all choices that take as many bytes (any better one would be cheaper at that
-price too), so the lowest price at which the bytes fit is looked for. Tensors that share a price share their bytes in
-the best way.
+With a Lagrange multiplier in the place of the limit, each row chooses alone: the width of least error + multiplier *
+bytes. What comes out has the least error of all choices that take as many bytes (any better one would cost less at that
+multiplier, too), so bisection finds the lowest multiplier at which the bytes fit. Tensors that share a multiplier share
+their bytes in the best way.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from torch import Tensor
 SHORTEST_ROW = 128  # shorter rows spend more than a tenth of the 4-bit codes on parameters, and take longer
 WIDTHS = (2, 4, 8)
 STEP_ERROR = {width: 1 / ((1 << width) - 1) ** 2 for width in WIDTHS}
-_HALVINGS = 100  # of the price's logarithm
+_HALVINGS = 100  # of the multiplier's logarithm
 
 
 def channels_per_row(n_channels: int, plane: int) -> int:
-    """How many neighbouring channels form a row: enough for ``SHORTEST_ROW`` elements and whole bytes at 2 bits."""
+    """Counts the neighbouring channels of a row: enough for ``SHORTEST_ROW`` elements and whole bytes at 2 bits."""
     counts = (k for k in range(1, n_channels + 1) if n_channels % k == 0)
     return next((k for k in counts if k * plane >= SHORTEST_ROW and k * plane % 4 == 0), 1)
 
 
-def widths_at(price: float, errors: Tensor, row_bytes: Mapping[int, int]) -> tuple[int, ...]:
-    """The width of each row at a price of bytes.
+def widths_at(multiplier: float, errors: Tensor, row_bytes: Mapping[int, int]) -> tuple[int, ...]:
+    """Returns the width of each row at a Lagrange multiplier for bytes.
 
     Args:
-        price: squared error that is worth a byte.
+        multiplier: squared error that is worth a byte.
         errors: squared error of each row at 4 bits.
         row_bytes: bytes of one row at each width.
     """
-    costs = torch.stack([errors * (225 * STEP_ERROR[w]) + price * row_bytes[w] for w in WIDTHS])
+    costs = torch.stack([errors * (225 * STEP_ERROR[w]) + multiplier * row_bytes[w] for w in WIDTHS])
     return tuple(WIDTHS[i] for i in costs.argmin(0).tolist())
 
 
-def lowest_price(n_bytes: Callable[[float], int], total_bytes: int) -> float | None:
-    """The lowest price at which ``n_bytes(price)``, which falls with the price, is at most ``total_bytes``.
+def bisect_multiplier(n_bytes: Callable[[float], int], total_bytes: int) -> float | None:
+    """Finds the lowest multiplier at which ``n_bytes(multiplier)``, which falls with it, is at most ``total_bytes``.
 
     None if it never is.
     """

@@ -32,7 +32,7 @@ def batch_norm_backward(
     eps: float,
     output_mask: Sequence[bool],
 ) -> Three:
-    """``native_batch_norm_backward`` in training mode, for contiguous tensors, some channels at a time."""
+    """Computes ``native_batch_norm_backward`` in training mode, for contiguous tensors, some channels at a time."""
     n_channels = x.shape[1]
     step = max(1, CHUNK_BYTES * n_channels // max(x.nbytes, 1))
     mask = list(output_mask)

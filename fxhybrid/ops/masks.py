@@ -25,7 +25,7 @@ def _chunk(numel: int) -> int:
 
 
 def _storage_order(x: Tensor) -> Tensor | None:
-    """The elements of a dense tensor as one dimension in storage order; None if it is not dense."""
+    """Returns the elements of a dense tensor as one dimension in storage order; None if it is not dense."""
     size, expected = sorted(zip(x.stride(), x.shape, strict=True)), 1
     for stride, length in size:
         if length == 1:
@@ -44,7 +44,7 @@ def _mask_backward(gradient: Tensor, x: Tensor, lower: float, upper: float | Non
 
 
 def keep_mask(x: Tensor, lower: float, upper: float | None) -> Tensor:
-    """False where ``x <= lower`` or ``x >= upper``, else True (NaN included); strides as ``x``."""
+    """Returns False where ``x <= lower`` or ``x >= upper``, else True (NaN included); strides as ``x``."""
     mask = torch.empty_like(x, dtype=torch.bool)
     flat, out = _storage_order(x), _storage_order(mask)
     if flat is None or out is None or x.stride() != mask.stride():
@@ -61,7 +61,7 @@ def keep_mask(x: Tensor, lower: float, upper: float | None) -> Tensor:
 
 
 def apply_mask(gradient: Tensor, mask: Tensor) -> Tensor:
-    """``gradient`` where ``mask``, else 0; strides as ``gradient``."""
+    """Returns ``gradient`` where ``mask``, else 0; strides as ``gradient``."""
     result = torch.empty_like(gradient)
     flat, keep, out = _storage_order(gradient), _storage_order(mask), _storage_order(result)
     aligned = gradient.stride() == mask.stride() == result.stride()

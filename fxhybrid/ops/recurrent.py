@@ -66,7 +66,7 @@ def run_layers(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, ...]:
-    """What ``torch.gru`` and its like give, one operator a layer and torch's own dropout between them."""
+    """Returns what ``torch.gru`` and its like give, one operator a layer and torch's own dropout between them."""
     states = [state] if isinstance(state, Tensor) else list(state)
     directions = 2 if bidirectional else 1
     per_layer = len(weights) // num_layers
@@ -99,7 +99,7 @@ def _layer(
 
 
 def _segments(x: Tensor, segment_steps: int, bidirectional: bool) -> list[slice]:
-    """Time steps of each segment; both directions at once need all of them."""
+    """Returns the time steps of each segment; both directions at once need all of them."""
     length = x.shape[0] if bidirectional or segment_steps == 0 else segment_steps
     return [slice(begin, begin + length) for begin in range(0, x.shape[0], length)]
 
@@ -114,9 +114,9 @@ def recurrent(
     bidirectional: bool,
     segment_steps: int,
 ) -> list[Tensor]:
-    """One recurrent layer over (time, batch, features).
+    """Runs one recurrent layer over (time, batch, features).
 
-    Gives the output, the last states, and each state before all segments but the first.
+    Returns the output, the last states, and each state before all segments but the first.
     """
     x, *others = (t.detach() for t in (x, *states, *weights))
     n = len(states)
@@ -168,7 +168,7 @@ def recurrent_backward(
     segment_steps: int,
     wanted: list[int],
 ) -> list[Tensor]:
-    """Gradients of the ``wanted`` among (x, states, weights), given those of the ``outputs`` named."""
+    """Computes the gradients of the ``wanted`` among (x, states, weights), given those of the ``outputs`` named."""
     leaves = [t.detach() for t in (x, *states, *weights)]
     n = 1 + len(states)
     given = dict(zip(outputs, gradients, strict=True))
@@ -245,7 +245,8 @@ def _differentiable() -> Iterator[None]:
         yield
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """Saves what :func:`backward` needs."""
     kind, x, states, weights, *options = inputs
     leaves = (x, *states, *weights)
     ctx.save_for_backward(*leaves, *output[1 + len(states) :])
@@ -253,7 +254,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
 
 
-def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+def backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+    """Differentiates :func:`recurrent`."""
     leaves, marks = list(ctx.saved_tensors[: ctx.n_leaves]), list(ctx.saved_tensors[ctx.n_leaves :])
     n = 1 + ctx.n_states
     present = [(i, g) for i, g in enumerate(gradients[:n]) if g is not None]
@@ -274,4 +276,4 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     return None, full[0], full[1:n], full[n:], None, None, None
 
 
-recurrent.register_autograd(_differentiate, setup_context=_keep)
+recurrent.register_autograd(backward, setup_context=setup_context)

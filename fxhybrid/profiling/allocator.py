@@ -45,7 +45,7 @@ _Event = tuple[int, int]  # (address, bytes); negative bytes are a free
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """The peak of one training step and the seconds it takes.
+    """Holds the peak of one training step and the seconds it takes.
 
     Attributes:
         base_bytes: parameters, buffers, gradients, optimizer state and tensors named by the caller, as
@@ -72,7 +72,7 @@ class StepMeasurement:
 
 @dataclass(frozen=True)
 class MemoryRise:
-    """What one call allocates.
+    """Holds what one call allocates.
 
     Attributes:
         peak_rise_bytes: largest (allocated - freed) bytes within the call.
@@ -93,7 +93,7 @@ def measure_step(
     optimizer: torch.optim.Optimizer | None = None,
     repeats: int = 3,
 ) -> StepMeasurement:
-    """Measure the allocator-level peak and the seconds of a training step.
+    """Measures the allocator-level peak and the seconds of a training step.
 
     ``step`` runs ``repeats`` + 2 times: unprofiled for the seconds, then once recorded as a warm-up, then
     once evaluated, which starts in the state that the warm-up left (``.grad`` included).
@@ -132,7 +132,7 @@ def measure_step(
 
 
 def memory_rise(fn: Callable[[], object], *, device: torch.device | str = "cpu") -> MemoryRise:
-    """Run ``fn`` once and tell what it allocates on ``device``; blocks born before are left out on CPU."""
+    """Runs ``fn`` once and tells what it allocates on ``device``; blocks born before are left out on CPU."""
     device = torch.device(device)
     if device.type == "cuda":
         return _cuda_rise(fn, device)
@@ -144,7 +144,7 @@ def memory_rise(fn: Callable[[], object], *, device: torch.device | str = "cpu")
 
 
 def memory_rises(fns: Sequence[Callable[[], object]], *, device: torch.device | str = "cpu") -> list[MemoryRise]:
-    """Like :func:`memory_rise` for many short calls in one recording; every result is dropped at once."""
+    """Does what :func:`memory_rise` does for many short calls in one recording; every result is dropped at once."""
     device = torch.device(device)
     if device.type == "cuda":
         return [replace(_cuda_rise(fn, device), result=None) for fn in fns]
@@ -160,12 +160,12 @@ def memory_rises(fns: Sequence[Callable[[], object]], *, device: torch.device | 
 
 @dataclass
 class Recording:
-    """Allocator events in order of time, cut into segments at the marks."""
+    """Holds allocator events in order of time, cut into segments at the marks."""
 
     segments: list[list[_Event]] = field(default_factory=lambda: [[]])
 
     def peak_rise_bytes(self, segment: int) -> int:
-        """Largest (allocated - freed) bytes of blocks born in one segment."""
+        """Returns the largest (allocated - freed) bytes of blocks born in one segment."""
         return _walk(self.segments[segment], {})[0]
 
     def mark(self) -> None:
@@ -176,7 +176,7 @@ class Recording:
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Record the CPU allocator's events; the segments are there after the block."""
+    """Records the CPU allocator's events; the segments are there after the block."""
     if _profiler._profiler_enabled():
         raise ProfileError("a torch profiler is already running; measure outside of it")
     recorded = Recording()
@@ -211,7 +211,7 @@ def _fill(recorded: Recording, tree: list[Any]) -> None:
 
 
 def _walk(events: Iterable[_Event], live: dict[int, int]) -> tuple[int, int]:
-    """Peak and final level over ``events``, from 0; ``live`` (address to bytes) is updated."""
+    """Returns peak and final level over ``events``, from 0; ``live`` (address to bytes) is updated."""
     level = peak = 0
     for address, n_bytes in events:
         level -= live.pop(address, 0)  # a free, or a birth where another thread freed unseen
@@ -224,7 +224,7 @@ def _walk(events: Iterable[_Event], live: dict[int, int]) -> tuple[int, int]:
 
 @contextmanager
 def _quiet_kineto() -> Iterator[None]:
-    """Keep Kineto from writing a line to stderr at each start and stop; it reads this when first used."""
+    """Keeps Kineto from writing a line to stderr at each start and stop; it reads this when first used."""
     name = "KINETO_LOG_LEVEL"
     given = name in os.environ
     os.environ.setdefault(name, "6")  # above every message
@@ -237,7 +237,7 @@ def _quiet_kineto() -> Iterator[None]:
 
 @contextmanager
 def _collected() -> Iterator[None]:
-    """Collect garbage, then leave it alone until the block ends."""
+    """Collects garbage, then leaves it alone until the block ends."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -271,7 +271,7 @@ def _median_seconds(step: Callable[[], object], repeats: int, device: torch.devi
 
 
 def _resident(modules: Sequence[nn.Module], tensors: object, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """All tensors of the base, some maybe twice; sparse ones as their parts."""
+    """Returns all tensors of the base, some maybe twice; sparse ones as their parts."""
     found: list[Any] = tree_leaves(tensors)
     for module in modules:
         found += [*module.parameters(), *module.buffers()]
@@ -287,7 +287,7 @@ def _resident(modules: Sequence[nn.Module], tensors: object, optimizer: torch.op
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address to bytes of every storage that holds anything."""
+    """Maps the address to the bytes of every storage that holds anything."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
 

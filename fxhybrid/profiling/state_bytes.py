@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
+    """Sums the bytes of the distinct storages behind ``tensors``."""
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(sizes.values())
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Bytes of one full set of parameter gradients."""
+    """Returns the bytes of one full set of parameter gradients."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer | None) -> int:
-    """Bytes of the optimizer's state once it is complete.
+    """Returns the bytes of the optimizer's state once it is complete.
 
     State that exists is counted; for parameters that have none yet, the optimizer takes one step on a
     one-element stand-in, and its state is scaled to the parameter.

@@ -46,7 +46,7 @@ _SIGNATURES = {
 
 
 class NativeKernels:
-    """``kernels.Kernels`` for the CPU."""
+    """Calls the compiled kernels of the CPU: a ``protocol.Kernels``."""
 
     row_dtypes = (torch.float32,)
 
@@ -87,7 +87,7 @@ class NativeKernels:
 
 @lru_cache(maxsize=1)
 def native_kernels() -> NativeKernels | None:
-    """The compiled kernels, or None where there is no working compiler."""
+    """Builds or finds the compiled kernels; None where there is no working compiler."""
     found = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
     if found is None:
         return None
@@ -114,7 +114,7 @@ def kernels_key() -> str:
 
 
 def _cache_path(compiler: tuple[str, ...]) -> Path:
-    """Where the library for this source, compiler, torch and processor is kept."""
+    """Returns where the library for this source, compiler, torch and processor is kept."""
     # what -march=native means here: a cache on a shared disk serves machines of different kinds
     command = [*compiler, *_FLAGS, "-E", "-dM", "-x", "c++", "-"]
     run = subprocess.run(command, input="", check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S)

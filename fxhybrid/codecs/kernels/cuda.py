@@ -145,7 +145,7 @@ def _unpack_rows(
 
 
 class TritonKernels:
-    """``kernels.Kernels`` for CUDA."""
+    """Runs the Triton kernels on CUDA: a ``protocol.Kernels``."""
 
     row_dtypes = FLOATS
 
@@ -180,7 +180,7 @@ class TritonKernels:
 
 
 def _pairs(parameters: Tensor, n_rows: int) -> Tensor:
-    """Scales and lowest values of rows; what comes after them in a header is not looked at."""
+    """Returns scales and lowest values of rows; what comes after them in a header is not looked at."""
     return parameters.view(-1)[: PARAMETER_BYTES * n_rows].view(torch.float32)
 
 

@@ -15,7 +15,7 @@ from fxhybrid.codecs.kernels.cpu import native_kernels
 
 
 class Kernels(Protocol):
-    """Kernels for one kind of device; they fill tensors that the caller made. ``reference.py`` says with what.
+    """Packs and unpacks rows on one kind of device, in tensors that the caller made, as ``reference.py`` says.
 
     Attributes:
         row_dtypes: of the rows that ``pack_rows`` and ``unpack_rows`` take.
@@ -46,7 +46,7 @@ class Kernels(Protocol):
 
 
 def kernels_for(device: torch.device) -> Kernels | None:
-    """The compiled kernels for this device's memory; None where there are none, and plain ATen has to do."""
+    """Returns the compiled kernels for this device's memory; None where there are none, and plain ATen has to do."""
     if device.type == "cpu":
         return native_kernels()
     return _cuda_kernels() if device.type == "cuda" else None
@@ -54,7 +54,7 @@ def kernels_for(device: torch.device) -> Kernels | None:
 
 @lru_cache(maxsize=1)
 def _cuda_kernels() -> Kernels | None:
-    """Triton's kernels; None where it is not installed."""
+    """Returns Triton's kernels; None where it is not installed."""
     if find_spec("triton") is None:
         return None
     from fxhybrid.codecs.kernels.cuda import TritonKernels

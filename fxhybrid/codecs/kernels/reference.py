@@ -24,7 +24,7 @@ _ROUND = 12582912.0  # 1.5 * 2^23: after adding it, the low bits are the nearest
 
 
 def code_bytes(row: int, bits: int) -> int:
-    """Bytes of one row's codes."""
+    """Returns the bytes of one row's codes."""
     return -(-row * bits // 8)
 
 
@@ -33,8 +33,8 @@ def compand(x: Tensor) -> Tensor:
 
     The exponent is halved. Zeros of either sign become 1.5 * 2^-64, whose square is taken for 0.
     """
-    root = (((x.view(torch.int32) & _MAGNITUDE) >> 1) + _ONE).view(torch.float32)
-    return torch.where(x.isfinite(), torch.where(x < 0, -root, root), x)
+    mapped = (((x.view(torch.int32) & _MAGNITUDE) >> 1) + _ONE).view(torch.float32)
+    return torch.where(x.isfinite(), torch.where(x < 0, -mapped, mapped), x)
 
 
 def expand(y: Tensor) -> Tensor:

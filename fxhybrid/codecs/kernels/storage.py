@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """Shape, strides and dtype of a tensor.
+    """Holds shape, strides and dtype of a tensor.
 
     Attributes:
         shape: size of each dimension.
@@ -25,27 +25,27 @@ class TensorMeta:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorMeta:
-        """The meta of a tensor, real or fake."""
+        """Returns the meta of a tensor, real or fake."""
         return cls(tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), tensor.dtype)
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Returns the number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements: the storage of a dense tensor."""
+        """Returns the bytes of the elements: the storage of a dense tensor."""
         return self.numel * self.dtype.itemsize
 
     @property
     def storage_order(self) -> tuple[int, ...]:
-        """Dimensions from the outermost to the innermost in storage; ties keep their order."""
+        """Returns the dimensions from the outermost to the innermost in storage; ties keep their order."""
         return tuple(sorted(range(len(self.shape)), key=lambda dim: (-self.stride[dim], dim)))
 
     @property
     def is_dense(self) -> bool:
-        """Whether the elements fill one block without gaps or overlaps, in any order of dimensions."""
+        """Tells whether the elements fill one block without gaps or overlaps, in any order of dimensions."""
         if len(self.shape) != len(self.stride):
             return False
         if self.numel == 0:
@@ -61,5 +61,5 @@ class TensorMeta:
 
 
 def storage_view(tensor: Tensor) -> Tensor:
-    """A dense tensor's elements as one dimension in storage order, outside autograd: a view."""
+    """Views a dense tensor's elements as one dimension in storage order, outside autograd: a view."""
     return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
