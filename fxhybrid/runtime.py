@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
 
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
 from fxhybrid.errors import BackwardError
-from fxhybrid.passes.split import SplitGraphs
+from fxhybrid.passes.prune_tangents import tangents_behind
+from fxhybrid.passes.split import PartialBackward, SplitGraphs, backward_without
 
 TWICE_DIFFERENTIATED = (
     "create_graph=True asks for gradients that can be differentiated again; a planned step computes them once. "
@@ -31,6 +33,7 @@ class StepFunction:
     def __init__(self, graphs: SplitGraphs, joint: JointGraph, metadata: Any) -> None:
         """Prepares a step from its halves, the joint graph and AOTAutograd's metadata of the capture."""
         self.graphs = graphs
+        self._parts: WeakKeyDictionary[SplitGraphs, dict[frozenset[int], PartialBackward]] = WeakKeyDictionary()
         self.mutated: tuple[int, ...] = tuple(metadata.mutated_inp_runtime_indices)
         self.gradient_tangents = gradient_tangents(joint)
         self.tangent_values: tuple[Tensor, ...] = tuple(
@@ -50,6 +53,13 @@ class StepFunction:
             *bases,
         )
 
+    def part(self, graphs: SplitGraphs, absent: frozenset[int]) -> PartialBackward:
+        """Returns the backward half of ``graphs`` where some tangents do not arrive; built when first needed."""
+        parts = self._parts.setdefault(graphs, {})
+        if absent not in parts:
+            parts[absent] = backward_without(graphs, absent)
+        return parts[absent]
+
     def __call__(self, *flat_inputs: Any) -> list[Any]:
         """Runs the forward graph, writes mutations back and gives the user outputs."""
         results = list(_Step.apply(self, *flat_inputs))  # type: ignore[no-untyped-call]
@@ -65,22 +75,11 @@ def _has_tangent(info: Any) -> bool:
 
 
 def gradient_tangents(joint: JointGraph) -> tuple[frozenset[int], ...]:
-    """For each primal, the tangents that its gradient depends on.
-
-    Eager leaves a gradient None where none of these arrives, a traced graph would give zeros.
-    """
-    reach: dict[Any, frozenset[int]] = {}
-    tangents = 0
-    for node, role in zip(joint.placeholders, joint.inputs, strict=True):
-        is_tangent = role.kind is InputKind.TANGENT
-        reach[node] = frozenset([tangents]) if is_tangent else frozenset()
-        tangents += is_tangent
-    for node in joint.module.graph.nodes:
-        if node.op != "placeholder":
-            reach[node] = frozenset().union(*(reach[n] for n in node.all_input_nodes))
+    """Computes for each primal the tangents that its gradient depends on; eager leaves a gradient of none None."""
+    behind = tangents_behind(joint)
     results = zip(joint.output_nodes, joint.outputs, strict=True)
     return tuple(
-        reach[node] if node is not None else frozenset() for node, role in results if role.kind is OutputKind.GRADIENT
+        behind[node] if node is not None else frozenset() for node, role in results if role.kind is OutputKind.GRADIENT
     )
 
 
@@ -117,11 +116,16 @@ class _Step(torch.autograd.Function):
         present = {i for i, tangent in enumerate(arrived) if tangent is not None}
         if not present:
             return (None, *(None for _ in step.gradient_tangents))
-        arguments = _take_saved(ctx)
+        arguments: list[Tensor | None] = list(_take_saved(ctx))
         arguments += [_tangent(t, like) for t, like in zip(arrived, step.tangent_values, strict=True)]
+        absent = frozenset(range(len(arrived))) - present
         del arrived
+        backward = ctx.graphs.backward
+        if absent:
+            part = step.part(ctx.graphs, absent)
+            arguments, backward = [arguments[i] for i in part.reads], part.module
         with torch._C._DisableAutocast():
-            gradients = ctx.graphs.backward.forward(arguments)
+            gradients = backward.forward(arguments)
         needed = zip(gradients, step.gradient_tangents, strict=True)
         return (None, *(g if sources & present else None for g, sources in needed))
 
@@ -133,10 +137,8 @@ def _take_saved(ctx: Any) -> list[Tensor]:
     return saved
 
 
-def _tangent(tangent: Tensor | None, like: Tensor) -> Tensor:
-    """The tangent in the strides that the graph was traced with; zeros where none arrived."""
-    if tangent is None:
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).zero_()
-    if tangent.stride() == like.stride():
+def _tangent(tangent: Tensor | None, like: Tensor) -> Tensor | None:
+    """The tangent in the strides that the graph was traced with."""
+    if tangent is None or tangent.stride() == like.stride():
         return tangent
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(tangent)

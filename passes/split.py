@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx.graph import _BoxedCodeGen
 
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phase, phase_of
+from fxhybrid.passes.prune_tangents import prune_tangents
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class SplitGraphs:
         n_forward_outputs: how many of forward's results are mutations and user outputs.
         n_saved: how many saved values follow them.
         resident_inputs: positions among the primals of those that backward reads.
+        joint: what was split.
     """
 
     forward: fx.GraphModule
@@ -32,6 +34,7 @@ class SplitGraphs:
     n_forward_outputs: int
     n_saved: int
     resident_inputs: tuple[int, ...]
+    joint: JointGraph
 
 
 def split(joint: JointGraph) -> SplitGraphs:
@@ -49,7 +52,37 @@ def split(joint: JointGraph) -> SplitGraphs:
     forward = _extract(joint, Phase.FORWARD, primals, [*returned, *saved])
     backward = _extract(joint, Phase.BACKWARD, [*saved, *resident, *tangents], gradients)
     positions = tuple(primals.index(n) for n in resident)
-    return SplitGraphs(forward, backward, len(returned), len(saved), positions)
+    return SplitGraphs(forward, backward, len(returned), len(saved), positions, joint)
+
+
+@dataclass(frozen=True, eq=False)
+class PartialBackward:
+    """A backward half for some of the output gradients.
+
+    Attributes:
+        module: takes those arguments of the whole backward half that it reads; returns the gradients, None where none
+            arrives.
+        reads: positions of these arguments.
+    """
+
+    module: fx.GraphModule
+    reads: tuple[int, ...]
+
+
+def backward_without(graphs: SplitGraphs, absent: frozenset[int]) -> PartialBackward:
+    """Builds the backward half for a step whose forward half has run already, where some tangents do not arrive."""
+    pruned = prune_tangents(graphs.joint, absent)
+    gradients = [
+        n for n, role in zip(pruned.output_nodes, pruned.outputs, strict=True) if role.kind is OutputKind.GRADIENT
+    ]
+    by_name = {node.name: node for node in pruned.module.graph.nodes}
+    arguments = [by_name[n.name] for n in graphs.backward.graph.nodes if n.op == "placeholder"]
+    read = set(gradients)
+    for node in pruned.module.graph.nodes:
+        if node.op == "call_function" and phase_of(node) is Phase.BACKWARD:
+            read.update(node.all_input_nodes)
+    reads = tuple(i for i, node in enumerate(arguments) if node in read)
+    return PartialBackward(_extract(pruned, Phase.BACKWARD, [arguments[i] for i in reads], gradients), reads)
 
 
 def _crossing(joint: JointGraph, gradients: list[fx.Node | None]) -> list[fx.Node]:

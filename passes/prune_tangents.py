@@ -1,0 +1,132 @@
+"""Prune: the backward pass for the output gradients that arrive.
+
+Autograd does not run the branch of an output that gets no gradient. A traced joint graph has all branches; filling in
+zeros is not the same, as 0 * inf is NaN, and it costs the branch's time and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+import fxhybrid.ops.recurrent  # noqa: F401  (defines an operator that is looked for)
+from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of
+
+aten = torch.ops.aten
+
+
+def tangents_behind(joint: JointGraph) -> dict[fx.Node, frozenset[int]]:
+    """Computes for each node the positions of the tangents that its value depends on."""
+    behind: dict[fx.Node, frozenset[int]] = {}
+    n_tangents = 0
+    for node, role in zip(joint.placeholders, joint.inputs, strict=True):
+        is_tangent = role.kind is InputKind.TANGENT
+        behind[node] = frozenset([n_tangents]) if is_tangent else frozenset()
+        n_tangents += is_tangent
+    for node in joint.module.graph.nodes:
+        if node.op != "placeholder":
+            behind[node] = frozenset().union(*(behind[n] for n in node.all_input_nodes))
+    return behind
+
+
+def prune_tangents(joint: JointGraph, absent: frozenset[int]) -> JointGraph:
+    """Builds the joint graph in which some output gradients do not arrive.
+
+    Sums lose the missing summand; any other operator that reads a missing gradient among others gets zeros for it, as
+    autograd gives to an operator of several outputs. Gradients that depend on missing ones only become None. The
+    forward half and all placeholders stay, under their names.
+
+    Args:
+        joint: with nodes tagged by phase, rewritten by a plan or not.
+        absent: positions of the missing tangents among all.
+    """
+    return _Pruner(joint, absent).run()
+
+
+def without_missing(node: fx.Node, missing: AbstractSet[fx.Node]) -> tuple[fx.node.Argument, ...]:
+    """Returns a node's arguments less the missing ones where its operator takes fewer; others stay."""
+    if missing.isdisjoint(node.all_input_nodes) or not isinstance(node.target, torch._ops.OpOverload):
+        return node.args
+    if node.target is torch.ops.fxhybrid.recurrent_backward.default:
+        kind, gradients, outputs, *rest = cast(tuple[Any, ...], node.args)
+        given = [(g, i) for g, i in zip(gradients, outputs, strict=True) if g not in missing]
+        return (kind, [g for g, _ in given], [i for _, i in given], *rest)
+    optional = [isinstance(a.type, torch.OptionalType) for a in node.target._schema.arguments]
+    return tuple(
+        None if may_be_none and argument in missing else argument
+        for argument, may_be_none in zip(node.args, optional, strict=False)
+    )
+
+
+class _Pruner:
+    """Copies a joint graph node by node, without what is missing."""
+
+    def __init__(self, joint: JointGraph, absent: frozenset[int]) -> None:
+        self.joint = joint
+        behind = tangents_behind(joint)
+        self.missing = {node for node, tangents in behind.items() if tangents and tangents <= absent}
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> JointGraph:
+        for node in self.joint.module.graph.nodes:
+            if node.op == "output":
+                self._emit_output(node)
+            elif node.op == "placeholder" or node not in self.missing:
+                self.new[node] = self._summand(node) or self._copy(node)
+        self._erase_dead()
+        return JointGraph(fx.GraphModule(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)
+
+    def _summand(self, node: fx.Node) -> fx.Node | None:
+        """The other summand of a sum with one missing, where it has the sum's shape and type."""
+        if node.target is not aten.add.Tensor or node.kwargs or not self.missing.intersection(node.all_input_nodes):
+            return None
+        (kept,) = (n for n in node.args if n not in self.missing)
+        if not isinstance(kept, fx.Node):
+            return None
+        value, total = kept.meta["val"], node.meta["val"]
+        return self.new[kept] if (value.shape, value.dtype) == (total.shape, total.dtype) else None
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        """Copies a node; what is missing among its arguments is left out, None or zeros."""
+        args = without_missing(node, self.missing)
+        needed: list[fx.Node] = []
+        fx.node.map_arg((args, node.kwargs), needed.append)
+        new = {n: self._zeros(n) if n in self.missing else self.new[n] for n in needed}
+        copied = self.graph.create_node(
+            node.op,
+            node.target,
+            fx.node.map_arg(args, new.__getitem__),
+            fx.node.map_arg(node.kwargs, new.__getitem__),
+            node.name,
+            node.type,
+        )
+        copied.meta = {"val": node.meta.get("val"), TAG: node.meta[TAG]}
+        return copied
+
+    def _zeros(self, node: fx.Node) -> fx.Node:
+        """Emits zeros in the shape, strides and type of a missing value."""
+        value: torch.Tensor = node.meta["val"]
+        kind: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+        made = self.graph.call_function(aten.empty_strided.default, (list(value.shape), list(value.stride())), kind)
+        zeros = self.graph.call_function(aten.zeros_like.default, (made,))
+        for part in (made, zeros):
+            part.meta = {"val": value, TAG: NodeTag(Phase.BACKWARD)}
+        return zeros
+
+    def _emit_output(self, node: fx.Node) -> None:
+        results = zip(self.joint.output_nodes, self.joint.outputs, strict=True)
+        kept = [
+            None if n is None or (role.kind is OutputKind.GRADIENT and n in self.missing) else self.new[n]
+            for n, role in results
+        ]
+        self.graph.output(tuple(kept)).meta = {"val": None, TAG: node.meta[TAG]}
+
+    def _erase_dead(self) -> None:
+        """Drops what only served the missing branches: decodings and recomputations among them."""
+        for node in reversed(self.graph.nodes):
+            if node.op == "call_function" and not node.users and phase_of(node) is Phase.BACKWARD:
+                self.graph.erase_node(node)

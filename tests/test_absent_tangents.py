@@ -1,0 +1,152 @@
+"""Outputs that get no gradient: their branches do not run, as in eager."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxhybrid
+from fxhybrid.capture.capture import capture
+from fxhybrid.passes.prune_tangents import prune_tangents
+from tests.compare import assert_same, state_of, tighten
+from tests.graph_text import graph_text
+
+
+class TwoHeads(nn.Module):
+    """A trunk that two heads share, as losses of several tasks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.trunk(x))
+        return self.a(h), torch.sigmoid(self.b(h))
+
+
+class Distances(nn.Module):
+    """The second output's gradient is 0/0 for equal pairs; zeros in its place would give NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.trunk(x))
+        return self.head(h), (h[:4] - h[4:]).square().sum(-1).sqrt()
+
+
+class Parts(nn.Module):
+    """Each output is a part of one tensor: one operator of several outputs, of which some get no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.last = nn.Linear(6, 9), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        one, two, three = torch.tanh(self.trunk(x)).chunk(3, -1)
+        return one.exp(), self.last(two), three.sin()
+
+
+class Chain(nn.Module):
+    """Each output is made from the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs = []
+        for layer in self.layers:
+            x = self.norm(torch.relu(layer(x)) + x)
+            outputs.append(x)
+        return tuple(outputs)
+
+
+class States(nn.Module):
+    """A recurrent layer's sequence and last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(6, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        sequence, state = self.layer(x.view(4, 2, 6))
+        return sequence, state
+
+
+MODELS = (TwoHeads, Distances, Parts, Chain, States)
+
+
+def subsets(n: int) -> Iterator[tuple[int, ...]]:
+    """All sets of outputs that get a gradient, the empty one left out."""
+    for size in range(1, n + 1):
+        yield from combinations(range(n), size)
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("model_class", MODELS)
+def test_any_set_of_tangents_gives_eagers_bits(model_class: type[nn.Module], tight: bool) -> None:
+    torch.manual_seed(2)
+    plain = model_class().train()
+    x = torch.randn(8, 6)
+    x[4] = x[0]  # one equal pair, for Distances
+    hybrid = fxhybrid.compile(
+        copy.deepcopy(plain), budget=1.0, example_inputs=(torch.randn(8, 6),), compression="lossless", solver="mps"
+    )
+    if tight:
+        tighten(hybrid)
+    for chosen in subsets(len(plain(x))):
+        if model_class is Distances and 1 in chosen:
+            continue  # NaN in eager, too
+        for net in (plain, hybrid):
+            net.zero_grad()
+            outputs = net(x)
+            torch.stack([outputs[i].square().sum() for i in chosen]).sum().backward()
+        assert_same(state_of(plain), state_of(hybrid))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_one_backward_pass_after_another(order: tuple[int, int]) -> None:
+    # with the graph retained each loss has a backward pass of its own; the gradients add up
+    plain = TwoHeads()
+    hybrid = fxhybrid.compile(copy.deepcopy(plain), budget="1GiB", compression="lossless", solver="mps")
+    x = torch.randn(8, 6)
+    for net in (plain, hybrid):
+        outputs = net(x)
+        for i in order:
+            outputs[i].square().sum().backward(retain_graph=True)
+    assert_same(state_of(plain), state_of(hybrid))
+
+
+def test_golden_text() -> None:
+    # With the second tangent missing, the sum of both branches' gradients of sin's input is the first one alone.
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.w * x
+            return h.sin(), h.cos()
+
+    joint = capture(Sum(), (torch.ones(3),)).joint
+    text = graph_text(prune_tangents(joint, frozenset([1])))
+    backward = [line for line in text.splitlines() if line.startswith("B ") and "=" in line]
+    assert [line.split(" = ")[1].split("(")[0] for line in backward] == ["cos", "mul.Tensor", "mul.Tensor"]
+    assert "cos(mul)" in text  # the forward half stays whole: the second output is still wanted
+
+
+@pytest.mark.parametrize("missing", [frozenset([0]), frozenset([1])])
+def test_the_missing_branch_is_gone(missing: frozenset[int]) -> None:
+    joint = capture(TwoHeads(), (torch.randn(8, 6),)).joint
+    whole, pruned = graph_text(joint), graph_text(prune_tangents(joint, missing))
+    count = [sum(line.startswith("B ") for line in text.splitlines()) for text in (whole, pruned)]
+    assert count[1] < count[0]
+    assert ("sigmoid_backward" in pruned) is (missing == frozenset([0]))
