@@ -59,7 +59,7 @@ def two_layers(*, codecs: tuple[CodecOption, ...] = ()) -> Problem:
     return Problem(tensors, forward, backward, (2,), (), (4,), resident_bytes=0)
 
 
-def test_keep_all_is_rung_zero_and_dropping_helps_nothing_that_forward_needs() -> None:
+def test_save_all_is_the_first_point_and_dropping_helps_nothing_that_forward_needs() -> None:
     # While make_b runs, a and b are both there: 200 B. With a dropped, back_b has b + loss + grad = 114 B and
     # back_a has a + loss + grad_b + grad_a = 124 B; so the peak is make_b's 200 B.
     frontier = build_frontier(two_layers(), max_error=0.0)
@@ -106,19 +106,19 @@ def test_error_limit_decides_between_codec_and_recomputation() -> None:
     assert point is not None
     assert (point.peak_bytes, point.overhead_s) == (454, 2.0)
     assert point.error == pytest.approx(0.05 * math.sqrt(2))
-    # Error for one codec only: the other tensor is made again, 400 + 4 + 25 = 429 B for 9 s.
+    # Error for one codec only: the other tensor is recomputed, 400 + 4 + 25 = 429 B for 9 s.
     scarce = build_frontier(chain_with_wide_backward(0.05), max_error=0.06)
     point = scarce.point_for(454)
     assert point is not None
     assert (point.peak_bytes, point.overhead_s, point.error) == (429, 9.0, 0.05)
-    # Both made again: 404 B for 16 s.
+    # Both recomputed: 404 B for 16 s.
     assert rich.points[-1].peak_bytes == 404
     assert rich.points[-1].overhead_s == 16.0
 
 
 @pytest.mark.parametrize(("depth", "again"), [(0, {3}), (1, {2, 3}), (2, {1, 2, 3}), (12, {0, 1, 2, 3})])
-def test_a_chain_is_made_again_up_to_a_depth(depth: int, again: set[int]) -> None:
-    """a -> b -> c -> d, all of them lossy: to make d again takes exact sources, made again or kept from some op on."""
+def test_a_chain_is_recomputed_up_to_a_depth(depth: int, again: set[int]) -> None:
+    """a -> b -> c -> d, all of them lossy: to recompute d takes exact sources, recomputed or kept from some op on."""
     waiting = tuple(Tensor(name, 100, (quarter(100, 0.1, 0.01),)) for name in "abcd")
     chain = tuple(Op(f"make_{t}", (t - 1,) if t else (), (t,), 1.0, 100) for t in range(4))
     tensors = (*waiting, Tensor("loss", 4), Tensor("grad", 10))
@@ -161,7 +161,7 @@ def test_a_mask_is_kept_packed_when_its_source_turns_lossy() -> None:
     assert point.overhead_s == pytest.approx(0.22)
 
 
-def check_ladder(problem: Problem, frontier: PlanFrontier, max_error: float) -> None:
+def check_frontier(problem: Problem, frontier: PlanFrontier, max_error: float) -> None:
     assert frontier.points[0].actions == {}
     for point in frontier.points:
         line = simulate_actions(problem, point.actions)
@@ -174,10 +174,10 @@ def check_ladder(problem: Problem, frontier: PlanFrontier, max_error: float) -> 
 
 @settings(max_examples=40, deadline=None)
 @given(problems(), st.sampled_from((0.0, 0.05, 0.3)), st.booleans())
-def test_rungs_are_what_they_say(problem: Problem, max_error: float, recompute: bool) -> None:
+def test_points_are_what_they_say(problem: Problem, max_error: float, recompute: bool) -> None:
     offered = problem if recompute else without_recomputation(problem)
     frontier = build_frontier(offered, max_error=max_error)
-    check_ladder(problem, frontier, max_error)
+    check_frontier(problem, frontier, max_error)
     assert frontier.point_for(frontier.points[0].peak_bytes) == frontier.points[0]
     assert frontier.point_for(1 << 60) == frontier.points[0]
     assert frontier.point_for(frontier.points[-1].peak_bytes) == frontier.points[-1]
@@ -191,7 +191,7 @@ def test_rungs_are_what_they_say(problem: Problem, max_error: float, recompute: 
 @given(problems())
 def test_without_codecs_nothing_is_compressed(problem: Problem) -> None:
     frontier = build_frontier(without_codecs(problem), max_error=1.0)
-    check_ladder(problem, frontier, 0.0)
+    check_frontier(problem, frontier, 0.0)
     assert not any(isinstance(action, Compress) for point in frontier.points for action in point.actions.values())
 
 
@@ -255,7 +255,7 @@ def test_solver_keeps_the_budget(problem: Problem, part: float) -> None:
         assert (result.status, result.actions, result.overhead_s) == (Status.OPTIMAL, {}, 0.0)
 
 
-def test_same_input_same_ladder() -> None:
+def test_same_input_same_frontier() -> None:
     for seed in range(3):
         first = build_frontier(random_problem(seed, 15), max_error=MAX_ERROR)
         again = build_frontier(random_problem(seed, 15), max_error=MAX_ERROR)
@@ -313,7 +313,7 @@ def test_close_to_the_oracle_on_small_problems() -> None:
     assert max(peaks) <= 1.1
 
 
-def test_a_rung_that_the_simulator_refuses_is_forgotten_before_it_can_run() -> None:
+def test_a_point_that_the_simulator_refuses_is_forgotten_before_it_can_run() -> None:
     # keep-all peaks at 214 B and recomputing a at 200 B, for 1 s; a point that claims 100 B for keep-all is a lie
     problem = two_layers()
     frontier = build_frontier(problem, max_error=0.0)

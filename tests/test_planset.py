@@ -77,7 +77,7 @@ def test_joined_plans_are_chosen_from() -> None:
     assert plans.cheapest(180) is None, "a set never changes"
 
 
-def test_a_plan_is_fitted_to_the_budget() -> None:
+def test_a_plan_is_polished_for_the_budget() -> None:
     # Only the plan that makes a (4 s) and b (2 s) again is known. 180 bytes suffice to keep a, 179 to keep b.
     for budget_bytes, actions, overhead_s in ((180, {1: RECOMPUTE}, 2.0), (179, {0: RECOMPUTE}, 4.0)):
         points = [simulated(independent(), {0: RECOMPUTE, 1: RECOMPUTE})]
@@ -95,7 +95,7 @@ class FindsNothing:
         return SolveResult(Status.UNKNOWN, {}, 0, 0.0, 0.0, 0.0, "own", 0.0)
 
 
-def test_plans_are_fitted_beside_a_solver_of_ones_own() -> None:
+def test_plans_are_polished_beside_a_solver_of_ones_own() -> None:
     points = [simulated(independent(), {0: RECOMPUTE, 1: RECOMPUTE})]
     plans, _ = Portfolio(FindsNothing()).extend(plans_of(independent(), points, max_error=0.0), 180)
     known = plans.cheapest(180)
@@ -172,7 +172,7 @@ def test_the_smallest_peak_falls_as_the_error_limit_grows() -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(problems(2, 14), st.floats(0.0, 1.0))
-def test_ladders_together_are_never_slower_than_one_technique_alone(problem: Problem, share: float) -> None:
+def test_frontiers_together_are_never_slower_than_one_technique_alone(problem: Problem, share: float) -> None:
     plans = frontier_plans(problem, max_error=0.1)
     assert len(plans.alone) == 2 * any(tensor.codecs for tensor in problem.tensors)
     budget_bytes = int(share * simulate_actions(problem, {}).peak_bytes)

@@ -126,7 +126,7 @@ def test_names_and_numbers_do_not_change_the_best_plan(problem: Problem, share: 
 
 @settings(max_examples=5, deadline=None)
 @given(problems(2, 14, fused=True))
-def test_names_do_not_change_the_ladder(problem: Problem) -> None:
+def test_names_do_not_change_the_frontier(problem: Problem) -> None:
     """Numbers may: of moves that look equally good, the heuristic tries the one first that is listed first."""
     assert build_frontier(renamed(problem), max_error=MAX_ERROR) == build_frontier(problem, max_error=MAX_ERROR)
 

@@ -60,6 +60,7 @@ class LiveRanges:
 
     def __init__(self, tables: ProblemTables) -> None:
         self._tables = tables
+        self._gradients = tables.gradients
         self._known: dict[tuple[int, ...], LiveRange] = {}
 
     def of(self, t: int, code: int, use: int, rerun: int, read: int, last: int) -> LiveRange:
@@ -67,7 +68,7 @@ class LiveRanges:
         if use < NEVER:
             if code < FIRST_CODEC:
                 use = 0  # when it is first needed matters for what is decoded then
-            if code != RECOMPUTED and t not in self._tables.gradients:
+            if code != RECOMPUTED and t not in self._gradients:
                 rerun = NEVER  # leaves no new value
         key = (t, code, use, rerun, read, last)
         found = self._known.get(key)

@@ -71,6 +71,9 @@ class PlanState:
         self._plan = PlanArrays.empty(tables)
         self.codes, self.use, self.rerun = self._plan.codes, self._plan.use, self._plan.rerun
         self._ranges = LiveRanges(tables)
+        # what every evaluation reads; a cached property takes longer to read
+        self._use_tables = (tables.base_read, tables.base_last, tables.readers, tables.optional_users, tables.fused_at)
+        self._first_backward_slot = tables.slot(0)
         self._live = tables.base_live
         self._heights: Ints | None = None
         self._top = tables.base_top.copy()
@@ -214,7 +217,8 @@ class PlanState:
     def _propagate_ops(self, ops: Iterable[int], dirty: set[int], slots: set[int], trial: bool) -> None:
         """Derives first uses and reruns, readers before sources; adds tensors that they concern to ``dirty``."""
         tables, codes, use, rerun = self.tables, self.codes, self.use, self.rerun
-        made, readers, first_read, replaced = tables.made, tables.readers, tables.first_read, self._replaced
+        made, readers, first_read, optional = tables.made, tables.readers, tables.first_read, tables.optional
+        touched, sources, replaced = tables.touched, tables.sources, self._replaced
         heap = [-o for o in ops]
         heapify(heap)
         queued = set(heap)
@@ -235,11 +239,11 @@ class PlanState:
             changed = at != rerun[o]
             if changed:
                 self._run_again(o, at, slots, trial)
-            if o in tables.optional and self._propagate_run(o, trial):
+            if o in optional and self._propagate_run(o, trial):
                 changed = True
             if changed:
-                dirty.update(tables.touched[o])
-                for source in tables.sources[o]:
+                dirty.update(touched[o])
+                for source in sources[o]:
                     if -source not in queued:
                         queued.add(-source)
                         heappush(heap, -source)
@@ -279,11 +283,11 @@ class PlanState:
 
     def _propagate_ranges(self, dirty: set[int], slots: set[int], trial: bool) -> None:
         """Derives the live ranges of ``dirty`` and what they cost; adds slots whose groups change to ``slots``."""
-        plan, steps, producer = self._plan, self._steps, self.tables.producer
+        plan, steps, producer, range_of = self._plan, self._steps, self.tables.producer, self._ranges.of
         for t in dirty:
             read, last = self._last_uses(t)
             old = plan.ranges[t]
-            new = self._ranges.of(t, self.codes[t], self.use[t], self.rerun[producer[t]], read, last)
+            new = range_of(t, self.codes[t], self.use[t], self.rerun[producer[t]], read, last)
             if not trial and last // 2 != plan.last_use[t]:
                 self._set(plan.last_use, t, last // 2)
             if old is new or old == new:
@@ -302,15 +306,15 @@ class PlanState:
 
     def _last_uses(self, t: int) -> tuple[int, int]:
         """Returns the last uses of ``t`` in the forward and the backward pass, as ``live_ranges`` encodes them."""
-        tables, rerun, runs = self.tables, self.rerun, self._plan.runs
-        read, last = tables.base_read[t], tables.base_last[t]
-        for o in tables.readers[t]:
+        base_read, base_last, readers, optional_users, fused_at = self._use_tables
+        read, last, rerun, first_slot = base_read[t], base_last[t], self.rerun, self._first_backward_slot
+        for o in readers[t]:
             if rerun[o] < NEVER:
-                use = 2 * tables.slot(rerun[o]) + (o in tables.fused_at)
+                use = 2 * (first_slot + rerun[o]) + (o in fused_at)
                 if use > last:
                     last = use
-        for o in tables.optional_users[t]:
-            if runs[o] and o > read:
+        for o in optional_users[t]:
+            if self._plan.runs[o] and o > read:
                 read = o
         return read, last
 

@@ -105,7 +105,7 @@ class LocalSearch:
             pick: rows and changes to apply together; none where there is nothing to gain.
             figure: what falls.
             until: ends the search.
-            patient: evaluates stale moves anew before it gives up.
+            patient: evaluates stale moves again before it gives up.
             accept: called after moves that stay applied.
         """
         value = figure()

@@ -20,7 +20,7 @@ ILP_PAYS = 2e-3  # share of a step: a smaller overhead is not worth the integer 
 
 @dataclass(frozen=True)
 class Portfolio:
-    """The solvers that a user asks for by name, or one of the user's own beside the heuristic.
+    """The solvers that a user asks for by name, or one of the user's own after the heuristic.
 
     Attributes:
         solver: ``"mps"`` for the heuristic alone; ``"ilp"`` for the integer program after it, for each budget;
