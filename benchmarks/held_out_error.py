@@ -23,7 +23,7 @@ from benchmarks.lib.common import add_slices, at_smallest_peak, names_of, wide_c
 from benchmarks.lib.real_batches import real_batch
 from benchmarks.lib.results import Record
 from fxhybrid import suite
-from fxhybrid.cli.model_spec import suite_target
+from fxhybrid.cli.model_spec import suite_spec
 
 MINUTES = 240
 NEEDS = "scikit-learn, transformers"
@@ -47,7 +47,7 @@ class Trial:
 
     def compile(self, limit: float) -> fxhybrid.HybridModule:
         """The model at 2 % above its smallest reachable peak."""
-        target = suite_target(real_batch(self.case, 0))
+        target = suite_spec(real_batch(self.case, 0))
 
         def compiled(budget: int) -> fxhybrid.HybridModule:
             return fxhybrid.compile(

@@ -26,11 +26,11 @@ from benchmarks.lib.common import names_of, wide_console
 from benchmarks.lib.results import Record, append_record, read_records
 from fxhybrid import suite
 from fxhybrid.capture.step import Step, StepCall
-from fxhybrid.cli.model_spec import suite_target
+from fxhybrid.cli.model_spec import suite_spec
 from fxhybrid.ir.plan import Action, Actions, Compress
 from fxhybrid.ir.problem import CodecOption, Op, Problem
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.options import make_options
+from fxhybrid.options import Options
 from fxhybrid.pipeline import prepare
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.ilp.solver import IlpSolver
@@ -86,9 +86,9 @@ def _run(recorded: str | None, models: str | None) -> Iterator[Record]:
 
 def small_problem(name: str) -> Problem:
     """A small suite model's problem with seconds that follow from bytes."""
-    target = suite_target(suite.load(name, "small"))
+    target = suite_spec(suite.load(name, "small"))
     args, kwargs = ((), target.inputs) if isinstance(target.inputs, dict) else (target.inputs, {})
-    options = make_options(budget=1.0, loss_fn=target.loss_fn)
+    options = Options.checked(budget=1.0, loss_fn=target.loss_fn)
     step = Step(target.model, options.loss_fn, options.return_outputs)
     found = prepare(step, StepCall(args, kwargs, target.loss_args), options).problem
     torch._dynamo.reset()

@@ -16,7 +16,7 @@ from fxhybrid.devices.remote_plan import plan_for_device
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.module import HybridModule, wrap
-from fxhybrid.options import make_options
+from fxhybrid.options import Options
 from fxhybrid.solvers.base import Solver
 from fxhybrid.units import Budget
 
@@ -40,13 +40,13 @@ def compile(
     check_error_every: int | None = None,
     plan: Plan | None = None,
 ) -> HybridModule:
-    """The model, with a training step that peaks at or under ``budget`` at the least added time.
+    """Wraps the model so that its training step peaks at or under ``budget`` at the least added time.
 
     Args:
         model: any ``nn.Module`` that can be traced into one graph; it is shared, not copied.
         budget: live tensor bytes over the whole step (parameters, gradients, inputs, optimizer state,
             activations, workspaces): an int, text such as ``"512MiB"``, or a float in (0, 1] as a share of
-            the simulated peak of the step that keeps everything.
+            the simulated save-all peak.
         example_inputs: tuple or dict to plan with now; ``None`` plans at the first call.
         loss_fn: ``loss_fn(output, *loss_args)`` gives a scalar; traced with the model, so that logits and
             their gradients are planned too. The call then takes ``loss_args=`` and returns the loss.
@@ -59,9 +59,9 @@ def compile(
         max_grad_error: limit of the relative error of all parameter gradients together.
         backend: ``"eager"`` runs the rewritten graphs as they are.
         check_error_every: before every so many training steps, measure the gradient error on their batch, and
-            calibrate and plan anew if it is above ``max_grad_error``. That runs steps that keep everything, which takes
-            more than the budget; where there is no memory for it, ``report()`` says so. None: never.
-        plan: a plan made before, here or elsewhere, to carry out.
+            calibrate and re-plan if it is above ``max_grad_error``. That runs save-all steps, which takes more than the
+            budget; where there is no memory for it, ``report()`` says so. None: never.
+        plan: a plan made before, here or on another device, to carry out.
 
     Raises:
         InvalidArgument: a parameter cannot be used.
@@ -69,7 +69,7 @@ def compile(
         BudgetError: no known plan fits the budget.
         PlanMismatchError: ``plan`` belongs to another graph or version.
     """
-    options = make_options(
+    options = Options.checked(
         budget=budget,
         loss_fn=loss_fn,
         return_outputs=return_outputs,
@@ -85,7 +85,7 @@ def compile(
         raise InvalidArgument(f"plan is a {type(plan).__name__}; load one with fxhybrid.Plan.load(path)")
     hybrid = wrap(model, options, plan)
     if example_inputs is not None:
-        _plan_now(hybrid, example_inputs, loss_args)
+        plan_now(hybrid, example_inputs, loss_args)
     return hybrid
 
 
@@ -98,16 +98,16 @@ def plan(
     device_profile: DeviceProfile | None = None,
     **options: Any,
 ) -> Plan:
-    """The plan that ``compile`` would carry out with the same arguments, without wrapping the model.
+    """Plans as ``compile`` does with the same arguments, without wrapping the model.
 
-    With a ``device_profile`` the plan is for that device, which need not be here: it carries the plan out by
+    With a ``device_profile`` it is a remote plan, for that device, which carries it out by
     ``compile(..., plan=plan)``. The heuristic plans it; bytes are those of this machine's operators.
 
     Raises:
         As ``compile`` does.
     """
-    hybrid = wrap(model, make_options(budget=budget, **options), None)
-    found = _plan_now(hybrid, example_inputs, loss_args)
+    hybrid = wrap(model, Options.checked(budget=budget, **options), None)
+    found = plan_now(hybrid, example_inputs, loss_args)
     here = found.active().plan
     if device_profile is None:
         return here
@@ -116,7 +116,12 @@ def plan(
     return plan_for_device(problem, work, here, device_profile, state.budget_bytes, max_error=limit)
 
 
-def _plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any, ...]) -> Signature:
+def plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any, ...]) -> Signature:
+    """Plans with example arguments, as a first call would.
+
+    Raises:
+        InvalidArgument: the arguments are neither a tuple nor a dict, or the model is in evaluation mode.
+    """
     if isinstance(example_inputs, dict):
         call = StepCall((), example_inputs, tuple(loss_args))
     elif isinstance(example_inputs, (tuple, list)):

@@ -1,25 +1,50 @@
-"""Progress on a terminal's error stream, only for work that takes long."""
+"""Terminal output: progress of work that takes long, and tables as text."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:  # rich is imported when something is shown, not with fxhybrid
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress
 
 T = TypeVar("T")
 LONG_S = 2.0
+COUNT = "{task.completed}/{task.total}"
+
+
+def progress_bar(text: str = COUNT, *, console: Console | None = None) -> Progress:
+    """Makes a bar that vanishes when done; nothing is shown where there is no terminal.
+
+    Args:
+        text: template of what stands behind the bar.
+        console: where to; None for the error stream.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = console or Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn(text), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def tracked(items: Collection[T], what: str) -> Iterator[T]:
-    """The items one by one, with a bar once they have taken ``LONG_S``; nothing where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    """Yields the items, with a bar once they have taken ``LONG_S``."""
     start = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar() as bar:
         task = bar.add_task(what, total=len(items), visible=False)
         for item in items:
             yield item
             bar.update(task, advance=1, visible=time.monotonic() - start > LONG_S)
+
+
+def as_text(table: RenderableType) -> str:
+    """Renders a table as plain text."""
+    from rich.console import Console
+
+    console = Console(width=110, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()

@@ -15,12 +15,14 @@ from torch import Tensor, fx, nn
 
 from fxhybrid.api import compile
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.options import OPTIONS, check_names
 
-OPTIONS = ("budget", "solver", "compression", "max_grad_error", "reserve_bytes", "optimizer", "plan")
+# A loss is part of Dynamo's graph already, or outside of it.
+ACCEPTED = (*(name for name in OPTIONS if name not in ("loss_fn", "return_outputs")), "plan")
 
 
 class LiftedGraph(nn.Module):
-    """A Dynamo graph whose parameter and buffer arguments are the module's own again."""
+    """Wraps a Dynamo graph so that its parameter and buffer arguments are the module's own again."""
 
     def __init__(self, graph: fx.GraphModule, arguments: Sequence[Any]) -> None:
         """Takes the graph and its first arguments."""
@@ -46,11 +48,11 @@ class LiftedGraph(nn.Module):
         return self.graph(*arguments)
 
     def free_of(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        """The arguments that are not the module's own."""
+        """Returns the arguments that are not the module's own."""
         return tuple(value for i, value in enumerate(arguments) if i not in self.owned)
 
     def owns(self, arguments: Sequence[Any]) -> bool:
-        """Whether parameters and buffers among ``arguments`` are still the module's own."""
+        """Says whether parameters and buffers among ``arguments`` are still the module's own."""
         return all(arguments[i] is getattr(self, name) for i, name in self.owned.items())
 
 
@@ -60,7 +62,7 @@ def fxhybrid_backend(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """A Dynamo backend; ``options`` are keyword arguments of ``fxhybrid.compile``, ``budget`` among them.
+    """Makes Dynamo's graph train within a budget; ``options`` are ``fxhybrid.compile``'s, ``budget`` among them.
 
     Raises:
         InvalidArgument: no budget, or an option that there is not.
@@ -68,9 +70,7 @@ def fxhybrid_backend(
     chosen = dict(options or {})
     if "budget" not in chosen:
         raise InvalidArgument('torch.compile(..., backend="fxhybrid") needs options={"budget": "512MiB"}')
-    unknown = sorted(set(chosen) - set(OPTIONS))
-    if unknown:
-        raise InvalidArgument(f"no option {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
+    check_names(chosen, ACCEPTED)
     lifted: list[tuple[LiftedGraph, nn.Module]] = []
 
     def run(*arguments: Any) -> Any:
@@ -90,6 +90,6 @@ def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def _is_static(node: fx.Node) -> bool:
-    """Whether Dynamo says that the argument is a parameter or buffer of the user's module."""
+    """Says whether Dynamo declares that the argument is a parameter or buffer of the user's module."""
     tensor_dict = node.meta.get("tensor_dict") or {}
     return "_dynamo_static_input_type" in tensor_dict

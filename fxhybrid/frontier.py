@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fxhybrid.api import Inputs, _plan_now
+from fxhybrid.api import Inputs, plan_now
 from fxhybrid.compiler.planning_state import PlanningState, extend
+from fxhybrid.console import as_text
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.ir.json_text import from_json, to_json
 from fxhybrid.module import wrap
 from fxhybrid.optional_imports import require
-from fxhybrid.options import make_options
+from fxhybrid.options import Options
 from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for, prove_bound
 from fxhybrid.solvers.portfolio.known_plans import KnownPlans
 from fxhybrid.units import Budget, check_budget, format_bytes
@@ -31,7 +32,7 @@ MIB = 1 << 20
 
 
 class Technique(Enum):
-    """Which actions a plan may use."""
+    """Names the actions that a plan may use."""
 
     HYBRID = "hybrid"
     RECOMPUTE = "recompute only"
@@ -40,14 +41,14 @@ class Technique(Enum):
 
 @dataclass(frozen=True)
 class FrontierRow:
-    """One technique at one budget.
+    """Describes one technique at one budget.
 
     Attributes:
         budget_bytes: the budget.
         technique: which actions the plan may use.
         status: of the plan; UNKNOWN or INFEASIBLE where the technique does not reach the budget.
         peak_bytes: predicted peak; None where the budget is not reached.
-        added_s: predicted seconds beyond the step that keeps everything; None where it is not reached.
+        added_s: predicted seconds beyond the save-all step; None where it is not reached.
         lower_bound_s: no plan of this technique adds less; None where the budget is not reached.
         saved_s_per_mib: about what one MiB more would save, by linear programming; None where it is not reached.
     """
@@ -63,13 +64,13 @@ class FrontierRow:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Budgets against added time; prints as a table.
+    """Holds budgets against added time; prints as a table.
 
     Attributes:
         rows: by budget, the largest first.
-        save_all_bytes: simulated peak of the step that keeps everything.
+        save_all_bytes: simulated peak of the save-all step.
         minimum_bytes: smallest peak for which a plan is known.
-        step_s: predicted seconds of the step that keeps everything.
+        step_s: predicted seconds of the save-all step.
         device: what the profile was taken on.
     """
 
@@ -85,31 +86,30 @@ class Frontier:
         return sorted({row.budget_bytes for row in self.rows}, reverse=True)
 
     def line(self, technique: Technique) -> list[FrontierRow]:
-        """The rows of one technique, the largest budget first."""
+        """Returns the rows of one technique, the largest budget first."""
         return [row for row in self.rows if row.technique is technique]
 
     def to_json(self) -> str:
-        """This frontier as JSON text."""
+        """Writes this frontier as JSON text."""
         raw = dataclasses.asdict(self)
         raw["rows"] = [{**row, "technique": row["technique"].value} for row in raw["rows"]]
-        return json.dumps({"format": FRONTIER_FORMAT, **raw}, indent=1)
+        return to_json(raw, version=FRONTIER_FORMAT)
 
     @classmethod
     def from_json(cls, text: str) -> Frontier:
-        """The frontier that ``to_json`` wrote.
+        """Reads the frontier that ``to_json`` wrote.
 
         Raises:
             InvalidArgument: the text is no frontier, is cut off, or is of another format version.
         """
-        try:
-            raw: dict[str, Any] = json.loads(text)
-            if raw.pop("format") != FRONTIER_FORMAT:
-                raise ValueError(f"frontier format is not {FRONTIER_FORMAT}")
+
+        def build(raw: dict[str, Any]) -> Frontier:
             rows = raw.pop("rows")
             typed = (FrontierRow(**{**row, "technique": Technique(row["technique"])}) for row in rows)
             return cls(tuple(typed), **raw)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidArgument(f"this is not a frontier written by fxhybrid (or it is cut off): {error}") from error
+
+        message = "this is not a frontier written by fxhybrid (or it is cut off)"
+        return from_json(text, build, InvalidArgument, message, version=FRONTIER_FORMAT)
 
     def plot(self, path: str | Path) -> None:
         """Writes a plot of added time against budget, one line per technique with its lower bound dotted.
@@ -130,7 +130,7 @@ class Frontier:
             if reached:
                 (line,) = axes.plot(shares, added, marker=marker, label=technique.value)
                 axes.plot(shares, bounds, linestyle=":", color=line.get_color())
-        axes.set_xlabel(f"budget, % of {format_bytes(self.save_all_bytes)} (everything kept)")
+        axes.set_xlabel(f"budget, % of {format_bytes(self.save_all_bytes)} (save-all peak)")
         axes.set_ylabel(f"added time, % of a step of {self.step_s * 1e3:.0f} ms")
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
@@ -143,7 +143,7 @@ class Frontier:
 
         table = Table(
             title="Added time per step by budget",
-            caption=f"step that keeps everything: {format_bytes(self.save_all_bytes)}, {_ms(self.step_s)}; "
+            caption=f"save-all step: {format_bytes(self.save_all_bytes)}, {_ms(self.step_s)}; "
             f"smallest known peak: {format_bytes(self.minimum_bytes)}",
         )
         lines = {t: {row.budget_bytes: row for row in self.line(t)} for t in Technique}
@@ -167,12 +167,7 @@ class Frontier:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=110, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.__rich__())
-        return capture.get()
+        return as_text(self.__rich__())
 
 
 def _ms(seconds: float | None) -> str:
@@ -188,18 +183,16 @@ def frontier(
     solver: str = "mps",
     **options: Any,
 ) -> Frontier:
-    """What each budget costs by recomputing only, by compressing only, and by both.
+    """Plans each budget by recomputing only, by compressing only, and by both.
 
     Args:
         model: as for ``fxhybrid.compile``.
         example_inputs: as for ``fxhybrid.compile``.
-        budgets: bytes, text or shares; ``None`` is 12 even steps from the smallest peak known to the peak
-            of the step that keeps everything.
+        budgets: bytes, text or shares; ``None`` is 12 even steps from the smallest known peak to the save-all peak.
         loss_args: example arguments of ``loss_fn``.
         solver: of the hybrid line; ``"ilp"`` takes some seconds for each budget. The other two lines are
             always the heuristic's.
-        options: ``loss_fn``, ``return_outputs``, ``optimizer``, ``reserve_bytes``, ``compression`` and
-            ``max_grad_error`` as for ``fxhybrid.compile``.
+        options: others of ``fxhybrid.compile``.
 
     Raises:
         InvalidArgument: a parameter cannot be used.
@@ -208,8 +201,10 @@ def frontier(
     checked = None if budgets is None else [check_budget(budget) for budget in budgets]
     if checked is not None and not checked:
         raise InvalidArgument("budgets is empty; leave it out for 12 even steps")
-    made = make_options(budget=1.0, solver=solver, **options)
-    signature = _plan_now(wrap(model, made, None), example_inputs, loss_args)
+    if "budget" in options:
+        raise InvalidArgument("a frontier has many budgets: pass budgets=[...] instead of budget=")
+    made = Options.checked(budget=1.0, solver=solver, **options)
+    signature = plan_now(wrap(model, made, None), example_inputs, loss_args)
     state = replace(signature.state, plans=find_smallest_peak(signature.state.plans))
     return _frontier_of(state, _budget_bytes(state, checked))
 

@@ -1,103 +1,144 @@
-"""What a user asked for, checked once."""
+"""What a user asked for: names, defaults, checks and one-line descriptions of all options, each once."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, get_type_hints
 
 import torch
 
 from fxhybrid.capture.step import Loss
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.solvers.base import Solver
-from fxhybrid.units import Budget, check_budget, check_bytes
+from fxhybrid.units import check_budget, check_bytes
 
 SOLVERS = ("auto", "mps", "ilp")
 COMPRESSIONS = ("auto", "lossless", "off")
 BACKENDS = ("eager",)  # under Inductor the fused kernels' memory is not what the simulator adds up
 
-
-@dataclass(frozen=True)
-class Options:
-    """The parameters of ``fxhybrid.compile`` that hold for every signature.
-
-    Attributes:
-        budget: bytes (int) or a share of the save-all peak (float).
-        loss_fn: traced on top of the model.
-        return_outputs: return the outputs beside the loss.
-        optimizer: whose state counts.
-        reserve_bytes: kept free for whatever else the process holds.
-        solver: name or object.
-        compression: which codecs may be used.
-        max_grad_error: limit of the relative gradient error.
-        backend: what runs the graphs.
-        check_error_every: training steps from one check of the gradient error to the next; None for none.
-    """
-
-    budget: int | float
-    loss_fn: Loss | None
-    return_outputs: bool
-    optimizer: torch.optim.Optimizer | None
-    reserve_bytes: int
-    solver: str | Solver
-    compression: str
-    max_grad_error: float
-    backend: str
-    check_error_every: int | None = None
+Check = Callable[[str, Any], Any]
 
 
-def make_options(
-    *,
-    budget: Budget,
-    loss_fn: Loss | None = None,
-    return_outputs: bool = False,
-    optimizer: torch.optim.Optimizer | None = None,
-    reserve_bytes: int = 0,
-    solver: str | Solver = "auto",
-    compression: str = "auto",
-    max_grad_error: float = 0.1,
-    backend: str = "eager",
-    check_error_every: int | None = None,
-) -> Options:
-    """Checked options.
-
-    Raises:
-        InvalidArgument: names the parameter, its value and what it may be.
-    """
-    if isinstance(solver, str):
-        _check_choice("solver", solver, SOLVERS)
-    elif not hasattr(solver, "solve"):
-        raise InvalidArgument(f"solver is {solver!r}; it must be one of {SOLVERS} or have a solve method")
-    _check_choice("compression", compression, COMPRESSIONS)
-    _check_choice("backend", backend, BACKENDS)
-    if loss_fn is not None and not callable(loss_fn):
-        raise InvalidArgument(f"loss_fn is {loss_fn!r}; it must be callable: loss_fn(output, *loss_args) -> scalar")
-    if return_outputs and loss_fn is None:
-        raise InvalidArgument("return_outputs=True needs a loss_fn; without one the outputs are returned anyway")
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidArgument(f"optimizer is {optimizer!r}; it must be a torch.optim.Optimizer or None")
-    if isinstance(max_grad_error, bool) or not isinstance(max_grad_error, (int, float)):
-        raise InvalidArgument(f"max_grad_error is {max_grad_error!r}; it must be a number of at least 0")
-    if not math.isfinite(max_grad_error) or max_grad_error < 0:
-        raise InvalidArgument(f"max_grad_error is {max_grad_error!r}; it must be finite and at least 0")
-    counted = check_error_every is None or (type(check_error_every) is int and check_error_every > 0)
-    if not counted:
-        raise InvalidArgument(f"check_error_every is {check_error_every!r}; it must be a positive int or None")
-    return Options(
-        check_budget(budget),
-        loss_fn,
-        return_outputs,
-        optimizer,
-        check_bytes("reserve_bytes", reserve_bytes),
-        solver,
-        compression,
-        float(max_grad_error),
-        backend,
-        check_error_every,
-    )
+def _check_budget(_: str, value: Any) -> int | float:
+    return check_budget(value)
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise InvalidArgument(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+    return str(value)
+
+
+def _check_solver(name: str, value: Any) -> str | Solver:
+    if isinstance(value, str):
+        return _check_choice(name, value, SOLVERS)
+    if not hasattr(value, "solve"):
+        raise InvalidArgument(f"{name} is {value!r}; it must be one of {SOLVERS} or have a solve method")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_loss(name: str, value: Any) -> Loss | None:
+    if value is not None and not callable(value):
+        raise InvalidArgument(f"{name} is {value!r}; it must be callable: loss_fn(output, *loss_args) -> scalar")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} is {value!r}; it must be True or False")
+    return value
+
+
+def _check_optimizer(name: str, value: Any) -> torch.optim.Optimizer | None:
+    if value is not None and not isinstance(value, torch.optim.Optimizer):
+        raise InvalidArgument(f"{name} is {value!r}; it must be a torch.optim.Optimizer or None")
+    return value
+
+
+def _check_error(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidArgument(f"{name} is {value!r}; it must be a number of at least 0")
+    if not math.isfinite(value) or value < 0:
+        raise InvalidArgument(f"{name} is {value!r}; it must be finite and at least 0")
+    return float(value)
+
+
+def _check_interval(name: str, value: Any) -> int | None:
+    if value is not None and not (type(value) is int and value > 0):
+        raise InvalidArgument(f"{name} is {value!r}; it must be a positive int or None")
+    return value
+
+
+@dataclass(frozen=True)
+class Option:
+    """Describes an option.
+
+    Attributes:
+        about: what it is, in a line; the command line's help.
+        check: takes name and value, and returns the value to keep or raises ``InvalidArgument``.
+    """
+
+    about: str
+    check: Check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Holds the parameters of ``fxhybrid.compile`` that hold for every signature; checked whenever made."""
+
+    budget: Annotated[
+        int | float, Option("bytes, text such as 512MiB, or a share in (0, 1] of the save-all peak", _check_budget)
+    ]
+    loss_fn: Annotated[Loss | None, Option("traced on top of the model", _check_loss)] = None
+    return_outputs: Annotated[bool, Option("return the outputs in addition to the loss", _check_flag)] = False
+    optimizer: Annotated[torch.optim.Optimizer | None, Option("whose state counts", _check_optimizer)] = None
+    reserve_bytes: Annotated[int, Option("kept free for whatever else the process holds", check_bytes)] = 0
+    solver: Annotated[str | Solver, Option("what searches plans", _check_solver)] = "auto"
+    compression: Annotated[str, Option("which codecs may be used", partial(_check_choice, choices=COMPRESSIONS))] = (
+        "auto"
+    )
+    max_grad_error: Annotated[float, Option("limit of the relative gradient error", _check_error)] = 0.1
+    backend: Annotated[str, Option("what runs the graphs", partial(_check_choice, choices=BACKENDS))] = "eager"
+    check_error_every: Annotated[
+        int | None, Option("training steps between checks of the gradient error; None for no check", _check_interval)
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Checks every option.
+
+        Raises:
+            InvalidArgument: names the option, its value and what it may be.
+        """
+        for name, option in OPTIONS.items():
+            object.__setattr__(self, name, option.check(name, getattr(self, name)))
+        if self.return_outputs and self.loss_fn is None:
+            raise InvalidArgument("return_outputs=True needs a loss_fn; without one the outputs are returned anyway")
+
+    @classmethod
+    def checked(cls, **given: Any) -> Options:
+        """Makes options of keyword arguments.
+
+        Raises:
+            InvalidArgument: there is no such option; or as making one directly does.
+        """
+        check_names(given, tuple(OPTIONS))
+        return cls(**given)
+
+
+OPTIONS: dict[str, Option] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Options, include_extras=True).items()
+}
+
+
+def check_names(given: Iterable[str], known: tuple[str, ...]) -> None:
+    """Refuses options that there are not.
+
+    Raises:
+        InvalidArgument: names them, and those that there are.
+    """
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InvalidArgument(f"no option {', '.join(unknown)}; there are {', '.join(known)}")

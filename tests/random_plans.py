@@ -11,7 +11,7 @@ from fxhybrid.codecs import get_codec
 from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.options import make_options
+from fxhybrid.options import Options
 from fxhybrid.pipeline import Prepared, build_graphs, prepare
 from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 from fxhybrid.runtime import StepFunction
@@ -60,7 +60,7 @@ class Subject:
         self.case: SuiteCase = load(name, size)  # type: ignore[arg-type]
         self.step = Step(self.case.model, self.case.loss_fn, False)
         self.call = StepCall(self.case.inputs, self.case.kwargs, self.case.loss_args)
-        self.prepared: Prepared = prepare(self.step, self.call, make_options(budget=1.0, loss_fn=self.case.loss_fn))
+        self.prepared: Prepared = prepare(self.step, self.call, Options.checked(budget=1.0, loss_fn=self.case.loss_fn))
         self.start = {name: value.clone() for name, value in self.case.model.state_dict().items()}
         self.eager = observe_step(lambda: self.step(*self.call), self.case.model, has_loss=True)
 

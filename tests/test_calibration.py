@@ -21,7 +21,7 @@ from fxhybrid.codecs import coarsest_lossy, get_codec
 from fxhybrid.ir.plan import SAVE, Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.options import make_options
+from fxhybrid.options import Options
 from fxhybrid.pipeline import Prepared, build_graphs, prepare
 from fxhybrid.solvers.base import plan_error
 
@@ -46,7 +46,7 @@ def batch(seed: int = 1) -> StepCall:
 
 
 def prepared_with_reference(step: Step, call: StepCall) -> tuple[Prepared, Reference]:
-    prepared = prepare(step, call, make_options(budget=1.0, loss_fn=F.cross_entropy))
+    prepared = prepare(step, call, Options.checked(budget=1.0, loss_fn=F.cross_entropy))
     return prepared, reference(prepared, step, call)
 
 

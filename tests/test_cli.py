@@ -13,7 +13,7 @@ from torch import nn
 import fxhybrid
 from fxhybrid import Frontier, InvalidArgument, Plan
 from fxhybrid.cli.main import FAILED, main, parse_budget
-from fxhybrid.cli.model_spec import load_target
+from fxhybrid.cli.model_spec import load_model_spec
 from fxhybrid.frontier import FrontierRow, Technique
 
 FACTORIES = """
@@ -52,7 +52,7 @@ def test_plan_writes_a_plan_that_compile_takes(capsys: pytest.CaptureFixture[str
     assert "predicted peak" in capsys.readouterr().out
     plan = Plan.load("plan.json")
     assert plan.peak_bytes <= plan.budget_bytes
-    target = load_target("made_here:four")
+    target = load_model_spec("made_here:four")
     hybrid = fxhybrid.compile(
         target.model,
         budget=plan.budget_bytes,
@@ -142,7 +142,7 @@ def test_frontier_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_frontier_with_budgets_out_of_reach() -> None:
-    target = load_target("made_here:pair")
+    target = load_model_spec("made_here:pair")
     found = fxhybrid.frontier(target.model, target.inputs, budgets=["1KiB", 1.0], compression="off")
     assert {row.technique for row in found.rows} == {Technique.HYBRID, Technique.RECOMPUTE}
     last = found.line(Technique.HYBRID)[-1]
@@ -153,7 +153,7 @@ def test_frontier_with_budgets_out_of_reach() -> None:
 
 
 def test_frontier_refuses_what_is_none() -> None:
-    target = load_target("made_here:pair")
+    target = load_model_spec("made_here:pair")
     with pytest.raises(InvalidArgument, match="budgets is empty"):
         fxhybrid.frontier(target.model, target.inputs, budgets=[])
     for text in ("", "{}", '{"format": 1, "rows": [', '{"format": 2}', "[]"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 
 import fxhybrid
 from fxhybrid import BudgetError, CaptureError, FxHybridError, InvalidArgument, Plan, PlanMismatchError
+from fxhybrid.options import OPTIONS as OPTIONS_OF_COMPILE
+from fxhybrid.options import Options
 from tests.compare import assert_same, state_of, total
 from tests.models import BatchNorms, mlp, rows
 
@@ -92,6 +95,21 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: next(iter(o)))
 def test_options(options: dict[str, Any]) -> None:
     refused(InvalidArgument, next(iter(options)), mlp().train(), rows(), **options)
+
+
+def test_compile_names_every_option_with_its_default() -> None:
+    """``compile`` spells its options out for those who read or complete it; ``Options`` is where they are declared."""
+    parameters = inspect.signature(fxhybrid.compile).parameters
+    assert set(OPTIONS_OF_COMPILE) < set(parameters)
+    defaults = {name: parameters[name].default for name in OPTIONS_OF_COMPILE if name != "budget"}
+    assert defaults == {name: getattr(Options, name) for name in defaults}
+
+
+def test_options_that_there_are_not() -> None:
+    with pytest.raises(InvalidArgument, match="no option bugdet; there are budget, loss_fn"):
+        fxhybrid.plan(mlp().train(), (rows(),), budget=1.0, bugdet=1)
+    with pytest.raises(InvalidArgument, match="budgets="):
+        fxhybrid.frontier(mlp().train(), (rows(),), budget=1.0)
 
 
 class Branching(nn.Module):

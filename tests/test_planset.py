@@ -14,7 +14,7 @@ from fxhybrid.compiler.planner import PlanMaker
 from fxhybrid.ir.plan import RECOMPUTE, SAVE, Compress
 from fxhybrid.ir.problem import CodecOption, Problem
 from fxhybrid.ir.simulator import simulate_actions
-from fxhybrid.options import make_options
+from fxhybrid.options import Options
 from fxhybrid.solvers.base import SolveResult, Status
 from fxhybrid.solvers.mps.frontier_search import build_frontier
 from fxhybrid.solvers.portfolio.extend_plans import ensure, frontier_plans, polish_for, prove_bound
@@ -105,7 +105,7 @@ def test_plans_are_polished_beside_a_solver_of_ones_own() -> None:
 
 def test_rounds_share_the_integer_programs_seconds() -> None:
     problem = independent()
-    make_plans = PlanMaker(make_options(budget=180, solver="ilp"), 180)
+    make_plans = PlanMaker(Options.checked(budget=180, solver="ilp"), 180)
     assert make_plans.ilp_s == ILP_LIMIT_S
     left_s = [make_plans.ilp_s]
     for _ in range(2):

@@ -21,7 +21,7 @@ import fxhybrid
 from benchmarks.lib.results import Record, append_record, read_records
 from fxhybrid import suite
 from fxhybrid.accuracy.step_result import StepResult, observe_step
-from fxhybrid.cli.model_spec import Target, suite_target
+from fxhybrid.cli.model_spec import ModelSpec, suite_spec
 from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 
 Step = Callable[[], Any]
@@ -42,9 +42,9 @@ class Bench:
         return suite.load(self.name, self.size)
 
     @cached_property
-    def target(self) -> Target:
+    def target(self) -> ModelSpec:
         """The case in the form that ``fxhybrid.compile`` takes."""
-        return suite_target(self.case)
+        return suite_spec(self.case)
 
     @cached_property
     def eager(self) -> StepMeasurement:

@@ -29,7 +29,7 @@ from fxhybrid.accuracy.compression_trial import LossyStep
 from fxhybrid.accuracy.verifier import Reference, reference
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import coarsest_lossy, get_codec
-from fxhybrid.options import make_options
+from fxhybrid.options import Options
 from fxhybrid.pipeline import Prepared, prepare
 from fxhybrid.suite.convnets import MobileNetV2, ResNet
 from fxhybrid.suite.sample_data import load_digits
@@ -94,7 +94,7 @@ def compare(name: str, steps: int, more: int) -> Iterator[Result]:
     model: nn.Module = make()
     step, data = Step(model, F.cross_entropy, False), batches(batch, pixels)
     chosen_on, tested_on = next(data), next(data)
-    prepared = prepare(step, chosen_on, make_options(budget=1.0, loss_fn=F.cross_entropy))
+    prepared = prepare(step, chosen_on, Options.checked(budget=1.0, loss_fn=F.cross_entropy))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     loss = train(step, optimizer, itertools.islice(data, steps))
     choices = dict(all_choices(prepared, reference(prepared, step, chosen_on)))

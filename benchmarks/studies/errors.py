@@ -25,7 +25,7 @@ from fxhybrid.accuracy.verifier import reference
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import get_codec
 from fxhybrid.optional_imports import require
-from fxhybrid.options import make_options
+from fxhybrid.options import Options
 from fxhybrid.pipeline import prepare
 
 MINUTES = 15
@@ -75,7 +75,7 @@ def pairs(name: str, size: suite.Size, n_plans: int) -> Iterator[ErrorPair]:
     step = Step(target.model, target.loss_fn, False)
     inputs, loss_args = target.inputs, tuple(target.loss_args)
     call = StepCall((), inputs, loss_args) if isinstance(inputs, dict) else StepCall(tuple(inputs), {}, loss_args)
-    prepared = prepare(step, call, make_options(budget=1.0, loss_fn=target.loss_fn))
+    prepared = prepare(step, call, Options.checked(budget=1.0, loss_fn=target.loss_fn))
     compared = reference(prepared, step, call)
     found = calibrate(prepared, compared)
     yield from found.pairs

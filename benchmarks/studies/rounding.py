@@ -28,7 +28,7 @@ from fxhybrid.codecs.rowwise import Rowwise
 from fxhybrid.demo.demo_tasks import Task
 from fxhybrid.ir.plan import SAVE, Action, Compress
 from fxhybrid.ir.schedule import lower
-from fxhybrid.options import make_options
+from fxhybrid.options import Options
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.pipeline import Prepared, prepare
@@ -99,7 +99,7 @@ def train(task: Task, bits: int, rounding: str) -> Record:
     function: Callable[..., Tensor] = step
     record = {}
     if bits < 32:
-        prepared = prepare(step, call, make_options(budget=1.0, loss_fn=task.loss_fn))
+        prepared = prepare(step, call, Options.checked(budget=1.0, loss_fn=task.loss_fn))
         made = graphs(prepared, bits, rounding)
         record["error"] = reference(prepared, step, call).gradient_error(made)
         bound = prepared.capture.bind(StepFunction(made, prepared.joint, prepared.capture.metadata))

@@ -21,7 +21,7 @@ from fxhybrid.capture.joint_graph import node_name
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import get_codec
 from fxhybrid.ir.plan import SAVE, Action
-from fxhybrid.options import make_options
+from fxhybrid.options import Options
 from fxhybrid.pipeline import build_graphs, prepare
 from fxhybrid.units import format_bytes
 
@@ -92,7 +92,7 @@ def saved_tensors(name: str, size: suite.Size) -> Iterator[Kept]:
     step = Step(target.model, target.loss_fn, False)
     inputs, loss_args = target.inputs, tuple(target.loss_args)
     call = StepCall((), inputs, loss_args) if isinstance(inputs, dict) else StepCall(tuple(inputs), {}, loss_args)
-    prepared = prepare(step, call, make_options(budget=1.0, loss_fn=target.loss_fn))
+    prepared = prepare(step, call, Options.checked(budget=1.0, loss_fn=target.loss_fn))
     problem, layout = prepared.problem, prepared.layout
     masks: dict[int, Action] = {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
     graphs = build_graphs(prepared, masks)[1]

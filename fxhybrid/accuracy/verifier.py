@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,19 +52,23 @@ class Verifier:
     call: StepCall
 
     def run(self, graphs: SplitGraphs) -> StepResult:
-        """Runs one step with these graphs, at the same seed every time."""
+        """Runs one step with these graphs, at the same seed every time.
+
+        Raises:
+            InvalidArgument: the loss is no scalar.
+        """
         captured = self.prepared.capture
         function = captured.bind(StepFunction(graphs, self.prepared.joint, captured.metadata))
-        has_loss, changed = self.step.loss_fn is not None, self._changed()
-        return observe_step(
-            lambda: function(self.step, *self.call), self.step.model, has_loss=has_loss, changed=changed
-        )
+        return self._observe(lambda: function(self.step, *self.call))
 
     def run_eager(self) -> StepResult:
         """Runs the user's own step, at that seed."""
-        step, has_loss = self.step, self.step.loss_fn is not None
+        return self._observe(lambda: self.step(*self.call))
+
+    def _observe(self, run: Callable[[], Any]) -> StepResult:
+        step = self.step
         return observe_step(
-            lambda: step.check_result(step(*self.call)), step.model, has_loss=has_loss, changed=self._changed()
+            lambda: step.check_result(run()), step.model, has_loss=step.loss_fn is not None, changed=self._changed()
         )
 
     def _changed(self) -> list[Tensor]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxhybrid.errors import FxHybridError, InvalidArgument
+from fxhybrid.options import COMPRESSIONS, OPTIONS, SOLVERS, Options
 from fxhybrid.version import __version__
 
 FAILED = 2
@@ -21,7 +22,7 @@ examples:
   fxhybrid demo
       train two small models on real data, unmodified and at two budgets each
   fxhybrid plan bert --size small --budget 0.6
-      plan a model of the built-in suite for 60 % of the peak of the step that keeps everything
+      plan a model of the built-in suite for 60 % of the save-all peak
   fxhybrid plan mypackage.models:make --budget 512MiB --json plan.json
       plan your own model: make() returns (model, inputs[, loss_fn[, loss_args]])
   fxhybrid frontier mobilenetv2 --plot frontier.png
@@ -81,28 +82,27 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("--size", choices=("small", "full"), default="full", help="of a suite model (default: full)")
-    parser.add_argument(
-        "--compression", choices=("auto", "lossless", "off"), default="auto", help="which codecs may be used"
-    )
-    parser.add_argument(
-        "--max-grad-error",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="limit of the relative gradient error (default: 0.1)",
-    )
+    _add_option(parser, "compression", choices=COMPRESSIONS)
+    _add_option(parser, "max_grad_error", type=float, metavar="X")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+
+
+def _about(name: str) -> str:
+    """Returns the description of an option of ``compile``."""
+    return OPTIONS[name].about.replace("%", "%%")
+
+
+def _add_option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    """Adds an option of ``compile`` under its own name, with its default and description."""
+    default, flag = getattr(Options, name), f"--{name.replace('_', '-')}"
+    parser.add_argument(flag, default=default, help=f"{_about(name)} (default: {default})", **settings)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.description = "Plans a training step for one budget, without training."
     _add_model(parser)
-    parser.add_argument(
-        "--budget",
-        required=True,
-        help="512MiB, a number of bytes, or a share in (0, 1] of the peak that keeps everything",
-    )
-    parser.add_argument("--solver", choices=("auto", "mps", "ilp"), default="auto", help="default: auto")
+    parser.add_argument("--budget", required=True, help=_about("budget"))
+    _add_option(parser, "solver", choices=SOLVERS)
     parser.set_defaults(run=_plan)
 
 
@@ -138,7 +138,7 @@ def _add_federated(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_budget(text: str) -> int | float | str:
-    """A budget as the shell gives it: "0.6" is a share, "1000000" bytes, anything else text with a unit."""
+    """Reads a budget as the shell gives it: "0.6" is a share, "1000000" bytes, anything else text with a unit."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -148,17 +148,17 @@ def parse_budget(text: str) -> int | float | str:
 
 
 def _common(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
-    from fxhybrid.cli.model_spec import load_target
+    from fxhybrid.cli.model_spec import load_model_spec
 
-    target = load_target(arguments.model, arguments.size)
+    spec = load_model_spec(arguments.model, arguments.size)
     options = {
-        "loss_fn": target.loss_fn,
-        "loss_args": target.loss_args,
+        "loss_fn": spec.loss_fn,
+        "loss_args": spec.loss_args,
         "compression": arguments.compression,
         "max_grad_error": arguments.max_grad_error,
         "solver": arguments.solver,
     }
-    return target.model, target.inputs, options
+    return spec.model, spec.inputs, options
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -211,7 +211,7 @@ def _federated(arguments: argparse.Namespace) -> None:
 
 
 def _console() -> Console:
-    """The terminal; wide enough for the tables where the output goes to a file."""
+    """Returns the terminal; wide enough for the tables where the output goes to a file."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
 

@@ -1,4 +1,4 @@
-"""Models as the command line names them: a suite model, or ``package.module:factory``."""
+"""Model specs, as the command line takes them: a suite model, or ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _RETURNS = "(model, inputs), (model, inputs, loss_fn) or (model, inputs, loss_fn
 
 
 @dataclass(frozen=True)
-class Target:
-    """A model with what is needed to plan it.
+class ModelSpec:
+    """Holds a model with what is needed to plan it.
 
     Attributes:
         model: in training mode.
@@ -35,8 +35,8 @@ class Target:
     loss_args: tuple[Any, ...]
 
 
-def load_target(text: str, size: suite.Size = "full") -> Target:
-    """The model that ``text`` names.
+def load_model_spec(text: str, size: suite.Size = "full") -> ModelSpec:
+    """Loads the model that ``text`` names.
 
     Args:
         text: a name of ``fxhybrid.suite``, or ``package.module:factory``; the current folder is searched too.
@@ -50,16 +50,16 @@ def load_target(text: str, size: suite.Size = "full") -> Target:
             raise InvalidArgument(
                 f"no model {text!r}: give package.module:factory, or one of the suite: {', '.join(suite.names())}"
             )
-        return suite_target(suite.load(text, size))
-    return _made_target(text, _factory(text)())
+        return suite_spec(suite.load(text, size))
+    return _made_spec(text, _factory(text)())
 
 
-def suite_target(case: suite.SuiteCase) -> Target:
-    """A suite case; its inputs become a dict where it has keyword arguments."""
+def suite_spec(case: suite.SuiteCase) -> ModelSpec:
+    """Makes a spec of a suite case; its inputs become a dict where it has keyword arguments."""
     inputs: tuple[Any, ...] | dict[str, Any] = case.inputs
     if case.kwargs:
         inputs = dict(inspect.signature(case.model.forward).bind(*case.inputs, **case.kwargs).arguments)
-    return Target(case.model, inputs, case.loss_fn, case.loss_args)
+    return ModelSpec(case.model, inputs, case.loss_fn, case.loss_args)
 
 
 def _factory(text: str) -> Callable[[], Any]:
@@ -77,7 +77,7 @@ def _factory(text: str) -> Callable[[], Any]:
     return factory  # type: ignore[no-any-return]
 
 
-def _made_target(text: str, made: Any) -> Target:
+def _made_spec(text: str, made: Any) -> ModelSpec:
     parts = tuple(made) if isinstance(made, (tuple, list)) else (made,)
     if not 2 <= len(parts) <= 4 or not isinstance(parts[0], nn.Module):
         raise InvalidArgument(f"{text} must return {_RETURNS}; it returned a {type(made).__name__}")
@@ -87,4 +87,4 @@ def _made_target(text: str, made: Any) -> Target:
     loss_args = loss[1] if len(loss) > 1 else ()
     loss_args = tuple(loss_args) if isinstance(loss_args, (tuple, list)) else (loss_args,)
     arguments = inputs if isinstance(inputs, dict) else tuple(inputs)
-    return Target(model, arguments, loss[0] if loss else None, loss_args)
+    return ModelSpec(model, arguments, loss[0] if loss else None, loss_args)

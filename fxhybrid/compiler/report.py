@@ -12,6 +12,7 @@ from fxhybrid.compiler.call_state import CallState
 from fxhybrid.compiler.planning_state import PlanningState
 from fxhybrid.compiler.signature import Signature
 from fxhybrid.compiler.tolerance import ToleranceValue, tolerance_value
+from fxhybrid.console import as_text
 from fxhybrid.ir.plan import Plan
 from fxhybrid.units import format_bytes
 
@@ -55,12 +56,7 @@ class Report:
     drift_checks: tuple[DriftCheck, ...] = ()
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=110, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.__rich__())
-        return capture.get()
+        return as_text(self.__rich__())
 
     def __rich__(self) -> Table:
         from rich.table import Table

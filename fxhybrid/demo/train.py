@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from fxhybrid.api import compile
+from fxhybrid.console import progress_bar
 from fxhybrid.demo.demo_tasks import Task
 from fxhybrid.errors import BudgetError
 from fxhybrid.module import HybridModule
@@ -136,17 +136,8 @@ def _fit(
     label: str,
     console: Console,
 ) -> tuple[float, ...]:
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
     losses: list[float] = []
-    with bar:
+    with progress_bar("loss {task.fields[loss]:.3f}", console=console) as bar:
         progress = bar.add_task(label, total=steps, loss=float("nan"))
         for _, batch in zip(range(steps), task.batches(), strict=False):
             losses.append(step_of(task, model, batch)().item())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from fxhybrid.devices.op_work import OpWork, StepWork
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.ir.json_text import from_json, to_json
 from fxhybrid.ir.problem import CodecOption, Op, Problem
 
 REFERENCE_FLOPS_PER_S = 2e9
@@ -79,7 +78,7 @@ class DeviceProfile:
 
     def to_json(self) -> str:
         """This profile as JSON text."""
-        return json.dumps(dataclasses.asdict(self))
+        return to_json(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> DeviceProfile:
@@ -88,11 +87,7 @@ class DeviceProfile:
         Raises:
             InvalidArgument: the text is no device profile.
         """
-        try:
-            raw: dict[str, Any] = json.loads(text)
-            return cls(**raw)
-        except (TypeError, ValueError) as error:
-            raise InvalidArgument(f"this is no device profile: {error}") from error
+        return from_json(text, lambda raw: cls(**raw), InvalidArgument, "this is no device profile")
 
 
 def problem_on(problem: Problem, work: StepWork, profile: DeviceProfile) -> Problem:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fxhybrid.errors import PlanMismatchError
+from fxhybrid.ir.json_text import from_json, to_json
 from fxhybrid.units import format_bytes
 
 PLAN_FORMAT = 1
@@ -123,7 +123,7 @@ class Plan:
         """Writes this plan as JSON text."""
         raw = dataclasses.asdict(dataclasses.replace(self, actions={}))
         raw["actions"] = {name: str(action) for name, action in self.actions.items()}
-        return json.dumps({"format": PLAN_FORMAT, **raw}, indent=1)
+        return to_json(raw, version=PLAN_FORMAT)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -132,17 +132,14 @@ class Plan:
         Raises:
             PlanMismatchError: the text is no plan, is cut off, or is of another format version.
         """
-        try:
-            raw: dict[str, Any] = json.loads(text)
-            if raw.pop("format") != PLAN_FORMAT:
-                raise ValueError(f"plan format is not {PLAN_FORMAT}")
+
+        def build(raw: dict[str, Any]) -> Plan:
             raw["gradient_error"] = GradientError(**raw["gradient_error"])
             raw["actions"] = {name: parse_action(action) for name, action in raw["actions"].items()}
             return cls(**raw)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanMismatchError(
-                f"this is not a plan written by fxhybrid (or it is cut off): {error}; make one with fxhybrid.plan"
-            ) from error
+
+        message = "this is not a plan written by fxhybrid (or it is cut off); make one with fxhybrid.plan"
+        return from_json(text, build, PlanMismatchError, message, version=PLAN_FORMAT)
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON form to ``path``."""

@@ -9,12 +9,11 @@ recompute it. Parameters, buffers and inputs are resident: always there, never d
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fxhybrid.errors import ProblemError
 from fxhybrid.ir.dependencies import (
@@ -26,6 +25,7 @@ from fxhybrid.ir.dependencies import (
     dependency_graph,
     find_cycle,
 )
+from fxhybrid.ir.json_text import from_json, to_json
 from fxhybrid.ir.program import (
     CodecOption,
     Fusion,
@@ -164,7 +164,7 @@ class Problem:
 
     def to_json(self) -> str:
         """Writes this problem as JSON text."""
-        return json.dumps(dataclasses.asdict(self))
+        return to_json(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Problem:
@@ -173,9 +173,9 @@ class Problem:
         Raises:
             ProblemError: the text is no problem, or a malformed one.
         """
-        try:
-            raw = json.loads(text)
-            problem = cls(
+
+        def build(raw: dict[str, Any]) -> Problem:
+            return cls(
                 tensors=tuple(tensor_from_json(t) for t in raw["tensors"]),
                 forward=tuple(op_from_json(o) for o in raw["forward"]),
                 backward=tuple(op_from_json(o) for o in raw["backward"]),
@@ -185,8 +185,8 @@ class Problem:
                 resident_bytes=raw["resident_bytes"],
                 tangent_bytes=raw["tangent_bytes"],
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProblemError(f"not a problem in JSON form: {error!r}") from error
+
+        problem = from_json(text, build, ProblemError, "not a problem in JSON form")
         check_problem(problem)
         return problem
 

@@ -28,6 +28,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from fxhybrid.console import progress_bar
 from fxhybrid.errors import ProfileError
 from fxhybrid.profiling.allocator import Recording, recording
 from fxhybrid.profiling.cost_estimate import estimate_cost
@@ -142,13 +143,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None, progress: bool = True) -> Profile:
+def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None) -> Profile:
     """Measures every distinct call that the cache does not know yet.
 
     Args:
         calls: the operator calls of a graph.
         cache_dir: where to keep results; ``None`` is ``$XDG_CACHE_HOME/fxhybrid``.
-        progress: show a bar on a terminal while measuring.
 
     Raises:
         ProfileError: a call fails that ran before, or memory does not suffice for it.
@@ -158,20 +158,9 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None, progr
     costs = _read_cache(path)
     missing = list({call.key: call for call in calls if call.key not in costs}.values())
     if missing:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        bar = Progress(
-            TextColumn("profiling operators"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not progress or not Console(stderr=True).is_terminal,
-        )
-        with bar:
-            costs.update(_measure(bar.track(missing * ROUNDS)))
+        with progress_bar() as bar:
+            calls = bar.track(missing * ROUNDS, description="profiling operators")
+            costs.update(_measure(calls))
         _write_cache(path, costs)
     return Profile(device, costs)
 

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fxhybrid.console import COUNT, progress_bar
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.server.policies import Settings, policy_of
 from fxhybrid.federated.simulation.experiment import Experiment, run_policy
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     for column in ("policy", "accuracy", "loss", "virtual time", "replies"):
         table.add_column(column, justify="left" if column in ("policy", "replies") else "right")
     experiment = Experiment()
-    with _bars() as progress:
+    with progress_bar(f"{COUNT} rounds") as progress:
         for policy in policies:
             files = _files(arguments.folder, policy.name)
             driver = run_policy(
@@ -59,8 +59,3 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _files(folder: Path | None, name: str) -> dict[str, Path]:
     return {} if folder is None else {"log": folder / f"{name}.jsonl", "checkpoint": folder / f"{name}.npz"}
-
-
-def _bars() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} rounds"))
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
