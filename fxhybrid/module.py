@@ -169,7 +169,7 @@ class HybridModule(nn.Module):
 
     @property
     def forward(self) -> Callable[..., Any]:  # type: ignore[override]
-        """The same as calling, with the signature of the model's own forward."""
+        """Does the same as calling, with the signature of the model's own forward."""
         model = self._fxhybrid_session.model
 
         @functools.wraps(type(model).forward.__get__(model))
@@ -214,7 +214,7 @@ class HybridModule(nn.Module):
         return self._fxhybrid_session.active().function.graphs.backward
 
     def report(self, *, more_error: float | None = None) -> Report:
-        """What was planned, checked, measured and left out, per signature.
+        """Reports what was planned, checked, measured and left out, per signature.
 
         Args:
             more_error: also say what a ``max_grad_error`` higher by this would save; plans once more for that.

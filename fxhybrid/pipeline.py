@@ -30,7 +30,7 @@ from fxhybrid.profiling.state_bytes import optimizer_bytes, storage_bytes
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A captured signature up to the planning problem."""
+    """Holds a captured signature up to the planning problem."""
 
     capture: Capture
     joint: JointGraph
@@ -41,22 +41,22 @@ class Prepared:
     fingerprint: str
 
     def meta(self, storage: int) -> TensorMeta:
-        """Shape, strides and type of a storage that some node reads whole."""
+        """Returns shape, strides and type of a storage that some node reads whole."""
         base = self.layout.storages[storage].base
         assert base is not None, "codecs are offered only for storages that are read"
         return TensorMeta.of(base.meta["val"])
 
     @cached_property
     def save_all_graphs(self) -> SplitGraphs:
-        """The halves of the step that keeps everything."""
+        """The halves of the save-all step."""
         return build_graphs(self, {})[1]
 
     def with_choices(self, choices: CodecChoices) -> Prepared:
-        """The same with other codecs offered, their times measured; ``with_errors`` makes a problem of it."""
+        """Returns the same with other codecs offered, their times measured; ``with_errors`` makes a problem of it."""
         return dataclasses.replace(self, choices=choices, profile=profile_calls(calls_of(self.layout, choices)))
 
     def offering(self, actions: Actions) -> Prepared:
-        """The same with the channel-wise codecs of a plan from elsewhere offered too: widths differ from run to run."""
+        """Returns the same with a transferred plan's channel-wise codecs offered too: widths differ from run to run."""
         choices, errors = dict(self.choices), dict[tuple[int, str], float]()
         for t, tensor in enumerate(self.problem.tensors):
             lossy = [option for option in tensor.codecs if not option.lossless]
@@ -69,7 +69,7 @@ class Prepared:
         return self if choices == self.choices else self.with_choices(choices).with_errors(errors)
 
     def with_errors(self, errors: ErrorTable) -> Prepared:
-        """The same with other gradient errors."""
+        """Returns the same with other gradient errors."""
         resident = self.problem.resident_bytes
         problem = problem_of(self.joint, self.layout, self.profile, self.choices, errors, resident)
         return dataclasses.replace(self, problem=problem)
@@ -95,6 +95,6 @@ def _resident_bytes(step: Step, call: StepCall, options: Options) -> int:
 
 
 def build_graphs(prepared: Prepared, actions: Actions) -> tuple[JointGraph, SplitGraphs]:
-    """The rewritten joint graph of ``actions`` and its halves."""
+    """Builds the rewritten joint graph of ``actions`` and its halves."""
     joint = rewrite(prepared.joint, prepared.layout, lower(prepared.problem, actions))
     return joint, split(joint)

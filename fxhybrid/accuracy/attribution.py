@@ -1,7 +1,7 @@
-"""Attribution: whose doing the error of a lossy step is, tensor by tensor and channel by channel.
+"""Attribution: which tensors and channels cause the error of a lossy step.
 
 A step with many lossy tensors moves all parameter gradients. Errors of single tensors add up as squares. What shows in
-the parameters next to a tensor is its own doing: those of its reader (the input of a convolution is felt by nothing
+the parameters next to a tensor is caused by it: those of its reader (the input of a convolution is felt by nothing
 else) and, where the error travels on, those of the op that made it. What shows further away cannot be told apart, so
 steps in which only tensors of similar depth are lossy say more than one with all of them.
 
@@ -32,7 +32,7 @@ BATCH_NORMS = (aten.native_batch_norm_backward.default, torch.ops.fxhybrid.batch
 
 @dataclass(frozen=True)
 class Share:
-    """How the error of some parameters' gradients spreads over the rows of channels of one tensor.
+    """Says how the error of some parameters' gradients spreads over the rows of channels of one tensor.
 
     Attributes:
         parameters: names.
@@ -45,7 +45,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Parameters whose gradients feel a tensor first.
+    """Names the parameters whose gradients feel a tensor first.
 
     Attributes:
         readers: those of the backward ops that read it.
@@ -64,7 +64,7 @@ class Neighbours:
 
 
 def neighbours(joint: JointGraph, layout: Layout, storages: Iterable[int]) -> dict[int, Neighbours]:
-    """The neighbouring parameters of each storage; both parts may be empty."""
+    """Finds the neighbouring parameters of each storage; both parts may be empty."""
     parameters = _parameter_names(joint)
     gradients: dict[int, str] = {}
     for node, role in zip(joint.output_nodes, joint.outputs, strict=True):
@@ -90,18 +90,18 @@ def _parameter_names(joint: JointGraph) -> dict[fx.Node, str]:
 
 
 def _passes_on(reader: OpCall, gradients: Mapping[int, str]) -> bool:
-    """Whether an error in what the op reads reaches other gradients than its own parameters'."""
+    """Says whether an error in what the op reads reaches other gradients than its own parameters'."""
     return reader.node.target is not CONVOLUTION and any(s not in gradients for s in reader.outputs)
 
 
 def _read_parameters(node: fx.Node, parameters: Mapping[fx.Node, str]) -> list[str]:
-    """Parameters that an op reads, directly or through a view such as a transpose."""
+    """Finds the parameters that an op reads, directly or through a view such as a transpose."""
     sources = [*node.all_input_nodes, *(n for view in node.all_input_nodes for n in view.all_input_nodes)]
     return sorted({parameters[n] for n in sources if n in parameters})
 
 
 def tensor_errors(by_parameter: Mapping[str, float], near: Mapping[int, Neighbours]) -> dict[int, float]:
-    """The squared error that each tensor is charged with; their sum is that of ``by_parameter``.
+    """Charges each tensor with a squared error; their sum is that of ``by_parameter``.
 
     Args:
         by_parameter: squared errors, from a step in which exactly these tensors were lossy.
@@ -148,7 +148,7 @@ class ChannelWatch:
         return noted
 
     def channel_errors(self, storage: int, by_parameter: Mapping[str, float], error: float) -> Tensor | None:
-        """The tensor's squared error spread over its rows of channels; None if nothing was seen of them."""
+        """Returns the tensor's squared error spread over its rows of channels; None if nothing was seen of them."""
         shares = self.shares.get(storage, [])
         if not shares:
             return None
@@ -160,20 +160,20 @@ class ChannelWatch:
 
 
 def _squared_ranges(x: Tensor) -> Tensor:
-    """Of each sample's rows of channels: [N, rows]."""
+    """Squares the range of each sample's rows of channels: [N, rows]."""
     per_row = channels_per_row(x.shape[1], x[0, 0].numel())
     low, high = x.reshape(x.shape[0], x.shape[1] // per_row, -1).aminmax(dim=2)
     return (high - low).double().square()
 
 
 def _weights(x: Tensor, energy: Tensor) -> Tensor:
-    """Sum over samples of squared range times the energy [N, C] of the gradients that a row's error meets."""
+    """Sums over samples the squared range times the energy [N, C] of the gradients that a row's error meets."""
     ranges = _squared_ranges(x)
     return (ranges * energy.view(*ranges.shape, -1).sum(2)).sum(0)
 
 
 def _energy(gradient: Tensor, parts: int) -> Tensor:
-    """Sum of squares of each sample's ``parts`` equal parts: [N, parts]."""
+    """Sums the squares of each sample's ``parts`` equal parts: [N, parts]."""
     return gradient.reshape(gradient.shape[0], parts, -1).square().sum(2, dtype=torch.float64)
 
 
@@ -192,7 +192,7 @@ def _batch_norm_shares(args: tuple[Any, ...], near: Neighbours) -> list[Share]:
 
 
 def _inverse_deviation(args: tuple[Any, ...]) -> Tensor:
-    """By which a batch norm multiplies: of the batch, or in evaluation mode the running one."""
+    """Returns what a batch norm multiplies by: of the batch, or in evaluation mode the running one."""
     if len(args) == 7:  # fxhybrid's own, for training mode
         return args[4]  # type: ignore[no-any-return]
     training, eps = args[7:9]

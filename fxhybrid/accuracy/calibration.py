@@ -33,7 +33,7 @@ MEASURED_ZERO = 1e-6  # a lossy codec never counts as exact, even if one batch d
 
 @dataclass(frozen=True)
 class ErrorPair:
-    """A predicted and a measured gradient error, of the same lossy tensors.
+    """Pairs a predicted and a measured gradient error, of the same lossy tensors.
 
     Attributes:
         what: the operators that read the tensors, or which plan it is.
@@ -50,7 +50,7 @@ class ErrorPair:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Codecs to offer, with the error of each.
+    """Holds codecs to offer, with the error of each.
 
     Attributes:
         choices: the given ones and channel-wise codecs.
@@ -82,7 +82,7 @@ def calibrate(prepared: Prepared, reference: Reference) -> Calibration:
 
 
 def channels_at_4_bits(prepared: Prepared, step: LossyStep) -> dict[str, dict[int, Tensor]]:
-    """Squared error of each tensor's rows of channels at 4 bits, by groups of tensors."""
+    """Measures the squared error of each tensor's rows of channels at 4 bits, by groups of tensors."""
     return {name: group.channels for name, group in _groups_at_4_bits(prepared, step).items()}
 
 
@@ -96,13 +96,13 @@ def _groups_at_4_bits(prepared: Prepared, step: LossyStep) -> dict[str, _GroupRu
 
 
 def _sorted(prepared: Prepared, storage: int, specs: Iterable[str]) -> tuple[str, ...]:
-    """The largest first."""
+    """Sorts codecs by size, the largest first."""
     meta = prepared.meta(storage)
     return tuple(sorted(dict.fromkeys(specs), key=lambda spec: -sum(get_codec(spec).encoded_bytes(meta))))
 
 
 class _GroupRuns:
-    """The measured steps of one group of lossy candidates.
+    """Makes the measured steps of one group of lossy candidates.
 
     Attributes:
         at_4_bits: squared error of each tensor; predicted for those that are offered no 4 bits.
@@ -121,7 +121,7 @@ class _GroupRuns:
         self.pairs: list[ErrorPair] = []
 
     def coarse_runs(self) -> list[Callable[[], None]]:
-        """One step for all with the coarsest codec that they are offered, or for each part of similar depth."""
+        """Returns one step for all with the coarsest codec that they are offered, or for each part of similar depth."""
         coarsest = coarsest_lossy(self.prepared.choices, self.members)
         by_noise: dict[float, dict[int, str]] = {}  # what the louder ones do would hide the others
         for t, spec in sorted(coarsest.items()):
@@ -129,7 +129,7 @@ class _GroupRuns:
         return [partial(self._run_coarse, part) for specs in by_noise.values() for part in self._parts(specs)]
 
     def _parts(self, specs: Mapping[int, str]) -> list[dict[int, str]]:
-        """Several where errors travel."""
+        """Splits tensors into several parts where errors travel."""
         travels = any(self.near[t].travels for t in specs)
         n_parts = min(MOST_PARTS, -(-len(specs) // PART)) if travels else 1
         ends = [len(specs) * part // n_parts for part in range(n_parts + 1)]
@@ -146,13 +146,13 @@ class _GroupRuns:
                 self.channels[t] = seen
 
     def runs_of_others(self, name: str, choices: CodecChoices) -> list[Callable[[], None]]:
-        """One step for each other kind of codec."""
+        """Returns one step for each other kind of codec."""
         kinds = sorted({_kind(spec) for t in self.members for spec in choices[t]})
         rounds = ((kind, specs) for kind in kinds for specs in self._of_kind(kind, choices))
         return [partial(self._run_other, name, kind, specs) for kind, specs in rounds]
 
     def _run_other(self, name: str, kind: str, specs: Mapping[int, str]) -> None:
-        """All tensors with codecs of one kind: by how much the prediction from 4 bits is off."""
+        """Runs all tensors with codecs of one kind: tells by how much the prediction from 4 bits is off."""
         each = {t: predicted_error(spec, self.at_4_bits[t], self.channels.get(t)) for t, spec in specs.items()}
         predicted, measured = sum(each.values()), sum(self.step.differences(specs).values())
         self.pairs.append(ErrorPair(name, kind, predicted**0.5, measured**0.5))
@@ -160,7 +160,7 @@ class _GroupRuns:
             self.errors[t, specs[t]] = error * measured / predicted if predicted else measured / len(each)
 
     def _of_kind(self, kind: str, choices: CodecChoices) -> list[dict[int, str]]:
-        """Lossy codecs of one kind that were not run yet: one for each member, then a second for each that has two."""
+        """Finds lossy codecs of one kind not run yet: one for each member, then a second for each that has two."""
         found = {
             t: [s for s in choices[t] if _kind(s) == kind and not get_codec(s).lossless and (t, s) not in self.errors]
             for t in self.members
@@ -170,7 +170,7 @@ class _GroupRuns:
 
 
 def predicted_error(spec: str, at_4_bits: float, channels: Tensor | None) -> float:
-    """Squared error of a codec, from that of 4 bits a row, whole or by rows of channels."""
+    """Predicts the squared error of a codec from that of 4 bits a row, whole or by rows of channels."""
     codec = get_codec(spec)
     if isinstance(codec, Channelwise) and channels is not None:
         return float(

@@ -12,7 +12,7 @@ from fxhybrid.pipeline import Prepared
 
 
 def channelwise_choices(prepared: Prepared, groups: Iterable[Mapping[int, Tensor]]) -> dict[int, tuple[str, ...]]:
-    """Codecs for the tensors of all groups that together take no more bytes than these at 4 bits a row.
+    """Chooses codecs for the tensors of all groups that together take no more bytes than these at 4 bits a row.
 
     Args:
         prepared: what says which 4-bit codec a tensor has.
@@ -28,7 +28,7 @@ def channelwise_choices(prepared: Prepared, groups: Iterable[Mapping[int, Tensor
 def channelwise_specs(
     metas: Mapping[int, TensorMeta], errors: Mapping[int, Tensor], four_bits: Mapping[int, str]
 ) -> dict[int, str]:
-    """Codecs of least error that together take no more bytes than ``four_bits``.
+    """Chooses codecs of least error that together take no more bytes than ``four_bits``.
 
     Args:
         metas: of each tensor [N, C, ...].

@@ -17,7 +17,7 @@ from fxhybrid.capture.python_state import unchanged_python_state
 
 @dataclass(frozen=True)
 class StepResult:
-    """Everything that a step leaves behind.
+    """Holds everything that a step leaves behind.
 
     Attributes:
         outputs: tensors that it returned.
@@ -32,7 +32,7 @@ class StepResult:
     rng_state: Tensor
 
     def same_bits(self, other: StepResult) -> bool:
-        """Whether two steps left the very same bits behind: outputs, gradients, buffers and generator."""
+        """Says whether two steps left the very same bits behind: outputs, gradients, buffers and generator."""
         if len(self.outputs) != len(other.outputs) or self.buffers.keys() != other.buffers.keys():
             return False
         pairs: list[tuple[Tensor | None, Tensor | None]] = [*zip(self.outputs, other.outputs, strict=True)]
@@ -66,7 +66,7 @@ def observe_step(
 
 
 def output_tensors(output: Any, _within: tuple[int, ...] = ()) -> Iterator[Tensor]:
-    """The tensors of a model's output in order: containers, dataclasses and plain objects are looked into."""
+    """Yields the tensors of a model's output in order: containers, dataclasses and plain objects are looked into."""
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -96,12 +96,12 @@ def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def relative_difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> float:
-    """||found - expected|| / ||expected|| over all tensors together; inf where only one of two is None."""
+    """Computes ||found - expected|| / ||expected|| over all tensors together; inf where only one of two is None."""
     return float(sum(squared_differences(found, expected).values()) ** 0.5)
 
 
 def squared_differences(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> dict[str, float]:
-    """Each tensor's part of the square of :func:`relative_difference`."""
+    """Computes each tensor's part of the square of :func:`relative_difference`."""
     differences: dict[str, float] = {}
     norm = 0.0
     for name, reference in expected.items():

@@ -188,7 +188,7 @@ def choose(state: PlanningState, call: CallState) -> KnownPlan:
 
 
 def _is_adopted(state: PlanningState, call: CallState) -> bool:
-    """An adopted plan is one for fresh gradients."""
+    """Says whether a plan was adopted that is carried out in this state of the call."""
     return state.adopted is not None and call == FRESH
 
 

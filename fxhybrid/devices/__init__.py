@@ -1,1 +1,1 @@
-"""Plans for devices that are not this one."""
+"""Remote plans: for devices other than this one."""

@@ -19,7 +19,7 @@ REFERENCE_CODEC_BYTES_PER_S = 1e9
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """A kind of device.
+    """Describes a kind of device.
 
     Seconds of an operator are those of its time table, where it has the call, else the roofline's: the larger of
     compute and memory traffic, plus the launch. ``slowdown`` scales them all: devices that differ only by it get the
@@ -64,25 +64,25 @@ class DeviceProfile:
         return dataclasses.replace(self, name="", memory_bytes=1, slowdown=1.0)
 
     def op_s(self, work: OpWork) -> float:
-        """Seconds of one operator call, without the slowdown."""
+        """Estimates the seconds of one operator call, without the slowdown."""
         known = self.op_seconds.get(work.key)
         if known is not None:
             return known
         return self.launch_s + max(work.flops / self.flops_per_s, work.moved_bytes / self.moved_bytes_per_s)
 
     def codec_s(self, codec: str, size_bytes: int) -> float:
-        """Seconds to encode, or to decode, ``size_bytes`` of data, without the slowdown."""
+        """Estimates the seconds to encode, or to decode, ``size_bytes`` of data, without the slowdown."""
         name = codec.split(":", 1)[0]
         rate = self.codec_bytes_per_s.get(name, self.codec_bytes_per_s.get("", REFERENCE_CODEC_BYTES_PER_S))
         return self.launch_s + size_bytes / rate
 
     def to_json(self) -> str:
-        """This profile as JSON text."""
+        """Writes this profile as JSON text."""
         return to_json(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> DeviceProfile:
-        """The profile that ``to_json`` wrote.
+        """Reads the profile that ``to_json`` wrote.
 
         Raises:
             InvalidArgument: the text is no device profile.
@@ -91,7 +91,7 @@ class DeviceProfile:
 
 
 def problem_on(problem: Problem, work: StepWork, profile: DeviceProfile) -> Problem:
-    """The same step with the seconds that it takes on another device (slowdown left out); bytes stay.
+    """Returns the same step with the seconds that it takes on another device (slowdown left out); bytes stay.
 
     Args:
         problem: as captured and measured here.

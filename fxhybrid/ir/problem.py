@@ -148,7 +148,7 @@ class Problem:
 
     @cached_property
     def step_s(self) -> float:
-        """Seconds of one step that keeps everything; masks are fused into their readers then."""
+        """Seconds of the save-all step; masks are fused into their readers then."""
         ops = [op for i, op in enumerate(self.forward) if i not in self.fused_masks]
         return math.fsum(op.seconds for op in [*ops, *self.backward])
 
