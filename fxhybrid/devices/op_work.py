@@ -1,6 +1,6 @@
 """Work: what each operator of a step computes and moves, whatever device it runs on.
 
-With a device's rates it gives seconds for a device that is not here.
+With a device's rates it gives seconds for remote plans.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fxhybrid.profiling.op_profiler import call_of
 
 @dataclass(frozen=True)
 class OpWork:
-    """One operator call.
+    """Describes one operator call.
 
     Attributes:
         key: the call as text, as ``Profile`` names it.
@@ -29,14 +29,14 @@ class OpWork:
 
 @dataclass(frozen=True)
 class StepWork:
-    """The work of each op of a problem, in the problem's order."""
+    """Holds the work of each op of a problem, in the problem's order."""
 
     forward: tuple[OpWork, ...]
     backward: tuple[OpWork, ...]
 
 
 def work_of(layout: Layout) -> StepWork:
-    """The work of every op, from shapes alone.
+    """Computes the work of every op, from shapes alone.
 
     A mask that its reader can do without costs only its own bytes, written: making it is part of the reader, as in
     the problem.
