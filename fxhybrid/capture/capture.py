@@ -32,6 +32,8 @@ from fxhybrid.capture.joint_graph import (
     Phase,
     node_name,
 )
+from fxhybrid.capture.refusals import explain_differentiation, explain_tracing, refuse_dynamic_sizes
+from fxhybrid.capture.shared_memory import overlap_pattern
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
 from fxhybrid.errors import CaptureError, FxHybridError
 from fxhybrid.ops.recurrent import make_opaque
@@ -75,6 +77,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
             traced = convert_frame.fullgraph_capture(module, args, {})
             if traced.backend_input is None:
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
+            refuse_dynamic_sizes(traced.backend_input.graph_module)
             make_opaque(traced.backend_input.graph_module, in_segments=not exact)
             joint, metadata, names = _joint_graph(module, traced.backend_input)
             output = traced.graph_capture_output
@@ -84,23 +87,29 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
     except FxHybridError:
         raise
     except TorchDynamoException as error:
-        raise CaptureError(_explain(error)) from error
+        raise CaptureError(explain_tracing(error)) from error
     except Exception as error:  # AOTAutograd passes on whatever the model's operators raise
-        raise CaptureError(
-            f"tracing the step fails with {type(error).__name__}: {error}\n"
-            "Does the plain model run forward and backward with these arguments?"
-        ) from error
+        raise CaptureError(explain_differentiation(error)) from error
     backend_id = traced.backend_input.backend_id
     parameters = list(_parameter_names(function))
 
+    writes_input = any(role.mutated and role.kind is InputKind.USER_INPUT for role in joint.inputs)
+    pattern = overlap_pattern(_tensors(args)) if writes_input else None
+
     def holds(*call: Any) -> bool:
         with without_value_checks():
-            return bool(manager.check(dict(zip(parameters, call, strict=True))))
+            same = bool(manager.check(dict(zip(parameters, call, strict=True))))
+        return same and (pattern is None or overlap_pattern(_tensors(call)) == pattern)
 
     def bind(flat: FlatFunction) -> Callable[..., Any]:
         return env.forward_callable(backend_id, flat, extra_globals=function.__globals__)
 
     return Capture(joint, metadata, holds, bind, names)
+
+
+def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """All tensors of a call; Dynamo compares overlaps only for inputs that overlapped when it traced."""
+    return [leaf for leaf in pytree.tree_leaves(args) if _is_tensor(leaf)]
 
 
 def _parameter_names(function: Any) -> tuple[str, ...]:
@@ -207,17 +216,3 @@ def _tag_phases(graph_module: fx.GraphModule) -> None:
         if is_backward and node.op != "output":
             backward_seen.add(node)
         node.meta[TAG] = NodeTag(Phase.BACKWARD if is_backward else Phase.FORWARD)
-
-
-def _explain(error: TorchDynamoException) -> str:
-    stack = getattr(error, "real_stack", None)
-    where = ""
-    if stack:
-        frame = stack[-1]
-        where = f'\n  at {frame.filename}:{frame.lineno}, in {frame.name}: "{(frame.line or "").strip()}"'
-    reason = (error.msg if hasattr(error, "msg") else str(error)).strip()
-    return (
-        f"the model cannot be traced into one graph{where}\n{reason}\n"
-        "Rewrite that line without Python control flow on tensor values, or compile a submodule that can be "
-        "traced."
-    )

@@ -1,0 +1,113 @@
+"""Why a model cannot be captured, in its user's words: the line, the module, and a way out."""
+
+from __future__ import annotations
+
+import operator
+import re
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from fxhybrid.errors import CaptureError
+
+LIBRARIES = (
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parents[1]),
+    sysconfig.get_paths()["stdlib"],
+)
+FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)\n\s*(?P<text>[^\n]*)')
+BRANCHES = ("Data-dependent branching", "Data-dependent assertion")
+VALUE = "leave the value a tensor, without .item(), float() or int()"
+MASK = "keep the shape: torch.where(mask, x, 0) in place of x[mask], and divide by mask.sum() for a mean"
+OTHER = "call it before the model and pass the result in, or compute on all elements and weigh them with a mask"
+
+Frame = tuple[str, int, str, str]  # file, line, function, text of the line
+
+
+def refuse_dynamic_sizes(module: fx.GraphModule) -> None:
+    """Refuses operators whose result's size, or whose Python number, depends on values; drops those nobody reads.
+
+    Raises:
+        CaptureError: names the operator, the user's line, the module and a way out.
+    """
+    for node in reversed(list(module.graph.nodes)):
+        if node.op.startswith("call") and not node.users and _is_dynamic(node):
+            module.graph.erase_node(node)  # read by a message only, which is left out too
+    for node in module.graph.nodes:
+        if _is_dynamic(node):
+            frames = _frames_of_text(node.meta.get("stack_trace") or "")
+            what, way_out = _name_and_way_out(node)
+            raise CaptureError(
+                f"{what} gives a size or a Python number that depends on values{_module_path(node)}{_where(frames)}\n"
+                f"A plan needs all sizes before the step: {way_out}."
+            )
+    module.recompile()
+
+
+def explain_tracing(error: TorchDynamoException) -> str:
+    """Says where and why Dynamo stopped."""
+    frames = [
+        (f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in getattr(error, "real_stack", None) or ()
+    ]
+    reason = (error.msg if hasattr(error, "msg") else str(error)).strip()
+    way_out = (
+        "Rewrite that line without Python control flow on tensor values"
+        if any(branch in reason for branch in BRANCHES)
+        else "Leave that call out of forward"
+    )
+    return (
+        f"the model cannot be traced into one graph{_where(frames)}\n{reason}\n"
+        f"{way_out}, or compile a submodule that can be traced."
+    )
+
+
+def explain_differentiation(error: Exception) -> str:
+    """Says what an operator raised while forward and backward were traced, and in which line of the user's."""
+    text, _, trace = str(error).partition("\n\nWhile executing")
+    return (
+        f"tracing the step fails with {type(error).__name__}: {text.strip()}{_where(_frames_of_text(trace))}\n"
+        "Does the plain model run forward and backward with these arguments?"
+    )
+
+
+def _is_dynamic(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return value is not None and bool(free_unbacked_symbols(value))
+
+
+def _name_and_way_out(node: fx.Node) -> tuple[str, str]:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    if name in ("item", "tolist", "__float__", "__int__"):
+        return f".{name}()", VALUE
+    if node.target is operator.getitem or name in ("masked_select", "__getitem__"):
+        return "indexing with a mask" if node.target is operator.getitem else name, MASK
+    return name, OTHER
+
+
+def _module_path(node: fx.Node) -> str:
+    """The innermost module that the node belongs to, as its user names it."""
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    paths = [str(value[0]) for value in stack.values()]
+    path = re.sub(r"^L\['self'\]\.?", "", paths[-1]).removeprefix("model").lstrip(".") if paths else ""
+    return f", in module {path!r}" if path else ""
+
+
+def _frames_of_text(text: str) -> list[Frame]:
+    return [(m["file"], int(m["line"]), m["name"], m["text"].strip()) for m in FRAME.finditer(text)]
+
+
+def _where(frames: Iterable[Frame]) -> str:
+    """The last frame that is neither torch's nor Python's nor ours, as a line of a message."""
+    own = [frame for frame in frames if not _is_library(frame[0])]
+    return '\n  at {}:{}, in {}: "{}"'.format(*own[-1]) if own else ""
+
+
+def _is_library(path: str) -> bool:
+    own = path.startswith(("<", *LIBRARIES[:2]))
+    return own or ("site-packages" not in path and path.startswith(LIBRARIES[2]))

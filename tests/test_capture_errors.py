@@ -1,0 +1,122 @@
+"""What cannot be captured: one error with the user's line and a way out that works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxhybrid
+from tests.compare import twins
+
+N = 16
+
+
+class Block(nn.Module):
+    """A submodule in whose forward the operator stands."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(N, N)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear(x))
+
+
+def model_of(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    return nn.Sequential(nn.Linear(N, N), Block(function))
+
+
+def rows() -> Tensor:
+    return torch.randn(4, N, generator=torch.Generator().manual_seed(0))
+
+
+DYNAMIC: dict[str, Callable[[Tensor], Tensor]] = {
+    "item": lambda h: h.square().mean() * h.detach().abs().max().item(),
+    "float": lambda h: h.square().mean() * float(h.detach().abs().max()),
+    "boolean mask": lambda h: h[h.sum(1) > 0].square().mean(),
+    "masked_select": lambda h: torch.masked_select(h, h > 0).sum(),
+    "nonzero": lambda h: h.flatten()[(h > 0).flatten().nonzero()[:, 0]].sum(),
+}
+WAYS_OUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "without .item()": lambda h: h.square().mean() * h.detach().abs().max(),
+    "torch.where(mask, x, 0)": lambda h: torch.where((h.sum(1) > 0)[:, None], h, 0).square().sum() / (h > 0).sum(),
+    "weigh them with a mask": lambda h: (h * (h > 0)).sum(),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_results_that_depend_on_values(name: str) -> None:
+    hybrid = fxhybrid.compile(model_of(DYNAMIC[name]), budget=1.0)
+    with pytest.raises(fxhybrid.CaptureError) as caught:
+        hybrid(rows())
+    text = str(caught.value)
+    line = DYNAMIC[name].__code__.co_firstlineno
+    assert f"{__file__}:{line}" in text
+    assert "in module '1'" in text
+    assert "site-packages" not in text
+    assert any(way in text for way in WAYS_OUT)
+
+
+@pytest.mark.parametrize("name", WAYS_OUT)
+def test_ways_out_of_results_that_depend_on_values(name: str) -> None:
+    pair = twins(model_of(WAYS_OUT[name]))
+    pair.same(lambda m: m(rows()).backward())
+
+
+def test_an_item_that_is_only_shown() -> None:
+    pair = twins(model_of(lambda h: (print(h.sum().item()), h.sum())[1]))
+    pair.same(lambda m: m(rows()).backward())
+
+
+def test_a_branch_on_values_names_the_line() -> None:
+    def function(h: Tensor) -> Tensor:
+        if h.sum() > 0:
+            return h.sum()
+        return F.relu(h).sum()
+
+    hybrid = fxhybrid.compile(model_of(function), budget=1.0)
+    with pytest.raises(fxhybrid.CaptureError, match="Python control flow") as caught:
+        hybrid(rows())
+    assert f"{__file__}:{function.__code__.co_firstlineno + 1}" in str(caught.value)
+
+
+def test_other_calls_are_no_control_flow() -> None:
+    checked = {"validate_args": True}
+    hybrid = fxhybrid.compile(
+        model_of(lambda h: torch.distributions.Normal(h, h.exp(), **checked).mean.sum()), budget=1.0
+    )
+    with pytest.raises(fxhybrid.CaptureError, match="Leave that call out") as caught:
+        hybrid(rows())
+    text = str(caught.value)
+    assert f"  at {__file__}" in text
+    assert "control flow" not in text
+
+
+def test_inputs_that_overlap_only_later() -> None:
+    """A graph that changes an input in place holds only while the others lie in other memory."""
+
+    class Cache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(N, N)
+
+        def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+            cache[:, :4] += 1
+            return self.linear(x).sum()
+
+    hybrid = fxhybrid.compile(Cache(), budget=1.0, compression="lossless")
+    hybrid(rows(), rows()).backward()
+    hybrid.zero_grad()
+    hybrid(rows(), rows()).backward()
+    hybrid.zero_grad()
+    assert len(hybrid.plans) == 1
+    shared = rows()
+    with pytest.raises(fxhybrid.CaptureError, match="share memory"):
+        hybrid(shared, shared)
+    with pytest.raises(fxhybrid.CaptureError, match="share memory"):
+        hybrid(shared, shared[:2])
