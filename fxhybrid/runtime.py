@@ -75,12 +75,15 @@ def _has_tangent(info: Any) -> bool:
 
 
 def gradient_tangents(joint: JointGraph) -> tuple[frozenset[int], ...]:
-    """Computes for each primal the tangents that its gradient depends on; eager leaves a gradient of none None."""
+    """Computes for each primal the tangents that its gradient depends on; eager leaves a gradient of none None.
+
+    A gradient that is a constant (that of ``sign`` is zeros) arrives with any of them.
+    """
     behind = tangents_behind(joint)
+    every = frozenset(range(sum(role.kind is InputKind.TANGENT for role in joint.inputs)))
     results = zip(joint.output_nodes, joint.outputs, strict=True)
-    return tuple(
-        behind[node] if node is not None else frozenset() for node, role in results if role.kind is OutputKind.GRADIENT
-    )
+    gradients = (node for node, role in results if role.kind is OutputKind.GRADIENT)
+    return tuple(frozenset() if node is None else behind[node] or every for node in gradients)
 
 
 class _Step(torch.autograd.Function):

@@ -317,6 +317,30 @@ def test_an_operator_that_takes_no_synthetic_values_is_estimated() -> None:
     assert profile.costs[name].alloc_peak_bytes == 2 * 4 * 4 * N
 
 
+CONSTANT_GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sign": torch.sign,
+    "sgn": torch.sgn,
+    "angle": torch.angle,
+    "copysign": lambda h: torch.copysign(torch.ones(N), h),
+    "two of them": lambda h: h.ceil() + torch.sgn(h.square()),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT_GRADIENTS)
+def test_gradients_that_are_zeros(name: str) -> None:
+    check(Head(CONSTANT_GRADIENTS[name]), rows())
+
+
+@pytest.mark.parametrize("compression", ["lossless", "auto"])
+def test_gradients_that_are_not_finite_in_eager(compression: str) -> None:
+    """NaN equals NaN; no codec is offered by an error that is none."""
+    model = Head(lambda h: (F.gelu(h) @ torch.ones(N, N)).square().sum() * float("nan"))
+    pair = twins(model, compression=compression, example_inputs=(rows(512, N),))
+    assert "eager itself is not finite" in pair.hybrid.report().signatures[0].capture_check
+    pair.hybrid(rows(512, N)).backward()
+    assert all(p.grad is not None and p.grad.isnan().all() for p in pair.hybrid.parameters())
+
+
 def captured_profile(model: nn.Module, *args: Any) -> Profile:
     """The profile of a model's step."""
     signature = twins(model, example_inputs=args).hybrid._fxhybrid_session.signatures[0][0]

@@ -8,6 +8,7 @@ codec says by how much the prediction from 4 bits is off there. Tensors that are
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -77,8 +78,10 @@ def calibrate(prepared: Prepared, reference: Reference) -> Calibration:
     for run in tracked(runs, "measuring gradient errors"):
         run()
     errors = {key: max(error, 0.0) ** 0.5 for group in groups.values() for key, error in group.errors.items()}
+    errors = {key: max(error, MEASURED_ZERO) for key, error in errors.items() if math.isfinite(error)}
+    measured = {t: tuple(s for s in specs if get_codec(s).lossless or (t, s) in errors) for t, specs in choices.items()}
     pairs = tuple(pair for group in groups.values() for pair in group.pairs)
-    return Calibration(choices, {key: max(error, MEASURED_ZERO) for key, error in errors.items()}, pairs)
+    return Calibration(measured, errors, pairs)
 
 
 def channels_at_4_bits(prepared: Prepared, step: LossyStep) -> dict[str, dict[int, Tensor]]:

@@ -39,7 +39,19 @@ class StepResult:
         pairs += [(buffer, other.buffers[name]) for name, buffer in self.buffers.items()]
         pairs += [(gradient, other.gradients[name]) for name, gradient in self.gradients.items()]
         pairs.append((self.rng_state, other.rng_state))
-        return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+        return all(a is b if a is None or b is None else _same(a, b) for a, b in pairs)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all outputs and gradients are finite."""
+        tensors = [*self.outputs, *(g for g in self.gradients.values() if g is not None)]
+        return all(bool(t.isfinite().all()) for t in tensors)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN with NaN."""
+    equal = torch.equal(a, b)
+    return equal or (a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, 0, 0, equal_nan=True))
 
 
 def observe_step(
