@@ -165,7 +165,10 @@ class HybridModule(nn.Module):
             if options.loss_fn is not None and loss_args:
                 return session.step(args, kwargs, tuple(loss_args))
             return session.model(*args, **kwargs)
-        return session.run(StepCall(args, kwargs, tuple(loss_args)))
+        call = StepCall(args, kwargs, tuple(loss_args))
+        if not any(t.requires_grad for t in (*session.model.parameters(), *call.tensors)):
+            return session.step(*call)  # a frozen half of a model pair: there is no backward pass to plan
+        return session.run(call)
 
     @property
     def forward(self) -> Callable[..., Any]:  # type: ignore[override]

@@ -128,3 +128,18 @@ def test_inputs_that_overlap_only_later() -> None:
     with pytest.raises(fxhybrid.CaptureError, match="share memory"):
         step(pair.hybrid, overlapping)
     step(pair.hybrid, lambda: tuple(t.clone() for t in overlapping()))  # the way out
+
+
+@pytest.mark.parametrize("loss_fn", [None, lambda output: output.square().mean()], ids=["outputs", "loss"])
+def test_a_call_in_which_nothing_needs_a_gradient(loss_fn: Callable[[Tensor], Tensor] | None) -> None:
+    """It runs the plain model, as the frozen half of a pair does; planned again once parameters are thawed."""
+    model = model_of(torch.relu)
+    hybrid = fxhybrid.compile(model, budget=1.0, loss_fn=loss_fn)
+    model.requires_grad_(False)
+    frozen = hybrid(rows())
+    expected = model(rows())
+    assert torch.equal(frozen, loss_fn(expected) if loss_fn else expected)
+    assert not hybrid.plans
+    model.requires_grad_(True)
+    hybrid(rows()).sum().backward()
+    assert len(hybrid.plans) == 1
