@@ -51,7 +51,8 @@ class Checkpoint:
             InvalidArgument: it cannot be read, or belongs to another run.
         """
         try:
-            with np.load(path, allow_pickle=False) as entries:
+            # numpy leaves a file open that is no archive, so it is opened here
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as entries:
                 state: dict[str, Any] = json.loads(bytes(entries["state"]))
                 arrays: dict[str, Array] = {
                     name.removeprefix(_MODEL): entries[name] for name in entries.files if name.startswith(_MODEL)
