@@ -343,5 +343,5 @@ def test_gradients_that_are_not_finite_in_eager(compression: str) -> None:
 
 def captured_profile(model: nn.Module, *args: Any) -> Profile:
     """The profile of a model's step."""
-    signature = twins(model, example_inputs=args).hybrid._fxhybrid_session.signatures[0][0]
+    signature = twins(model, example_inputs=args).hybrid._fxhybrid_session.signatures[0]
     return signature.prepared.profile
