@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributions, nn
 
+from fxhybrid.capture.step import StepCall
+from fxhybrid.pipeline import prepare
 from fxhybrid.profiling.op_profiler import Profile
 from tests.compare import tensors_of, tighten, twins
 
@@ -343,5 +345,5 @@ def test_gradients_that_are_not_finite_in_eager(compression: str) -> None:
 
 def captured_profile(model: nn.Module, *args: Any) -> Profile:
     """The profile of a model's step."""
-    signature = twins(model, example_inputs=args).hybrid._fxhybrid_session.signatures[0]
-    return signature.prepared.profile
+    session = twins(model).hybrid._fxhybrid_session
+    return prepare(session.step, StepCall(args, {}, ()), session.options).profile
