@@ -1,4 +1,4 @@
-"""Decides ADR 5: compares Checkmate's full integer program with ours, on small steps.
+"""Decides ADR 16: compares Checkmate's full integer program with ours, on small steps.
 
 Problem
     As published (Jain et al., 2020): a step runs in stages, one per op; in stage t everything up to op t may run again.

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from itertools import accumulate
 
+from fxhybrid.ir.dominance import undominated
 from fxhybrid.ir.plan import RECOMPUTE, SAVE, Action, Actions
 from fxhybrid.ir.problem import CodecOption, Op, Problem
 from fxhybrid.solvers.base import default_action
@@ -240,16 +241,8 @@ def _options(problem: Problem, t: int, direct: bool, max_error: float) -> tuple[
         for o in problem.tensors[t].codecs
         if o.error <= max_error and o.encoded_bytes < problem.tensors[t].size_bytes and (o.lossless or direct)
     ]
-    kept: list[CodecOption] = []
-    for o in sorted(offered, key=_costs):
-        if not any(all(a <= b for a, b in zip(_costs(k), _costs(o), strict=True)) for k in kept):
-            kept.append(o)
-    return tuple(kept)
-
-
-def _costs(o: CodecOption) -> tuple[float, ...]:
-    times = (o.encode_s, o.decode_s)
-    return (o.encoded_bytes, *times, o.encode_alloc_peak_bytes, o.decode_alloc_peak_bytes, not o.lossless, o.error)
+    kept = [offered[place] for place in undominated(offered, range(len(offered)))]
+    return tuple(sorted(kept, key=lambda o: (o.encoded_bytes, o.encode_s, o.decode_s)))
 
 
 def reached(problem: Problem, actions: Actions) -> dict[int, Action]:

@@ -216,26 +216,14 @@ class PlanState:
 
     def _propagate_ops(self, ops: Iterable[int], dirty: set[int], slots: set[int], trial: bool) -> None:
         """Derives first uses and reruns, readers before sources; adds tensors that they concern to ``dirty``."""
-        tables, codes, use, rerun = self.tables, self.codes, self.use, self.rerun
-        made, readers, first_read, optional = tables.made, tables.readers, tables.first_read, tables.optional
-        touched, sources, replaced = tables.touched, tables.sources, self._replaced
+        rerun, optional = self.rerun, self.tables.optional
+        touched, sources = self.tables.touched, self.tables.sources
         heap = [-o for o in ops]
         heapify(heap)
         queued = set(heap)
         while heap:
             o = -heappop(heap)
-            at = NEVER
-            for t in made[o]:
-                first = first_read[t]
-                for r in readers[t]:
-                    if rerun[r] < first:
-                        first = rerun[r]
-                if first != use[t]:
-                    replaced.append((use, t, use[t]))
-                    use[t] = first
-                    dirty.add(t)
-                if first < at and codes[t] == RECOMPUTED:
-                    at = first
+            at = self._propagate_uses(o, dirty)
             changed = at != rerun[o]
             if changed:
                 self._run_again(o, at, slots, trial)
@@ -247,6 +235,24 @@ class PlanState:
                     if -source not in queued:
                         queued.add(-source)
                         heappush(heap, -source)
+
+    def _propagate_uses(self, o: int, dirty: set[int]) -> int:
+        """Derives the first uses of what ``o`` makes; returns the backward op before which ``o`` reruns, or NEVER."""
+        tables, codes, use, rerun = self.tables, self.codes, self.use, self.rerun
+        readers, first_read = tables.readers, tables.first_read
+        at = NEVER
+        for t in tables.made[o]:
+            first = first_read[t]
+            for r in readers[t]:
+                if rerun[r] < first:
+                    first = rerun[r]
+            if first != use[t]:
+                self._replaced.append((use, t, use[t]))
+                use[t] = first
+                dirty.add(t)
+            if first < at and codes[t] == RECOMPUTED:
+                at = first
+        return at
 
     def _run_again(self, o: int, at: int, slots: set[int], trial: bool) -> None:
         """Lets ``o`` run again before the backward op ``at``, or not if that is NEVER."""
