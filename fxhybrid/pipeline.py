@@ -16,7 +16,7 @@ from fxhybrid.ir.plan import Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import lower
 from fxhybrid.options import Options
-from fxhybrid.passes.build_problem import CodecChoices, calls_of, problem_of
+from fxhybrid.passes.build_problem import CodecChoices, calls_of, problem_of, with_codec_options
 from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.codec_choices import codec_choices
 from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
@@ -70,8 +70,7 @@ class Prepared:
 
     def with_errors(self, errors: ErrorTable) -> Prepared:
         """Returns the same with other gradient errors."""
-        resident = self.problem.resident_bytes
-        problem = problem_of(self.joint, self.layout, self.profile, self.choices, errors, resident)
+        problem = with_codec_options(self.problem, self.layout, self.profile, self.choices, errors)
         return dataclasses.replace(self, problem=problem)
 
 

@@ -48,19 +48,33 @@ def problem_of(
         errors: relative gradient error of each (storage, lossy codec).
         resident_bytes: everything that is alive through the whole step.
     """
-    tensors = tuple(
+    tangents = (n for n, r in zip(joint.placeholders, joint.inputs, strict=True) if r.kind is InputKind.TANGENT)
+    forward, backward = _ops(layout, profile)
+    return Problem(
+        tensors=_tensors(layout, profile, choices, errors),
+        forward=forward,
+        backward=backward,
+        outputs=layout.outputs,
+        mutations=layout.mutations,
+        gradients=layout.gradients,
+        resident_bytes=resident_bytes,
+        tangent_bytes=sum(n.meta["val"].untyped_storage().nbytes() for n in tangents),
+    )
+
+
+def with_codec_options(
+    problem: Problem, layout: Layout, profile: Profile, choices: CodecChoices, errors: Mapping[tuple[int, str], float]
+) -> Problem:
+    """Returns the problem of ``layout`` with other codecs offered, or other errors; all else stays."""
+    return replace(problem, tensors=_tensors(layout, profile, choices, errors))
+
+
+def _tensors(
+    layout: Layout, profile: Profile, choices: CodecChoices, errors: Mapping[tuple[int, str], float]
+) -> tuple[Tensor, ...]:
+    return tuple(
         Tensor(s.name, s.size_bytes, _options(layout, profile, i, choices.get(i, ()), errors))
         for i, s in enumerate(layout.storages)
-    )
-    tangents = (n for n, r in zip(joint.placeholders, joint.inputs, strict=True) if r.kind is InputKind.TANGENT)
-    return Problem(
-        tensors,
-        *_ops(layout, profile),
-        layout.outputs,
-        layout.mutations,
-        layout.gradients,
-        resident_bytes,
-        sum(n.meta["val"].untyped_storage().nbytes() for n in tangents),
     )
 
 

@@ -21,7 +21,7 @@ def peak_lower_bound(problem: Problem) -> tuple[int, str]:
     Returns:
         Bytes, and the instruction in the words of ``describe_peak``.
     """
-    best, holder = problem.resident_bytes, "resident tensors"
+    best, holder = problem.forward_base_bytes, "resident tensors"
     for height, words in (*_forward_heights(problem), *_backward_heights(problem)):
         if height > best:
             best, holder = height, words
@@ -58,7 +58,7 @@ def _forward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
     """
     staying = {*problem.outputs, *problem.mutations}
     alive: set[int] = set()
-    alive_bytes = problem.resident_bytes
+    alive_bytes = problem.forward_base_bytes
     for op in (problem.forward[i] for i in sorted(problem.required_forward_ops())):
         yield alive_bytes + _sum(problem, set(op.inputs) - alive) + problem.top_bytes(op), f"forward {op.name}"
         made = staying.intersection(op.outputs)
@@ -73,7 +73,7 @@ def _backward_heights(problem: Problem) -> Iterator[tuple[int, str]]:
         for t in (*op.inputs, *op.outputs):
             last[t] = p
     alive = {t for t in problem.outputs if t in problem.producer}
-    alive_bytes = problem.resident_bytes + problem.tangent_bytes + _sum(problem, alive)
+    alive_bytes = problem.backward_base_bytes + _sum(problem, alive)
     for p, op in enumerate(problem.backward):
         inputs = {t for t in op.inputs if t in problem.producer}
         height = _sum(problem, inputs - alive) + problem.top_bytes(op)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -159,6 +160,15 @@ def test_outputs_and_mutations_live_as_long_as_their_holder() -> None:
 
 def test_json_round_trip() -> None:
     assert Problem.from_json(chain().to_json()) == chain()
+
+
+def test_a_file_may_lack_fields_that_came_later() -> None:
+    old = json.loads(chain().to_json())
+    del old["tangent_bytes"]
+    assert Problem.from_json(json.dumps(old)) == dataclasses.replace(chain(), tangent_bytes=0)
+    del old["resident_bytes"]
+    with pytest.raises(ProblemError, match="resident_bytes"):
+        Problem.from_json(json.dumps(old))
 
 
 def test_ops_that_every_plan_runs() -> None:

@@ -69,6 +69,9 @@ class Problem:
         gradients: tensors that live to the end of backward.
         resident_bytes: parameters, buffers, inputs, optimizer state, and what the user keeps free.
         tangent_bytes: gradients of the outputs, alive through the whole backward pass.
+
+    A new constant of the peak is one more field here, with a name in ``_bytes`` and a default, which
+    ``forward_base_bytes`` and ``backward_base_bytes`` add up: simulator, bounds and solvers read nothing else.
     """
 
     tensors: tuple[Tensor, ...]
@@ -79,6 +82,16 @@ class Problem:
     gradients: tuple[int, ...]
     resident_bytes: int
     tangent_bytes: int = 0
+
+    @property
+    def forward_base_bytes(self) -> int:
+        """Bytes that no plan changes while forward ops run; what the ops make comes on top."""
+        return self.resident_bytes
+
+    @property
+    def backward_base_bytes(self) -> int:
+        """Bytes that no plan changes while backward ops run; what the ops make comes on top."""
+        return self.resident_bytes + self.tangent_bytes
 
     @cached_property
     def producer(self) -> dict[int, int]:
@@ -183,12 +196,15 @@ class Problem:
                 mutations=tuple(raw["mutations"]),
                 gradients=tuple(raw["gradients"]),
                 resident_bytes=raw["resident_bytes"],
-                tangent_bytes=raw["tangent_bytes"],
+                **{name: raw[name] for name in OPTIONAL_FIELDS if name in raw},
             )
 
         problem = from_json(text, build, ProblemError, "not a problem in JSON form")
         check_problem(problem)
         return problem
+
+
+OPTIONAL_FIELDS = tuple(f.name for f in dataclasses.fields(Problem) if f.default is not dataclasses.MISSING)
 
 
 def check_problem(problem: Problem) -> None:
@@ -216,8 +232,9 @@ def _check_numbers(problem: Problem) -> None:
         check_tensor(tensor)
     for op in problem.forward + problem.backward:
         check_op(op)
-    check_number("problem", "resident_bytes", problem.resident_bytes, whole=True)
-    check_number("problem", "tangent_bytes", problem.tangent_bytes, whole=True)
+    for field in dataclasses.fields(problem):
+        if field.name.endswith("_bytes"):
+            check_number("problem", field.name, getattr(problem, field.name), whole=True)
 
 
 def _check_references(problem: Problem) -> None:

@@ -48,14 +48,15 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
     change = np.zeros(n + 2, np.int64)
     np.add.at(change, birth + 1, size)
     np.add.at(change, death + 1, -size)
-    before = np.cumsum(change)[:n] + problem.resident_bytes
-    before[schedule.n_forward :] += problem.tangent_bytes
+    before = np.cumsum(change)[:n]
+    before[: schedule.n_forward] += problem.forward_base_bytes
+    before[schedule.n_forward :] += problem.backward_base_bytes
     rise = np.fromiter((i.alloc_peak_bytes for i in schedule.instructions), np.int64, n)
     made = np.zeros(n, np.int64)
     np.add.at(made, birth, size)
     during = before + np.maximum(rise, made)
     peak_at = int(during.argmax()) if n else 0
-    peak_bytes = int(during[peak_at]) if n else problem.resident_bytes
+    peak_bytes = int(during[peak_at]) if n else problem.forward_base_bytes
     return Timeline(peak_bytes, peak_at, during, birth, death, schedule.overhead_s)
 
 

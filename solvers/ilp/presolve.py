@@ -158,7 +158,7 @@ def certain_forward(problem: Problem, presolved: Presolved) -> list[int]:
         if made in presolved.required:
             change[made + 1] += problem.tensors[t].size_bytes
             change[(n if t in presolved.held else presolved.last_forward[t]) + 1] -= problem.tensors[t].size_bytes
-    return [problem.resident_bytes + alive for alive in accumulate(change)]
+    return [problem.forward_base_bytes + alive for alive in accumulate(change)]
 
 
 def saved_bytes(problem: Problem, presolved: Presolved) -> tuple[list[int], list[int]]:
@@ -185,7 +185,7 @@ def certain_backward(problem: Problem) -> list[int]:
             change[p + 1] += problem.tensors[t].size_bytes
             change[(n if t in problem.gradients else last[t]) + 1] -= problem.tensors[t].size_bytes
     held = sum(problem.tensors[t].size_bytes for t in set(problem.outputs) if t in problem.producer)
-    fixed = problem.resident_bytes + problem.tangent_bytes + held
+    fixed = problem.backward_base_bytes + held
     return [fixed + alive for alive in accumulate(change)]
 
 

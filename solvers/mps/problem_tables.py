@@ -214,11 +214,11 @@ class ProblemTables:
     @cached_property
     def base_live(self) -> Ints:
         """Per slot, bytes of what no plan decides, and of all outputs so far of forward ops that every plan runs."""
-        live = np.full(self.n_slots, self.problem.resident_bytes, np.int64)
+        live = np.full(self.n_slots, self.problem.forward_base_bytes, np.int64)
+        live[self.n_forward + 1 :] = self.problem.backward_base_bytes
         for i, made in enumerate(self.made):
             if i not in self.optional:
                 live[i + 1 :] += sum(self.size_bytes[t] for t in made)
-        live[self.n_forward + 1 :] += self.problem.tangent_bytes
         for p, op in enumerate(self.problem.backward):
             for t in op.outputs:
                 end = self.n_slots if t in self.gradients else self.base_last[t] // 2 + 1
