@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -195,6 +195,16 @@ class HybridModule(nn.Module):
     def planning_problem(self) -> Problem:
         """The step of the last called signature as plain numbers: what solvers see, and a case to report as JSON."""
         return self._fxhybrid_session.first.state.prepared.problem
+
+    @property
+    def compression_refusals(self) -> Mapping[str, str]:
+        """Why the last called signature offers a tensor of the forward pass no codec, in words, by the tensor's name.
+
+        What is not listed here is offered codecs: ``planning_problem.tensors`` shows which, and a plan takes one only
+        where it is the cheapest way to the budget. Parameters, buffers and inputs exist through the whole step, so that
+        nothing is stored of them.
+        """
+        return self._fxhybrid_session.first.state.prepared.compression_refusals
 
     @property
     def planning_work(self) -> StepWork:

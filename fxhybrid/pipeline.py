@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +19,7 @@ from fxhybrid.ir.schedule import lower
 from fxhybrid.options import Options
 from fxhybrid.passes.build_problem import CodecChoices, calls_of, problem_of, with_codec_options
 from fxhybrid.passes.canonicalize import canonicalize
-from fxhybrid.passes.codec_choices import codec_choices
+from fxhybrid.passes.codec_choices import codec_choices, codec_refusals
 from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
 from fxhybrid.passes.fingerprint import fingerprint
 from fxhybrid.passes.rewrite import rewrite
@@ -30,13 +31,17 @@ from fxhybrid.profiling.state_bytes import optimizer_bytes, storage_bytes
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Holds a captured signature up to the planning problem."""
+    """Holds a captured signature up to the planning problem.
+
+    ``refusals`` holds, by name, the rule by which a tensor was offered no codec from the start.
+    """
 
     capture: Capture
     joint: JointGraph
     layout: Layout
     profile: Profile
     choices: CodecChoices
+    refusals: Mapping[str, str]
     problem: Problem
     fingerprint: str
 
@@ -45,6 +50,12 @@ class Prepared:
         base = self.layout.storages[storage].base
         assert base is not None, "codecs are offered only for storages that are read"
         return TensorMeta.of(base.meta["val"])
+
+    @property
+    def compression_refusals(self) -> Mapping[str, str]:
+        """Why tensors of the forward pass are offered no codec, in words, by name."""
+        dropped = (self.layout.storages[t].name for t, specs in self.choices.items() if not specs)
+        return {**self.refusals, **dict.fromkeys(dropped, "calibration found no codec with a finite gradient error")}
 
     @cached_property
     def save_all_graphs(self) -> SplitGraphs:
@@ -77,15 +88,17 @@ class Prepared:
 def prepare(step: Step, call: StepCall, options: Options) -> Prepared:
     """Captures a step and measures its operators; runs neither the model nor its backward pass."""
     lossy = options.compression == "auto" and options.max_grad_error > 0
+    lossless = options.compression != "off"
     captured = capture(step, tuple(call), exact=not lossy)
     joint = canonicalize(captured.joint)
     layout = layout_of(joint)
-    choices = codec_choices(layout, lossy=lossy, lossless=options.compression != "off")
+    choices = codec_choices(layout, lossy=lossy, lossless=lossless)
+    refusals = codec_refusals(layout, lossy=lossy, lossless=lossless)
     profile = profile_calls(calls_of(layout, choices))
     errors = error_table(lossy_groups(layout, choices), choices, lambda _: DEFAULT_GROUP_ERROR)
     resident = _resident_bytes(step, call, options)
     problem = problem_of(joint, layout, profile, choices, errors, resident)
-    return Prepared(captured, joint, layout, profile, choices, problem, fingerprint(joint))
+    return Prepared(captured, joint, layout, profile, choices, refusals, problem, fingerprint(joint))
 
 
 def _resident_bytes(step: Step, call: StepCall, options: Options) -> int:

@@ -1,17 +1,21 @@
-"""Decides which codecs a storage may be offered, by what reads it in the backward pass."""
+"""Decides which codecs each storage is offered, and says why one is offered none.
+
+``codecs/candidate_codecs.py`` finds the codecs that fit a tensor's shape, type and maker; the rules here, all of them
+in ``_OfferRules``, ask what the step does with the tensor.
+"""
 
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx
 
-import fxhybrid.ops.batch_norm  # noqa: F401  (registers batch_norm_backward)
-from fxhybrid.capture.joint_graph import Phase, phase_of
-from fxhybrid.codecs import TensorMeta, candidate_codecs, get_codec
+import fxhybrid.ops.batch_norm
+import fxhybrid.ops.masks  # noqa: F401  (both register operators named below)
+from fxhybrid.capture.joint_graph import Phase, node_name, phase_of
+from fxhybrid.codecs import NOISE_AT_4_BITS, Codec, TensorMeta, candidate_codecs
 from fxhybrid.passes.build_problem import CodecChoices
 from fxhybrid.passes.storages import Layout
 
@@ -53,32 +57,84 @@ LAYERS = frozenset(
 # They take the part along their input out of a gradient, line by line: where that is most of it, an error of the input
 # is felt out of proportion.
 LINE_NORMS = frozenset([aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default])
+KEEP_MASK = torch.ops.fxhybrid.keep_mask.default
 SMALLEST_BYTES = 4096
 
 
 def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoices:
-    """Returns the codecs offered per storage; storages of a few KiB are not worth a call."""
-    choices = {}
-    forward = {s for op in layout.forward for s in op.outputs}
-    readers = _backward_readers(layout)
-    drifting = _drifting(layout)
-    for index, storage in enumerate(layout.storages):
-        base = storage.base
-        if index not in forward or base is None or storage.size_bytes < SMALLEST_BYTES:
-            continue
-        meta = TensorMeta.of(base.meta["val"])
-        if meta.nbytes != storage.size_bytes:
-            continue
-        codecs = candidate_codecs(meta, softmax=_holds_softmax(base))
-        offered = [*_pool_offsets(base), *(c.spec for c in codecs)]
-        tolerant = all(_tolerates(reader, argument) for reader, argument in readers.get(index, []))
-        tolerant = tolerant and bool(readers.get(index))
-        kept = [s for s in offered if (lossless if get_codec(s).lossless else lossy and tolerant)]
-        kept = [s for s in kept if index not in drifting or get_codec(s).noise < 1]
-        kept = [s for s in kept if sum(get_codec(s).encoded_bytes(meta)) < storage.size_bytes]
-        if kept:
-            choices[index] = tuple(kept)
-    return choices
+    """Returns the specs of the codecs offered per storage; storages that are offered none are left out."""
+    rules = _OfferRules(layout, lossy, lossless)
+    offered = {t: tuple(codec.spec for codec in rules.offered(t)) for t in range(len(layout.storages))}
+    return {t: specs for t, specs in offered.items() if specs}
+
+
+def codec_refusals(layout: Layout, *, lossy: bool, lossless: bool) -> Mapping[str, str]:
+    """Returns, by name, why each forward storage that ``codec_choices`` leaves out is offered no codec, in words."""
+    rules = _OfferRules(layout, lossy, lossless)
+    return {layout.storages[t].name: rules.refusal(t) for t in sorted(rules.forward) if not rules.offered(t)}
+
+
+class _OfferRules:
+    """Holds the rules by which codecs are offered: each ``yield`` is one, in words, and the first that hits decides."""
+
+    def __init__(self, layout: Layout, lossy: bool, lossless: bool) -> None:
+        self.layout, self.lossy, self.lossless = layout, lossy, lossless
+        self.forward = frozenset(t for op in layout.forward for t in op.outputs)
+        self.readers = _backward_readers(layout)
+        self.drifting = _drifting(layout)
+
+    def offered(self, t: int) -> list[Codec]:
+        """Returns the codecs that no rule forbids."""
+        if next(self._against_storage(t), None):
+            return []
+        return [codec for codec in self._candidates(t) if not next(self._against_codec(t, codec), None)]
+
+    def refusal(self, t: int) -> str:
+        """Returns the first rule that forbids all codecs, or else the most precise one."""
+        for reason in self._against_storage(t):
+            return reason
+        return next(self._against_codec(t, self._candidates(t)[0]))
+
+    def _against_storage(self, t: int) -> Iterator[str]:
+        """Yields why a storage is offered no codec at all."""
+        size_bytes, base = self.layout.storages[t].size_bytes, self.layout.storages[t].base
+        if not (self.lossy or self.lossless):
+            yield "compression is off"
+        if t not in self.forward:
+            yield "the backward pass makes it"
+        if t in self.layout.outputs:
+            yield "it is an output, which the caller holds as it is until the step ends"
+        if size_bytes < SMALLEST_BYTES:
+            yield f"it has {size_bytes} bytes; below {SMALLEST_BYTES} a codec's calls cost more than they save"
+        if base is None:
+            yield "no op reads it"
+        elif (meta := TensorMeta.of(base.meta["val"])).nbytes != size_bytes:
+            yield f"its values take {meta.nbytes} of the {size_bytes} bytes of its storage"
+        elif not self._candidates(t):
+            yield f"no codec makes shape {meta.shape}, strides {meta.stride} of {meta.dtype} smaller"
+
+    def _against_codec(self, t: int, codec: Codec) -> Iterator[str]:
+        """Yields why a storage is not offered this codec."""
+        if not (self.lossless if codec.lossless else self.lossy):
+            yield f"{codec.spec} would fit, but is {'lossless' if codec.lossless else 'lossy'}: that is switched off"
+        if codec.lossless:
+            return
+        if t not in self.readers:
+            yield f"no backward op reads it{self._in_its_place(t)}; {codec.spec} is lossy, recomputing is exact"
+        for reader, argument in self.readers.get(t, ()):
+            if not _tolerates(reader, argument):
+                yield f"{node_name(reader)} reads it, as argument {argument}, exactly; {codec.spec} is lossy"
+        if t in self.drifting and codec.noise >= NOISE_AT_4_BITS:
+            yield f"its error drifts in training (ADR 14); {codec.spec} has noise {codec.noise:g}, not below 1"
+
+    def _candidates(self, t: int) -> tuple[Codec, ...]:
+        base = self.layout.storages[t].base
+        return () if base is None else candidate_codecs(TensorMeta.of(base.meta["val"]), base)
+
+    def _in_its_place(self, t: int) -> str:
+        """Names the mask that backward ops read instead, if there is one."""
+        masks = [op.name for op in self.layout.forward if op.node.target is KEEP_MASK and t in op.inputs]
+        return f", but its mask {masks[0]}" if masks else ""
 
 
 def _backward_readers(layout: Layout) -> dict[int, list[tuple[fx.Node, int]]]:
@@ -107,42 +163,3 @@ def _drifting(layout: Layout) -> frozenset[int]:
 
 def _tolerates(reader: fx.Node, argument: int) -> bool:
     return phase_of(reader) is Phase.BACKWARD and argument in TOLERANT.get(reader.target, ())
-
-
-def _holds_softmax(base: fx.Node) -> bool:
-    """Tells whether a tensor is made by softmax, or by dropout of that, in any precision.
-
-    Its lines sum to one each: one that attends to few places has values many times those of another, and on a grid
-    that both share the small ones become 0. Within a line, too, most are small.
-    """
-    while base.target in (operator.getitem, aten.native_dropout.default, aten._to_copy.default):
-        source = base.args[0]
-        assert isinstance(source, fx.Node)
-        base = source
-    return base.target in (aten._softmax.default, aten._safe_softmax.default)
-
-
-def _pool_offsets(base: fx.Node) -> Iterator[str]:
-    """Yields the window-offset codec for the indices of a max pool."""
-    if base.target is not operator.getitem or base.args[1] != 1:
-        return
-    pool = base.args[0]
-    assert isinstance(pool, fx.Node)
-    if pool.target is not aten.max_pool2d_with_indices.default:
-        return
-    x, kernel = pool.args[0], _pair(pool.args[1])
-    assert isinstance(x, fx.Node)
-    given = [*pool.args[2:], *[None] * 3][:3]
-    stride = _pair(given[0]) if given[0] else kernel
-    padding, dilation = _pair(given[1] or 0), _pair(given[2] or 1)
-    height, width = x.meta["val"].shape[-2:]
-    numbers = (*kernel, *stride, *padding, *dilation, height, width)
-    if kernel[0] * kernel[1] <= 256:
-        yield f"pool:{','.join(str(int(n)) for n in numbers)}"
-
-
-def _pair(value: object) -> tuple[int, int]:
-    if isinstance(value, (list, tuple)):
-        return (int(value[0]), int(value[-1]))
-    assert isinstance(value, int)
-    return (value, value)

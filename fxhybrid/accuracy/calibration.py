@@ -19,7 +19,7 @@ from fxhybrid.accuracy.attribution import neighbours, tensor_errors
 from fxhybrid.accuracy.channel_widths import channelwise_choices
 from fxhybrid.accuracy.compression_trial import LossyStep
 from fxhybrid.accuracy.verifier import Reference
-from fxhybrid.codecs import coarsest_lossy, get_codec
+from fxhybrid.codecs import NOISE_AT_4_BITS, coarsest_lossy, get_codec
 from fxhybrid.codecs.channelwise import Channelwise
 from fxhybrid.codecs.widths import STEP_ERROR
 from fxhybrid.console import tracked
@@ -145,7 +145,7 @@ class _GroupRuns:
             noise = get_codec(specs[t]).noise
             self.errors[t, specs[t]], self.at_4_bits[t] = error, error / noise**2
             seen = self.step.watch.channel_errors(t, by_parameter, error)
-            if seen is not None and noise == 1.0:
+            if seen is not None and noise == NOISE_AT_4_BITS:
                 self.channels[t] = seen
 
     def runs_of_others(self, name: str, choices: CodecChoices) -> list[Callable[[], None]]:

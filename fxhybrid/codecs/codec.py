@@ -12,6 +12,8 @@ from torch import Tensor
 from fxhybrid.codecs.kernels.storage import TensorMeta
 from fxhybrid.errors import CodecError
 
+NOISE_AT_4_BITS = 1.0  # the unit of ``Codec.noise``
+
 
 class Codec(ABC):
     """Turns a tensor into two smaller ones, and back.
@@ -19,13 +21,17 @@ class Codec(ABC):
     A codec is immutable and fully identified by its ``spec``. The sizes of what it makes follow from
     the tensor's meta alone, never from its values. A new codec sets ``spec`` and ``lossless``,
     fills in ``supports``, ``encoded_bytes``, ``_encode`` and ``_decode``, and is made known by
-    :func:`register`.
+    :func:`register`; ``candidate_codecs.py`` then says which tensors are offered it.
 
     Attributes:
         spec: full static text, such as ``"rowwise4:196"``; ``get_codec(spec)`` is this codec again.
         lossless: whether decoding gives back every bit.
-        noise: size of the error that a lossy codec makes on ordinary data, in units of that of 4 bits a row; the
-            gradient error is predicted from it.
+        noise: size of the error that a lossy codec makes on ordinary data, in units of that of 4 bits a row; 0 for
+            lossless codecs and only for them. Three things depend on it: gradient errors are predicted in proportion
+            to it; tensors whose error drifts in training are not offered codecs of ``NOISE_AT_4_BITS`` or more
+            (``passes/codec_choices.py``); and of those that a tensor is offered, the one of most noise is calibrated
+            first and the others are predicted from it (``coarsest_lossy``). A wrong value makes wrong predictions of
+            other codecs.
         kernels_key: names the code at work on this machine, where there is a choice: times depend on it.
     """
 
@@ -43,11 +49,17 @@ class Codec(ABC):
         """Returns the exact bytes of qdata and header for a supported meta."""
 
     def example(self, meta: TensorMeta, device: torch.device) -> Tensor | None:
-        """Makes data that may be encoded, for measuring, where synthetic values would not do; else None."""
+        """Makes data that may be encoded, for measuring times; None where random values will do.
+
+        Override it where ``_encode`` relies on what the values are, as for the indices of a max pool.
+        """
         return None
 
     def profiled_as(self) -> Codec:
-        """Returns a codec that takes the same time on the same tensor: many specs may share one measurement."""
+        """Returns a codec that takes the same time on the same tensor: many specs may share one measurement.
+
+        Override it where parameters follow from data, so that every re-plan would measure again.
+        """
         return self
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from fxhybrid.codecs.kernels.reference import FLOATS, PARAMETER_BYTES
 from fxhybrid.codecs.kernels.storage import TensorMeta, storage_view
 from fxhybrid.errors import CodecError
 
-# Elements worked on at a time where a float32 copy is needed: little beside the tensor, at most 256 KiB.
+# Elements worked on at a time where a float32 copy is needed: little next to the tensor, at most 256 KiB.
 _CHUNK_ELEMENTS = (1 << 12, 1 << 16)
 _CHUNKS = 32
 
@@ -77,7 +77,7 @@ class Rowwise(Codec):
                 rows = torch.empty(target.shape, device=qdata.device)
                 self._unpack(kernels, codes, parameters, target.shape[0], rows)
                 target.copy_(rows.clamp_(-limit, limit))  # rounding must not make infinities
-                del rows  # or it would live beside the next one
+                del rows  # or it would live as long as the next one
         if n_rows * self.row < meta.numel:
             storage_view(out)[n_rows * self.row :].copy_(header[n_rows * PARAMETER_BYTES :].view(meta.dtype))
         return out
