@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks import table_rows
 from benchmarks.lib.results import RESULTS, Record, latest, read_headed
+from benchmarks.studies import frontier_phases
 from benchmarks.table_rows import Row
 
 MINUTES = 0.1
@@ -80,6 +81,7 @@ TABLES = {
         ),
         table_rows.corpus_rows,
     ),
+    "frontier phases": DocTable("frontier_phases", frontier_phases.COLUMNS, frontier_phases.summary_rows),
     "solvers, synthetic": DocTable(
         "solvers", ("problem", "500 ops", "2,000 ops", "8,000 ops", "20,000 ops"), table_rows.synthetic_rows
     ),
@@ -123,7 +125,7 @@ def documents() -> list[Path]:
 
 
 def filled(path: Path) -> str:
-    """Returns a document's text with every marked table made anew.
+    """Returns a document's text with every marked table written again.
 
     Raises:
         SystemExit: a marker names no known table.

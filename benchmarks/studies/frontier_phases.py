@@ -29,6 +29,7 @@ MINUTES = 5
 NEEDS = ""
 
 ALL = "all phases"
+COLUMNS = ("left out", "overhead", "at worst", "budgets not met", "smallest peak", "at worst", "points", "CPU s")
 SHARES = tuple(i / 12 for i in range(12))
 FLOOR_SHARE = 1e-3  # of the step, on top of every overhead
 
@@ -91,25 +92,23 @@ def _records(problem: Problem, together: str | None) -> Iterator[Record]:
 
 
 def summary(records: Sequence[Record]) -> Table:
-    """Returns a table of means over the problems, one row per phase left out."""
+    """Returns the rows as a table to print."""
     table = Table(title="without one phase, relative to all: overhead + 0.1 % of the step, smallest peak")
-    for column in (
-        "left out",
-        "overhead",
-        "at worst",
-        "budgets not met",
-        "smallest peak",
-        "at worst",
-        "points",
-        "CPU s",
-    ):
-        table.add_column(column, justify="left" if column == "left out" else "right")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+    for row in summary_rows(records):
+        table.add_row(*row)
+    return table
+
+
+def summary_rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
+    """Yields means over the problems, one row per phase left out."""
     for name in dict.fromkeys(record["without"] for record in records):
         own = [record for record in records if record["without"] == name]
         ratios = [ratio for record in own for ratio in record["ratios"]]
         peaks = [record["smallest_peak"] for record in own]
-        table.add_row(
-            name,
+        yield (
+            "nothing" if name == ALL else name.replace(",", ", "),
             f"{statistics.geometric_mean(ratios):.4f}",
             f"{max(ratios):.3f}",
             str(sum(record["unreached"] for record in own)),
@@ -118,7 +117,6 @@ def summary(records: Sequence[Record]) -> Table:
             f"{statistics.fmean(record['points'] for record in own):.0f}",
             f"{sum(record['seconds'] for record in own):.1f}",
         )
-    return table
 
 
 if __name__ == "__main__":
