@@ -37,7 +37,7 @@ NEEDS = "scikit-learn"
 POINTS, LOSS_SHARE = 0.3, 0.01
 CONFIDENCE = 0.95
 SEEDS = 5
-# how a task is made, its folds, and what is judged
+# how a task is made, its folds, and what is compared
 TASKS: dict[str, tuple[Callable[[int, int], Task], int, str]] = {
     "digits": (digits, FOLDS, "accuracy"),
     "packages": (packages, 1, "accuracy"),

@@ -1,7 +1,7 @@
 """Trains federated populations under memory limits, by fxhybrid and by the baselines.
 
 Populations are those of ``GRID``, fixed before any run. Each run is one line of the file; runs that it holds are not
-made again, so the work can be cut into slices. ``--show`` makes tables, and with ``--plot`` plots, of what is there.
+repeated, so the work can be cut into slices. ``--show`` makes tables, and with ``--plot`` plots, of what is there.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each suite model is compiled 2 % above its smallest reachable peak for each error limit, on one batch of real data. Its
 error is measured on that batch and on 40 others of data that is not trained on: at the start, after training with that
-plan, and with a plan made anew after the training. Records are appended as they come and those of the file are not made
-again, so a file is for one ``--size`` and one ``--check-every``.
+plan, and re-planned after the training. Records are appended as they come, and runs whose records the file has are not
+repeated, so a file is for one ``--size`` and one ``--check-every``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Compares plans with those of two planners of the literature, judged by the same simulator.
+"""Compares plans with those of two planners of the literature, in the same simulator.
 
 * Knapsack: PyTorch's activation memory budget with its dynamic program. Every saved tensor is an item of its own:
   keeping it takes its bytes and saves its op's seconds. No chain costs (an op's sources count as being there), no
   liveness (the sum of the kept bytes is bounded, not the peak).
-* Segments: checkpointing every sqrt(n) ops. Only what crosses a border of segments is kept; the rest is made again.
+* Segments: checkpointing every sqrt(n) ops. Only what crosses a border of segments is kept; the rest is recomputed.
 
 Both only save and recompute, so they are compared with a frontier that does no more than that, and with the whole one:
 
@@ -78,7 +78,7 @@ def _may_run_again(problem: Problem, t: int) -> bool:
 
 
 def _completed(problem: Problem, actions: Actions) -> Actions:
-    """Sources that the planner says nothing about are made again where they can be: it counts them as free."""
+    """Sources that the planner says nothing about are recomputed where they can be: it counts them as free."""
     free = {t: RECOMPUTE if _may_run_again(problem, t) else SAVE for t in problem.candidates}
     wanted = {**free, **actions}
     return {t: action if _may_run_again(problem, t) else SAVE for t, action in wanted.items()}
@@ -90,7 +90,7 @@ def _beaten(frontier: PlanFrontier, peak_bytes: int, overhead_s: float) -> bool:
 
 
 def main(paths: list[str]) -> int:
-    """Prints every plan beside ours at the same peak; gives how many were not dominated."""
+    """Prints every plan and ours at the same peak; gives how many were not dominated."""
     failures = 0
     for path in paths:
         problem = Problem.from_json(Path(path).read_text(encoding="utf-8"))

@@ -139,7 +139,7 @@ def gradients(bench: Bench, step: Step) -> dict[str, Tensor | None]:
 
 
 def peers_table(records: Sequence[Record]) -> Table:
-    """One row per recipe; ours beside it at the same peak."""
+    """One row per recipe, with ours at the same peak."""
     table = Table(title="Peers, and fxhybrid with their measured peak as its budget")
     for name in ("model", "recipe"):
         table.add_column(name)

@@ -1,7 +1,7 @@
 """Measures how far the solvers' plans are from proven bounds, and how long they take.
 
 Part ``corpus``: the recorded problems of real models (``tests/corpus``), each at five budgets between the smallest peak
-of the heuristic's frontier (share 0) and the peak of the step that keeps everything (share 1). The heuristic (MPS)
+of the heuristic's frontier (share 0) and the peak of the save-all step (share 1). The heuristic (MPS)
 builds its frontier once and fits the plan to the budget; the integer program (ILP) starts from that plan and gets 20
 seconds, and where that does not close the gap to 1 %, another 60.
 gap = (added - proven bound) / max(added, 0.1 % of the step).
@@ -10,7 +10,7 @@ Part ``synthetic``: synthetic chains, U-nets, dense residual and random layered 
 of the whole frontier against the number of ops.
 
 Records are appended to a JSON-lines file as they come, so that a run can be split (``--models``, ``--parts``) and
-continued; ``--summary FILE`` judges what is there. Times are wall-clock: run nothing beside it.
+continued; ``--summary FILE`` checks what is there. Times are wall-clock: run nothing else meanwhile.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Lossy candidates are grouped by what reads them in the backward pass. The group's tensors share the error of the
 whole group at 4 bits evenly (errors add up as squares), and other codecs follow from their noise. Where memory allows
-a step that keeps everything, ``calibration.py`` measures instead.
+a save-all step, ``accuracy/calibration.py`` measures instead.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_compiled_kernels_serve_the_cpu_only() -> None:
 
 @pytest.fixture
 def fresh_kernels(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The look for kernels made anew in an empty cache, and again after the test."""
+    """The look for kernels, repeated in an empty cache, and again after the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native_kernels.cache_clear()
     yield monkeypatch

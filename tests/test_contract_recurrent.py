@@ -69,7 +69,7 @@ def test_layer_in_segments(name: str) -> None:
 
 
 def test_segments_take_a_fraction_of_the_memory() -> None:
-    # Backward holds 96 time steps of the layer at once, or 16 of them beside its output and that one's gradient.
+    # Backward holds 96 time steps of the layer at once, or 16 of them next to its output and that one's gradient.
     model, x = nn.GRU(16, 64).train(), torch.randn(96, 16, 16)
     rises = []
     for compression in ("lossless", "auto"):

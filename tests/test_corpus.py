@@ -1,4 +1,4 @@
-"""Recorded problems of real models, and hand-made ones whose optimum is worked out beside them."""
+"""Recorded problems of real models, and hand-made ones whose optimum is worked out in comments."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def test_silence_is_no_success() -> None:
     assert predictor.to_state()["devices"]["d"]["level"] == level
 
 
-def test_a_device_that_reports_between_rounds_only_is_judged_by_its_next_reading() -> None:
+def test_a_device_that_reports_between_rounds_only_is_measured_by_its_next_reading() -> None:
     predictor = steady()
     levels = [predictor.to_state()["devices"]["d"]["level"]]
     for t_s, reading in ((2460.0, 1000.0 * MIB), (2520.0, 10.0 * MIB)):

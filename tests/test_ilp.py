@@ -102,7 +102,7 @@ def test_recomputes_what_is_cheap() -> None:
 
 def test_names_the_moment_of_a_fused_reader() -> None:
     # x (5,090) gives y (3,260) and a mask of 1,272. The last backward op reads the mask or, fused, x: then it runs
-    # beside x + y + g (5,090) and is over 16,312 B. The mask costs 0.2545 s kept, 0.1018 s more in the codec's bits.
+    # next to x + y + g (5,090) and is over 16,312 B. The mask costs 0.2545 s kept, 0.1018 s more in the codec's bits.
     # Taken for a rerun, that op's program point got no row, and plans were forbidden one by one, the best with them.
     problem = random_problem(38, 2, lossy=False, fused=True)
     result = IlpSolver(gap=0.0).solve(problem, 16_312, max_error=0.0)
@@ -124,8 +124,8 @@ def test_compresses_where_that_is_cheaper() -> None:
 
 
 def test_never_recomputes_from_lossy_forms() -> None:
-    # Encoding a costs 0.2 s with loss, 2 s without. Dropping b costs 2 s, but b is made from a: beside a
-    # lossy a it is not to be had.
+    # Encoding a costs 0.2 s with loss, 2 s without. Dropping b costs 2 s, but b is recomputed from a: with a
+    # lossy a that is forbidden.
     lossy = CodecOption("q8", 25, 0.1, 0.1, 30, 100, False, 0.05)
     exact = CodecOption("exact", 25, 1.0, 1.0, 30, 100, True)
     problem = chain(seconds=(5.0, 2.0, 9.0), codecs=(lossy, exact))

@@ -1,4 +1,4 @@
-"""Acceptance checks, each judged from the records of a run."""
+"""Acceptance checks, each computed from the records of a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Forecasts with one fixed parameter, tuned in hindsight: what the memory predictor is compared with.
 
 Every method gives, for a parameter in [0, 1], one forecast per round; larger is bolder. ``tuned`` finds the parameter
-at which the method misses as often as asked on the very rounds it is judged on, over all devices together. No method
+at which the method misses as often as asked on the very rounds it is tested on, over all devices together. No method
 that must choose before the rounds can do this; so it is an upper bound for its kind.
 """
 

@@ -47,7 +47,7 @@ class Session:
 
     @property
     def cheap_share(self) -> float:
-        """The share at which step time is judged."""
+        """The share at which step time is measured."""
         return CHEAP_SHARE.get(self.bench.name, DEFAULT_CHEAP_SHARE)
 
     @property
@@ -132,7 +132,7 @@ def budget(session: Session) -> Iterator[Record]:
 
 
 def cheap(session: Session) -> Iterator[Record]:
-    """Step time against the unmodified model at the share where it is judged, or the smallest in reach."""
+    """Step time against the unmodified model at the share where it is measured, or the smallest in reach."""
     budget_bytes = session.bytes_of(session.cheap_share)
     refused = False
     try:

@@ -121,7 +121,7 @@ def _run(
 
 
 def runs_table(records: Sequence[Record]) -> Table:
-    """One row per task, width and rounding: means over the seeds, and float32 beside them."""
+    """One row per task, width and rounding: means over the seeds, with those of float32."""
     table = Table(title="Everything at one width: rounding to nearest and stochastic rounding")
     for name in (
         "task",

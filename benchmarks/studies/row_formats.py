@@ -62,7 +62,7 @@ def records(pairs: int) -> Iterator[Record]:
 
 
 def formats(x: Tensor, bits: int) -> dict[str, Ways]:
-    """Returns encode and decode of each format for the rows of ``x``; relu's speed stands beside them."""
+    """Returns encode and decode of each format for the rows of ``x``, to be compared with relu's speed."""
     codec, meta = Rowwise(bits, x.shape[1]), TensorMeta.of(x)
     encoded = codec.encode(x)
     pack, unpack = (getattr(torch.ops.quantized, f"{LIBRARY[bits]}_{way}") for way in ("prepack", "unpack"))

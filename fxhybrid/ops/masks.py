@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements worked on at a time: enough for two threads to be worth waking, little beside the tensor.
+# Elements worked on at a time: enough for two threads to be worth waking, little next to the tensor.
 FEWEST, MOST, PARTS = 1 << 14, 1 << 18, 8
 _LIBRARY: Any = torch.library.Library("fxhybrid", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("keep_mask(Tensor x, float lower, float? upper) -> Tensor", tags=torch.Tag.pt2_compliant_tag)

@@ -131,7 +131,7 @@ def recurrent(
                     mark[i - 1].copy_(state)
             part, *before = _layer(kind, x[segment], before, weights, has_biases, bidirectional)
             out[segment].copy_(part)
-            del part  # or it would live beside the next one
+            del part  # or it would live as long as the next one
     return [out, *(s.clone(memory_format=torch.contiguous_format) for s in before), *marks]
 
 

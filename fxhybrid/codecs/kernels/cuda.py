@@ -2,7 +2,7 @@
 
 One program packs a block of whole rows: a first pass finds range and non-finite values, a second one packs. Sums of
 products are written as ``tl.fma`` and divisions as ``tl.div_rn``, since a compiler's choice there would show in the
-codes. Nothing is allocated beside what the caller made.
+codes. Nothing is allocated in addition to what the caller made.
 """
 
 from __future__ import annotations
