@@ -15,32 +15,20 @@ tensors that only a reference cycle holds count as live.
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _autograd as _profiler
-from torch._C._profiler import (
-    ProfilerActivity,
-    ProfilerConfig,
-    ProfilerState,
-    RecordScope,
-    _EventType,
-    _ExperimentalConfig,
-)
 from torch.utils._pytree import tree_leaves
 
-from fxhybrid.errors import InvalidArgument, ProfileError
+from fxhybrid.errors import InvalidArgument
+from fxhybrid.profiling.recording import recording, walk
 from fxhybrid.units import format_bytes
-
-_MARK = "fxhybrid::mark"
-_Event = tuple[int, int]  # (address, bytes); negative bytes are a free
 
 
 @dataclass(frozen=True)
@@ -125,9 +113,9 @@ def measure_step(
             recorded.mark()
         base_bytes = sum(base.values())
         live: dict[int, int] = {}
-        _walk(recorded.segments[0], live)
+        walk(recorded.segments[0], live)
         stray_bytes = sum(n_bytes for address, n_bytes in live.items() if address not in base)
-        rise_bytes, _ = _walk(recorded.segments[1], live)
+        rise_bytes, _ = walk(recorded.segments[1], live)
     return StepMeasurement(base_bytes, rise_bytes, base_bytes + rise_bytes, seconds, stray_bytes)
 
 
@@ -140,7 +128,7 @@ def memory_rise(fn: Callable[[], object], *, device: torch.device | str = "cpu")
         recorded.mark()
         result = fn()
         recorded.mark()
-    return MemoryRise(*_walk(recorded.segments[1], {}), result)
+    return MemoryRise(*walk(recorded.segments[1], {}), result)
 
 
 def memory_rises(fns: Sequence[Callable[[], object]], *, device: torch.device | str = "cpu") -> list[MemoryRise]:
@@ -155,84 +143,7 @@ def memory_rises(fns: Sequence[Callable[[], object]], *, device: torch.device | 
             recorded.mark()
             del result
     # segments: before the first call, call 0, between, call 1, between ...
-    return [MemoryRise(*_walk(segment, {})) for segment in recorded.segments[1::2]]
-
-
-@dataclass
-class Recording:
-    """Holds allocator events in order of time, cut into segments at the marks."""
-
-    segments: list[list[_Event]] = field(default_factory=lambda: [[]])
-
-    def peak_rise_bytes(self, segment: int) -> int:
-        """Returns the largest (allocated - freed) bytes of blocks born in one segment."""
-        return _walk(self.segments[segment], {})[0]
-
-    def mark(self) -> None:
-        """Ends the segment: what comes after belongs to the next one."""
-        with torch.profiler.record_function(_MARK):
-            pass
-
-
-@contextmanager
-def recording() -> Iterator[Recording]:
-    """Records the CPU allocator's events; the segments are there after the block."""
-    if _profiler._profiler_enabled():
-        raise ProfileError("a torch profiler is already running; measure outside of it")
-    recorded = Recording()
-    # Only user scopes: no events of single ops, which would cost more than all else.
-    config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig(), "")
-    with _quiet_kineto():
-        _profiler._prepare_profiler(config, {ProfilerActivity.CPU})
-        _profiler._enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
-    try:
-        yield recorded
-    finally:
-        result = _profiler._disable_profiler()
-    _fill(recorded, result.experimental_event_tree())
-
-
-def _fill(recorded: Recording, tree: list[Any]) -> None:
-    flat, stack = [], list(reversed(tree))
-    while stack:
-        event = stack.pop()
-        stack.extend(reversed(event.children))
-        if event.tag == _EventType.Allocation:
-            if event.extra_fields.device.type == "cpu":
-                flat.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-        elif event.name == _MARK:
-            flat.append((event.start_time_ns, 0, 0))
-    flat.sort(key=lambda item: item[0])  # stable: events of one thread already stand in order
-    for _, address, n_bytes in flat:
-        if address == 0:
-            recorded.segments.append([])
-        else:
-            recorded.segments[-1].append((address, n_bytes))
-
-
-def _walk(events: Iterable[_Event], live: dict[int, int]) -> tuple[int, int]:
-    """Returns peak and final level over ``events``, from 0; ``live`` (address to bytes) is updated."""
-    level = peak = 0
-    for address, n_bytes in events:
-        level -= live.pop(address, 0)  # a free, or a birth where another thread freed unseen
-        if n_bytes > 0:
-            live[address] = n_bytes
-            level += n_bytes
-            peak = max(peak, level)
-    return peak, level
-
-
-@contextmanager
-def _quiet_kineto() -> Iterator[None]:
-    """Keeps Kineto from writing a line to stderr at each start and stop; it reads this when first used."""
-    name = "KINETO_LOG_LEVEL"
-    given = name in os.environ
-    os.environ.setdefault(name, "6")  # above every message
-    try:
-        yield
-    finally:
-        if not given:
-            del os.environ[name]
+    return [MemoryRise(*walk(segment, {})) for segment in recorded.segments[1::2]]
 
 
 @contextmanager

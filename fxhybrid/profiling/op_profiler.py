@@ -21,6 +21,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from torch.utils._pytree import tree_leaves
 
 from fxhybrid.console import progress_bar
 from fxhybrid.errors import ProfileError
-from fxhybrid.profiling.allocator import Recording, recording
 from fxhybrid.profiling.cost_estimate import estimate_cost
+from fxhybrid.profiling.recording import Recording, recording, run_recordable
 from fxhybrid.profiling.state_bytes import storage_bytes
 from fxhybrid.profiling.synthetic_inputs import synthetic_arguments
 
@@ -160,7 +161,7 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None) -> Pr
     if missing:
         with progress_bar() as bar:
             calls = bar.track(missing * ROUNDS, description="profiling operators")
-            costs.update(_measure(calls))
+            costs.update(run_recordable(partial(_measure, calls)))
         _write_cache(path, costs)
     return Profile(device, costs)
 
