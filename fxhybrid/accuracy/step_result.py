@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxhybrid.capture.python_state import unchanged_python_state
+
+REENTRANT = "CheckpointFunctionBackward"
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,56 @@ def observe_step(
         scalar = outputs[0] if has_loss else _weighted_sum(outputs)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         parameters = [p for _, p in named]
-        gradients = torch.autograd.grad(scalar, parameters, allow_unused=True) if parameters else ()
+        gradients = _gradients(scalar, parameters)
         return StepResult(
             [t.detach().clone() for t in outputs],
             {name: g for (name, _), g in zip(named, gradients, strict=True)},
             {name: b.detach().clone() for name, b in model.named_buffers()},
             torch.get_rng_state(),
         )
+
+
+def _gradients(scalar: Tensor, parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
+    """Differentiates a step; ``.grad`` and what hangs on it stay as they were."""
+    if not parameters:
+        return ()
+    nodes = _autograd_nodes(scalar)
+    if not any(node.name() == REENTRANT for node in nodes):
+        return torch.autograd.grad(scalar, parameters, allow_unused=True)
+    # A reentrant checkpoint gives gradients to ``.grad`` only.
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+    with _without_gradients(dict.fromkeys([*parameters, *leaves])):
+        scalar.backward()  # type: ignore[no-untyped-call]
+        return [p.grad for p in parameters]
+
+
+def _autograd_nodes(scalar: Tensor) -> list[Any]:
+    """Lists the nodes of autograd's graph behind a tensor."""
+    found: dict[Any, None] = {}
+    pending = [scalar.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            pending += [following for following, _ in node.next_functions]
+    return list(found)
+
+
+@contextlib.contextmanager
+def _without_gradients(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Puts gradients away, and the hooks that would use new ones (an optimizer's step)."""
+    before = [(leaf, leaf.grad, dict(leaf._post_accumulate_grad_hooks or {})) for leaf in leaves]
+    for leaf, _, hooks in before:
+        leaf.grad = None
+        if hooks:
+            leaf._post_accumulate_grad_hooks.clear()
+    try:
+        yield
+    finally:
+        for leaf, gradient, hooks in before:
+            leaf.grad = gradient
+            if hooks:
+                leaf._post_accumulate_grad_hooks.update(hooks)
 
 
 def output_tensors(output: Any, _within: tuple[int, ...] = ()) -> Iterator[Tensor]:
