@@ -143,3 +143,32 @@ def test_a_call_in_which_nothing_needs_a_gradient(loss_fn: Callable[[Tensor], Te
     model.requires_grad_(True)
     hybrid(rows()).sum().backward()
     assert len(hybrid.plans) == 1
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_of_modules_that_run_in_the_backward_pass(register: str) -> None:
+    """Refused with the hook's line; both ways out give eager's bits."""
+    model = nn.Sequential(nn.Linear(N, N), nn.Linear(N, N))
+    hook = lambda *arguments: None  # noqa: E731
+    handle = getattr(model[1], register)(hook)
+    hybrid = fxhybrid.compile(model, budget=1.0)
+    with pytest.raises(fxhybrid.CaptureError, match="module '1' has a backward hook") as caught:
+        hybrid(rows())
+    assert f"{__file__}:{hook.__code__.co_firstlineno}" in str(caught.value)
+    handle.remove()
+    hybrid(rows()).sum().backward()
+
+    def function(h: Tensor) -> Tensor:
+        h.register_hook(lambda gradient: gradient * 0.5)
+        return h.sum()
+
+    twins(model_of(function)).same(lambda m: m(rows()).backward())
+
+
+def test_a_layer_of_torchs_names_its_line_where_no_line_is_the_users() -> None:
+    """This layer picks rows by their cluster, as many as there are."""
+    model = nn.Sequential(nn.Linear(N, N), nn.ReLU())
+    loss = nn.AdaptiveLogSoftmaxWithLoss(N, 10, [4])
+    hybrid = fxhybrid.compile(model, budget=1.0, loss_fn=loss)
+    with pytest.raises(fxhybrid.CaptureError, match=r"  at .*adaptive\.py:\d+, in forward"):
+        hybrid(rows(), loss_args=(torch.tensor([1, 5, 2, 9]),))

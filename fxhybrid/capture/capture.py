@@ -32,10 +32,16 @@ from fxhybrid.capture.joint_graph import (
     Phase,
     node_name,
 )
-from fxhybrid.capture.refusals import explain_differentiation, explain_tracing, refuse_dynamic_sizes
+from fxhybrid.capture.refusals import (
+    explain_differentiation,
+    explain_tracing,
+    refuse_backward_hooks,
+    refuse_dynamic_sizes,
+)
 from fxhybrid.capture.shared_memory import overlap_pattern
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
 from fxhybrid.errors import CaptureError, FxHybridError
+from fxhybrid.ops.ctc_loss import make_ctc_loss_opaque
 from fxhybrid.ops.recurrent import make_opaque
 
 FlatFunction = Callable[..., Sequence[Any]]
@@ -72,6 +78,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
         CaptureError: the model cannot be traced into one graph, or does something that the joint graph
             cannot carry; the message names the user's line where Dynamo knows it.
     """
+    refuse_backward_hooks(module)
     try:
         with tracing_settings():
             traced = convert_frame.fullgraph_capture(module, args, {})
@@ -79,6 +86,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
             refuse_dynamic_sizes(traced.backend_input.graph_module)
             make_opaque(traced.backend_input.graph_module, in_segments=not exact)
+            make_ctc_loss_opaque(traced.backend_input.graph_module)
             joint, metadata, names = _joint_graph(module, traced.backend_input)
             output = traced.graph_capture_output
             function, _ = convert_frame.get_traced_fn(module)

@@ -18,6 +18,7 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses import fake_impls
 
 from fxhybrid.capture.joint_graph import TAG
+from fxhybrid.ops.ctc_loss import FAKES
 
 aten = torch.ops.aten
 
@@ -57,7 +58,7 @@ def kernel_norms() -> Iterator[None]:
     """
     # A Python decomposition would come first, unless torch takes it that the operator has a meta function.
     ours = dict.fromkeys(_NORMS, _norm)
-    with _entries(fake_impls.op_implementations_dict, ours), _entries(meta_table, ours):
+    with _entries(fake_impls.op_implementations_dict, ours | FAKES), _entries(meta_table, ours):
         yield
 
 

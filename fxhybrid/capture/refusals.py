@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -28,6 +28,24 @@ MASK = "keep the shape: torch.where(mask, x, 0) in place of x[mask], and divide 
 OTHER = "call it before the model and pass the result in, or compute on all elements and weigh them with a mask"
 
 Frame = tuple[str, int, str, str]  # file, line, function, text of the line
+
+
+def refuse_backward_hooks(module: nn.Module) -> None:
+    """Refuses hooks of modules that run within the backward pass; those of tensors and parameters can be planned.
+
+    Raises:
+        CaptureError: names the hook's line, the module and a way out.
+    """
+    for name, part in module.named_modules():
+        for hook in (*part._backward_pre_hooks.values(), *part._backward_hooks.values()):
+            code = getattr(hook, "__code__", None)
+            where = f"\n  at {code.co_filename}:{code.co_firstlineno}, in {code.co_name}" if code else f": {hook!r}"
+            path = name.removeprefix("model").lstrip(".")
+            raise CaptureError(
+                f"module {path!r} has a backward hook, Python that runs within the backward pass{where}\n"
+                "A plan has a backward graph in its place: remove the hook (its handle's remove()) while planned steps "
+                "run, or hook the tensor instead, h.register_hook(...) in forward, where h is the module's output."
+            )
 
 
 def refuse_dynamic_sizes(module: fx.GraphModule) -> None:
@@ -103,9 +121,10 @@ def _frames_of_text(text: str) -> list[Frame]:
 
 
 def _where(frames: Iterable[Frame]) -> str:
-    """The last frame that is neither torch's nor Python's nor ours, as a line of a message."""
-    own = [frame for frame in frames if not _is_library(frame[0])]
-    return '\n  at {}:{}, in {}: "{}"'.format(*own[-1]) if own else ""
+    """The last frame that is neither torch's nor Python's nor ours, else torch's, as a line of a message."""
+    known = [frame for frame in frames if not frame[0].startswith(("<", LIBRARIES[1]))]
+    own = [frame for frame in known if not _is_library(frame[0])]
+    return '\n  at {}:{}, in {}: "{}"'.format(*(own or known)[-1]) if known else ""
 
 
 def _is_library(path: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxhybrid.codecs import TensorMeta, get_codec
+from fxhybrid.ops import ctc_loss as ctc_loss  # registers the operators below
 
 aten = torch.ops.aten
 PATTERN = 4099  # prime, so that rows differ
@@ -112,6 +113,19 @@ def _indices(limit: Callable[[Arguments], int]) -> Values:
     return values
 
 
+def _all_steps(like: Tensor, named: Arguments) -> Tensor:
+    """Sequences of full length."""
+    return torch.full((_n_elements(like),), named["log_probs"].shape[0], dtype=like.dtype, device=like.device)
+
+
+def _longest_targets(like: Tensor, named: Arguments) -> Tensor:
+    """The lengths for which a CTC loss needs most: all of them full, or one that has all of the labels."""
+    targets = named["targets"]
+    lengths = torch.zeros(_n_elements(like), dtype=like.dtype, device=like.device)
+    lengths[: None if targets.dim() == 2 else 1] = targets.shape[-1]
+    return lengths
+
+
 def _classes(named: Arguments) -> int:
     """How many classes the scores of a loss have: dimension 1, or the only one."""
     return int(named["self"].shape[min(1, named["self"].dim() - 1)])
@@ -123,11 +137,14 @@ def _rows(named: Arguments) -> int:
 
 _TARGETS = (aten.nll_loss_forward, aten.nll_loss2d_forward, aten.nll_loss_backward, aten.nll_loss2d_backward)
 _CROSS_ENTROPIES = (aten.binary_cross_entropy, aten.binary_cross_entropy_backward)
+_CTC_LOSSES = (torch.ops.fxhybrid.ctc_loss, torch.ops.fxhybrid.ctc_loss_backward)
 _VALUES: dict[tuple[Any, str], Values] = {
     (aten.embedding, "indices"): _indices(_rows),
     (aten.embedding_dense_backward, "indices"): _indices(lambda named: int(named["num_weights"])),
     **{(op, "target"): _indices(_classes) for op in _TARGETS},
     **{(op, name): _probabilities for op in _CROSS_ENTROPIES for name in ("self", "target")},
+    **{(op, "input_lengths"): _all_steps for op in _CTC_LOSSES},
+    **{(op, "target_lengths"): _longest_targets for op in _CTC_LOSSES},
     (aten.bernoulli, "self"): _probabilities,
     (aten.bernoulli, "p"): _probabilities,
     (aten.binomial, "prob"): _probabilities,
