@@ -16,6 +16,7 @@ import fxhybrid.ops.recurrent  # noqa: F401  (defines an operator that is looked
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of
 
 aten = torch.ops.aten
+_LAYOUT_BOUND = (aten.view.default, aten._unsafe_view.default)  # they fail where strides are not the traced ones
 
 
 def tangents_behind(joint: JointGraph) -> dict[fx.Node, frozenset[int]]:
@@ -98,7 +99,7 @@ class _Pruner:
         new = {n: self._zeros(n) if n in self.missing else self.new[n] for n in needed}
         copied = self.graph.create_node(
             node.op,
-            node.target,
+            self._target(node),
             fx.node.map_arg(args, new.__getitem__),
             fx.node.map_arg(node.kwargs, new.__getitem__),
             node.name,
@@ -106,6 +107,14 @@ class _Pruner:
         )
         copied.meta = {"val": node.meta.get("val"), TAG: node.meta[TAG]}
         return copied
+
+    def _target(self, node: fx.Node) -> Any:
+        """The operator; a view may be of another layout than it was traced with, and copies where autograd would.
+
+        A summand that is left alone keeps its own strides, and so do the elementwise operators behind it.
+        """
+        is_backward = phase_of(node) is Phase.BACKWARD
+        return aten.reshape.default if is_backward and node.target in _LAYOUT_BOUND else node.target
 
     def _zeros(self, node: fx.Node) -> fx.Node:
         """Emits zeros in the shape, strides and type of a missing value."""

@@ -1,0 +1,197 @@
+"""Random modules against eager: equal bits, within the budget, or refused by a clear error."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from torch import Tensor, nn
+
+import fxhybrid
+from fxhybrid import BudgetError, FxHybridError, HybridModule, measure_step
+from fxhybrid.accuracy.step_result import relative_difference
+from fxhybrid.profiling import op_profiler
+from tests.compare import assert_same, state_of, tensors_of
+from tests.fuzz_models import Case, RandomModule, cases, inputs
+
+CI_EXAMPLES = 50  # in about 90 seconds
+MAX_ERROR = 0.1
+RECURRENT = ("recurrent", "cell")  # other kernels than eager's, which round in another way
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05}  # theirs, relative to the largest value
+SEED = 0  # of every step: the gradient error is promised for the random numbers that it was measured with
+RIGHT, ACCUMULATED = "right", "right; older gradients leave no room in the budget"
+FRESH = ("mean", "in a dict")  # forms of outputs that share no memory with others
+UNCLEAR = ("tracing the step fails", "the traced graph does not compute", "cannot measure", "no cost is known")
+
+
+class Loss(nn.Module):
+    """A scalar in which the chosen outputs take part."""
+
+    def __init__(self, chosen: tuple[int, ...]) -> None:
+        super().__init__()
+        self.chosen = chosen
+
+    def forward(self, outputs: list[Any]) -> Tensor:
+        found = [t for i in self.chosen for t in tensors_of(outputs[i])]
+        return torch.stack([(t * t.sigmoid()).float().sum() for t in found]).sum()
+
+
+def chosen_outputs(case: Case, outputs: list[Any]) -> list[Tensor]:
+    return [t for i in case.chosen for t in tensors_of(outputs[i]) if t.requires_grad]
+
+
+def tangents(outputs: list[Tensor]) -> list[Tensor]:
+    """Random gradients in the outputs' layout: sums over gradients in another layout are rounded in another way."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in outputs]
+
+
+def backward(case: Case, results: list[Any]) -> None:
+    """One backward pass through the results of all calls."""
+    if case.loss:
+        outputs: list[Tensor] = results
+        given: list[Tensor | None] = [None] * len(results)
+    else:
+        outputs = [t for result in results for t in chosen_outputs(case, result)]
+        given = [*tangents(outputs)]
+    torch.autograd.backward(outputs, given)
+
+
+def train(model: nn.Module, case: Case) -> dict[str, Any]:
+    """Runs one step, plain or compiled; returns everything that it leaves behind."""
+    torch.manual_seed(SEED)
+    args = inputs(case)
+    results = [model(*args) for _ in range(case.calls)]
+    if case.loss and not isinstance(model, HybridModule):
+        results = [Loss(case.chosen)(result) for result in results]
+    backward(case, results)
+    flags = [t.requires_grad for t in tensors_of(results)]
+    return {**state_of(model, results), "input's gradient": args[0].grad, "requires_grad": flags}
+
+
+def check(case: Case) -> str:
+    """Compares a case with eager; says that it is right, or why it is refused."""
+    torch.manual_seed(SEED)
+    plain = RandomModule(case).train()
+    try:
+        train(copy.deepcopy(plain), case)
+    except RuntimeError:
+        assume(False)  # eager refuses it
+    options: dict[str, Any] = {"loss_fn": Loss(case.chosen)} if case.loss else {}
+    options |= {"compression": case.compression, "max_grad_error": MAX_ERROR, "solver": "mps"}
+    try:
+        hybrid = fxhybrid.compile(copy.deepcopy(plain), budget=1.0, example_inputs=inputs(case), **options)
+    except FxHybridError as error:
+        return reason(error)
+    budget = choose_budget(hybrid, case.budget)
+    compare(plain, hybrid, case)
+    if case.accumulate:
+        try:
+            compare(plain, hybrid, case)
+        except BudgetError:
+            return ACCUMULATED
+    check_peak(hybrid, case, budget)
+    return RIGHT
+
+
+def reason(error: FxHybridError) -> str:
+    """The first line of a refusal, which names what the module does."""
+    assert not any(text in str(error) for text in UNCLEAR), f"unclear: {error}"
+    return f"refused: {type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def choose_budget(hybrid: HybridModule, place: float) -> int:
+    """Moves to a budget between the smallest peak and that of save-all."""
+    largest = hybrid.plan.budget_bytes
+    with pytest.raises(BudgetError) as error:
+        hybrid.set_budget(1)
+    smallest = error.value.minimum_bytes
+    budget = smallest + int(place * (largest - smallest))
+    hybrid.set_budget(budget)
+    return budget
+
+
+def compare(plain: nn.Module, hybrid: HybridModule, case: Case) -> None:
+    """Runs a step of both: the same bits, or gradients within the promised error and all else the same bits."""
+    expected, found = train(plain, case), train(hybrid, case)
+    if case.compression == "auto":
+        states = [{k: v for k, v in state.items() if k.startswith("grad ")} for state in (found, expected)]
+        error = relative_difference(*states)
+        assert error <= MAX_ERROR, f"the gradient's error is {error}"
+        lossy = {*states[0], "input's gradient"}
+        expected, found = ({k: v for k, v in state.items() if k not in lossy} for state in (expected, found))
+    if any(layer.name in RECURRENT for layer in case.layers):
+        assert_close(expected, found)
+    else:
+        assert_same(expected, found)
+
+
+def assert_close(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """As ``assert_same``, but for rounding; what is made of rounded values by comparing them may differ."""
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if not isinstance(value, Tensor) or name == "generator":
+            assert_same({name: value}, {name: found[name]})
+        elif value.is_floating_point():
+            scale = max(float(value.abs().max()), 1.0)
+            limit = TOLERANCE[value.dtype] * scale
+            torch.testing.assert_close(
+                found[name], value, rtol=0, atol=limit, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+def check_peak(hybrid: HybridModule, case: Case, budget: int) -> None:
+    """A further step stays within the budget; what autograd adds for outputs that share memory is outside of that."""
+    hybrid.zero_grad()
+    args = inputs(case)
+    outside = 0
+    if not case.loss and any(i and case.outputs[i - 1][1] not in FRESH for i in case.chosen):
+        outside = 3 * sum(t.untyped_storage().nbytes() for t in chosen_outputs(case, hybrid(*args)))
+
+    def step() -> None:
+        backward(case, [hybrid(*args) for _ in range(case.calls)])
+        hybrid.zero_grad()  # gradients belong to the rise, not to the base
+        args[0].grad = None
+
+    measured = measure_step(step, modules=hybrid, tensors=args, repeats=0)
+    assert measured.peak_bytes <= budget + outside, f"{measured.peak_bytes} > {budget} + {outside}"
+
+
+@contextmanager
+def quick_profile() -> Iterator[None]:
+    """Measures operators on warm caches: times do not matter here, and filling the caches takes longest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op_profiler, "cache_bytes", lambda: 1 << 12)
+        yield
+
+
+def fuzz(n_examples: int, capsys: pytest.CaptureFixture[str], **options: Any) -> None:
+    """Checks random cases; prints how many were right, and how many were refused for which reason."""
+    results: Counter[str] = Counter()
+
+    @settings(max_examples=n_examples, database=None, deadline=None, suppress_health_check=list(HealthCheck), **options)
+    @given(cases())
+    def run(case: Case) -> None:
+        results[check(case)] += 1
+
+    with quick_profile():
+        run()
+    with capsys.disabled():
+        print(f"\n{results.total()} random modules:", *(f"{n:6} {text}" for text, n in results.most_common()), sep="\n")
+    assert results[RIGHT] > results.total() / 2, "a grammar of refused modules tests nothing"
+
+
+def test_random_modules(capsys: pytest.CaptureFixture[str]) -> None:
+    fuzz(CI_EXAMPLES, capsys, derandomize=True, phases=[Phase.generate])
+
+
+@pytest.mark.fuzz
+def test_many_random_modules(capsys: pytest.CaptureFixture[str]) -> None:
+    fuzz(int(os.environ.get("FUZZ_EXAMPLES", "500")), capsys, print_blob=True)
