@@ -21,7 +21,7 @@ from fxhybrid.profiling import op_profiler
 from tests.compare import assert_same, state_of, tensors_of
 from tests.fuzz_models import Case, RandomModule, cases, inputs
 
-CI_EXAMPLES = 50  # in about 90 seconds
+CI_EXAMPLES = 40  # in about 90 seconds
 MAX_ERROR = 0.1
 RECURRENT = ("recurrent", "cell")  # other kernels than eager's, which round in another way
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05}  # theirs, relative to the largest value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import permutations
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tests.compare import twins
+from tests.compare import tighten, twins
 
 
 class TwoLayouts(nn.Module):
@@ -35,4 +37,39 @@ def test_a_lone_summand_in_another_layout(readers: tuple[str, ...], chosen: int)
         outputs[chosen].square().sum().backward()
         return outputs
 
+    pair.same(step)
+
+
+class Turned(nn.Module):
+    """A random operator on a tensor that is not contiguous."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(8, 8)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.trunk(x).transpose(1, 2)).exp()
+
+
+IN_MEMORY_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout in place": lambda h: F.dropout(h, 0.5, inplace=True),
+    "alpha dropout": lambda h: F.alpha_dropout(h, 0.5, training=True),
+    "bernoulli_": lambda h: h * torch.empty_like(h).bernoulli_(0.5),
+}
+
+
+@pytest.mark.parametrize("name", IN_MEMORY_ORDER)
+def test_random_numbers_in_memory_order(name: str) -> None:
+    pair = twins(Turned(IN_MEMORY_ORDER[name]))
+
+    def step(model: nn.Module) -> Tensor:
+        out = model(torch.randn(3, 5, 8))
+        out.square().sum().backward()
+        return out
+
+    pair.same(step)
+    tighten(pair.hybrid)
+    pair.plain.zero_grad()
+    pair.hybrid.zero_grad()
     pair.same(step)

@@ -41,6 +41,7 @@ from fxhybrid.capture.refusals import (
 from fxhybrid.capture.shared_memory import overlap_pattern
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
 from fxhybrid.errors import CaptureError, FxHybridError
+from fxhybrid.ops.bernoulli import DECOMPOSITIONS
 from fxhybrid.ops.ctc_loss import make_ctc_loss_opaque
 from fxhybrid.ops.recurrent import make_opaque
 
@@ -148,7 +149,7 @@ def _export(backend_input: Any) -> Any:
     context.tensor_to_context = backend_input.tensor_to_context
     with torch._guards.tracing(context), contextlib.ExitStack() as stack:
         return aot_export_joint_with_descriptors(
-            stack, backend_input.graph_module, tuple(backend_input.example_inputs), decompositions={}
+            stack, backend_input.graph_module, tuple(backend_input.example_inputs), decompositions=DECOMPOSITIONS
         )
 
 
