@@ -42,6 +42,10 @@ def compile(
 ) -> HybridModule:
     """Wraps the model so that its training step peaks at or under ``budget`` at the least added time.
 
+    The budget holds from the call of the module to the end of the backward pass, together with all other calls of
+    compiled modules in the same thread whose backward pass has not run yet. Without ``loss_fn`` it covers outputs and
+    their gradients, but not the bytes that a loss computed outside takes; ``report()`` says so.
+
     Args:
         model: any ``nn.Module`` that can be traced into one graph; it is shared, not copied.
         budget: live tensor bytes over the whole step (parameters, gradients, inputs, optimizer state,

@@ -2,7 +2,7 @@
 
 Dynamo hands over a graph that takes parameters and buffers as arguments. It becomes a module that owns them
 again, and that module is compiled like any other at the first call: the same capture, plans and promise. The
-budget holds for each graph on its own, so pass ``fullgraph=True`` to have one.
+graphs of one step keep the budget together; pass ``fullgraph=True`` to have one graph, which is planned as a whole.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from torch import fx, nn
 from fxhybrid.accuracy.drift_monitor import DriftMonitor
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
-from fxhybrid.compiler.call_state import FRESH, CallState, call_state
+from fxhybrid.compiler.admission import call_state
+from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.planning_state import (
     PlanningState,
     adopt,
@@ -98,7 +99,7 @@ class Session:
         """Runs one forward pass of a training step."""
         self.find(call)
         self.monitor.before_step(self, call)
-        active = self.active(call_state(self.model.parameters()))
+        active = self.active(call_state(self.first.state, self.model, call.tensors))
         return self.step.check_result(active.call(self.step, *call))
 
     def set_budget(self, budget: Budget) -> None:

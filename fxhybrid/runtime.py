@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ TWICE_DIFFERENTIATED = (
     "Call torch.autograd.grad(..., create_graph=True) inside the model's forward or inside loss_fn: there the inner "
     "gradient is planned as part of the step. Or use the plain model for this call"
 )
+Enter = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Tensor]], object]
 _DIFFERENTIABLE = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
 
 
@@ -30,9 +32,19 @@ class StepFunction:
         graphs: the halves that run now; may be replaced between steps.
     """
 
-    def __init__(self, graphs: SplitGraphs, joint: JointGraph, metadata: Any) -> None:
-        """Prepares a step from its halves, the joint graph and AOTAutograd's metadata of the capture."""
+    def __init__(self, graphs: SplitGraphs, joint: JointGraph, metadata: Any, enter: Enter | None = None) -> None:
+        """Prepares a step from its halves, the joint graph and AOTAutograd's metadata of the capture.
+
+        Args:
+            graphs: the halves.
+            joint: what was split.
+            metadata: of the capture.
+            enter: takes saved values, outputs and user inputs after a forward pass; what it returns lives until the
+                backward pass begins, or with the graph if that is retained.
+        """
         self.graphs = graphs
+        self.enter = enter
+        self.user_inputs = tuple(i for i, role in enumerate(joint.inputs) if role.kind is InputKind.USER_INPUT)
         self._parts: WeakKeyDictionary[SplitGraphs, dict[frozenset[int], PartialBackward]] = WeakKeyDictionary()
         self.mutated: tuple[int, ...] = tuple(metadata.mutated_inp_runtime_indices)
         self.gradient_tangents = gradient_tangents(joint)
@@ -102,6 +114,8 @@ class _Step(torch.autograd.Function):
         del results
         for i in step.fresh_views:
             outputs[i] = torch.ops.aten._unsafe_view(outputs[i], outputs[i].shape)
+        if step.enter is not None:
+            ctx.entered = step.enter(saved, outputs, [flat_inputs[i] for i in step.user_inputs])
         for i in step.aliased:
             outputs[i] = TensorAlias(outputs[i])
         ctx.save_for_backward(*saved, *(flat_inputs[i] for i in graphs.resident_inputs))
@@ -115,6 +129,8 @@ class _Step(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise BackwardError(TWICE_DIFFERENTIATED)
         step: StepFunction = ctx.step
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # noqa: SLF001 (no public name)
+            ctx.entered = None
         arrived = [output_gradients[i] for i in step.tangent_outputs]
         present = {i for i, tangent in enumerate(arrived) if tangent is not None}
         if not present:

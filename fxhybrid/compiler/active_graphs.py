@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.compiler.call_state import CallState
+from fxhybrid.compiler.pending_calls import PlannedCall, plan_bytes
 from fxhybrid.compiler.planning_state import PlanningState, choose, describe
-from fxhybrid.ir.plan import Plan
+from fxhybrid.ir.plan import Actions, Plan
 from fxhybrid.pipeline import build_graphs
 from fxhybrid.runtime import StepFunction
 
+MAX_STATES = 24  # states of the call whose graphs are kept; they share graphs where plans are the same
 MAX_ADOPTED = 128  # adopted plans whose graphs are kept, for a client that moves between plans from step to step
 
 PlanKey = tuple[int, frozenset[tuple[str, str]]]
@@ -24,28 +26,50 @@ class ActiveGraph:
 
     Attributes:
         plan: what is carried out.
+        actions: the same by tensor index.
         joint: the rewritten joint graph.
         function: the step over the graph's flat inputs.
         call: the step over the module's own arguments.
     """
 
     plan: Plan
+    actions: Actions
     joint: JointGraph
     function: StepFunction
     call: Callable[..., Any]
 
 
-def build_active(state: PlanningState, call: CallState) -> ActiveGraph:
-    """Chooses a known plan for a state of the call, and builds its graphs.
+def build_active(state: PlanningState, call: CallState, built: Iterable[ActiveGraph] = ()) -> ActiveGraph:
+    """Chooses a known plan for a state of the call, and builds its graphs unless they are among the ``built`` ones.
 
     Raises:
         BudgetError: no known plan fits in this state of the call.
     """
     known = choose(state, call)
-    joint, graphs = build_graphs(state.prepared, known.point.actions)
+    actions = known.point.actions
+    twin = next((graph for graph in built if graph.actions == actions), None)
+    joint, graphs = (twin.joint, twin.function.graphs) if twin else build_graphs(state.prepared, actions)
     captured = state.prepared.capture
-    function = StepFunction(graphs, state.prepared.joint, captured.metadata)
-    return ActiveGraph(describe(state, known, call), joint, function, captured.bind(function))
+    planned = _planned_call(state, call, actions)
+    function = StepFunction(graphs, state.prepared.joint, captured.metadata, planned.opened if planned else None)
+    return ActiveGraph(describe(state, known, call), actions, joint, function, captured.bind(function))
+
+
+def _planned_call(state: PlanningState, call: CallState, actions: Actions) -> PlannedCall | None:
+    """Returns what other calls of the same step must know of a plan."""
+    if state.model is None:
+        return None
+    problem = state.prepared.problem
+    return PlannedCall(
+        state.model,
+        state.options.optimizer,
+        state.prepared.capture,
+        state.budget_bytes,
+        call.pending_bytes,
+        problem.tangent_bytes,
+        plan_bytes(problem, actions),
+        plan_bytes(problem, state.plans.smallest.actions),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +83,25 @@ class ActiveGraphs:
 
     active: dict[CallState, ActiveGraph] = field(default_factory=dict)
     adopted: dict[PlanKey, dict[CallState, ActiveGraph]] = field(default_factory=dict)
+
+    def find(self, call: CallState) -> ActiveGraph | None:
+        """Returns the graphs for a state of the call, which becomes the last used one."""
+        graph = self.active.pop(call, None)
+        if graph is not None:
+            self.active[call] = graph
+        return graph
+
+    def build(self, state: PlanningState, call: CallState) -> ActiveGraph:
+        """Builds the graphs for a state of the call; those of the state used longest ago may be dropped.
+
+        Raises:
+            BudgetError: no known plan fits in this state of the call.
+        """
+        graph = build_active(state, call, self.active.values())
+        while len(self.active) >= MAX_STATES:
+            del self.active[next(iter(self.active))]
+        self.active[call] = graph
+        return graph
 
     def for_budget(self) -> ActiveGraphs:
         """Returns an empty cache for the plans of another budget; adopted plans' graphs stay."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -14,14 +11,18 @@ class CallState:
 
     Attributes:
         accumulating: whether gradients of an earlier backward pass exist, to which new ones are added.
+        pending_bytes: what calls whose backward pass has not run yet hold in addition to this call's own tensors.
+        held_limit_bytes: limit of what the plan may hold between its two halves, so that the backward passes of the
+            pending calls fit; None if there is none.
+        wanted_held_bytes: likewise, so that the calls that came next so far fit; given up where no plan keeps it.
+        wanted_backward_bytes: limit of the peak of its backward half alone, likewise.
     """
 
     accumulating: bool = False
+    pending_bytes: int = 0
+    held_limit_bytes: int | None = None
+    wanted_held_bytes: int | None = None
+    wanted_backward_bytes: int | None = None
 
 
 FRESH = CallState()
-
-
-def call_state(parameters: Iterable[nn.Parameter]) -> CallState:
-    """Reads the state of a call that is about to be made."""
-    return CallState(accumulating=any(p.grad is not None for p in parameters))

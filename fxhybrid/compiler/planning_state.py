@@ -6,11 +6,15 @@ This joins the stages: capture -> canonicalize -> profile -> problem -> solve ->
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from weakref import ReferenceType, ref
+
+from torch import nn
 
 from fxhybrid.accuracy.replan_loop import MeasuredErrors, ReplanResult, replan_within_error, validate_plan
 from fxhybrid.accuracy.verifier import CaptureCheck, Reference, check_capture, memory_shortage, reference
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.compiler.call_state import FRESH, CallState
+from fxhybrid.compiler.pending_calls import plan_bytes
 from fxhybrid.compiler.plan_transfer import bind_actions, named_actions, simulate_transferred, versions
 from fxhybrid.compiler.planner import PlanMaker, error_target, plans_to_validate
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
@@ -23,7 +27,7 @@ from fxhybrid.pipeline import Prepared, prepare
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.portfolio.extend_plans import ensure, polish_for
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, plans_of
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, forget, plans_of
 from fxhybrid.solvers.portfolio.solvers import Portfolio
 from fxhybrid.units import format_bytes
 
@@ -43,6 +47,7 @@ class PlanningState:
         gradient_bytes: bytes of one set of parameter gradients.
         capture_check: how the captured graph compares with eager.
         adopted: the plan that was adopted for fresh gradients; None where plans are chosen by the budget.
+        model: the user's; None where no calls are made by this state.
     """
 
     options: Options
@@ -55,15 +60,16 @@ class PlanningState:
     gradient_bytes: int
     capture_check: CaptureCheck
     adopted: KnownPlan | None = None
+    model: ReferenceType[nn.Module] | None = None
 
     @property
     def minimum_bytes(self) -> int:
         """The smallest peak, with fresh gradients, for which a plan is known."""
         return self.plans.smallest.peak_bytes
 
-    def accumulated_bytes(self, call: CallState) -> int:
-        """Returns the bytes of older gradients: a backward pass makes a full new set in addition to them."""
-        return self.gradient_bytes if call.accumulating else 0
+    def extra_bytes(self, call: CallState) -> int:
+        """Returns what is alive beside the plan's own step: pending calls, and older gradients beside the new set."""
+        return call.pending_bytes + (self.gradient_bytes if call.accumulating else 0)
 
 
 def plan_signature(
@@ -108,6 +114,7 @@ def plan_signature(
         save_all_bytes=save_all_bytes,
         gradient_bytes=gradient_bytes(step.model),
         capture_check=check,
+        model=ref(step.model),
     )
     return search(state, FRESH)
 
@@ -166,30 +173,53 @@ def adopt(state: PlanningState, plan: Plan) -> PlanningState:
 
 def search(state: PlanningState, call: CallState) -> PlanningState:
     """Makes sure that ``choose`` finds a plan in this state of the call, if any can be found."""
-    if _is_adopted(state, call):
+    if state.adopted is not None and call == FRESH:
         return state
-    plans = ensure(state.plans, state.budget_bytes - state.accumulated_bytes(call))
+    plans = ensure(state.plans, state.budget_bytes - state.extra_bytes(call))
     return state if plans is state.plans else replace(state, plans=plans)
 
 
 def choose(state: PlanningState, call: CallState) -> KnownPlan:
-    """Chooses the adopted plan, or else the cheapest known one within the budget.
+    """Chooses the adopted plan, or else the cheapest known one within the budget and the limits of the call.
 
     Raises:
         BudgetError: none fits in this state of the call.
     """
-    if state.adopted is not None and _is_adopted(state, call):
+    if state.adopted is not None and call == FRESH:
         return state.adopted
-    accumulated = state.accumulated_bytes(call)
-    known = state.plans.cheapest(state.budget_bytes - accumulated)
-    if known is None:
-        raise state.plans.budget_error(state.budget_bytes, accumulated)
+    extra_bytes = state.extra_bytes(call)
+    limit_bytes, hard = state.budget_bytes - extra_bytes, call.held_limit_bytes
+    offered = [state.plans]
+    if state.adopted is not None and not call.accumulating:  # an adopted plan is one for fresh gradients
+        offered.insert(0, replace(state.plans, plans=(state.adopted,), fallback=()))
+    wanted = call.wanted_held_bytes
+    attempts: list[tuple[int, int | None, int | None]] = [(limit_bytes, hard, None)]
+    if wanted is not None:
+        held = wanted if hard is None else min(wanted, hard)
+        smallest = min(limit_bytes, state.minimum_bytes)  # where no plan leaves what is wanted, this one leaves most
+        attempts = [(limit_bytes, held, call.wanted_backward_bytes), (smallest, hard, None), *attempts]
+    for limits in attempts:
+        for plans in offered:
+            known = _cheapest(plans, *limits)
+            if known is not None:
+                return known
+    raise state.plans.budget_error(state.budget_bytes, extra_bytes)
+
+
+def _cheapest(
+    plans: KnownPlans, limit_bytes: int, held_bytes: int | None, backward_bytes: int | None
+) -> KnownPlan | None:
+    """Returns the cheapest plan within a limit of its peak, of what it holds and of its backward half's peak."""
+    while (known := plans.cheapest(limit_bytes)) is not None:
+        if held_bytes is None and backward_bytes is None:
+            break
+        needs = plan_bytes(plans.problem, known.point.actions)
+        if (held_bytes is None or needs.held_bytes <= held_bytes) and (
+            backward_bytes is None or needs.backward_bytes <= backward_bytes
+        ):
+            break
+        plans = forget(plans, known)
     return known
-
-
-def _is_adopted(state: PlanningState, call: CallState) -> bool:
-    """Says whether a plan was adopted that is carried out in this state of the call."""
-    return state.adopted is not None and call == FRESH
 
 
 def describe(state: PlanningState, known: KnownPlan, call: CallState) -> Plan:
@@ -197,7 +227,7 @@ def describe(state: PlanningState, known: KnownPlan, call: CallState) -> Plan:
     problem, point = state.prepared.problem, known.point
     return Plan(
         budget_bytes=state.budget_bytes,
-        peak_bytes=point.peak_bytes + state.accumulated_bytes(call),
+        peak_bytes=point.peak_bytes + state.extra_bytes(call),
         added_s=point.overhead_s,
         lower_bound_s=known.lower_bound_s,
         step_s=problem.step_s,

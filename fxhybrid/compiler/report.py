@@ -124,7 +124,7 @@ def _report(signature: Signature, more_error: float | None) -> SignatureReport:
 
 def _accumulating_note(state: PlanningState) -> str:
     """Says whether the budget holds while gradients of an earlier backward pass exist."""
-    needed = state.minimum_bytes + state.accumulated_bytes(CallState(accumulating=True))
+    needed = state.minimum_bytes + state.extra_bytes(CallState(accumulating=True))
     if needed <= state.budget_bytes:
         return "fits too while older gradients exist"
     return f"does not fit while older gradients exist: that takes {format_bytes(needed)}"

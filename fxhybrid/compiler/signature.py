@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from fxhybrid.capture.step import Step, StepCall
-from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs, build_active
+from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.planning_state import PlanningState, search
 
@@ -39,7 +39,4 @@ class Signature:
         Raises:
             BudgetError: no known plan fits in this state of the call.
         """
-        graph = self.graphs.active.get(call)
-        if graph is None:
-            graph = self.graphs.active[call] = build_active(self.state, call)
-        return graph
+        return self.graphs.find(call) or self.graphs.build(self.state, call)

@@ -1,0 +1,142 @@
+"""Calls of hybrid modules whose backward pass has not run yet, and the bytes that they hold.
+
+A step may call modules several times before one backward pass. Each call's own plan knows nothing of what the others
+hold, so every call is entered here until its backward pass has run or its outputs are dropped. Calls of another thread
+or device belong to another step and are left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from weakref import ReferenceType, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fxhybrid.capture.capture import Capture
+from fxhybrid.ir.plan import Actions
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.schedule import lower
+from fxhybrid.ir.simulator import simulate
+
+
+@dataclass(frozen=True)
+class PlanBytes:
+    """Holds what a plan needs, by half of the step.
+
+    Attributes:
+        peak_bytes: of the whole step, resident bytes included.
+        held_bytes: outputs and saved values between the two halves.
+        backward_bytes: peak of the backward half, resident bytes included.
+    """
+
+    peak_bytes: int
+    held_bytes: int
+    backward_bytes: int
+
+
+def plan_bytes(problem: Problem, actions: Actions) -> PlanBytes:
+    """Simulates what a plan needs, by half of the step."""
+    schedule = lower(problem, actions)
+    timeline = simulate(problem, schedule)
+    n = schedule.n_forward
+    crosses = (timeline.birth < n) & (timeline.death >= n)
+    held = sum(value.size_bytes for value, kept in zip(schedule.values, crosses, strict=True) if kept)
+    backward = timeline.during_bytes[n:]
+    return PlanBytes(timeline.peak_bytes, held, int(backward.max()) if len(backward) else timeline.peak_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedCall:
+    """Holds what is known of all calls by one plan.
+
+    Attributes:
+        model: the user's.
+        optimizer: the one whose state counts against the budget.
+        capture: the signature.
+        budget_bytes: limit of the peak.
+        pending_bytes: what other calls held when it was planned.
+        tangent_bytes: gradients of the outputs.
+        chosen: what the plan needs.
+        least: what the plan with the smallest peak needs.
+    """
+
+    model: ReferenceType[nn.Module]
+    optimizer: torch.optim.Optimizer | None
+    capture: Capture
+    budget_bytes: int
+    pending_bytes: int
+    tangent_bytes: int
+    chosen: PlanBytes
+    least: PlanBytes
+
+    def opened(self, saved: Iterable[Tensor], outputs: Iterable[object], inputs: Iterable[Tensor]) -> PendingCall:
+        """Enters a call whose forward pass is over; it stays entered while the result lives."""
+        returned = [t for t in outputs if isinstance(t, Tensor)]
+        call = PendingCall(
+            self, threading.get_ident(), len(pending_calls()), _references([*saved, *returned]), _references(inputs)
+        )
+        with _LOCK:
+            _CALLS[next(_SERIAL)] = call
+        return call
+
+
+References = tuple[tuple[StorageWeakRef, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PendingCall:
+    """Stands for a call whose backward pass has not run; holds no tensor.
+
+    Attributes:
+        planned: what is known of its plan.
+        thread: the one that made the call.
+        position: how many calls were pending when it was made.
+        held: saved values and outputs, each with its bytes.
+        inputs: what the call was given, likewise.
+    """
+
+    planned: PlannedCall
+    thread: int
+    position: int
+    held: References
+    inputs: References
+
+    def alive(self) -> dict[int, int]:
+        """Returns the bytes of each storage that it still holds, or was given, by the storage's identity."""
+        return {ref.cdata: n_bytes for ref, n_bytes in (*self.held, *self.inputs) if not ref.expired()}  # type: ignore[no-untyped-call]
+
+
+_LOCK = threading.Lock()
+_SERIAL = itertools.count()
+_CALLS: WeakValueDictionary[int, PendingCall] = WeakValueDictionary()
+
+
+def pending_calls(device: torch.device | None = None) -> list[PendingCall]:
+    """Returns the calls of this thread whose backward pass has not run, in the order in which they were made."""
+    if not _CALLS:
+        return []
+    with _LOCK:
+        entered = sorted(_CALLS.items())
+    thread = threading.get_ident()
+    mine = [call for _, call in entered if call.thread == thread]
+    return mine if device is None else [call for call in mine if _device(call.planned.model()) in (device, None)]
+
+
+def _device(model: nn.Module | None) -> torch.device | None:
+    return None if model is None else next((p.device for p in model.parameters()), None)
+
+
+def _references(tensors: Iterable[Tensor]) -> References:
+    storages = [t.untyped_storage() for t in tensors if t.layout is torch.strided]
+    return tuple((StorageWeakRef(storage), storage.nbytes()) for storage in storages)  # type: ignore[no-untyped-call]
+
+
+def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Maps the identity to the bytes of every storage behind ``tensors``."""
+    storages = [t.untyped_storage() for t in tensors if t.layout is torch.strided]
+    return {storage._cdata: storage.nbytes() for storage in storages}
