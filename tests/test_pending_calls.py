@@ -291,3 +291,16 @@ def test_other_threads_have_steps_of_their_own() -> None:
     thread.join()
     assert counts == [0]
     loss.backward()
+
+
+def test_the_report_says_what_counts_of_a_loss_outside() -> None:
+    (x,) = batches(1)
+    outside = compiled(mlp(), x).report().signatures[0].loss
+    # outputs of 256 x 8 floats: 8 KiB, and their gradients as much
+    assert outside.startswith("computed outside")
+    assert outside.count("8.0 KiB") == 2
+    assert "loss_fn" in outside
+    planned = fxhybrid.compile(
+        mlp(), budget=1.0, example_inputs=(x,), loss_fn=F.cross_entropy, loss_args=(torch.zeros(ROWS).long(),)
+    )
+    assert planned.report().signatures[0].loss == "planned with the model"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fxhybrid.accuracy.calibration import ErrorPair
 from fxhybrid.accuracy.drift_monitor import DriftCheck
+from fxhybrid.compiler.active_graphs import ActiveGraph
 from fxhybrid.compiler.call_state import CallState
 from fxhybrid.compiler.planning_state import PlanningState
 from fxhybrid.compiler.signature import Signature
@@ -30,6 +31,7 @@ class SignatureReport:
         minimum_bytes: smallest peak for which a plan is known.
         capture_check: how the captured graph compares with eager.
         accumulating: whether a plan fits while gradients of an earlier backward pass exist, in words.
+        loss: whether the loss is planned too, and what counts where it is not, in words.
         tolerance_value: what a higher error tolerance would save; None if it was not asked for.
         error_pairs: gradient errors that were both predicted and measured: of groups of tensors and of plans.
     """
@@ -39,6 +41,7 @@ class SignatureReport:
     minimum_bytes: int
     capture_check: str
     accumulating: str
+    loss: str
     tolerance_value: ToleranceValue | None = None
     error_pairs: tuple[ErrorPair, ...] = ()
 
@@ -93,6 +96,7 @@ def _rows(report: SignatureReport) -> dict[str, str]:
         "measured error over predicted": _pairs_text(report.error_pairs),
         "captured graph": report.capture_check,
         "accumulating": report.accumulating,
+        "loss": report.loss,
         **({} if tolerance is None else {f"{tolerance.more_error:g} more error": str(tolerance)}),
     }
 
@@ -117,6 +121,7 @@ def _report(signature: Signature, more_error: float | None) -> SignatureReport:
         state.minimum_bytes,
         state.capture_check.note,
         _accumulating_note(state),
+        _loss_note(active, state),
         tolerance_value(state, active.plan, more_error) if more_error else None,
         state.errors.pairs,
     )
@@ -128,3 +133,15 @@ def _accumulating_note(state: PlanningState) -> str:
     if needed <= state.budget_bytes:
         return "fits too while older gradients exist"
     return f"does not fit while older gradients exist: that takes {format_bytes(needed)}"
+
+
+def _loss_note(active: ActiveGraph, state: PlanningState) -> str:
+    """Says what the plan counts of the loss: all of it, or only the outputs and their gradients."""
+    if state.options.loss_fn is not None or all(value.numel() == 1 for value in active.function.tangent_values):
+        return "planned with the model"
+    problem = state.prepared.problem
+    outputs = sum(problem.tensors[t].size_bytes for t in problem.outputs)
+    return (
+        f"computed outside: its bytes are outside the promise. Inside are outputs ({format_bytes(outputs)}) and their "
+        f"gradients ({format_bytes(problem.tangent_bytes)}). Pass loss_fn to compile to plan the loss, too"
+    )
