@@ -220,11 +220,11 @@ IMAGE: dict[str, tuple[Make, ...]] = {
     ),
     "resize": functions(
         lambda x: F.interpolate(x, scale_factor=2.0),
-        lambda x: F.interpolate(x, size=(5, 4), mode="bilinear", align_corners=False),
         lambda x: F.pixel_shuffle(x.repeat_interleave(4, 1), 2),
         at_least(2, lambda x: F.pad(x, (1, 0, 1, 1), mode="reflect")),
         lambda x: F.fold(F.unfold(x, 3, padding=1), x.shape[2:], 3, padding=1) / 9,
     ),
+    "interpolate": functions(lambda x: F.interpolate(x, size=(5, 4), mode="bilinear", align_corners=False)),
     "excite": (lambda: of_x(excite, conv2d(1), conv2d(1)),),
     "drop channels": layers(nn.Dropout2d, partial(nn.FeatureAlphaDropout, 0.1)),
     "to sequence": functions(lambda x: x.flatten(2).transpose(1, 2)),

@@ -228,7 +228,6 @@ ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
     nn.Softsign,
     partial(nn.Softshrink, 0.1),
     partial(nn.Threshold, 0.1, 0.2),
-    nn.RReLU,
 )
 POINTWISE: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: x.clamp(-1, 1),
