@@ -7,7 +7,7 @@ heuristic is limited by counts, and the integer program stops at a gap. Where it
 record says so, and the comparison allows ``LIMITED_SLACK``.
 
     python -m benchmarks.replay --json before.jsonl
-    python -m benchmarks.replay --against before.jsonl
+    python -m benchmarks.replay --against benchmarks/results/replay.jsonl
 """
 
 from __future__ import annotations
