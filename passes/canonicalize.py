@@ -14,7 +14,7 @@ from torch import fx
 
 import fxhybrid.ops.masks  # noqa: F401  (registers keep_mask and apply_mask)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
-from fxhybrid.passes.graph_edit import call, tangent_free
+from fxhybrid.passes.graph_edit import backward_nodes, call, tangent_free
 from fxhybrid.passes.low_memory_backward import chunk_batch_norm, parameter_gradients_first, split_convolution_gradients
 from fxhybrid.passes.storages import is_random
 
@@ -49,7 +49,7 @@ def drop_unused_statistics(joint: JointGraph) -> None:
 def masks_for_predicates(joint: JointGraph) -> None:
     """ReLU and clamped units: the backward pass needs to know where, not how much."""
     free = tangent_free(joint)
-    for node in list(joint.module.graph.nodes):
+    for node in backward_nodes(joint):
         if node.target is aten.threshold_backward.default:
             gradient, x, lower = node.args
             upper = None
@@ -80,7 +80,7 @@ _SHAPE_ONLY = {
 
 def shapes_for_pools(joint: JointGraph) -> None:
     """Pooling gradients read only the shape of the pool's input: four bytes, expanded, serve as well."""
-    for node in list(joint.module.graph.nodes):
+    for node in backward_nodes(joint):
         position = _SHAPE_ONLY.get(node.target)
         if position is None:
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, Phase
+from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, Phase, phase_of
 
 
 def call(
@@ -25,6 +25,11 @@ def call(
         value = target(*values, **(kwargs or {}))
     node.meta = {"val": value, TAG: NodeTag(phase)}
     return node
+
+
+def backward_nodes(joint: JointGraph) -> list[Any]:
+    """Lists the nodes of the backward pass; gradients that the model itself takes belong to its forward pass."""
+    return [node for node in joint.module.graph.nodes if phase_of(node) is Phase.BACKWARD]
 
 
 def output_parts(node: fx.Node) -> dict[int, fx.Node]:

@@ -10,7 +10,7 @@ from torch import fx
 
 import fxhybrid.ops.batch_norm  # noqa: F401  (registers batch_norm_backward)
 from fxhybrid.capture.joint_graph import JointGraph, Phase, phase_of
-from fxhybrid.passes.graph_edit import call, output_parts
+from fxhybrid.passes.graph_edit import backward_nodes, call, output_parts
 
 aten = torch.ops.aten
 LARGE = 2  # batch norms of at least 1 / LARGE of the largest input run some channels at a time
@@ -23,7 +23,7 @@ def split_convolution_gradients(joint: JointGraph) -> None:
     transposed convolution, which does not need the input, so that the input may be gone by then. On CPU both
     forms end in the same oneDNN primitive and give the same bits.
     """
-    for node in list(joint.module.graph.nodes):
+    for node in backward_nodes(joint):
         if node.target is not aten.convolution_backward.default:
             continue
         gradient, x, weight, _, stride, padding, dilation, transposed, _, groups, mask = node.args
@@ -67,7 +67,7 @@ def chunk_batch_norm(joint: JointGraph) -> None:
 
     It takes up to twice as long, and only the largest ones can hold the peak of the step.
     """
-    nodes = [n for n in joint.module.graph.nodes if n.target is aten.native_batch_norm_backward.default]
+    nodes = [n for n in backward_nodes(joint) if n.target is aten.native_batch_norm_backward.default]
     largest = max((n.args[1].meta["val"].nbytes for n in nodes), default=0)
     for node in nodes:
         if node.args[7] is not True or node.args[1].meta["val"].nbytes * LARGE < largest:
@@ -90,7 +90,7 @@ def parameter_gradients_first(joint: JointGraph) -> None:
     A weight gradient reads a saved activation; doing it before the input gradient is made lets the activation
     go first.
     """
-    nodes = [n for n in joint.module.graph.nodes if n.op == "call_function" and phase_of(n) is Phase.BACKWARD]
+    nodes = [n for n in backward_nodes(joint) if n.op == "call_function"]
     leaf: set[fx.Node] = set()
     for node in reversed(nodes):
         if node.users and all(user.op == "output" or user in leaf for user in node.users):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxhybrid
 from tests.compare import assert_same, state_of
+from tests.operator_parts import check
 
 Net = Callable[[Tensor], Tensor]
 
@@ -47,6 +48,32 @@ class Forces(nn.Module):
         energy = self.net(x).sum()
         (slope,) = torch.autograd.grad(energy, x, create_graph=True)
         return energy, -slope
+
+
+INNER: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "max pool": lambda: nn.MaxPool2d(2),
+    "average pool": lambda: nn.AvgPool2d(2),
+    "convolution and batch norm": lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_penalties_through_layers_with_a_low_memory_backward(name: str) -> None:
+    """Their inner gradient is part of the forward pass, where rewrites of the backward pass have no place."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Conv2d(3, 4, 3), INNER[name]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            score = self.inner(self.first(x)).square().sum()
+            (slope,) = torch.autograd.grad(score, x, create_graph=True)
+            return score + slope.square().sum()
+
+    check(Net(), torch.randn(2, 3, 8, 8).requires_grad_())
 
 
 @pytest.mark.filterwarnings("ignore:Using backward:UserWarning")

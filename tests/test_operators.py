@@ -153,3 +153,55 @@ def test_sizes_do_not_depend_on_earlier_captures(transform: Callable[[Tensor], T
         for _ in range(2)
     ]
     assert sizes[0] == sizes[1]
+
+
+class Resized(nn.Module):
+    """Resizes what a convolution gives, in each of torch's ways."""
+
+    def __init__(self, n_dims: int, options: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.first = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[n_dims](2, 4, 3)
+        self.options = options
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [F.interpolate(self.first(x), **options) for options in self.options]
+
+
+LARGER: list[dict[str, Any]] = [{"size": 7}, {"scale_factor": 1.7}, {"scale_factor": 2, "recompute_scale_factor": True}]
+NEAREST: list[dict[str, Any]] = [{**o, "mode": mode} for o in LARGER for mode in ("nearest", "nearest-exact")]
+CORNERS = (True, False)
+MODES = {
+    1: [*NEAREST, *({**o, "mode": "linear", "align_corners": c} for o in LARGER for c in CORNERS)],
+    2: [
+        *NEAREST,
+        *({**o, "mode": m, "align_corners": c} for o in LARGER for m in ("bilinear", "bicubic") for c in CORNERS),
+        *({**LARGER[0], "mode": m, "antialias": True} for m in ("bilinear", "bicubic")),
+    ],
+    3: [*NEAREST, *({**o, "mode": "trilinear", "align_corners": c} for o in LARGER for c in CORNERS)],
+}
+
+
+@pytest.mark.parametrize("n_dims", MODES)
+def test_resizing(n_dims: int) -> None:
+    """By eager's kernels, not by a decomposition that rounds in another way."""
+    x = rows(2, 2, *[6] * n_dims)
+    check(Resized(n_dims, MODES[n_dims]), x)
+    if n_dims == 2:
+        check(Resized(2, MODES[2]).to(memory_format=torch.channels_last), x)  # type: ignore[call-overload]
+
+
+WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "addcdiv": lambda h: torch.addcdiv(h, h.sin(), h.exp(), value=0.3),
+    "addcdiv_": lambda h: (h * 1).addcdiv_(h.sin(), h.exp(), value=0.3),
+    "addcmul_": lambda h: (h * 1).addcmul_(h.sin(), h.exp(), value=0.3),
+    "multi_margin_loss": lambda h: F.multi_margin_loss(h, torch.tensor([1, 3, 2, 0])),
+    "multilabel_margin_loss": lambda h: F.multilabel_margin_loss(h, torch.arange(N).expand(4, N) - 1),
+    "rrelu of a transposed tensor": lambda h: F.rrelu(h.t(), training=True),
+    "bernoulli of a transposed tensor": lambda h: torch.bernoulli(h.t().detach(), 0.4) * h.t(),
+    "bernoulli of every second column": lambda h: h.detach()[:, ::2].bernoulli(0.4) * h[:, ::2],
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_operators_that_are_traced_whole(name: str) -> None:
+    check(Head(WHOLE[name]), rows())

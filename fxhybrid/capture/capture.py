@@ -41,7 +41,7 @@ from fxhybrid.capture.refusals import (
 from fxhybrid.capture.shared_memory import overlap_pattern
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
 from fxhybrid.errors import CaptureError, FxHybridError
-from fxhybrid.ops.bernoulli import DECOMPOSITIONS
+from fxhybrid.ops.bernoulli import DECOMPOSITIONS, mark_contiguous_bernoulli
 from fxhybrid.ops.ctc_loss import make_ctc_loss_opaque
 from fxhybrid.ops.recurrent import make_opaque
 
@@ -88,6 +88,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
             refuse_dynamic_sizes(traced.backend_input.graph_module)
             make_opaque(traced.backend_input.graph_module, in_segments=not exact)
             make_ctc_loss_opaque(traced.backend_input.graph_module)
+            mark_contiguous_bernoulli(traced.backend_input.graph_module)
             joint, metadata, names = _joint_graph(module, traced.backend_input)
             output = traced.graph_capture_output
             function, _ = convert_frame.get_traced_fn(module)

@@ -14,6 +14,7 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch.distributions import Distribution, kl
 
 from fxhybrid.capture.fake_tensor_fixes import kernel_norms
+from fxhybrid.capture.native_operators import native_operators
 from fxhybrid.ops.cumulative_batch_norm import traceable_batch_norm
 
 LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "fatal", "log", "isEnabledFor")
@@ -34,7 +35,7 @@ def tracing_settings() -> Iterator[None]:
     # Random operators whose result nobody reads stay: all later random numbers depend on them.
     inductor: Any = torch._inductor.config.patch(fallback_random=True)
     aot: Any = torch._functorch.config.patch(backward_pass_autocast="off")
-    ours = (without_value_checks(), kernel_norms(), traceable_batch_norm())
+    ours = (without_value_checks(), kernel_norms(), native_operators(), traceable_batch_norm())
     with contextlib.ExitStack() as stack:
         for setting in (dynamo, inductor, aot, set_enable_dynamic(False), *ours):
             stack.enter_context(setting)

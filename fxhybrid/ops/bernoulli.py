@@ -1,7 +1,8 @@
 """``bernoulli_`` as a function: random numbers in the order in which the tensor lies in memory.
 
 ATen's own function draws into a contiguous result: a transposed tensor (an in-place or alpha dropout of one) would get
-other numbers from the same generator than the method gives it.
+other numbers from the same generator than the method gives it. Traces have ATen's function for both, so calls of the
+function are told apart in Dynamo's graph.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 _LIBRARY: Any = torch.library.Library("fxhybrid", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("bernoulli(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
@@ -36,3 +37,18 @@ def in_memory_order(x: Tensor, p: float = 0.5, *, generator: torch.Generator | N
 
 
 DECOMPOSITIONS = {torch.ops.aten.bernoulli.p: in_memory_order}
+
+
+def mark_contiguous_bernoulli(graph_module: fx.GraphModule) -> None:
+    """Replaces calls of ``torch.bernoulli(x, p)`` in Dynamo's graph, in place, by draws into a contiguous tensor."""
+    called = [n for n in graph_module.graph.nodes if n.target in (torch.bernoulli, "bernoulli")]
+    found = [n for n in called if (len(n.args) > 1 or "p" in n.kwargs) and n.kwargs.get("generator") is None]
+    for node in found:
+        node.op, node.target = "call_function", contiguous_bernoulli
+    if found:
+        graph_module.recompile()
+
+
+def contiguous_bernoulli(x: Tensor, p: float, *, generator: None = None) -> Tensor:
+    """Returns what ``torch.bernoulli(x, p)`` gives."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(p)

@@ -1,0 +1,100 @@
+"""Operators that torch traces as Python decompositions, kept whole so that a plan runs the kernels that eager runs.
+
+A decomposition rounds in another way than the kernel, and its parts hold more memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch._C import DispatchKey
+from torch._decomp.decompositions import upsample_compute_output_size
+from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+aten = torch.ops.aten
+_KEYS = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
+_RESIZING = (
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_trilinear3d",
+    "upsample_bicubic2d",
+)
+_LOSSES = (aten.multi_margin_loss.default, aten.multilabel_margin_loss_forward.default)
+
+
+def _resize_with(op: Any) -> Callable[..., Tensor]:
+    """Returns the form of a resizing operator that takes sizes or factors, on top of the one that takes sizes."""
+
+    def resize(x: Tensor, output_size: Any, *rest: Any) -> Tensor:
+        *corners, factors = rest
+        sizes = upsample_compute_output_size(x.size(), output_size, factors)  # type: ignore[no-untyped-call]
+        resized: Tensor = op(x, sizes, *corners, *(factors or [None] * len(sizes)))
+        return resized
+
+    return resize
+
+
+def _replacements() -> Mapping[Any, Callable[..., Tensor] | None]:
+    """Returns what takes the place of each operator's decomposition; None stands for the operator itself."""
+    resizing = [getattr(aten, name) for name in _RESIZING]
+    own: dict[Any, Callable[..., Tensor] | None] = dict.fromkeys((*_LOSSES, *(op.default for op in resizing)))
+    return own | {op.vec: _resize_with(op.default) for op in resizing}
+
+
+_REPLACEMENTS = _replacements()
+
+
+@contextlib.contextmanager
+def native_operators() -> Iterator[None]:
+    """Lets traces record the operators of this module whole."""
+    with _whole_for_dynamo(), _whole_for_autograd():
+        yield
+
+
+@contextlib.contextmanager
+def _whole_for_dynamo() -> Iterator[None]:
+    """Switches off what Dynamo takes apart: sums with a factor."""
+    handlers: Any = TorchInGraphFunctionVariable._get_handlers()  # noqa: SLF001 (no public switch)
+    handler = handlers.pop(torch.addcdiv, None)
+    patch: Any = torch._dynamo.config.patch(enable_dynamo_decompositions=False)
+    try:
+        with patch:
+            yield
+    finally:
+        if handler is not None:
+            handlers[torch.addcdiv] = handler
+
+
+@contextlib.contextmanager
+def _whole_for_autograd() -> Iterator[None]:
+    """Switches off what autograd takes apart."""
+    before = {op: {key: op.py_kernels.pop(key, None) for key in _KEYS} for op in _REPLACEMENTS}
+    for op, replacement in _REPLACEMENTS.items():
+        if replacement is not None:
+            op.py_kernels.update(dict.fromkeys(_KEYS, replacement))
+        _forget_dispatch(op)
+    try:
+        yield
+    finally:
+        for op, kernels in before.items():
+            for key, kernel in kernels.items():
+                op.py_kernels.pop(key, None)
+                if kernel is not None:
+                    op.py_kernels[key] = kernel
+            _forget_dispatch(op)
+
+
+def _forget_dispatch(op: Any) -> None:
+    """Lets an operator look its kernels up again."""
+    op._dispatch_cache.clear()  # noqa: SLF001 (no public name)
