@@ -42,15 +42,13 @@ def compile(
 ) -> HybridModule:
     """Wraps the model so that its training step peaks at or under ``budget`` at the least added time.
 
-    The budget holds from the call of the module to the end of the backward pass, together with all other calls of
-    compiled modules in the same thread whose backward pass has not run yet. Without ``loss_fn`` it covers outputs and
-    their gradients, but not the bytes that a loss computed outside takes; ``report()`` says so.
+    The budget holds from the call of the module to the end of the backward pass, all pending calls of compiled modules
+    in the thread together. Without ``loss_fn`` a loss computed outside is not in it; ``report()`` says so.
 
     Args:
         model: any ``nn.Module`` that can be traced into one graph; it is shared, not copied.
-        budget: live tensor bytes over the whole step (parameters, gradients, inputs, optimizer state,
-            activations, workspaces): an int, text such as ``"512MiB"``, or a float in (0, 1] as a share of
-            the simulated save-all peak.
+        budget: live tensor bytes over the whole step: an int, text such as ``"512MiB"``, or a float in (0, 1] as a
+            share of the simulated save-all peak.
         example_inputs: tuple or dict to plan with now; ``None`` plans at the first call.
         loss_fn: ``loss_fn(output, *loss_args)`` gives a scalar; traced with the model, so that logits and
             their gradients are planned too. The call then takes ``loss_args=`` and returns the loss.
@@ -62,9 +60,8 @@ def compile(
         compression: ``"auto"``, ``"lossless"`` or ``"off"``; the last two give bit-exact gradients.
         max_grad_error: limit of the relative error of all parameter gradients together.
         backend: ``"eager"`` runs the rewritten graphs as they are.
-        check_error_every: before every so many training steps, measure the gradient error on their batch, and
-            calibrate and re-plan if it is above ``max_grad_error``. That runs save-all steps, which takes more than the
-            budget; where there is no memory for it, ``report()`` says so. None: never.
+        check_error_every: training steps between checks of the gradient error (None: never), which re-plan if it is
+            above ``max_grad_error``. They run save-all steps, above the budget, where there is memory for them.
         plan: a plan made before, here or on another device, to carry out.
 
     Raises:
@@ -85,12 +82,7 @@ def compile(
         backend=backend,
         check_error_every=check_error_every,
     )
-    if plan is not None and not isinstance(plan, Plan):
-        raise InvalidArgument(f"plan is a {type(plan).__name__}; load one with fxhybrid.Plan.load(path)")
-    hybrid = wrap(model, options, plan)
-    if example_inputs is not None:
-        plan_now(hybrid, example_inputs, loss_args)
-    return hybrid
+    return _wrap(model, options, plan, example_inputs, loss_args)
 
 
 def plan(
@@ -118,6 +110,17 @@ def plan(
     state = found.state
     problem, limit, work = state.prepared.problem, error_target(state.options), work_of(state.prepared.layout)
     return plan_for_device(problem, work, here, device_profile, state.budget_bytes, max_error=limit)
+
+
+def _wrap(
+    model: nn.Module, options: Options, plan: Any, example_inputs: Inputs | None, loss_args: tuple[Any, ...]
+) -> HybridModule:
+    if plan is not None and not isinstance(plan, Plan):
+        raise InvalidArgument(f"plan is a {type(plan).__name__}; load one with fxhybrid.Plan.load(path)")
+    hybrid = wrap(model, options, plan)
+    if example_inputs is not None:
+        plan_now(hybrid, example_inputs, loss_args)
+    return hybrid
 
 
 def plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any, ...]) -> Signature:

@@ -164,8 +164,13 @@ def squared_differences(found: dict[str, Tensor | None], expected: dict[str, Ten
     for name, reference in expected.items():
         value = found[name]
         if value is not None and reference is not None:
-            differences[name] = float((value - reference).double().square().sum())
-            norm += float(reference.double().square().sum())
+            differences[name] = _squared(value - reference)
+            norm += _squared(reference)
         else:
             differences[name] = 0.0 if value is None and reference is None else math.inf
     return {name: difference / max(norm, 1e-30) for name, difference in differences.items()}
+
+
+def _squared(value: Tensor) -> float:
+    parts = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    return float(parts.double().square().sum())

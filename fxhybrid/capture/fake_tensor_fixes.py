@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
 from torch._decomp import meta_table
-from torch._prims_common import suggest_memory_format
+from torch._prims_common import compute_required_storage_length, suggest_memory_format
 from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import FakeTensorMode, _BypassDispatchCache
 
 from fxhybrid.capture.joint_graph import TAG
 from fxhybrid.ops.ctc_loss import FAKES
@@ -54,12 +56,38 @@ _NO_REDUCTION = 0
 def kernel_norms() -> Iterator[None]:
     """Lets fake norms give the strides and types that the CPU kernels give, while a model is traced.
 
-    The cache of fake tensors must be off meanwhile: it is shared by the whole process.
+    What they give must not reach the cache of fake tensors that the whole process shares: see ``own_fake_tensors``.
     """
     # A Python decomposition would come first, unless torch takes it that the operator has a meta function.
     ours = dict.fromkeys(_NORMS, _norm)
     with _entries(fake_impls.op_implementations_dict, ours | FAKES), _entries(meta_table, ours):
         yield
+
+
+@contextlib.contextmanager
+def own_fake_tensors() -> Iterator[None]:
+    """Gives a trace a cache of fake tensors of its own, which leaves out what it would give back too small.
+
+    The cache makes a tensor anew from its shape and strides, so it forgets a storage that is larger than its tensor
+    (a slice of an operator's own buffer).
+    """
+    name = "_validate_output_for_cache_entry"
+    check = getattr(FakeTensorMode, name)
+
+    def check_storage(self: Any, state: Any, key: Any, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        check(self, state, key, func, args, kwargs, output)
+        if isinstance(output, Tensor) and not getattr(func, "is_view", False) and _has_larger_storage(output):
+            raise _BypassDispatchCache("storage is larger than its tensor")
+
+    with patch.object(FakeTensorMode, "cache", {}), patch.object(FakeTensorMode, name, check_storage):
+        yield
+
+
+def _has_larger_storage(value: Tensor) -> bool:
+    size_bytes = value.untyped_storage().nbytes()
+    if not isinstance(size_bytes, int):  # symbolic: not worth a guard
+        return True
+    return size_bytes != compute_required_storage_length(value.shape, value.stride(), 0) * value.element_size()
 
 
 @contextlib.contextmanager

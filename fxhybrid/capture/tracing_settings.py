@@ -13,7 +13,7 @@ from torch._dynamo.eval_frame import set_enable_dynamic
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch.distributions import Distribution, kl
 
-from fxhybrid.capture.fake_tensor_fixes import kernel_norms
+from fxhybrid.capture.fake_tensor_fixes import kernel_norms, own_fake_tensors
 from fxhybrid.capture.native_operators import native_operators
 from fxhybrid.ops.cumulative_batch_norm import traceable_batch_norm
 
@@ -30,12 +30,11 @@ def tracing_settings() -> Iterator[None]:
         trace_autograd_ops=True,  # gradients that the model itself computes (penalties, forces) are its forward pass
         allow_rnn=True,  # recurrent layers become opaque operators afterwards
         ignore_logging_functions=_logging_functions(),
-        fake_tensor_cache_enabled=False,  # it forgets the size of storages that are larger than their tensor
     )
     # Random operators whose result nobody reads stay: all later random numbers depend on them.
     inductor: Any = torch._inductor.config.patch(fallback_random=True)
     aot: Any = torch._functorch.config.patch(backward_pass_autocast="off")
-    ours = (without_value_checks(), kernel_norms(), native_operators(), traceable_batch_norm())
+    ours = (without_value_checks(), kernel_norms(), own_fake_tensors(), native_operators(), traceable_batch_norm())
     with contextlib.ExitStack() as stack:
         for setting in (dynamo, inductor, aot, set_enable_dynamic(False), *ours):
             stack.enter_context(setting)

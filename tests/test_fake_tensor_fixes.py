@@ -1,0 +1,44 @@
+"""Corrections of fake tensors while a model is traced, and that nothing of them stays behind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxhybrid.accuracy.step_result import relative_difference
+from fxhybrid.capture.capture import capture
+from fxhybrid.capture.joint_graph import JointGraph
+
+
+class LeftHalf(nn.Module):
+    """Writes into a part of a tensor: what is written lies in a storage of the whole tensor's size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.zeros_like(x)
+        whole[:, :2] = x[:, :2] * 3
+        return whole
+
+
+def joint() -> JointGraph:
+    return capture(LeftHalf(), (torch.randn(4, 8, requires_grad=True),)).joint
+
+
+def test_a_part_of_a_storage_counts_the_whole() -> None:
+    (written,) = (n.meta["val"] for n in joint().module.graph.nodes if n.name == "copy")
+    assert (written.shape, written.stride()) == ((4, 2), (8, 1))
+    # 4 x 8 numbers of 4 bytes; the cache would give 3 x 8 + 2 of them, as shape and strides need no more
+    assert written.untyped_storage().nbytes() == 128
+
+
+def test_the_cache_of_the_process_is_as_it_was() -> None:
+    before, keys = FakeTensorMode.cache, set(FakeTensorMode.cache)
+    joint()
+    assert FakeTensorMode.cache is before
+    assert set(before) == keys
+
+
+def test_imaginary_parts_count_in_a_difference() -> None:
+    # ||(3 + 4i) - 3|| / ||3|| = 4 / 3
+    found, expected = {"w": torch.tensor([3 + 4j])}, {"w": torch.tensor([3 + 0j])}
+    assert abs(relative_difference(found, expected) - 4 / 3) < 1e-12
