@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import ShortenTraceback
 
 from fxhybrid.api import compile
 from fxhybrid.errors import InvalidArgument
@@ -19,6 +20,14 @@ from fxhybrid.options import OPTIONS, check_names
 
 # A loss is part of Dynamo's graph already, or outside of it.
 ACCEPTED = (*(name for name in OPTIONS if name not in ("loss_fn", "return_outputs")), "plan")
+
+
+class BackendArgument(ShortenTraceback, InvalidArgument):
+    """An argument of ``torch.compile`` that cannot be used; Dynamo hands its own kind of error on as it is."""
+
+    def __init__(self, message: str) -> None:
+        """Takes what to say."""
+        super().__init__(message, first_useful_frame=None)
 
 
 class LiftedGraph(nn.Module):
@@ -61,16 +70,22 @@ def fxhybrid_backend(
     example_inputs: Sequence[Any],  # noqa: ARG001  Dynamo's protocol for backends
     *,
     options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """Makes Dynamo's graph train within a budget; ``options`` are ``fxhybrid.compile``'s, ``budget`` among them.
 
     Raises:
-        InvalidArgument: no budget, or an option that there is not.
+        InvalidArgument: no budget, a mode, or an option that there is not.
     """
+    if mode is not None:
+        raise BackendArgument(f"mode is {mode!r}, a setting of Inductor's; leave it out with backend='fxhybrid'")
     chosen = dict(options or {})
     if "budget" not in chosen:
-        raise InvalidArgument('torch.compile(..., backend="fxhybrid") needs options={"budget": "512MiB"}')
-    check_names(chosen, ACCEPTED)
+        raise BackendArgument('torch.compile(..., backend="fxhybrid") needs options={"budget": "512MiB"}')
+    try:
+        check_names(chosen, ACCEPTED)
+    except InvalidArgument as error:
+        raise BackendArgument(str(error)) from None
     lifted: list[tuple[LiftedGraph, nn.Module]] = []
 
     def run(*arguments: Any) -> Any:

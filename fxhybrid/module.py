@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
 from fxhybrid.accuracy.drift_monitor import DriftMonitor
+from fxhybrid.capture.outer_context import refuse_export, refuse_sharded, refuse_transforms, refuse_wrapper
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
 from fxhybrid.compiler.admission import call_state
@@ -79,6 +82,7 @@ class Session:
                 if position:
                     self.signatures.insert(0, self.signatures.pop(position))
                 return
+        refuse_sharded(self.model)
         check_call(call, self.model)
         state = plan_signature(self.step, call.detached(), self.options, self.budget_bytes, self.transferred)
         self.signatures.insert(0, _ready(state))
@@ -137,50 +141,103 @@ def _ready(state: PlanningState, graphs: ActiveGraphs | None = None) -> Signatur
     return signature
 
 
+OPAQUE = (
+    "a planned module runs its own graphs and cannot become part of a larger one. Drop fullgraph=True, so that the "
+    'graph breaks around it; or compile the whole model by torch.compile(model, backend="fxhybrid", options=...)'
+)
+
+
+@torch.compiler.disable(reason=OPAQUE)  # type: ignore[no-untyped-call, untyped-decorator]
+def _run_planned(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], loss_args: tuple[Any, ...]) -> Any:
+    """Runs a call in training mode, by the plan if something needs a gradient."""
+    call = StepCall(args, kwargs, loss_args)
+    tensors = call.tensors
+    if not any(t.requires_grad for t in (*session.model.parameters(), *tensors)):
+        return session.step(*call)  # a frozen half of a model pair: there is no backward pass to plan
+    refuse_transforms(tensors)
+    return session.run(call.unmarked(tensors))
+
+
+class _Forward:
+    """Gives a class the model's forward by name and signature; an instance may set another one around it.
+
+    Wrappers are set by trainers (``model.forward = autocast(model.forward)``). They stay apart from the model's own
+    attributes: the planned graphs would run them a second time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        original = type(model).forward
+
+        def forward(self: HybridModule, *args: Any, **kwargs: Any) -> Any:
+            refuse_export()
+            return self._fxhybrid_call(*args, **kwargs)
+
+        functools.update_wrapper(forward, original)
+        del forward.__dict__["__wrapped__"]  # who unwraps must not arrive at the plain model
+        forward.__dict__["__signature__"] = inspect.signature(original)
+        self.function = forward
+
+    def __get__(self, instance: HybridModule | None, owner: type | None = None) -> Callable[..., Any]:
+        if instance is None:
+            return self.function
+        return instance._fxhybrid_outer or MethodType(self.function, instance)
+
+    def __set__(self, instance: HybridModule, value: Callable[..., Any]) -> None:
+        object.__setattr__(instance, "_fxhybrid_outer", value)
+
+    def __delete__(self, instance: HybridModule) -> None:
+        object.__setattr__(instance, "_fxhybrid_outer", None)
+
+
 class HybridModule(nn.Module):
     """Wraps a model so that its training step peaks within a budget; use it as the model itself.
 
-    It is the model: the same class (it subclasses the model's), parameters, buffers, hooks, attributes and
-    ``state_dict`` keys. Only calls in training mode with gradients enabled go through the planned graphs;
-    all others run the model as it is.
+    It is the model: the same class (it subclasses the model's, by the same name), parameters, buffers, hooks,
+    attributes and ``state_dict`` keys. Only calls in training mode with gradients enabled go through the planned
+    graphs; all others run the model as it is. ``forward`` does the same as calling.
     """
 
-    __slots__ = ("_fxhybrid_session",)
+    __slots__ = ("_fxhybrid_outer", "_fxhybrid_session")
+    _fxhybrid_outer: Callable[..., Any] | None
     _fxhybrid_session: Session
 
-    def __call__(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; with a ``loss_fn``, gives ``loss_fn(output, *loss_args)`` instead of the output.
 
         In evaluation mode or under ``no_grad``, ``loss_args`` may be left out to get the plain output.
 
+        Args:
+            args: the model's own arguments.
+            kwargs: likewise; ``loss_args``, a tuple, goes to ``loss_fn``.
+
         Raises:
             InvalidArgument: an argument that cannot be passed, or is on another device.
-            CaptureError: the call cannot be traced into one graph.
+            CaptureError: the call cannot be traced into one graph, or a transform runs around it.
             BudgetError: no known plan for this kind of call fits the budget.
         """
+        return (self._fxhybrid_outer or self._fxhybrid_call)(*args, **kwargs)
+
+    def _fxhybrid_call(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> Any:
         session = self._fxhybrid_session
         options = session.options
         if loss_args and options.loss_fn is None:
             raise InvalidArgument("loss_args are given, but the model was compiled without loss_fn")
-        if not (session.model.training and torch.is_grad_enabled()):
-            if options.loss_fn is not None and loss_args:
-                return session.step(args, kwargs, tuple(loss_args))
-            return session.model(*args, **kwargs)
-        call = StepCall(args, kwargs, tuple(loss_args))
-        if not any(t.requires_grad for t in (*session.model.parameters(), *call.tensors)):
-            return session.step(*call)  # a frozen half of a model pair: there is no backward pass to plan
-        return session.run(call)
+        if session.model.training and torch.is_grad_enabled():
+            return _run_planned(session, args, kwargs, tuple(loss_args))
+        if options.loss_fn is not None and loss_args:
+            return session.step(args, kwargs, tuple(loss_args))
+        return session.model(*args, **kwargs)
 
-    @property
-    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
-        """Does the same as calling, with the signature of the model's own forward."""
-        model = self._fxhybrid_session.model
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Refuses ``torch.nn.Module.compile``: a planned step runs its own graphs.
 
-        @functools.wraps(type(model).forward.__get__(model))
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self(*args, **kwargs)
-
-        return forward
+        Raises:
+            InvalidArgument: always.
+        """
+        raise InvalidArgument(
+            "module.compile() would replace the planned graphs; leave it out, or call it on the plain model before "
+            "fxhybrid.compile"
+        )
 
     @property
     def plan(self) -> Plan:
@@ -300,8 +357,16 @@ def wrap(model: nn.Module, options: Options, plan: Plan | None) -> HybridModule:
         raise InvalidArgument(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     if isinstance(model, HybridModule):
         raise InvalidArgument("the model is compiled already; call set_budget on it, or compile the plain model")
-    kind = type(f"Hybrid{type(model).__name__}", (HybridModule, type(model)), {"__module__": type(model).__module__})
-    hybrid: HybridModule = object.__new__(kind)
+    for name, part in model.named_modules():
+        if isinstance(part, HybridModule):
+            raise InvalidArgument(
+                f"the submodule {name!r} is compiled already; compile the whole model only, or it only"
+            )
+    refuse_wrapper(model)
+    original = type(model)
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "forward": _Forward(model)}
+    hybrid: HybridModule = object.__new__(type(original.__name__, (HybridModule, original), names))
     object.__setattr__(hybrid, "__dict__", model.__dict__)
+    object.__setattr__(hybrid, "_fxhybrid_outer", None)
     object.__setattr__(hybrid, "_fxhybrid_session", Session(model, options, plan))
     return hybrid

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxhybrid.capture.effect_tokens import drop_effect_tokens
 from fxhybrid.capture.fake_tensor_fixes import fix_kernel_results
+from fxhybrid.capture.intermediate_leaves import drop_intermediate_leaves
 from fxhybrid.capture.joint_graph import (
     TAG,
     InputKind,
@@ -85,6 +86,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
             traced = convert_frame.fullgraph_capture(module, args, {})
             if traced.backend_input is None:
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
+            drop_intermediate_leaves(traced.backend_input.graph_module)
             refuse_dynamic_sizes(traced.backend_input.graph_module)
             make_opaque(traced.backend_input.graph_module, in_segments=not exact)
             make_ctc_loss_opaque(traced.backend_input.graph_module)

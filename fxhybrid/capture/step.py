@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,20 @@ class StepCall:
         """All tensors of the call."""
         return [leaf for leaf in pytree.tree_leaves(list(self)) if isinstance(leaf, Tensor)]
 
+    def unmarked(self, tensors: Iterable[Tensor]) -> StepCall:
+        """The same without ``torch._dynamo.mark_dynamic``'s marks, which mean another compiler; shares all memory.
+
+        Args:
+            tensors: those of the call.
+        """
+        if not any(map(_is_marked, tensors)):
+            return self
+
+        def alias(leaf: Any) -> Any:
+            return leaf.view_as(leaf) if isinstance(leaf, Tensor) and _is_marked(leaf) else leaf
+
+        return StepCall(*pytree.tree_map(alias, tuple(self)))
+
     def detached(self) -> StepCall:
         """The same arguments, cut off from what computed them: a trial run must leave that graph alone."""
 
@@ -72,6 +86,10 @@ class StepCall:
             return leaf.detach().requires_grad_()
 
         return StepCall(*pytree.tree_map(cut, tuple(self)))
+
+
+def _is_marked(tensor: Tensor) -> bool:
+    return hasattr(tensor, "_has_dynamo_dim_marking")  # all of Dynamo's marks of dimensions set it
 
 
 def check_call(call: StepCall, model: nn.Module) -> None:

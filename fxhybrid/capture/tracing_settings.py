@@ -14,6 +14,7 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch.distributions import Distribution, kl
 
 from fxhybrid.capture.fake_tensor_fixes import kernel_norms, own_fake_tensors
+from fxhybrid.capture.intermediate_leaves import intermediate_leaves
 from fxhybrid.capture.native_operators import native_operators
 from fxhybrid.ops.cumulative_batch_norm import traceable_batch_norm
 
@@ -34,7 +35,8 @@ def tracing_settings() -> Iterator[None]:
     # Random operators whose result nobody reads stay: all later random numbers depend on them.
     inductor: Any = torch._inductor.config.patch(fallback_random=True)
     aot: Any = torch._functorch.config.patch(backward_pass_autocast="off")
-    ours = (without_value_checks(), kernel_norms(), own_fake_tensors(), native_operators(), traceable_batch_norm())
+    values = (without_value_checks(), kernel_norms(), own_fake_tensors())
+    ours = (*values, native_operators(), traceable_batch_norm(), intermediate_leaves())
     with contextlib.ExitStack() as stack:
         for setting in (dynamo, inductor, aot, set_enable_dynamic(False), *ours):
             stack.enter_context(setting)
