@@ -205,6 +205,9 @@ def _input_roles(
 ) -> tuple[InputRole, ...]:
     roles = []
     for position, (tensor, info) in enumerate(zip(example_inputs, metadata.input_info, strict=True)):
+        if isinstance(tensor, torch.SymInt):
+            roles.append(InputRole(InputKind.SIZE, str(position)))
+            continue
         name, is_parameter = names.get(id(tensor), (str(position), False))
         kind = InputKind.USER_INPUT if id(tensor) not in names else InputKind.BUFFER
         roles.append(InputRole(InputKind.PARAMETER if is_parameter else kind, name, info.mutates_data))

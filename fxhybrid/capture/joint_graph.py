@@ -16,6 +16,7 @@ class InputKind(Enum):
     PARAMETER = "parameter"
     BUFFER = "buffer"
     USER_INPUT = "user input"
+    SIZE = "size"  # a number that Dynamo passes along with symbolic sizes
     TANGENT = "tangent"
 
 

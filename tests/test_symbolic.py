@@ -1,0 +1,106 @@
+"""Captures with symbolic sizes: made concrete, they are what a static capture of these sizes is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxhybrid.capture.capture import capture
+from fxhybrid.capture.step import Step, StepCall
+from fxhybrid.capture.symbolic import capture_symbolic
+from fxhybrid.errors import CaptureError
+from fxhybrid.passes.concretize import SymbolicGraph, concretize
+from fxhybrid.passes.fingerprint import fingerprint
+from fxhybrid.passes.storages import layout_of
+
+MakeCall = Callable[[int, int], StepCall]  # of a batch size and a length
+
+
+def words(batch: int, length: int) -> Tensor:
+    return torch.randint(0, 50, (batch, length))
+
+
+def bert() -> tuple[Step, MakeCall]:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    model = transformers.BertForSequenceClassification(config)
+    step = Step(model, lambda output, labels: F.cross_entropy(output.logits, labels), False)
+    return step, lambda n, length: StepCall((words(n, length),), {}, (torch.zeros(n, dtype=torch.long),))
+
+
+def gpt2() -> tuple[Step, MakeCall]:
+    config = transformers.GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=1, n_head=2, use_cache=False)
+    loss = lambda output, ids: F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())  # noqa: E731
+    step = Step(transformers.GPT2LMHeadModel(config), loss, False)
+
+    def make(n: int, length: int) -> StepCall:
+        ids = words(n, length)
+        return StepCall((ids,), {}, (ids.clone(),))
+
+    return step, make
+
+
+def convnet() -> tuple[Step, MakeCall]:
+    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.1))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 16, 4))
+    step = Step(model, F.cross_entropy, False)
+    return step, lambda n, _: StepCall((torch.randn(n, 3, 8, 8),), {}, (torch.zeros(n, dtype=torch.long),))
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, convnet])
+def test_a_concretized_graph_is_the_static_one(make: Callable[[], tuple[Step, MakeCall]]) -> None:
+    step, call = make()
+    first = call(20, 12)
+    dims = {0: frozenset([0, 1] if make is not convnet else [0]), 1: frozenset([0, 1] if make is gpt2 else [0])}
+    symbolic = capture_symbolic(step, tuple(first), dims)
+    graph = SymbolicGraph(symbolic.capture.joint)
+    other = call(31, 9)
+    assert symbolic.capture.holds(step, *other)
+    sizes = symbolic.sizes(step, *other)
+    assert sizes is not None
+    concrete, static = graph.at(sizes), concretize(capture(step, tuple(other)).joint, {})
+    concrete.module.graph.lint()
+    assert fingerprint(concrete) == fingerprint(static)  # operators, arguments, shapes, strides, types, roles
+    mine, theirs = layout_of(concrete), layout_of(static)
+    assert [(s.name, s.size_bytes) for s in mine.storages] == [(s.name, s.size_bytes) for s in theirs.storages]
+    assert [(o.inputs, o.outputs) for o in mine.backward] == [(o.inputs, o.outputs) for o in theirs.backward]
+
+
+def test_sizes_0_and_1_and_another_structure_do_not_hold() -> None:
+    step, call = convnet()
+    symbolic = capture_symbolic(step, tuple(call(20, 0)), {0: frozenset([0]), 1: frozenset([0])})
+    assert not symbolic.capture.holds(step, *call(1, 0))
+    one = StepCall((torch.randn(20, 3, 8, 8), torch.randn(2)), {}, ())
+    assert symbolic.sizes(step, *one) is None
+    with pytest.raises(KeyError):
+        concretize(symbolic.capture.joint, {})
+
+
+class Fractions(nn.Module):
+    """Scales by a fraction of its size that takes several roundings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * (x.shape[0] * 0.3 + x.shape[0] / 7)
+
+
+class SizeOut(Fractions):
+    """Returns its size."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return self.layer(x), x.shape[0]
+
+
+@pytest.mark.parametrize(("model", "reason"), [(Fractions(), "fractions"), (SizeOut(), "returns a size")])
+def test_what_a_concrete_graph_cannot_give_back_is_refused(model: nn.Module, reason: str) -> None:
+    with pytest.raises(CaptureError, match=reason):
+        capture_symbolic(Step(model, None, False), ((torch.randn(6, 4),), {}, ()), {0: frozenset([0])})
