@@ -33,11 +33,13 @@ from fxhybrid.capture.joint_graph import (
     Phase,
     node_name,
 )
+from fxhybrid.capture.random_numbers import random_inputs, with_traced_types
 from fxhybrid.capture.refusals import (
     explain_differentiation,
     explain_tracing,
     refuse_backward_hooks,
     refuse_dynamic_sizes,
+    refuse_empty_buffers,
 )
 from fxhybrid.capture.shared_memory import overlap_pattern
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
@@ -88,6 +90,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
             drop_intermediate_leaves(traced.backend_input.graph_module)
             refuse_dynamic_sizes(traced.backend_input.graph_module)
+            random_positions = random_inputs(traced.backend_input.graph_module)
             make_opaque(traced.backend_input.graph_module, in_segments=not exact)
             make_ctc_loss_opaque(traced.backend_input.graph_module)
             mark_contiguous_bernoulli(traced.backend_input.graph_module)
@@ -114,6 +117,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
         return same and (pattern is None or overlap_pattern(_tensors(call)) == pattern)
 
     def bind(flat: FlatFunction) -> Callable[..., Any]:
+        flat = with_traced_types(flat, random_positions)
         return env.forward_callable(backend_id, flat, extra_globals=function.__globals__)
 
     return Capture(joint, metadata, holds, bind, names)
@@ -139,11 +143,13 @@ def _joint_graph(module: nn.Module, backend_input: Any) -> tuple[JointGraph, Any
             described = _export(backend_input)
     metadata = described._aot_state.fw_metadata
     graph_module = described.graph_module
+    refuse_dynamic_sizes(graph_module)
     drop_effect_tokens(graph_module)
     _check_supported(metadata, graph_module, len(backend_input.example_inputs))
     _tag_phases(graph_module)
     fix_kernel_results(graph_module)
     inputs = _input_roles(metadata, backend_input.example_inputs, names)
+    refuse_empty_buffers(inputs[: len(flat_names)], backend_input.example_inputs)
     return JointGraph(graph_module, inputs, _output_roles(metadata, len(flat_names))), metadata, flat_names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 import sysconfig
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 
+from fxhybrid.capture.joint_graph import InputKind, InputRole
+from fxhybrid.capture.random_numbers import RANDOM, is_random_input
 from fxhybrid.errors import CaptureError
 
 LIBRARIES = (
@@ -22,10 +25,28 @@ LIBRARIES = (
     sysconfig.get_paths()["stdlib"],
 )
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)\n\s*(?P<text>[^\n]*)')
-BRANCHES = ("Data-dependent branching", "Data-dependent assertion")
+NOT_OURS = ("Hint:", "Developer debug context:", "For more details", "For more information", "User Stack")
 VALUE = "leave the value a tensor, without .item(), float() or int()"
-MASK = "keep the shape: torch.where(mask, x, 0) in place of x[mask], and divide by mask.sum() for a mean"
+MASK = (
+    "keep the shape: torch.where(mask, x, 0) in place of x[mask], and divide by mask.sum() for a mean; "
+    "torch.where(mask, value, x) in place of x[mask] = value"
+)
 OTHER = "call it before the model and pass the result in, or compute on all elements and weigh them with a mask"
+CONTROL_FLOW = "Rewrite that line without Python control flow on tensor values"
+DRAW_BEFORE = RANDOM[0].upper() + RANDOM[1:]
+GENERATOR = "Make the generator outside of forward, as an attribute of the model, or use torch.manual_seed"
+VALUES = f"A graph holds no Python number that depends on values: {OTHER}"
+# What Dynamo's reason contains, and the way out.
+WAYS_OUT = {
+    "Data-dependent branching": CONTROL_FLOW,
+    "Data-dependent assertion": CONTROL_FLOW,
+    "Data dependent operator": VALUES,
+    "data-dependent expression": VALUES,
+    "Random.": DRAW_BEFORE,
+    "RandomState": DRAW_BEFORE,
+    "class `Generator`": DRAW_BEFORE,
+    "torch._C.Generator": GENERATOR,
+}
 
 Frame = tuple[str, int, str, str]  # file, line, function, text of the line
 
@@ -48,8 +69,26 @@ def refuse_backward_hooks(module: nn.Module) -> None:
             )
 
 
+def refuse_empty_buffers(inputs: Iterable[InputRole], values: Iterable[torch.Tensor]) -> None:
+    """Refuses buffers that the step writes to and that have no elements yet: the first run gives them their size.
+
+    Raises:
+        CaptureError: names the buffer and a way out.
+    """
+    for role, value in zip(inputs, values, strict=True):
+        if role.mutated and role.kind is InputKind.BUFFER and value.numel() == 0:
+            raise CaptureError(
+                f"buffer {role.name.removeprefix('model.')!r} has no elements yet, and the step writes to it, "
+                "as observers of quantization do in their first run\n"
+                "Run the plain model once on a batch, in training mode, before."
+            )
+
+
 def refuse_dynamic_sizes(module: fx.GraphModule) -> None:
     """Refuses operators whose result's size, or whose Python number, depends on values; drops those nobody reads.
+
+    Args:
+        module: Dynamo's graph, or AOTAutograd's, in which gradients may pick elements by a mask, too.
 
     Raises:
         CaptureError: names the operator, the user's line, the module and a way out.
@@ -61,6 +100,7 @@ def refuse_dynamic_sizes(module: fx.GraphModule) -> None:
         if _is_dynamic(node):
             frames = _frames_of_text(node.meta.get("stack_trace") or "")
             what, way_out = _name_and_way_out(node)
+            what += ", in the gradient of a line," if node.meta.get("partitioner_tag") == "is_backward" else ""
             raise CaptureError(
                 f"{what} gives a size or a Python number that depends on values{_module_path(node)}{_where(frames)}\n"
                 f"A plan needs all sizes before the step: {way_out}."
@@ -74,43 +114,55 @@ def explain_tracing(error: TorchDynamoException) -> str:
         (f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in getattr(error, "real_stack", None) or ()
     ]
     reason = (error.msg if hasattr(error, "msg") else str(error)).strip()
-    way_out = (
-        "Rewrite that line without Python control flow on tensor values"
-        if any(branch in reason for branch in BRANCHES)
-        else "Leave that call out of forward"
-    )
+    way_out = next((way for text, way in WAYS_OUT.items() if text in reason), "Leave that call out of forward")
     return (
-        f"the model cannot be traced into one graph{_where(frames)}\n{reason}\n"
+        f"the model cannot be traced into one graph{_where(frames)}\n{_in_short(reason)}\n"
         f"{way_out}, or compile a submodule that can be traced."
     )
+
+
+def _in_short(reason: str) -> str:
+    """Returns Dynamo's reason without its hints, which are about graph breaks, and its pointers into torch."""
+    kept = itertools.takewhile(lambda line: not line.strip().startswith(NOT_OURS), reason.splitlines())
+    return "\n".join(line for line in kept if line.strip())
 
 
 def explain_differentiation(error: Exception) -> str:
     """Says what an operator raised while forward and backward were traced, and in which line of the user's."""
     text, _, trace = str(error).partition("\n\nWhile executing")
+    where = _where(_frames_of_text(trace))
+    if isinstance(error, GuardOnDataDependentSymNode):
+        name = re.search(r"target=(?:torch\.)?(?P<name>[\w.]+)", trace)
+        what = name["name"] if name else "an operator"
+        return f"{what} needs a size or a Python number that depends on values{where}\n{VALUES}."
     return (
-        f"tracing the step fails with {type(error).__name__}: {text.strip()}{_where(_frames_of_text(trace))}\n"
+        f"tracing the step fails with {type(error).__name__}: {text.strip()}{where}\n"
         "Does the plain model run forward and backward with these arguments?"
     )
 
 
 def _is_dynamic(node: fx.Node) -> bool:
-    value = node.meta.get("example_value")
+    value = node.meta.get("example_value", node.meta.get("val"))
     return value is not None and bool(free_unbacked_symbols(value))
 
 
 def _name_and_way_out(node: fx.Node) -> tuple[str, str]:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    if name in ("item", "tolist", "__float__", "__int__"):
-        return f".{name}()", VALUE
-    if node.target is operator.getitem or name in ("masked_select", "__getitem__"):
-        return "indexing with a mask" if node.target is operator.getitem else name, MASK
+    if any(is_random_input(n) for n in node.all_input_nodes):
+        return "a random integer", RANDOM
+    target: Any = getattr(node.target, "overloadpacket", node.target)
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    if name in ("item", "tolist", "__float__", "__int__", "_local_scalar_dense"):
+        return ".item()" if name.startswith("_local") else f".{name}()", VALUE
+    if target is operator.getitem or name in ("__getitem__", "index"):
+        return "indexing with a mask", MASK
+    if name == "masked_select":
+        return name, MASK
     return name, OTHER
 
 
 def _module_path(node: fx.Node) -> str:
     """The innermost module that the node belongs to, as its user names it."""
-    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     paths = [str(value[0]) for value in stack.values()]
     path = re.sub(r"^L\['self'\]\.?", "", paths[-1]).removeprefix("model").lstrip(".") if paths else ""
     return f", in module {path!r}" if path else ""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._dynamo import trace_rules
 from torch._dynamo.eval_frame import set_enable_dynamic
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch.distributions import Distribution, kl
@@ -19,6 +21,7 @@ from fxhybrid.capture.native_operators import native_operators
 from fxhybrid.ops.cumulative_batch_norm import traceable_batch_norm
 
 LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "fatal", "log", "isEnabledFor")
+OBSERVERS = "torch.ao.quantization"
 LIBRARIES = ("_once", "_advice")  # endings of the methods that model libraries add to loggers
 
 
@@ -36,10 +39,11 @@ def tracing_settings() -> Iterator[None]:
     inductor: Any = torch._inductor.config.patch(fallback_random=True)
     aot: Any = torch._functorch.config.patch(backward_pass_autocast="off")
     values = (without_value_checks(), kernel_norms(), own_fake_tensors())
-    ours = (*values, native_operators(), traceable_batch_norm(), intermediate_leaves())
+    code = (native_operators(), traceable_batch_norm(), traceable_observers(), intermediate_leaves())
     with contextlib.ExitStack() as stack:
-        for setting in (dynamo, inductor, aot, set_enable_dynamic(False), *ours):
+        for setting in (dynamo, inductor, aot, set_enable_dynamic(False), *values, *code):
             stack.enter_context(setting)
+        stack.callback(random.setstate, random.getstate())  # Dynamo draws what the model draws
         stack.enter_context(get_metrics_context())
         stack.enter_context(dynamo_timed("fxhybrid_capture"))
         yield
@@ -71,3 +75,17 @@ def _remember_divergences() -> None:
     """Fills the memory of ``kl_divergence``, whose search by classes cannot be traced."""
     for pair, function in kl._KL_REGISTRY.items():
         kl._KL_MEMOIZE.setdefault(pair, function)
+
+
+@contextlib.contextmanager
+def traceable_observers() -> Iterator[None]:
+    """Lets Dynamo trace what prepares for quantization: its hooks and fake quantization are plain tensor code."""
+    known: Any = trace_rules.MOD_INLINELIST
+    added = {OBSERVERS} - known
+    known |= added
+    trace_rules.get_mod_inlinelist.cache_clear()
+    try:
+        yield
+    finally:
+        known -= added
+        trace_rules.get_mod_inlinelist.cache_clear()
