@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.lib.checks import Check, checks_table
 from benchmarks.lib.common import add_record_files, records_of, wide_console
-from benchmarks.lib.operator_trials import CRASH, NOT_IN_EAGER, REFUSED, RIGHT, operators, serve
+from benchmarks.lib.operator_trials import CRASH, NOT_IN_EAGER, REFUSED, RIGHT, WORST_LAST, operators, serve
 from benchmarks.lib.results import Record
 
 MINUTES = 12
@@ -91,6 +91,17 @@ def judge(records: Sequence[Record]) -> list[Check]:
         Check("right", f"at least {LEAST_RIGHT_SHARE:.0%}", text, share >= LEAST_RIGHT_SHARE if total else None),
         Check("neither right nor refused clearly", "none", ", ".join(others) or "none", not others if total else None),
     ]
+
+
+def summary_rows(records: Sequence[Record]) -> Iterator[tuple[str, str, str]]:
+    """Yields a row for each result: how many operators have it, and which, unless they are right."""
+    found = counts(records)
+    for result in WORST_LAST:
+        names = [f"`{r['key']}`" for r in records if r["result"] == result]
+        if result == RIGHT:
+            yield result, f"{len(names)} ({len(names) / max(found.total(), 1):.1%})".replace("%", " %"), "all others"
+        elif names:
+            yield result, str(len(names)), ", ".join(names)
 
 
 def results_table(records: Sequence[Record]) -> Table:

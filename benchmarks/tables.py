@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import table_rows
+from benchmarks import operators, table_rows
 from benchmarks.lib.results import RESULTS, Record, latest, read_headed
 from benchmarks.studies import frontier_phases
 from benchmarks.table_rows import Row
@@ -85,6 +85,7 @@ TABLES = {
     "solvers, synthetic": DocTable(
         "solvers", ("problem", "500 ops", "2,000 ops", "8,000 ops", "20,000 ops"), table_rows.synthetic_rows
     ),
+    "operators": DocTable("operators", ("result", "operators", "which"), operators.summary_rows),
     "federated": DocTable(
         "federated",
         ("task, population", "accuracy", "exclude", "oort-fedprox", "random", "no-limit", "sooner than random"),

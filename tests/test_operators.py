@@ -196,6 +196,8 @@ WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
     "addcmul_": lambda h: (h * 1).addcmul_(h.sin(), h.exp(), value=0.3),
     "multi_margin_loss": lambda h: F.multi_margin_loss(h, torch.tensor([1, 3, 2, 0])),
     "multilabel_margin_loss": lambda h: F.multilabel_margin_loss(h, torch.arange(N).expand(4, N) - 1),
+    "masked_fill by a mean": lambda h: h.masked_fill(h > 0, h.mean()) + h.masked_fill(h[:, :1] > 0, h.sum()),
+    "prod": lambda h: h.prod() + h[:2].prod(0).sum() + h.cos().prod(1, keepdim=True) + h.relu().prod(1).sum(),
     "rrelu of a transposed tensor": lambda h: F.rrelu(h.t(), training=True),
     "bernoulli of a transposed tensor": lambda h: torch.bernoulli(h.t().detach(), 0.4) * h.t(),
     "bernoulli of every second column": lambda h: h.detach()[:, ::2].bernoulli(0.4) * h[:, ::2],

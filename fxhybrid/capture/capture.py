@@ -46,6 +46,7 @@ from fxhybrid.capture.tracing_settings import tracing_settings, without_value_ch
 from fxhybrid.errors import CaptureError, FxHybridError
 from fxhybrid.ops.bernoulli import DECOMPOSITIONS, mark_contiguous_bernoulli
 from fxhybrid.ops.ctc_loss import make_ctc_loss_opaque
+from fxhybrid.ops.masked_sum import sum_chosen_elements
 from fxhybrid.ops.recurrent import make_opaque
 
 FlatFunction = Callable[..., Sequence[Any]]
@@ -145,6 +146,7 @@ def _joint_graph(module: nn.Module, backend_input: Any) -> tuple[JointGraph, Any
     graph_module = described.graph_module
     refuse_dynamic_sizes(graph_module)
     drop_effect_tokens(graph_module)
+    sum_chosen_elements(graph_module)
     _check_supported(metadata, graph_module, len(backend_input.example_inputs))
     _tag_phases(graph_module)
     fix_kernel_results(graph_module)

@@ -16,6 +16,8 @@ from torch._C import DispatchKey
 from torch._decomp.decompositions import upsample_compute_output_size
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
+from fxhybrid.ops.prod import REPLACEMENTS
+
 aten = torch.ops.aten
 _KEYS = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
 _RESIZING = (
@@ -49,7 +51,7 @@ def _replacements() -> Mapping[Any, Callable[..., Tensor] | None]:
     """Returns what takes the place of each operator's decomposition; None stands for the operator itself."""
     resizing = [getattr(aten, name) for name in _RESIZING]
     own: dict[Any, Callable[..., Tensor] | None] = dict.fromkeys((*_LOSSES, *(op.default for op in resizing)))
-    return own | {op.vec: _resize_with(op.default) for op in resizing}
+    return own | {op.vec: _resize_with(op.default) for op in resizing} | REPLACEMENTS
 
 
 _REPLACEMENTS = _replacements()

@@ -7,6 +7,7 @@ operator makes the table again, with the very kernels of eager.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ def make_ctc_loss_opaque(graph_module: fx.GraphModule) -> None:
 def run_ctc_loss(
     log_probs: Tensor,
     targets: Tensor,
-    input_lengths: Tensor,
-    target_lengths: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
     blank: int = 0,
     reduction: str | int = "mean",
     zero_infinity: bool = False,
@@ -49,7 +50,7 @@ def run_ctc_loss(
     """Returns what ``torch.nn.functional.ctc_loss`` gives."""
     code = _CODES[reduction] if isinstance(reduction, str) else reduction
     batched = log_probs.dim() == 3
-    lengths = [given.reshape(-1) for given in (input_lengths, target_lengths)]
+    lengths = [torch.as_tensor(given).reshape(-1) for given in (input_lengths, target_lengths)]
     losses: Tensor = torch.ops.fxhybrid.ctc_loss(
         log_probs if batched else log_probs.unsqueeze(1), targets, *lengths, blank, zero_infinity
     )

@@ -207,7 +207,7 @@ def _segment_gradients(
     bidirectional: bool,
 ) -> dict[int, Tensor]:
     """Runs a layer over a segment and differentiates it; ``leaves`` are its input, ``n - 1`` states and weights."""
-    with _differentiable():
+    with differentiable():
         own = [t.detach() for t in leaves]
         for i in asked:
             own[i].requires_grad_()
@@ -236,7 +236,7 @@ def _(
 
 
 @contextlib.contextmanager
-def _differentiable() -> Iterator[None]:
+def differentiable() -> Iterator[None]:
     """Records gradients within an operator, where the dispatcher has switched autograd off."""
     with contextlib.ExitStack() as stack:
         for key in _AUTOGRAD_KEYS:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ops import ctc_loss as ctc_loss  # registers the operators below
+from fxhybrid.ops import masked_sum as masked_sum
 
 aten = torch.ops.aten
 PATTERN = 4099  # prime, so that rows differ
@@ -153,6 +154,7 @@ _VALUES: dict[tuple[Any, str], Values] = {
     (aten.masked_scatter, "mask"): _few(lambda named: named["source"].numel()),
     (aten.masked_scatter_backward, "mask"): _few(lambda named: math.prod(named["sizes"])),
     (aten._assert_async, "self"): _true,
+    (torch.ops.fxhybrid.masked_sum, "mask"): _true,  # all elements are chosen, for which it needs most
     (aten.linalg_lu_solve, "pivots"): _pivots,
     (aten.linalg_ldl_solve, "pivots"): _pivots,
     (aten.lu_unpack, "LU_pivots"): _pivots,
