@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -20,22 +21,15 @@ from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
 from fxhybrid.compiler.admission import call_state
 from fxhybrid.compiler.call_state import FRESH, CallState
-from fxhybrid.compiler.planning_state import (
-    PlanningState,
-    adopt,
-    extend,
-    measure_error,
-    plan_signature,
-    recalibrate,
-    set_budget,
-)
+from fxhybrid.compiler.planning_state import adopt, expected_by, measure_error, plan_signature, recalibrate
 from fxhybrid.compiler.report import Report, make_report
 from fxhybrid.compiler.signature import Signature
 from fxhybrid.devices.op_work import StepWork, work_of
-from fxhybrid.errors import InvalidArgument
+from fxhybrid.errors import BudgetError, InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
+from fxhybrid.passes.expected_backward import ExpectedBackward
 from fxhybrid.units import Budget, check_budget
 
 M = TypeVar("M", bound=nn.Module)
@@ -85,7 +79,7 @@ class Session:
         refuse_sharded(self.model)
         check_call(call, self.model)
         state = plan_signature(self.step, call.detached(), self.options, self.budget_bytes, self.transferred)
-        self.signatures.insert(0, _ready(state))
+        self.signatures.insert(0, self._ready(Signature(state)))
         self.budget_bytes = state.budget_bytes
         if len(self.signatures) == MANY_SIGNATURES:
             warnings.warn(
@@ -103,8 +97,32 @@ class Session:
         """Runs one forward pass of a training step."""
         self.find(call)
         self.monitor.before_step(self, call)
-        active = self.active(call_state(self.first.state, self.model, call.tensors))
+        active = self._active_for(call)
         return self.step.check_result(active.call(self.step, *call))
+
+    def _active_for(self, call: StepCall) -> ActiveGraph:
+        """Returns what runs a call, for the backward pass that is expected to follow."""
+        before, outlooks = self.first, self.first.outlooks()
+        for expected in outlooks[:-1]:
+            with contextlib.suppress(BudgetError):
+                return self._active_expecting(expected, call)
+        try:
+            return self._active_expecting(outlooks[-1], call)
+        except BudgetError:
+            self.signatures[0] = self.first.expecting(before.state.prepared.expected, self.step)
+            raise
+
+    def _active_expecting(self, expected: ExpectedBackward, call: StepCall) -> ActiveGraph:
+        self.signatures[0] = self.first.expecting(expected, self.step, call)
+        return self.active(call_state(self.first.state, self.model, call.tensors))
+
+    def _ready(self, signature: Signature) -> Signature:
+        """Returns a signature with graphs for fresh gradients, or raises ``BudgetError`` if no plan fits."""
+        outlooks = signature.outlooks()
+        for expected in outlooks[:-1]:
+            with contextlib.suppress(BudgetError):
+                return signature.expecting(expected, self.step).ready()
+        return signature.expecting(outlooks[-1], self.step).ready()
 
     def set_budget(self, budget: Budget) -> None:
         """Plans all signatures for another budget, or changes nothing and raises."""
@@ -113,32 +131,27 @@ class Session:
             if not self.signatures:
                 raise InvalidArgument("a share of the save-all peak needs a first call; pass bytes instead")
             checked = int(checked * self.signatures[-1].state.save_all_bytes)
-        self.signatures = [replace(s, state=extend(s.state, checked)) for s in self.signatures]
-        self.signatures = [Signature(set_budget(s.state, checked), s.graphs.for_budget()) for s in self.signatures]
+        self.signatures = [signature.with_budget(checked, self.step) for signature in self.signatures]
         self.budget_bytes = checked
 
     def adopt(self, plan: Plan) -> None:
         """Carries out this very plan in the first signature."""
-        state, graphs = self.first.state, self.first.graphs
-        self.signatures[0] = _ready(adopt(state, plan), graphs.for_adopted(plan))
+        expected = expected_by(self.first.state.prepared.traced, plan)
+        found = self.first.expecting(expected, self.step)
+        found = replace(found, state=adopt(found.state, plan), graphs=found.graphs.for_adopted(plan))
+        self.signatures[0] = found.ready()
 
     def measure_error(self, call: StepCall) -> float:
         """Measures the gradient error of the first signature's plan on a batch."""
         graphs = self.active().function.graphs
         state, error = measure_error(self.first.state, self.step, call.detached(), graphs)
-        self.signatures[0] = Signature(state, self.first.graphs)
+        self.signatures[0] = replace(self.first, state=state)
         return error
 
     def recalibrate(self, call: StepCall) -> None:
         """Re-plans the first signature by the errors on a batch, or changes nothing and raises."""
-        self.signatures[0] = _ready(recalibrate(self.first.state, self.step, call.detached()))
-
-
-def _ready(state: PlanningState, graphs: ActiveGraphs | None = None) -> Signature:
-    """Joins a state and graphs, and builds those for fresh gradients, or raises ``BudgetError`` if no plan fits."""
-    signature = Signature(state, graphs or ActiveGraphs())
-    signature.active()
-    return signature
+        state = recalibrate(self.first.state, self.step, call.detached())
+        self.signatures[0] = replace(self.first, state=state, graphs=ActiveGraphs(), others={}).ready()
 
 
 OPAQUE = (

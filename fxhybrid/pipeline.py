@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
 from fxhybrid.capture.capture import Capture, capture
-from fxhybrid.capture.joint_graph import JointGraph
+from fxhybrid.capture.joint_graph import JointGraph, OutputKind
+from fxhybrid.capture.output_structure import OutputStructure, output_structure, tangents_of_outputs
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ir.plan import Actions, Compress
@@ -21,7 +22,9 @@ from fxhybrid.passes.build_problem import CodecChoices, calls_of, problem_of, wi
 from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.codec_choices import codec_choices, codec_refusals
 from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
+from fxhybrid.passes.expected_backward import ALL_ARRIVE, ExpectedBackward
 from fxhybrid.passes.fingerprint import fingerprint
+from fxhybrid.passes.prune_tangents import prune_tangents
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.passes.storages import Layout, layout_of
@@ -30,20 +33,97 @@ from fxhybrid.profiling.state_bytes import optimizer_bytes, storage_bytes
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
-    """Holds a captured signature up to the planning problem.
+class Traced:
+    """Holds a captured signature in its canonical form, whatever backward pass is to come.
 
-    ``refusals`` holds, by name, the rule by which a tensor was offered no codec from the start.
+    Attributes:
+        capture: what was captured.
+        joint: the canonical joint graph, with the branches of all tangents.
+        structure: where the graph's outputs are in what a call returns.
+        fingerprint: hash of the graph.
+        resident_bytes: everything that is alive through the whole step.
+        lossy: whether lossy codecs may be offered.
+        lossless: the same of lossless ones.
     """
 
     capture: Capture
+    joint: JointGraph
+    structure: OutputStructure
+    fingerprint: str
+    resident_bytes: int
+    lossy: bool
+    lossless: bool
+
+    @cached_property
+    def tangents(self) -> Mapping[int, int]:
+        """By position of each output with a gradient, views and their bases included, the position of its tangent."""
+        return tangents_of_outputs(self.capture.metadata)
+
+    @property
+    def n_outputs(self) -> int:
+        """How many outputs the graph has, bases of views included."""
+        metadata = self.capture.metadata
+        return int(len(metadata.output_info) + metadata.num_intermediate_bases)
+
+    def without(self, present: Iterable[int]) -> frozenset[int]:
+        """Returns the positions of the tangents that are not among those."""
+        return frozenset(self.tangents.values()).difference(present)
+
+    def expected(self, without_gradient: Iterable[int], dropped: Iterable[int]) -> ExpectedBackward:
+        """Returns the expected backward pass in which outputs at those positions get no gradient, or are dropped."""
+        outputs = set(without_gradient)
+        absent = frozenset(tangent for output, tangent in self.tangents.items() if output in outputs)
+        return ExpectedBackward(absent, frozenset(dropped))
+
+    def droppable(self, absent: frozenset[int]) -> frozenset[int]:
+        """Returns the positions of the outputs without a gradient in a backward pass."""
+        return frozenset(i for i in range(self.n_outputs) if self.tangents.get(i) is None or self.tangents[i] in absent)
+
+    def weighed(self, absent: frozenset[int]) -> frozenset[int] | None:
+        """Returns the positions, among the tensors that a call returns, of those with a gradient; None for all."""
+        if not absent:
+            return None
+        present = {output for output, tangent in self.tangents.items() if tangent not in absent}
+        return frozenset(j for j, output in enumerate(self.structure.leaves) if output in present)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Holds a captured signature up to the planning problem.
+
+    ``joint`` is without the branches of the tangents that are not expected. ``refusals`` holds, by name, the rule by
+    which a tensor was offered no codec from the start.
+    """
+
+    traced: Traced
+    expected: ExpectedBackward
     joint: JointGraph
     layout: Layout
     profile: Profile
     choices: CodecChoices
     refusals: Mapping[str, str]
     problem: Problem
-    fingerprint: str
+
+    @property
+    def capture(self) -> Capture:
+        """What was captured."""
+        return self.traced.capture
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the whole graph, whatever backward pass is expected."""
+        return self.traced.fingerprint
+
+    @property
+    def weighed(self) -> frozenset[int] | None:
+        """Positions, among the tensors that a call returns, of those whose gradients are expected; None for all."""
+        return self.traced.weighed(self.expected.absent)
+
+    @property
+    def without_gradient(self) -> tuple[int, ...]:
+        """Positions of the outputs whose gradients are not expected to arrive."""
+        absent = self.expected.absent
+        return tuple(sorted(i for i, tangent in self.traced.tangents.items() if tangent in absent))
 
     def meta(self, storage: int) -> TensorMeta:
         """Returns shape, strides and type of a storage that some node reads whole."""
@@ -84,21 +164,62 @@ class Prepared:
         problem = with_codec_options(self.problem, self.layout, self.profile, self.choices, errors)
         return dataclasses.replace(self, problem=problem)
 
+    def expecting_drops(self, dropped: frozenset[int]) -> Prepared:
+        """Returns the same where other outputs are dropped before the backward pass."""
+        outputs, mutations = _held_and_dropped(self.joint, self.layout, dropped)
+        problem = dataclasses.replace(self.problem, outputs=outputs, mutations=mutations)
+        expected = dataclasses.replace(self.expected, dropped=dropped)
+        return dataclasses.replace(self, expected=expected, problem=problem)
+
 
 def prepare(step: Step, call: StepCall, options: Options) -> Prepared:
     """Captures a step and measures its operators; runs neither the model nor its backward pass."""
+    return prepare_traced(trace(step, call, options), ALL_ARRIVE)
+
+
+def trace(step: Step, call: StepCall, options: Options) -> Traced:
+    """Captures a step and rewrites it to its canonical form."""
     lossy = options.compression == "auto" and options.max_grad_error > 0
-    lossless = options.compression != "off"
     captured = capture(step, tuple(call), exact=not lossy)
     joint = canonicalize(captured.joint)
+    structure = output_structure(captured, step, call)
+    resident_bytes = _resident_bytes(step, call, options)
+    lossless = options.compression != "off"
+    return Traced(captured, joint, structure, fingerprint(joint), resident_bytes, lossy, lossless)
+
+
+def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
+    """Measures the operators of a step, with the backward pass that is expected."""
+    joint = prune_tangents(traced.joint, expected.absent) if expected.absent else traced.joint
     layout = layout_of(joint)
-    choices = codec_choices(layout, lossy=lossy, lossless=lossless)
-    refusals = codec_refusals(layout, lossy=lossy, lossless=lossless)
+    choices = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)
+    refusals = codec_refusals(layout, lossy=traced.lossy, lossless=traced.lossless)
     profile = profile_calls(calls_of(layout, choices))
     errors = error_table(lossy_groups(layout, choices), choices, lambda _: DEFAULT_GROUP_ERROR)
-    resident = _resident_bytes(step, call, options)
-    problem = problem_of(joint, layout, profile, choices, errors, resident)
-    return Prepared(captured, joint, layout, profile, choices, refusals, problem, fingerprint(joint))
+    problem = problem_of(joint, layout, profile, choices, errors, traced.resident_bytes, expected.absent)
+    prepared = Prepared(traced, ALL_ARRIVE, joint, layout, profile, choices, refusals, problem)
+    prepared = dataclasses.replace(prepared, expected=dataclasses.replace(expected, dropped=frozenset()))
+    return prepared.expecting_drops(expected.dropped) if expected.dropped else prepared
+
+
+def _held_and_dropped(
+    joint: JointGraph, layout: Layout, dropped: frozenset[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the storages of outputs that are held, and those that live to the end of the forward pass only."""
+    outputs = [
+        node
+        for node, role in zip(joint.output_nodes, joint.outputs, strict=True)
+        if role.kind is OutputKind.USER_OUTPUT
+    ]
+    held = {
+        t
+        for i, node in enumerate(outputs)
+        if node is not None and i not in dropped
+        for t in layout.storages_of.get(node, ())
+    }
+    kept = tuple(t for t in layout.outputs if t in held)
+    gone = (t for t in layout.outputs if t not in held)
+    return kept, tuple(dict.fromkeys([*layout.mutations, *gone]))
 
 
 def _resident_bytes(step: Step, call: StepCall, options: Options) -> int:

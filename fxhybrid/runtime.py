@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._functorch._aot_autograd.runtime_wrappers import make_output_handler
-from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
+from torch._functorch._aot_autograd.schemas import TensorAlias
 
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
+from fxhybrid.capture.output_structure import tangent_outputs
 from fxhybrid.errors import BackwardError
 from fxhybrid.passes.prune_tangents import tangents_behind
 from fxhybrid.passes.split import PartialBackward, SplitGraphs, backward_without
@@ -21,8 +22,21 @@ TWICE_DIFFERENTIATED = (
     "Call torch.autograd.grad(..., create_graph=True) inside the model's forward or inside loss_fn: there the inner "
     "gradient is planned as part of the step. Or use the plain model for this call"
 )
-Enter = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Tensor]], object]
-_DIFFERENTIABLE = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
+UNEXPECTED = "gradients arrive for outputs {outputs} of the call, for which its forward pass stored nothing"
+
+
+class Opened(Protocol):
+    """Is a call whose backward pass has not begun."""
+
+    def begins(self, present: frozenset[int]) -> None:
+        """Is told that the backward pass begins, and which tangents arrive.
+
+        Raises:
+            FxHybridError: it cannot run; nothing has been done yet.
+        """
+
+
+Enter = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Tensor]], Opened]
 
 
 class StepFunction:
@@ -32,17 +46,27 @@ class StepFunction:
         graphs: the halves that run now; may be replaced between steps.
     """
 
-    def __init__(self, graphs: SplitGraphs, joint: JointGraph, metadata: Any, enter: Enter | None = None) -> None:
+    def __init__(
+        self,
+        graphs: SplitGraphs,
+        joint: JointGraph,
+        metadata: Any,
+        *,
+        absent: frozenset[int] = frozenset(),
+        enter: Enter | None = None,
+    ) -> None:
         """Prepares a step from its halves, the joint graph and AOTAutograd's metadata of the capture.
 
         Args:
             graphs: the halves.
-            joint: what was split.
+            joint: the graph with the branches of all tangents.
             metadata: of the capture.
+            absent: positions of the tangents whose branches the halves leave out.
             enter: takes saved values, outputs and user inputs after a forward pass; what it returns lives until the
                 backward pass begins, or with the graph if that is retained.
         """
         self.graphs = graphs
+        self.absent = absent
         self.enter = enter
         self.user_inputs = tuple(i for i, role in enumerate(joint.inputs) if role.kind is InputKind.USER_INPUT)
         self._parts: WeakKeyDictionary[SplitGraphs, dict[frozenset[int], PartialBackward]] = WeakKeyDictionary()
@@ -59,11 +83,7 @@ class StepFunction:
         self.n_outputs = len(infos)
         self.constant = tuple(i for i, info in enumerate(infos) if not info.requires_grad)
         self.handlers = [make_output_handler(info, metadata, True) for info in infos]
-        bases = range(self.n_outputs, self.n_outputs + metadata.num_intermediate_bases)
-        self.tangent_outputs = (
-            *(i for i, info in enumerate(infos) if _has_tangent(info)),
-            *bases,
-        )
+        self.tangent_outputs = tangent_outputs(metadata)
 
     def part(self, graphs: SplitGraphs, absent: frozenset[int]) -> PartialBackward:
         """Returns the backward half of ``graphs`` where some tangents do not arrive; built when first needed."""
@@ -80,10 +100,6 @@ class StepFunction:
         with torch.enable_grad():
             inputs = list(flat_inputs)
             return [handle(inputs, results, out) for handle, out in zip(self.handlers, results, strict=False)]
-
-
-def _has_tangent(info: Any) -> bool:
-    return info.output_type in _DIFFERENTIABLE and issubclass(info.raw_type, Tensor) and info.requires_grad_for_backward
 
 
 def gradient_tangents(joint: JointGraph) -> tuple[frozenset[int], ...]:
@@ -129,15 +145,19 @@ class _Step(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise BackwardError(TWICE_DIFFERENTIATED)
         step: StepFunction = ctx.step
+        arrived = [output_gradients[i] for i in step.tangent_outputs]
+        present = frozenset(i for i, tangent in enumerate(arrived) if tangent is not None)
+        if step.enter is not None and ctx.entered is not None and present:
+            ctx.entered.begins(present)
+        if present & step.absent:
+            raise BackwardError(UNEXPECTED.format(outputs=[step.tangent_outputs[k] for k in present & step.absent]))
         if not torch._C._autograd._get_current_graph_task_keep_graph():  # noqa: SLF001 (no public name)
             ctx.entered = None
-        arrived = [output_gradients[i] for i in step.tangent_outputs]
-        present = {i for i, tangent in enumerate(arrived) if tangent is not None}
         if not present:
             return (None, *(None for _ in step.gradient_tangents))
         arguments: list[Tensor | None] = list(_take_saved(ctx))
         arguments += [_tangent(t, like) for t, like in zip(arrived, step.tangent_values, strict=True)]
-        absent = frozenset(range(len(arrived))) - present
+        absent = frozenset(range(len(arrived))) - present - step.absent
         del arrived
         backward = ctx.graphs.backward
         if absent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,7 @@ def problem_of(
     choices: CodecChoices,
     errors: Mapping[tuple[int, str], float],
     resident_bytes: int,
+    absent: AbstractSet[int] = frozenset(),
 ) -> Problem:
     """Builds the planning problem of ``layout`` with ``profile``'s costs.
 
@@ -47,8 +49,10 @@ def problem_of(
         choices: codecs offered per storage.
         errors: relative gradient error of each (storage, lossy codec).
         resident_bytes: everything that is alive through the whole step.
+        absent: positions of the tangents that do not arrive.
     """
-    tangents = (n for n, r in zip(joint.placeholders, joint.inputs, strict=True) if r.kind is InputKind.TANGENT)
+    tangents = [n for n, r in zip(joint.placeholders, joint.inputs, strict=True) if r.kind is InputKind.TANGENT]
+    arriving = (n for k, n in enumerate(tangents) if k not in absent)
     forward, backward = _ops(layout, profile)
     return Problem(
         tensors=_tensors(layout, profile, choices, errors),
@@ -58,7 +62,7 @@ def problem_of(
         mutations=layout.mutations,
         gradients=layout.gradients,
         resident_bytes=resident_bytes,
-        tangent_bytes=sum(n.meta["val"].untyped_storage().nbytes() for n in tangents),
+        tangent_bytes=sum(n.meta["val"].untyped_storage().nbytes() for n in arriving),
     )
 
 

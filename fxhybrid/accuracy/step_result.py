@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from fxhybrid.capture.output_structure import output_tensors
 from fxhybrid.capture.python_state import unchanged_python_state
 
 REENTRANT = "CheckpointFunctionBackward"
@@ -57,17 +57,32 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def observe_step(
-    run: Callable[[], Any], model: nn.Module, *, has_loss: bool, changed: Iterable[Tensor] = (), seed: int = 0
+    run: Callable[[], Any],
+    model: nn.Module,
+    *,
+    has_loss: bool,
+    weighed: Collection[int] | None = None,
+    changed: Iterable[Tensor] = (),
+    seed: int = 0,
 ) -> StepResult:
     """Runs a step at a fixed seed; model, gradients, generator and ``changed`` tensors stay as they were.
 
     Without a loss, the outputs are weighted with fixed random numbers to get a scalar.
+
+    Args:
+        run: does the forward pass.
+        model: the user's.
+        has_loss: whether the first output is the loss.
+        weighed: positions of the outputs that are weighted; None for all.
+        changed: tensors that the step writes to.
+        seed: of the generator.
     """
     with _restored([*model.buffers(), *changed]), unchanged_python_state(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         result = run()
         outputs = list(output_tensors(result))
-        scalar = outputs[0] if has_loss else _weighted_sum(outputs)
+        chosen = outputs if weighed is None else [t for i, t in enumerate(outputs) if i in weighed]
+        scalar = outputs[0] if has_loss else _weighted_sum(chosen)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         parameters = [p for _, p in named]
         gradients = _gradients(scalar, parameters)
@@ -120,15 +135,6 @@ def _without_gradients(leaves: Iterable[Tensor]) -> Iterator[None]:
             leaf.grad = gradient
             if hooks:
                 leaf._post_accumulate_grad_hooks.update(hooks)
-
-
-def output_tensors(output: Any, _within: tuple[int, ...] = ()) -> Iterator[Tensor]:
-    """Yields the tensors of a model's output in order: containers, dataclasses and plain objects are looked into."""
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in _within:
-            yield from output_tensors(list(vars(leaf).values()), (*_within, id(leaf)))
 
 
 def _weighted_sum(outputs: list[Tensor]) -> Tensor:

@@ -58,7 +58,9 @@ class Verifier:
             InvalidArgument: the loss is no scalar.
         """
         captured = self.prepared.capture
-        function = captured.bind(StepFunction(graphs, self.prepared.joint, captured.metadata))
+        function = captured.bind(
+            StepFunction(graphs, self.prepared.traced.joint, captured.metadata, absent=self.prepared.expected.absent)
+        )
         return self._observe(lambda: function(self.step, *self.call))
 
     def run_eager(self) -> StepResult:
@@ -68,7 +70,11 @@ class Verifier:
     def _observe(self, run: Callable[[], Any]) -> StepResult:
         step = self.step
         return observe_step(
-            lambda: step.check_result(run()), step.model, has_loss=step.loss_fn is not None, changed=self._changed()
+            lambda: step.check_result(run()),
+            step.model,
+            has_loss=step.loss_fn is not None,
+            weighed=self.prepared.weighed,
+            changed=self._changed(),
         )
 
     def _changed(self) -> list[Tensor]:

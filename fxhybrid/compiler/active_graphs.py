@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxhybrid.capture.joint_graph import JointGraph
+from fxhybrid.compiler.backward_watch import BackwardWatch
 from fxhybrid.compiler.call_state import CallState
+from fxhybrid.compiler.observed_backward import ObservedBackward
 from fxhybrid.compiler.pending_calls import PlannedCall, plan_bytes
 from fxhybrid.compiler.planning_state import PlanningState, choose, describe
 from fxhybrid.ir.plan import Actions, Plan
@@ -39,7 +41,9 @@ class ActiveGraph:
     call: Callable[..., Any]
 
 
-def build_active(state: PlanningState, call: CallState, built: Iterable[ActiveGraph] = ()) -> ActiveGraph:
+def build_active(
+    state: PlanningState, call: CallState, observed: ObservedBackward, built: Iterable[ActiveGraph] = ()
+) -> ActiveGraph:
     """Chooses a known plan for a state of the call, and builds its graphs unless they are among the ``built`` ones.
 
     Raises:
@@ -49,9 +53,16 @@ def build_active(state: PlanningState, call: CallState, built: Iterable[ActiveGr
     actions = known.point.actions
     twin = next((graph for graph in built if graph.actions == actions), None)
     joint, graphs = (twin.joint, twin.function.graphs) if twin else build_graphs(state.prepared, actions)
-    captured = state.prepared.capture
+    prepared, captured = state.prepared, state.prepared.capture
     planned = _planned_call(state, call, actions)
-    function = StepFunction(graphs, state.prepared.joint, captured.metadata, planned.opened if planned else None)
+    watch = BackwardWatch(prepared, actions, planned, observed, state.extra_bytes(call)) if planned else None
+    function = StepFunction(
+        graphs,
+        prepared.traced.joint,
+        captured.metadata,
+        absent=prepared.expected.absent,
+        enter=watch.opened if watch else None,
+    )
     return ActiveGraph(describe(state, known, call), actions, joint, function, captured.bind(function))
 
 
@@ -91,13 +102,13 @@ class ActiveGraphs:
             self.active[call] = graph
         return graph
 
-    def build(self, state: PlanningState, call: CallState) -> ActiveGraph:
+    def build(self, state: PlanningState, call: CallState, observed: ObservedBackward) -> ActiveGraph:
         """Builds the graphs for a state of the call; those of the state used longest ago may be dropped.
 
         Raises:
             BudgetError: no known plan fits in this state of the call.
         """
-        graph = build_active(state, call, self.active.values())
+        graph = build_active(state, call, observed, self.active.values())
         while len(self.active) >= MAX_STATES:
             del self.active[next(iter(self.active))]
         self.active[call] = graph

@@ -22,8 +22,8 @@ def named_actions(problem: Problem, actions: Actions) -> dict[str, Action]:
     return {problem.tensors[t].name: actions[t] for t in sorted(actions) if t in candidates}
 
 
-def bind_actions(plan: Plan, problem: Problem, fingerprint: str) -> dict[int, Action]:
-    """Binds the actions of a plan from another capture to the tensors of ``problem``.
+def check_origin(plan: Plan, fingerprint: str) -> None:
+    """Refuses a plan that was not made for this graph, here.
 
     Raises:
         PlanMismatchError: another graph, other shapes or other versions.
@@ -36,6 +36,15 @@ def bind_actions(plan: Plan, problem: Problem, fingerprint: str) -> dict[int, Ac
     here = versions()
     if dict(plan.versions) != here:
         raise PlanMismatchError(f"the plan was made with {dict(plan.versions)}, here are {here}; plan again")
+
+
+def bind_actions(plan: Plan, problem: Problem, fingerprint: str) -> dict[int, Action]:
+    """Binds the actions of a plan from another capture to the tensors of ``problem``.
+
+    Raises:
+        PlanMismatchError: another graph, other shapes or other versions.
+    """
+    check_origin(plan, fingerprint)
     unknown = [name for name in plan.actions if name not in problem.index]
     if unknown:
         raise PlanMismatchError(f"the plan names tensors that this graph does not have: {unknown[:3]}")

@@ -14,20 +14,22 @@ from fxhybrid.accuracy.replan_loop import MeasuredErrors, ReplanResult, replan_w
 from fxhybrid.accuracy.verifier import CaptureCheck, Reference, check_capture, memory_shortage, reference
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.compiler.call_state import FRESH, CallState
+from fxhybrid.compiler.observed_backward import first_expected
 from fxhybrid.compiler.pending_calls import plan_bytes
-from fxhybrid.compiler.plan_transfer import bind_actions, named_actions, simulate_transferred, versions
+from fxhybrid.compiler.plan_transfer import bind_actions, check_origin, named_actions, simulate_transferred, versions
 from fxhybrid.compiler.planner import PlanMaker, error_target, plans_to_validate
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
 from fxhybrid.ir.plan import GradientError, Plan
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
 from fxhybrid.passes.build_problem import CodecChoices
+from fxhybrid.passes.expected_backward import ExpectedBackward
 from fxhybrid.passes.split import SplitGraphs
-from fxhybrid.pipeline import Prepared, prepare
+from fxhybrid.pipeline import Prepared, Traced, prepare_traced, trace
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.portfolio.extend_plans import ensure, polish_for
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, forget, plans_of
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, forget, join, plans_of, simulated
 from fxhybrid.solvers.portfolio.solvers import Portfolio
 from fxhybrid.units import format_bytes
 
@@ -67,6 +69,11 @@ class PlanningState:
         """The smallest peak, with fresh gradients, for which a plan is known."""
         return self.plans.smallest.peak_bytes
 
+    @property
+    def is_given(self) -> bool:
+        """Whether a plan is carried out that came from elsewhere."""
+        return self.adopted is not None or self.plans.fixed
+
     def extra_bytes(self, call: CallState) -> int:
         """Returns what is alive beside the plan's own step: pending calls, and older gradients beside the new set."""
         return call.pending_bytes + (self.gradient_bytes if call.accumulating else 0)
@@ -88,7 +95,9 @@ def plan_signature(
         PlanMismatchError: ``transferred`` was made for another graph or version.
         CaptureError: the step cannot be traced, or the trace computes something else.
     """
-    prepared = prepare(step, call, options)
+    traced = trace(step, call, options)
+    expected = expected_by(traced, transferred) if transferred else first_expected(traced)
+    prepared = prepare_traced(traced, expected)
     if transferred is not None:
         prepared = prepared.offering(bind_actions(transferred, prepared.problem, prepared.fingerprint))
     save_all_bytes = simulate_actions(prepared.problem, {}).peak_bytes
@@ -117,6 +126,68 @@ def plan_signature(
         model=ref(step.model),
     )
     return search(state, FRESH)
+
+
+def expected_by(traced: Traced, plan: Plan) -> ExpectedBackward:
+    """Returns the backward pass that a plan was made for.
+
+    Raises:
+        PlanMismatchError: it was made for another graph or version.
+    """
+    check_origin(plan, traced.fingerprint)
+    return traced.expected(plan.without_gradient, plan.dropped)
+
+
+def with_drops(state: PlanningState, dropped: frozenset[int]) -> PlanningState:
+    """Plans for a caller that drops other outputs; gradients, and so their errors, stay what they were."""
+    prepared = state.prepared.expecting_drops(dropped)
+    old = state.plans
+    plans = plans_of(prepared.problem, max_error=old.max_error)
+    plans = replace(
+        plans,
+        plans=tuple(replace(p, point=simulated(prepared.problem, p.point.actions)) for p in old.plans),
+        fallback=tuple(replace(p, point=simulated(prepared.problem, p.point.actions)) for p in old.fallback),
+        fixed=old.fixed,
+    )
+    cheapest = plans.cheapest(state.budget_bytes)
+    if not plans.fixed and (cheapest is None or cheapest.point.overhead_s > 0):
+        plans = join(PlanMaker(state.options, state.budget_bytes)(prepared.problem), plans)
+    return replace(
+        state,
+        prepared=prepared,
+        plans=plans,
+        save_all_bytes=simulate_actions(prepared.problem, {}).peak_bytes,
+        adopted=None,
+    )
+
+
+def plan_expected(state: PlanningState, expected: ExpectedBackward, step: Step, call: StepCall | None) -> PlanningState:
+    """Plans the same signature for a backward pass in which other tangents arrive.
+
+    Args:
+        state: for any expected backward pass.
+        expected: the other one.
+        step: model and loss.
+        call: a batch on which gradient errors are measured, and the captured graph is compared with eager; None, or
+            where memory does not allow it, for estimates.
+
+    Raises:
+        CaptureError: the captured graph computes something else than the model.
+    """
+    prepared = prepare_traced(state.prepared.traced, expected)
+    save_all_bytes = simulate_actions(prepared.problem, {}).peak_bytes
+    compared = None if call is None or memory_shortage(save_all_bytes) else reference(prepared, step, call.detached())
+    result = _plan(prepared, compared, state.options, state.budget_bytes)
+    return replace(
+        state,
+        prepared=result.prepared,
+        initial_choices=prepared.choices,
+        plans=result.plans,
+        errors=result.errors,
+        save_all_bytes=save_all_bytes,
+        capture_check=check_capture(compared) if compared else state.capture_check,
+        adopted=None,
+    )
 
 
 def recalibrate(state: PlanningState, step: Step, call: StepCall) -> PlanningState:
@@ -239,6 +310,8 @@ def describe(state: PlanningState, known: KnownPlan, call: CallState) -> Plan:
         graph_fingerprint=state.prepared.fingerprint,
         versions=versions(),
         device=state.prepared.profile.device,
+        without_gradient=state.prepared.without_gradient,
+        dropped=tuple(sorted(state.prepared.expected.dropped)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ class SignatureReport:
         capture_check: how the captured graph compares with eager.
         accumulating: whether a plan fits while gradients of an earlier backward pass exist, in words.
         loss: whether the loss is planned too, and what counts where it is not, in words.
+        backward: for which outputs gradients are planned, and which ones are to be dropped before, in words.
         tolerance_value: what a higher error tolerance would save; None if it was not asked for.
         error_pairs: gradient errors that were both predicted and measured: of groups of tensors and of plans.
     """
@@ -42,6 +43,7 @@ class SignatureReport:
     capture_check: str
     accumulating: str
     loss: str
+    backward: str
     tolerance_value: ToleranceValue | None = None
     error_pairs: tuple[ErrorPair, ...] = ()
 
@@ -97,6 +99,7 @@ def _rows(report: SignatureReport) -> dict[str, str]:
         "captured graph": report.capture_check,
         "accumulating": report.accumulating,
         "loss": report.loss,
+        "backward pass": report.backward,
         **({} if tolerance is None else {f"{tolerance.more_error:g} more error": str(tolerance)}),
     }
 
@@ -122,6 +125,7 @@ def _report(signature: Signature, more_error: float | None) -> SignatureReport:
         state.capture_check.note,
         _accumulating_note(state),
         _loss_note(active, state),
+        _backward_note(state),
         tolerance_value(state, active.plan, more_error) if more_error else None,
         state.errors.pairs,
     )
@@ -137,7 +141,9 @@ def _accumulating_note(state: PlanningState) -> str:
 
 def _loss_note(active: ActiveGraph, state: PlanningState) -> str:
     """Says what the plan counts of the loss: all of it, or only the outputs and their gradients."""
-    if state.options.loss_fn is not None or all(value.numel() == 1 for value in active.function.tangent_values):
+    absent = state.prepared.expected.absent
+    arriving = [value for k, value in enumerate(active.function.tangent_values) if k not in absent]
+    if state.options.loss_fn is not None or all(value.numel() == 1 for value in arriving):
         return "planned with the model"
     problem = state.prepared.problem
     outputs = sum(problem.tensors[t].size_bytes for t in problem.outputs)
@@ -145,3 +151,19 @@ def _loss_note(active: ActiveGraph, state: PlanningState) -> str:
         f"computed outside: its bytes are outside the promise. Inside are outputs ({format_bytes(outputs)}) and their "
         f"gradients ({format_bytes(problem.tangent_bytes)}). Pass loss_fn to compile to plan the loss, too"
     )
+
+
+def _backward_note(state: PlanningState) -> str:
+    """Says for which outputs gradients are planned, and which outputs are to be dropped before."""
+    prepared = state.prepared
+    without, dropped = prepared.without_gradient, sorted(prepared.expected.dropped)
+    if not prepared.traced.tangents or not (without or dropped):
+        return "gradients arrive for all outputs, which are held until then"
+    arriving = sorted(set(prepared.traced.tangents).difference(without))
+    note = f"gradients arrive for outputs {_numbers(arriving)} of the call"
+    note += f", not for {_numbers(without)}" if without else ""
+    return note + (f"; outputs {_numbers(dropped)} are dropped before it begins" if dropped else "")
+
+
+def _numbers(positions: Iterable[int]) -> str:
+    return ", ".join(map(str, positions))

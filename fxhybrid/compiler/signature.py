@@ -1,13 +1,18 @@
-"""One planned call signature: its planning state, and the graphs that run."""
+"""One planned call signature: its planning state, and the graphs that run, for the backward pass that is expected."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
 from fxhybrid.compiler.call_state import FRESH, CallState
-from fxhybrid.compiler.planning_state import PlanningState, search
+from fxhybrid.compiler.observed_backward import ObservedBackward
+from fxhybrid.compiler.planning_state import PlanningState, extend, plan_expected, search, set_budget, with_drops
+from fxhybrid.errors import BudgetError
+from fxhybrid.passes.expected_backward import ExpectedBackward
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,12 +20,16 @@ class Signature:
     """Joins a planning state and the graphs built for it.
 
     Attributes:
-        state: what is known.
-        graphs: what was built.
+        state: what is known, for one expected backward pass.
+        graphs: what was built for it.
+        observed: what backward passes showed; changes as they run.
+        others: states and graphs for other backward passes that were expected before.
     """
 
     state: PlanningState
     graphs: ActiveGraphs = field(default_factory=ActiveGraphs)
+    observed: ObservedBackward = field(default_factory=ObservedBackward)
+    others: Mapping[ExpectedBackward, tuple[PlanningState, ActiveGraphs]] = field(default_factory=dict)
 
     def holds(self, step: Step, call: StepCall) -> bool:
         """Says whether the capture is valid for a call."""
@@ -39,4 +48,71 @@ class Signature:
         Raises:
             BudgetError: no known plan fits in this state of the call.
         """
-        return self.graphs.find(call) or self.graphs.build(self.state, call)
+        return self.graphs.find(call) or self.graphs.build(self.state, call, self.observed)
+
+    def ready(self) -> Signature:
+        """Returns the signature with graphs for fresh gradients.
+
+        Raises:
+            BudgetError: no known plan fits.
+        """
+        self.active()
+        return self
+
+    def outlooks(self) -> list[ExpectedBackward]:
+        """Returns the backward passes to plan for, each where the budget has no room for those before it."""
+        prepared, arrived = self.state.prepared, self.observed.arrived
+        now = prepared.expected
+        if self.state.is_given and now.absent <= prepared.traced.without(arrived):
+            return [now]
+        return self.observed.outlooks(prepared.traced, now, self._is_free)
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether the plan for fresh gradients adds no time."""
+        graph = self.graphs.active.get(FRESH)
+        return graph is not None and graph.plan.added_s == 0
+
+    def expecting(self, expected: ExpectedBackward, step: Step, call: StepCall | None = None) -> Signature:
+        """Returns the signature planned for an expected backward pass.
+
+        Args:
+            expected: the backward pass.
+            step: model and loss.
+            call: a batch to measure gradient errors on; None to estimate them.
+        """
+        now = self.state.prepared.expected
+        if expected == now:
+            return self
+        others = {**self.others, now: (self.state, self.graphs)}
+        known = others.pop(expected, None)
+        if known is not None:
+            state, graphs = known
+            if state.budget_bytes != self.state.budget_bytes:
+                state, graphs = replace(state, budget_bytes=self.state.budget_bytes, adopted=None), graphs.for_budget()
+        else:
+            graphs = ActiveGraphs()
+            drops_only = expected.absent == now.absent
+            state = (
+                with_drops(self.state, expected.dropped)
+                if drops_only
+                else plan_expected(self.state, expected, step, call)
+            )
+        return replace(self, state=state, graphs=graphs, others=others)
+
+    def with_budget(self, budget_bytes: int, step: Step) -> Signature:
+        """Returns the signature planned for another budget.
+
+        Raises:
+            BudgetError: no known plan fits.
+        """
+        outlooks = self.outlooks()
+        for expected in outlooks[:-1]:
+            with contextlib.suppress(BudgetError):
+                return _for_budget(self.expecting(expected, step), budget_bytes)
+        return _for_budget(self.expecting(outlooks[-1], step), budget_bytes)
+
+
+def _for_budget(signature: Signature, budget_bytes: int) -> Signature:
+    state = set_budget(extend(signature.state, budget_bytes), budget_bytes)
+    return replace(signature, state=state, graphs=signature.graphs.for_budget())

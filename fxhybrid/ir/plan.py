@@ -14,6 +14,7 @@ from fxhybrid.ir.json_text import from_json, to_json
 from fxhybrid.units import format_bytes
 
 PLAN_FORMAT = 1
+OUTPUT_FIELDS = ("without_gradient", "dropped")  # left out of the JSON form where they are empty
 LEAST_STEP_S = 1e-12  # where a step takes no time at all
 GAP_FLOOR_SHARE = 1e-3  # of the step: added seconds below that count as that in the gap
 
@@ -90,6 +91,8 @@ class Plan:
         graph_fingerprint: hash of the graph's structure, shapes and types.
         versions: fxhybrid and torch versions that it was made with.
         device: what the profile was taken on.
+        without_gradient: positions of the graph's outputs that are planned to get no gradient.
+        dropped: positions of those that the caller is planned to drop before the backward pass begins.
     """
 
     budget_bytes: int
@@ -105,6 +108,8 @@ class Plan:
     graph_fingerprint: str
     versions: Mapping[str, str]
     device: str
+    without_gradient: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -119,10 +124,17 @@ class Plan:
             counts[kind] = counts.get(kind, 0) + 1
         return dict(sorted(counts.items()))
 
+    def _backward_lines(self) -> list[tuple[str, str]]:
+        named = (("without gradient", self.without_gradient), ("dropped", self.dropped))
+        return [(name, f"outputs {', '.join(map(str, outputs))}") for name, outputs in named if outputs]
+
     def to_json(self) -> str:
         """Writes this plan as JSON text."""
         raw = dataclasses.asdict(dataclasses.replace(self, actions={}))
         raw["actions"] = {name: str(action) for name, action in self.actions.items()}
+        for name in OUTPUT_FIELDS:
+            if not raw[name]:
+                del raw[name]
         return to_json(raw, version=PLAN_FORMAT)
 
     @classmethod
@@ -136,6 +148,7 @@ class Plan:
         def build(raw: dict[str, Any]) -> Plan:
             raw["gradient_error"] = GradientError(**raw["gradient_error"])
             raw["actions"] = {name: parse_action(action) for name, action in raw["actions"].items()}
+            raw |= {name: tuple(raw[name]) for name in OUTPUT_FIELDS if name in raw}
             return cls(**raw)
 
         message = "this is not a plan written by fxhybrid (or it is cut off); make one with fxhybrid.plan"
@@ -157,6 +170,7 @@ class Plan:
             ("added time", f"{self.added_s * 1e3:.2f} ms on {self.step_s * 1e3:.1f} ms"),
             ("status", f"{self.status} ({self.solver}, gap {self.gap:.1%}, {self.solve_s:.2f} s)"),
             ("gradient error", str(self.gradient_error)),
+            *self._backward_lines(),
             *((kind, f"{count} tensors") for kind, count in self.counts().items()),
         ]
         width = max(len(name) for name, _ in lines)

@@ -65,7 +65,7 @@ class Problem:
         forward: forward ops in the order in which they run.
         backward: backward ops in the order in which they run.
         outputs: tensors that the caller holds from the end of forward to the end of backward.
-        mutations: tensors that live to the end of forward, where they are copied into buffers.
+        mutations: tensors that live to the end of forward, where they are copied into buffers or the caller drops them.
         gradients: tensors that live to the end of backward.
         resident_bytes: parameters, buffers, inputs, optimizer state, and what the user keeps free.
         tangent_bytes: gradients of the outputs, alive through the whole backward pass.
@@ -146,6 +146,12 @@ class Problem:
         return frozenset(i for i, op in enumerate(self.forward) if op.recomputable and i not in required)
 
     @cached_property
+    def unneeded(self) -> frozenset[int]:
+        """Forward ops that run in no plan: they only served branches of the backward pass that are left out."""
+        needed = ancestors(self.dependencies, ((TENSOR, t) for t in self.backward_reads))
+        return self.deferrable.difference(i for kind, i in needed if kind == FORWARD)
+
+    @cached_property
     def fused_masks(self) -> frozenset[int]:
         """Forward ops that make a mask which, unless kept, its reader does without."""
         return frozenset(op.fusion.op for op in self.backward if op.fusion)
@@ -162,7 +168,7 @@ class Problem:
     @cached_property
     def step_s(self) -> float:
         """Seconds of the save-all step; masks are fused into their readers then."""
-        ops = [op for i, op in enumerate(self.forward) if i not in self.fused_masks]
+        ops = [op for i, op in enumerate(self.forward) if i not in self.fused_masks | self.unneeded]
         return math.fsum(op.seconds for op in [*ops, *self.backward])
 
     def top_bytes(self, op: Op) -> int:

@@ -1,0 +1,157 @@
+"""What a call of a hybrid module is told when its backward pass begins, and compares with what was planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fxhybrid.compiler.observed_backward import ObservedBackward
+from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall
+from fxhybrid.errors import BackwardError, BudgetError
+from fxhybrid.ir.plan import Actions
+from fxhybrid.ir.schedule import lower
+from fxhybrid.ir.simulator import simulate
+from fxhybrid.pipeline import Prepared
+from fxhybrid.units import format_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardWatch:
+    """Holds what calls by one plan expect of their backward pass.
+
+    Attributes:
+        prepared: the signature, with the expected backward pass.
+        actions: of the plan.
+        planned: what is known of all calls by it.
+        observed: what backward passes of the signature showed.
+        extra_bytes: what is alive beside the plan's own step.
+    """
+
+    prepared: Prepared
+    actions: Actions
+    planned: PlannedCall
+    observed: ObservedBackward
+    extra_bytes: int
+
+    def backward_bytes(self, held: frozenset[int]) -> int:
+        """Computes the peak of the backward half where outputs are held that were to be dropped."""
+        prepared = self.prepared
+        schedule = lower(prepared.problem, self.actions)
+        as_held = prepared.expecting_drops(prepared.expected.dropped - held).problem
+        during = simulate(as_held, schedule).during_bytes[schedule.n_forward :]
+        return int(during.max(initial=0)) + self.extra_bytes
+
+    def opened(self, saved: Sequence[Tensor], outputs: Sequence[Any], inputs: Iterable[Tensor]) -> OpenedCall:
+        """Enters a call whose forward pass is over."""
+        droppable = self.prepared.traced.droppable(self.prepared.expected.absent)
+        watched = {i: _Watched.of(t, saved) for i, t in enumerate(outputs) if i in droppable and isinstance(t, Tensor)}
+        return OpenedCall(self, self.planned.opened(saved, outputs, inputs), watched)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedCall:
+    """Stands for a call whose backward pass has not begun; holds no tensor.
+
+    Attributes:
+        watch: what is expected.
+        pending: its entry among the pending calls.
+        watched: the outputs that are expected to get no gradient, by position.
+    """
+
+    watch: BackwardWatch
+    pending: PendingCall
+    watched: Mapping[int, _Watched]
+
+    def begins(self, present: frozenset[int]) -> None:
+        """Compares the backward pass that begins with the plan.
+
+        Args:
+            present: positions of the tangents that arrive.
+
+        Raises:
+            BackwardError: the forward pass stored nothing for one of them.
+            BudgetError: outputs are held that were to be dropped, and the budget has no room for them.
+        """
+        expected = self.watch.prepared.expected
+        held = {i: output for i, output in self.watched.items() if output.is_held}
+        self.watch.observed.note(present, held)
+        if present & expected.absent:
+            raise _unexpected_tangents(self.watch.prepared, present & expected.absent)
+        self._check_room({i: output for i, output in held.items() if i in expected.dropped})
+
+    def _check_room(self, held: Mapping[int, _Watched]) -> None:
+        if not held:
+            return
+        planned = self.watch.planned
+        needed = self.watch.backward_bytes(frozenset(held))
+        if needed <= planned.budget_bytes:
+            return
+        more = sum({output.reference.cdata: output.n_bytes for output in held.values()}.values())
+        names = ", ".join(map(str, sorted(held)))
+        raise BudgetError(
+            f"the budget of {planned.budget_bytes} bytes ({format_bytes(planned.budget_bytes)}) cannot be met for this "
+            f"backward pass: outputs {names} of the call ({more} bytes, {format_bytes(more)}), without a gradient, are "
+            f"still held, and with them the step takes {needed} bytes ({format_bytes(needed)}). Keep what the loss "
+            "needs, as in loss = model(...).loss, and let go of the other outputs before loss.backward(); or raise the "
+            "budget. No gradient has been computed yet",
+            budget_bytes=planned.budget_bytes,
+            minimum_bytes=needed,
+            minimum_lower_bound_bytes=planned.least.backward_bytes,
+            holder="outputs without a gradient",
+        )
+
+
+def _unexpected_tangents(prepared: Prepared, tangents: Iterable[int]) -> BackwardError:
+    outputs = sorted(i for i, tangent in prepared.traced.tangents.items() if tangent in tangents)
+    names = ", ".join(map(str, outputs))
+    return BackwardError(
+        f"gradients arrive for outputs {names} of the call, which got none before: the forward pass did not store what "
+        "they need. From now on they are planned for: zero the gradients and run the step again"
+    )
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """Refers to the storage of an output, without holding it.
+
+    Attributes:
+        reference: to the storage.
+        n_bytes: its size.
+        n_saved: how many of the tensors that are saved for the backward pass lie in it.
+    """
+
+    reference: StorageWeakRef
+    n_bytes: int
+    n_saved: int
+
+    @classmethod
+    def of(cls, output: Tensor, saved: Iterable[Tensor]) -> _Watched:
+        storage = output.untyped_storage()
+        n_saved = sum(t.untyped_storage()._cdata == storage._cdata for t in saved)
+        return cls(StorageWeakRef(storage), storage.nbytes(), n_saved)  # type: ignore[no-untyped-call]
+
+    @property
+    def is_held(self) -> bool:
+        """Whether anybody but the step itself holds it."""
+        if self.reference.expired():  # type: ignore[no-untyped-call]
+            return False
+        return _uses(self.reference) > self.n_saved + _PYTHON_USES
+
+
+def _uses(reference: StorageWeakRef) -> int:
+    """Counts who holds a storage: tensors, and its own Python object."""
+    return int(torch._C._storage_Use_Count(reference.cdata))  # noqa: SLF001 (no public name)
+
+
+def _python_uses() -> int:
+    """Counts what a storage's own Python object adds to its uses."""
+    tensor = torch.empty(1)
+    return _uses(StorageWeakRef(tensor.untyped_storage())) - 1  # type: ignore[no-untyped-call]
+
+
+_PYTHON_USES = _python_uses()

@@ -1,0 +1,70 @@
+"""What the backward passes of a signature showed so far: which output gradients arrive, which outputs are held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fxhybrid.passes.expected_backward import ExpectedBackward
+from fxhybrid.pipeline import Traced
+
+PATIENCE = 8  # backward passes after which what none of them showed is no longer planned for
+
+
+class ObservedBackward:
+    """Collects what backward passes of one signature showed; planning reads it before the next call.
+
+    Both sets only grow: a tangent that arrived once is planned for from then on, so that no loop in which losses take
+    turns is planned again and again.
+
+    Attributes:
+        count: how many backward passes began.
+        arrived: positions of the tangents that arrived.
+        held: positions of the outputs without a gradient that the caller still held when one began.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.arrived: frozenset[int] = frozenset()
+        self.held: frozenset[int] = frozenset()
+
+    def note(self, present: Iterable[int], held: Iterable[int]) -> None:
+        """Notes a backward pass that begins."""
+        self.count += 1
+        self.arrived = self.arrived.union(present)
+        self.held = self.held.union(held)
+
+    def outlooks(self, traced: Traced, now: ExpectedBackward, is_free: bool) -> list[ExpectedBackward]:
+        """Returns the backward passes to plan for, each where the budget has no room for those before it.
+
+        The last one relies on the caller to drop all outputs without a gradient; where they are held when the backward
+        pass begins, that is an error then.
+
+        Args:
+            traced: the signature.
+            now: what is planned for at present.
+            is_free: whether the present plan adds no time: then there is nothing to win by fewer gradients.
+        """
+        if not self.count:
+            return list(dict.fromkeys([now, ExpectedBackward(now.absent, traced.droppable(now.absent))]))
+        shown = traced.without(self.arrived)
+        cautious = now.absent & shown
+        certain = self.count >= PATIENCE
+        absent = shown if certain and not is_free else cautious
+        dropped = traced.droppable(absent) - self.held
+        if not (certain or is_free):  # a plan without added time has room for outputs that are held after all
+            dropped &= now.dropped
+        return list(
+            dict.fromkeys(
+                [
+                    ExpectedBackward(absent, dropped),
+                    ExpectedBackward(shown, traced.droppable(shown) - self.held),
+                    ExpectedBackward(shown, traced.droppable(shown)),
+                ]
+            )
+        )
+
+
+def first_expected(traced: Traced) -> ExpectedBackward:
+    """Returns what the first backward pass of a signature is expected to be like."""
+    tangent = traced.tangents.get(traced.structure.loss) if traced.structure.loss is not None else None
+    return ExpectedBackward() if tangent is None else ExpectedBackward(traced.without([tangent]))
