@@ -60,7 +60,7 @@ def kernel_norms() -> Iterator[None]:
     """
     # A Python decomposition would come first, unless torch takes it that the operator has a meta function.
     ours = dict.fromkeys(_NORMS, _norm)
-    with _entries(fake_impls.op_implementations_dict, ours | FAKES), _entries(meta_table, ours):
+    with replaced_entries(fake_impls.op_implementations_dict, ours | FAKES), replaced_entries(meta_table, ours):
         yield
 
 
@@ -91,7 +91,7 @@ def _has_larger_storage(value: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _entries(table: dict[Any, Any], entries: Mapping[Any, Any]) -> Iterator[None]:
+def replaced_entries(table: dict[Any, Any], entries: Mapping[Any, Any]) -> Iterator[None]:
     """Puts ``entries`` into ``table`` for a while; None leaves an operator out."""
     before = {op: table.pop(op, None) for op in entries}
     table.update({op: entry for op, entry in entries.items() if entry is not None})
@@ -106,9 +106,9 @@ def _entries(table: dict[Any, Any], entries: Mapping[Any, Any]) -> Iterator[None
 
 def _norm(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
     """Computes the fake outputs of a norm, or of its backward pass, as the CPU kernels lay them out."""
-    own = _entries(fake_impls.op_implementations_dict, {op: _TORCHS_OWN[op]})
+    own = replaced_entries(fake_impls.op_implementations_dict, {op: _TORCHS_OWN[op]})
     with fake_mode:
-        with own, _entries(meta_table, {op: None}):
+        with own, replaced_entries(meta_table, {op: None}):
             outputs: Sequence[Tensor | None] = op(*args, **kwargs)
         x = args[1] if op in _BACKWARD else args[0]
         if x.device.type != "cpu":

@@ -17,6 +17,7 @@ from torch.distributions import Distribution, kl
 
 from fxhybrid.capture.fake_tensor_fixes import kernel_norms, own_fake_tensors
 from fxhybrid.capture.intermediate_leaves import intermediate_leaves
+from fxhybrid.capture.kernel_layouts import kernel_layouts
 from fxhybrid.capture.native_operators import native_operators
 from fxhybrid.ops.cumulative_batch_norm import traceable_batch_norm
 
@@ -39,7 +40,7 @@ def tracing_settings() -> Iterator[None]:
     inductor: Any = torch._inductor.config.patch(fallback_random=True)
     aot: Any = torch._functorch.config.patch(backward_pass_autocast="off")
     values = (without_value_checks(), kernel_norms(), own_fake_tensors())
-    code = (native_operators(), traceable_batch_norm(), traceable_observers(), intermediate_leaves())
+    code = (native_operators(), kernel_layouts(), traceable_batch_norm(), traceable_observers(), intermediate_leaves())
     with contextlib.ExitStack() as stack:
         for setting in (dynamo, inductor, aot, set_enable_dynamic(False), *values, *code):
             stack.enter_context(setting)

@@ -1,0 +1,88 @@
+"""Strides of results where torch's CPU kernels lay them out in another way than its fake tensors say.
+
+``reshape`` decides by strides between a view and a copy: a wrong one is a view that no kernel takes, or other rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import meta_table
+from torch._prims_common import suggest_memory_format
+from torch._subclasses import fake_impls
+
+from fxhybrid.capture.fake_tensor_fixes import replaced_entries
+
+aten = torch.ops.aten
+Layout = Callable[[Tensor, tuple[Any, ...]], Tensor]
+
+
+def _contiguous(result: Tensor, _: tuple[Any, ...]) -> Tensor:
+    return torch.empty_like(result, memory_format=torch.contiguous_format)
+
+
+def _memory_format(result: Tensor, args: tuple[Any, ...]) -> Tensor:
+    return torch.empty_like(result, memory_format=suggest_memory_format(args[0]))
+
+
+def _as_sum_of(*positions: int) -> Layout:
+    """The layout of elementwise kernels, which follows their operands in the order in which the kernel reads them."""
+
+    def layout(result: Tensor, args: tuple[Any, ...]) -> Tensor:
+        total = sum(args[i] for i in positions)
+        assert isinstance(total, Tensor)
+        return torch.empty_like(total, dtype=result.dtype)
+
+    return layout
+
+
+_FIRST_TWO, _RRELU = _as_sum_of(0, 1), _as_sum_of(2, 0)
+_LAYOUTS: dict[Any, Layout] = {
+    aten.mse_loss_backward.default: _contiguous,
+    aten.smooth_l1_loss_backward.default: _contiguous,
+    aten.huber_loss_backward.default: _contiguous,
+    aten._log_softmax_backward_data.default: _contiguous,
+    aten.glu_backward.default: _contiguous,
+    aten.pow.Scalar: _contiguous,
+    aten.roll.default: _memory_format,
+    aten.native_dropout_backward.default: _FIRST_TWO,
+    aten.elu_backward.default: _as_sum_of(0, 5),
+    aten.hardtanh_backward.default: _FIRST_TWO,
+    aten.hardswish_backward.default: _FIRST_TWO,
+    aten.hardsigmoid_backward.default: _FIRST_TWO,
+    aten.softplus_backward.default: _FIRST_TWO,
+    aten.logit_backward.default: _FIRST_TWO,
+    aten.rrelu_with_noise_backward.default: _RRELU,
+    aten.xlogy.Tensor: _FIRST_TWO,
+    aten.binary_cross_entropy.default: _FIRST_TWO,
+}
+_TORCHS_OWN = {op: fake_impls.op_implementations_dict.get(op) for op in _LAYOUTS}
+
+
+@contextlib.contextmanager
+def kernel_layouts() -> Iterator[None]:
+    """Lets fake tensors have the strides of the CPU kernels' results, while a model is traced."""
+    # A Python decomposition would come first, unless torch takes it that the operator has a meta function.
+    ours = dict.fromkeys(_LAYOUTS, _fake)
+    with replaced_entries(fake_impls.op_implementations_dict, ours), replaced_entries(meta_table, ours):
+        yield
+
+
+def _fake(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Computes an operator's fake result, and gives it the kernel's strides."""
+    own = replaced_entries(fake_impls.op_implementations_dict, {op: _TORCHS_OWN[op]})
+    with fake_mode:
+        with own, replaced_entries(meta_table, {op: None}):
+            result: Tensor = op(*args, **kwargs)
+        tensors = [a for a in args if isinstance(a, Tensor) and a.dim() > 0]
+        if result.dim() < 2 or any(t.device.type != "cpu" for t in tensors) or _same_layout([result, *tensors]):
+            return result
+        return _LAYOUTS[op](result, args)
+
+
+def _same_layout(tensors: list[Tensor]) -> bool:
+    return all(t.is_contiguous() for t in tensors)

@@ -1,0 +1,66 @@
+"""Strides of fake results are those of the CPU kernels, for operands in any layout."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from fxhybrid.capture.tracing_settings import tracing_settings
+from tests.operator_parts import Head, N, check, rows
+
+aten = torch.ops.aten
+SHAPE = (2, 3, 4, 5)
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "first dimension last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+}
+CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse_loss_backward": lambda a, b: aten.mse_loss_backward(a, a, b, 0),
+    "smooth_l1_loss_backward": lambda a, b: aten.smooth_l1_loss_backward(a, a, b, 0, 1.0),
+    "huber_loss_backward": lambda a, b: aten.huber_loss_backward(a, a, b, 0, 1.0),
+    "log_softmax": lambda a, b: aten._log_softmax_backward_data(a, b, 1, torch.float32),
+    "glu_backward": lambda a, b: aten.glu_backward(a[:, :, :2], b, 2),
+    "power of a number": lambda a, b: aten.pow.Scalar(2, a),
+    "roll": lambda a, b: a.roll(1, 1),
+    "native_dropout_backward": lambda a, b: aten.native_dropout_backward(a, b > 0.5, 1.25),
+    "elu_backward": lambda a, b: aten.elu_backward(a, 1.0, 1.0, 1.0, False, b),
+    "hardtanh_backward": lambda a, b: aten.hardtanh_backward(a, b, -1.0, 1.0),
+    "hardswish_backward": aten.hardswish_backward,
+    "hardsigmoid_backward": aten.hardsigmoid_backward,
+    "softplus_backward": lambda a, b: aten.softplus_backward(a, b, 1.0, 20.0),
+    "logit_backward": lambda a, b: aten.logit_backward(a, b, None),
+    "rrelu_with_noise_backward": lambda a, b: aten.rrelu_with_noise_backward(a, b, b, 0.1, 0.3, True, False),
+    "xlogy": torch.xlogy,
+    "binary_cross_entropy": lambda a, b: aten.binary_cross_entropy(a.clamp(0.1, 0.9), b.clamp(0.1, 0.9), None, 0),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fake_strides(name: str) -> None:
+    call, made = CALLS[name], torch.rand(2, *SHAPE) + 0.1
+    with tracing_settings():
+        for first, second in itertools.product(LAYOUTS, LAYOUTS):
+            a, b = LAYOUTS[first](made[0]), LAYOUTS[second](made[1])
+            with FakeTensorMode() as mode:
+                fake = call(mode.from_tensor(a), mode.from_tensor(b))
+            assert fake.stride() == call(a, b).stride(), (first, second)
+
+
+def test_reshapes_behind_them() -> None:
+    """Views of gradients, which no kernel would take if the strides were wrong."""
+
+    def function(h: Tensor, target: Tensor) -> Tensor:
+        turned = h.reshape(4, 4, 2, N // 2).transpose(1, 2)
+        lost = F.mse_loss(h.transpose(1, 2), target)
+        found = [F.dropout(turned, 0.1), F.elu(turned), F.hardtanh(turned), F.softplus(turned), turned.roll(1, 1)]
+        return lost + torch.stack([t.reshape(-1, N).square().mean() for t in found]).sum()
+
+    check(Head(function), rows(4, 4, N), rows(4, N, 4))
