@@ -9,6 +9,7 @@ from torch import nn
 
 from fxhybrid.capture.step import Loss, StepCall
 from fxhybrid.compiler.planner import error_target
+from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.signature import Signature
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.devices.op_work import work_of
@@ -139,6 +140,6 @@ def plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any,
     session = hybrid._fxhybrid_session
     if not session.model.training:
         raise InvalidArgument("the model is in evaluation mode, which is not planned; call model.train() first")
-    with torch.enable_grad():
+    with PLANNING, torch.enable_grad():
         session.find(call)
-    return session.first
+        return session.first

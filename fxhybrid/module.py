@@ -2,157 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-import inspect
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxhybrid.accuracy.drift_monitor import DriftMonitor
-from fxhybrid.capture.outer_context import refuse_export, refuse_sharded, refuse_transforms, refuse_wrapper
-from fxhybrid.capture.step import Step, StepCall, check_call
-from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
-from fxhybrid.compiler.admission import call_state
-from fxhybrid.compiler.call_state import FRESH, CallState
-from fxhybrid.compiler.planning_state import adopt, expected_by, measure_error, plan_signature, recalibrate
+from fxhybrid.capture.outer_context import refuse_transforms, refuse_wrapper
+from fxhybrid.capture.step import StepCall
+from fxhybrid.compiler.outer_forward import OuterForward
+from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.report import Report, make_report
-from fxhybrid.compiler.signature import Signature
+from fxhybrid.compiler.session import Session
 from fxhybrid.devices.op_work import StepWork, work_of
-from fxhybrid.errors import BudgetError, InvalidArgument
+from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
-from fxhybrid.passes.expected_backward import ExpectedBackward
-from fxhybrid.units import Budget, check_budget
-
-M = TypeVar("M", bound=nn.Module)
-MANY_SIGNATURES = 32  # more than a real model has shapes; a Python counter makes one a step
-
-
-class Session:
-    """Holds what a HybridModule knows besides its model.
-
-    Attributes:
-        model: the user's.
-        options: what the user asked for.
-        transferred: a plan to begin with; None to make one.
-        step: model and loss.
-        budget_bytes: limit of the peak; None while a share is not resolved.
-        monitor: checks of the gradient error.
-        signatures: one for each kind of call, the last called first; each is a value that is replaced as a whole.
-    """
-
-    def __init__(self, model: nn.Module, options: Options, plan: Plan | None) -> None:
-        self.model = model
-        self.options = options
-        self.transferred = plan
-        self.step = Step(model, options.loss_fn, options.return_outputs)
-        self.budget_bytes = options.budget if isinstance(options.budget, int) else None
-        self.monitor = DriftMonitor(options.check_error_every, options.max_grad_error)
-        self.signatures: list[Signature] = []
-
-    @property
-    def first(self) -> Signature:
-        """The last called signature.
-
-        Raises:
-            InvalidArgument: nothing is planned yet.
-        """
-        if not self.signatures:
-            raise InvalidArgument("nothing is planned yet: call the module once, or pass example_inputs to compile")
-        return self.signatures[0]
-
-    def find(self, call: StepCall) -> None:
-        """Makes the signature that holds for ``call`` the first one; captures and plans if there is none yet."""
-        for position, signature in enumerate(self.signatures):
-            if signature.holds(self.step, call):
-                if position:
-                    self.signatures.insert(0, self.signatures.pop(position))
-                return
-        refuse_sharded(self.model)
-        check_call(call, self.model)
-        state = plan_signature(self.step, call.detached(), self.options, self.budget_bytes, self.transferred)
-        self.signatures.insert(0, self._ready(Signature(state)))
-        self.budget_bytes = state.budget_bytes
-        if len(self.signatures) == MANY_SIGNATURES:
-            warnings.warn(
-                f"{MANY_SIGNATURES} kinds of calls are planned by now, each traced anew; does the model count in a "
-                "Python attribute (make it a buffer), or do input shapes keep changing (pad them)?",
-                stacklevel=4,
-            )
-
-    def active(self, call: CallState = FRESH) -> ActiveGraph:
-        """Returns what the first signature runs in a state of the call."""
-        self.signatures[0] = self.first.searched(call)  # what was found stays known, even if none fits
-        return self.signatures[0].active(call)
-
-    def run(self, call: StepCall) -> Any:
-        """Runs one forward pass of a training step."""
-        self.find(call)
-        self.monitor.before_step(self, call)
-        active = self._active_for(call)
-        return self.step.check_result(active.call(self.step, *call))
-
-    def _active_for(self, call: StepCall) -> ActiveGraph:
-        """Returns what runs a call, for the backward pass that is expected to follow."""
-        before, outlooks = self.first, self.first.outlooks()
-        for expected in outlooks[:-1]:
-            with contextlib.suppress(BudgetError):
-                return self._active_expecting(expected, call)
-        try:
-            return self._active_expecting(outlooks[-1], call)
-        except BudgetError:
-            self.signatures[0] = self.first.expecting(before.state.prepared.expected, self.step)
-            raise
-
-    def _active_expecting(self, expected: ExpectedBackward, call: StepCall) -> ActiveGraph:
-        self.signatures[0] = self.first.expecting(expected, self.step, call)
-        return self.active(call_state(self.first.state, self.model, call.tensors))
-
-    def _ready(self, signature: Signature) -> Signature:
-        """Returns a signature with graphs for fresh gradients, or raises ``BudgetError`` if no plan fits."""
-        outlooks = signature.outlooks()
-        for expected in outlooks[:-1]:
-            with contextlib.suppress(BudgetError):
-                return signature.expecting(expected, self.step).ready()
-        return signature.expecting(outlooks[-1], self.step).ready()
-
-    def set_budget(self, budget: Budget) -> None:
-        """Plans all signatures for another budget, or changes nothing and raises."""
-        checked = check_budget(budget)
-        if isinstance(checked, float):
-            if not self.signatures:
-                raise InvalidArgument("a share of the save-all peak needs a first call; pass bytes instead")
-            checked = int(checked * self.signatures[-1].state.save_all_bytes)
-        self.signatures = [signature.with_budget(checked, self.step) for signature in self.signatures]
-        self.budget_bytes = checked
-
-    def adopt(self, plan: Plan) -> None:
-        """Carries out this very plan in the first signature."""
-        expected = expected_by(self.first.state.prepared.traced, plan)
-        found = self.first.expecting(expected, self.step)
-        found = replace(found, state=adopt(found.state, plan), graphs=found.graphs.for_adopted(plan))
-        self.signatures[0] = found.ready()
-
-    def measure_error(self, call: StepCall) -> float:
-        """Measures the gradient error of the first signature's plan on a batch."""
-        graphs = self.active().function.graphs
-        state, error = measure_error(self.first.state, self.step, call.detached(), graphs)
-        self.signatures[0] = replace(self.first, state=state)
-        return error
-
-    def recalibrate(self, call: StepCall) -> None:
-        """Re-plans the first signature by the errors on a batch, or changes nothing and raises."""
-        state = recalibrate(self.first.state, self.step, call.detached())
-        self.signatures[0] = replace(self.first, state=state, graphs=ActiveGraphs(), others={}).ready()
-
+from fxhybrid.units import Budget
 
 OPAQUE = (
     "a planned module runs its own graphs and cannot become part of a larger one. Drop fullgraph=True, so that the "
@@ -169,37 +37,6 @@ def _run_planned(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]
         return session.step(*call)  # a frozen half of a model pair: there is no backward pass to plan
     refuse_transforms(tensors)
     return session.run(call.unmarked(tensors))
-
-
-class _Forward:
-    """Gives a class the model's forward by name and signature; an instance may set another one around it.
-
-    Wrappers are set by trainers (``model.forward = autocast(model.forward)``). They stay apart from the model's own
-    attributes: the planned graphs would run them a second time.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        original = type(model).forward
-
-        def forward(self: HybridModule, *args: Any, **kwargs: Any) -> Any:
-            refuse_export()
-            return self._fxhybrid_call(*args, **kwargs)
-
-        functools.update_wrapper(forward, original)
-        del forward.__dict__["__wrapped__"]  # who unwraps must not arrive at the plain model
-        forward.__dict__["__signature__"] = inspect.signature(original)
-        self.function = forward
-
-    def __get__(self, instance: HybridModule | None, owner: type | None = None) -> Callable[..., Any]:
-        if instance is None:
-            return self.function
-        return instance._fxhybrid_outer or MethodType(self.function, instance)
-
-    def __set__(self, instance: HybridModule, value: Callable[..., Any]) -> None:
-        object.__setattr__(instance, "_fxhybrid_outer", value)
-
-    def __delete__(self, instance: HybridModule) -> None:
-        object.__setattr__(instance, "_fxhybrid_outer", None)
 
 
 class HybridModule(nn.Module):
@@ -313,7 +150,8 @@ class HybridModule(nn.Module):
             InvalidArgument: not a budget.
             BudgetError: no known plan fits; the old budget stays.
         """
-        self._fxhybrid_session.set_budget(budget)
+        with PLANNING:
+            self._fxhybrid_session.set_budget(budget)
 
     def use_plan(self, plan: Plan) -> None:
         """Carries out this very plan from now on, between steps; for the last called signature.
@@ -323,7 +161,8 @@ class HybridModule(nn.Module):
         Raises:
             PlanMismatchError: it was made for another graph or version, or peaks above its own budget here.
         """
-        self._fxhybrid_session.adopt(plan)
+        with PLANNING:
+            self._fxhybrid_session.adopt(plan)
 
     def check_error(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> float:
         """Measures the relative gradient error of the current plan on another batch.
@@ -332,8 +171,9 @@ class HybridModule(nn.Module):
         """
         session = self._fxhybrid_session
         call = StepCall(args, kwargs, tuple(loss_args))
-        session.find(call)
-        return session.measure_error(call)
+        with PLANNING:
+            session.find(call)
+            return session.measure_error(call)
 
     def recalibrate(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> None:
         """Measures gradient errors on another batch, chooses channel widths by them and plans again, between steps.
@@ -347,8 +187,9 @@ class HybridModule(nn.Module):
         """
         session = self._fxhybrid_session
         call = StepCall(args, kwargs, tuple(loss_args))
-        session.find(call)
-        session.recalibrate(call)
+        with PLANNING:
+            session.find(call)
+            session.recalibrate(call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridModule:
         session = self._fxhybrid_session
@@ -377,7 +218,11 @@ def wrap(model: nn.Module, options: Options, plan: Plan | None) -> HybridModule:
             )
     refuse_wrapper(model)
     original = type(model)
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "forward": _Forward(model)}
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "forward": OuterForward(original.forward),
+    }
     hybrid: HybridModule = object.__new__(type(original.__name__, (HybridModule, original), names))
     object.__setattr__(hybrid, "__dict__", model.__dict__)
     object.__setattr__(hybrid, "_fxhybrid_outer", None)

@@ -14,7 +14,8 @@ from fxhybrid.capture.joint_graph import InputKind, JointGraph
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
 from fxhybrid.passes.storages import Layout, OpCall, fused_form
-from fxhybrid.profiling.op_profiler import Call, OpCost, Profile, call_of
+from fxhybrid.profiling.cost_cache import OpCost
+from fxhybrid.profiling.op_profiler import Call, Profile, call_of
 
 CodecChoices = Mapping[int, tuple[str, ...]]
 

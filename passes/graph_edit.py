@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import linecache
 import operator
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.graph_module import _loader
 
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, Phase, phase_of
 
@@ -25,6 +28,19 @@ def call(
         value = target(*values, **(kwargs or {}))
     node.meta = {"val": value, TAG: NodeTag(phase)}
     return node
+
+
+def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Makes a module of a graph; torch forgets its generated source with it, which it would keep for good."""
+    module = fx.GraphModule(root, graph)
+    source: str = type(module).forward.__code__.co_filename
+    weakref.finalize(module, _forget_source, source).atexit = False
+    return module
+
+
+def _forget_source(name: str) -> None:
+    _loader.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)
 
 
 def backward_nodes(joint: JointGraph) -> list[Any]:

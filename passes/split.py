@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx.graph import _BoxedCodeGen
 
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phase, phase_of
+from fxhybrid.passes.graph_edit import graph_module
 from fxhybrid.passes.prune_tangents import prune_tangents
 
 
@@ -108,4 +109,4 @@ def _extract(joint: JointGraph, phase: Phase, inputs: list[fx.Node], results: li
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    return fx.GraphModule(joint.module, graph)
+    return graph_module(joint.module, graph)

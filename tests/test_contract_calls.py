@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fxhybrid.module
 from fxhybrid import BackwardError
+from fxhybrid.compiler import session
 from tests.compare import tight_twins, total, twins
 from tests.models import ROWS, mlp, rows
 
@@ -46,7 +46,7 @@ class Counting(nn.Module):
 
 
 def test_a_python_counter_is_right_but_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxhybrid.module, "MANY_SIGNATURES", 3)
+    monkeypatch.setattr(session, "MANY_SIGNATURES", 3)
     pair = twins(Counting().train(), budget="1GiB")
     x = torch.randn(8, 4)
     for _ in range(2):

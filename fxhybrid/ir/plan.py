@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -71,6 +72,25 @@ class GradientError:
 def relative_gap(overhead_s: float, lower_bound_s: float, step_s: float) -> float:
     """Computes (added - bound) / max(added, 0.1 % of the step)."""
     return (overhead_s - lower_bound_s) / max(overhead_s, GAP_FLOOR_SHARE * step_s, LEAST_STEP_S)
+
+
+def _check_fields(raw: Mapping[str, Any]) -> None:
+    """Refuses values of a plan's fields that are of another type, or not finite.
+
+    Raises:
+        ValueError: names field and value.
+    """
+    counts, seconds = ("budget_bytes", "peak_bytes"), ("added_s", "lower_bound_s", "step_s", "solve_s")
+    texts = ("status", "solver", "graph_fingerprint", "device")
+    wrong = [name for name in counts if type(raw[name]) is not int or raw[name] < 0]
+    wrong += [name for name in seconds if type(raw[name]) not in (int, float) or not math.isfinite(raw[name])]
+    wrong += [name for name in texts if not isinstance(raw[name], str)]
+    wrong += [name for name in ("versions", "actions") if not isinstance(raw[name], dict)]
+    error = raw["gradient_error"]
+    if type(error.value) not in (int, float) or math.isnan(error.value) or not isinstance(error.source, str):
+        wrong.append("gradient_error")
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {raw[wrong[0]]!r}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +167,7 @@ class Plan:
 
         def build(raw: dict[str, Any]) -> Plan:
             raw["gradient_error"] = GradientError(**raw["gradient_error"])
+            _check_fields(raw)
             raw["actions"] = {name: parse_action(action) for name, action in raw["actions"].items()}
             raw |= {name: tuple(raw[name]) for name in OUTPUT_FIELDS if name in raw}
             return cls(**raw)

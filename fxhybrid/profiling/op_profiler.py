@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
-import json
 import math
-import os
 import platform
 import re
 import time
@@ -29,8 +26,10 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from fxhybrid.codecs.kernels.cache_folder import cache_folder
 from fxhybrid.console import progress_bar
 from fxhybrid.errors import ProfileError
+from fxhybrid.profiling.cost_cache import OpCost, cost_path, read_costs, write_costs
 from fxhybrid.profiling.cost_estimate import estimate_cost
 from fxhybrid.profiling.recording import Recording, recording, run_recordable
 from fxhybrid.profiling.state_bytes import storage_bytes
@@ -41,21 +40,6 @@ FEWEST_RUNS, MOST_RUNS = 2, 4  # of a call, in each round
 LEAST_S = 0.01  # calls faster than this run more often: their smallest time is what noise has not touched
 CACHE_FILES = "/sys/devices/system/cpu/cpu0/cache/index*/size"
 USUAL_CACHE_BYTES = 8 * 2**20  # where the system does not say
-
-
-@dataclass(frozen=True)
-class OpCost:
-    """Holds seconds of one run and the allocator's peak rise during it, outputs included.
-
-    Attributes:
-        seconds: smallest time seen.
-        alloc_peak_bytes: most bytes allocated at once.
-        estimated: whether both follow from the sizes of inputs and outputs, since the operator takes no synthetic ones.
-    """
-
-    seconds: float
-    alloc_peak_bytes: int
-    estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,14 +139,16 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None) -> Pr
         ProfileError: a call fails that ran before, or memory does not suffice for it.
     """
     device = device_key()
-    path = _cache_path(device, cache_dir)
-    costs = _read_cache(path)
+    folder = cache_dir or cache_folder()
+    path = None if folder is None else cost_path(device, folder)
+    costs = {} if path is None else read_costs(path)
     missing = list({call.key: call for call in calls if call.key not in costs}.values())
     if missing:
         with progress_bar() as bar:
             calls = bar.track(missing * ROUNDS, description="profiling operators")
             costs.update(run_recordable(partial(_measure, calls)))
-        _write_cache(path, costs)
+        if path is not None:
+            write_costs(path, costs)
     return Profile(device, costs)
 
 
@@ -276,29 +262,3 @@ def cache_bytes() -> int:
         if found:
             sizes.append(int(found[1]) * {"": 1, "K": 2**10, "M": 2**20}[found[2]])
     return max(sizes)
-
-
-def _cache_path(device: str, cache_dir: Path | None) -> Path:
-    root = cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fxhybrid"
-    method = "caches filled with other data"  # in the name: times taken another way do not mix
-    return root / f"profile-{hashlib.sha256(f'{device}, {method}'.encode()).hexdigest()[:16]}.json"
-
-
-def _read_cache(path: Path) -> dict[str, OpCost]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return {key: OpCost(float(seconds), int(rise)) for key, (seconds, rise) in raw.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # absent or cut off: measuring again is always right
-
-
-def _write_cache(path: Path, costs: Mapping[str, OpCost]) -> None:
-    measured = {key: cost for key, cost in costs.items() if not cost.estimated}
-    text = json.dumps({key: (cost.seconds, cost.alloc_peak_bytes) for key, cost in measured.items()})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        pass  # a read-only home costs a new measurement next time, nothing else

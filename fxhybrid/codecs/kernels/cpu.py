@@ -21,10 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxhybrid.codecs.kernels.cache_folder import cache_folder
 from fxhybrid.codecs.kernels.cpu_rows_source import ROWS
 from fxhybrid.codecs.kernels.reference import PARAMETER_BYTES
 
 _BUILD_LIMIT_S = 120  # a build takes one second
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _FLAGS: tuple[str, ...] = (
     "-std=c++17",
     "-O3",
@@ -93,10 +95,7 @@ def native_kernels() -> NativeKernels | None:
         return None
     try:
         compiler = tuple(shlex.split(found))  # CXX may hold more than a name
-        path = _cache_path(compiler)
-        if not path.exists():
-            _build(compiler, path)
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(_library(compiler)))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):  # no home, no room, no working compiler
         return None
     for name, types in _SIGNATURES.items():
@@ -113,21 +112,40 @@ def kernels_key() -> str:
     return "aten" if kernels is None else Path(kernels.library._name).stem  # noqa: SLF001
 
 
-def _cache_path(compiler: tuple[str, ...]) -> Path:
-    """Returns where the library for this source, compiler, torch and processor is kept."""
+def _library(compiler: tuple[str, ...]) -> Path:
+    """Returns the library for this source, compiler, torch and processor; builds it unless a sound file is kept.
+
+    Raises:
+        OSError: no home, or no room.
+        SubprocessError: the compiler does not work.
+    """
     # what -march=native means here: a cache on a shared disk serves machines of different kinds
     command = [*compiler, *_FLAGS, "-E", "-dM", "-x", "c++", "-"]
     run = subprocess.run(command, input="", check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S)
     key = "\n".join((ROWS, *compiler, *_FLAGS, *_LINK, run.stdout, torch.__version__))
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fxhybrid"
-    return root / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    folder = cache_folder()
+    if folder is None:
+        raise OSError("there is no home to keep the library in")
+    path = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not _is_whole(path):
+        _build(compiler, path)
+    return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Says whether a library is as it was built; loading one that is cut off ends the process."""
+    content = path.read_bytes() if path.exists() else b""
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
 
 
 def _build(compiler: tuple[str, ...], path: Path) -> None:
+    """Builds the library, and ends its file with a digest, which loaders do not read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, built = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
         source.write_text(ROWS, encoding="utf-8")
         command = [*compiler, *_FLAGS, *_LINK, str(source), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_LIMIT_S)
+        content = built.read_bytes()
+        built.write_bytes(content + hashlib.sha256(content).digest())
         built.replace(path)  # at once: another process may build the same
