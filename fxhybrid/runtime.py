@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._functorch._aot_autograd.runtime_wrappers import make_output_handler
 from torch._functorch._aot_autograd.schemas import TensorAlias
 
@@ -25,18 +26,33 @@ TWICE_DIFFERENTIATED = (
 UNEXPECTED = "gradients arrive for outputs {outputs} of the call, for which its forward pass stored nothing"
 
 
+@dataclass(frozen=True, eq=False)
+class LateBackward:
+    """Holds a backward half for tangents that were not expected.
+
+    Attributes:
+        module: takes saved values, inputs, then tangents; returns the gradients.
+        saved: which of the call's saved values it takes, by position.
+        inputs: the inputs that it takes.
+    """
+
+    module: fx.GraphModule
+    saved: tuple[int, ...]
+    inputs: tuple[Tensor | None, ...]
+
+
 class Opened(Protocol):
     """Is a call whose backward pass has not begun."""
 
-    def begins(self, present: frozenset[int]) -> None:
-        """Is told that the backward pass begins, and which tangents arrive.
+    def begins(self, present: frozenset[int]) -> LateBackward | None:
+        """Is told that the backward pass begins, and which tangents arrive; returns what runs in place of the plan's.
 
         Raises:
             FxHybridError: it cannot run; nothing has been done yet.
         """
 
 
-Enter = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Tensor]], Opened]
+Enter = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Any]], Opened]
 
 
 class StepFunction:
@@ -62,13 +78,12 @@ class StepFunction:
             joint: the graph with the branches of all tangents.
             metadata: of the capture.
             absent: positions of the tangents whose branches the halves leave out.
-            enter: takes saved values, outputs and user inputs after a forward pass; what it returns lives until the
-                backward pass begins, or with the graph if that is retained.
+            enter: takes saved values, outputs and inputs after a forward pass; what it returns lives until the backward
+                pass begins, or with the graph if that is retained.
         """
         self.graphs = graphs
         self.absent = absent
         self.enter = enter
-        self.user_inputs = tuple(i for i, role in enumerate(joint.inputs) if role.kind is InputKind.USER_INPUT)
         self._parts: WeakKeyDictionary[SplitGraphs, dict[frozenset[int], PartialBackward]] = WeakKeyDictionary()
         self.mutated: tuple[int, ...] = tuple(metadata.mutated_inp_runtime_indices)
         self.gradient_tangents = gradient_tangents(joint)
@@ -131,7 +146,7 @@ class _Step(torch.autograd.Function):
         for i in step.fresh_views:
             outputs[i] = torch.ops.aten._unsafe_view(outputs[i], outputs[i].shape)
         if step.enter is not None:
-            ctx.entered = step.enter(saved, outputs, [flat_inputs[i] for i in step.user_inputs])
+            ctx.entered = step.enter(saved, outputs, flat_inputs)
         for i in step.aliased:
             outputs[i] = TensorAlias(outputs[i])
         ctx.save_for_backward(*saved, *(flat_inputs[i] for i in graphs.resident_inputs))
@@ -147,20 +162,21 @@ class _Step(torch.autograd.Function):
         step: StepFunction = ctx.step
         arrived = [output_gradients[i] for i in step.tangent_outputs]
         present = frozenset(i for i, tangent in enumerate(arrived) if tangent is not None)
-        if step.enter is not None and ctx.entered is not None and present:
-            ctx.entered.begins(present)
-        if present & step.absent:
+        late = ctx.entered.begins(present) if step.enter is not None and ctx.entered is not None and present else None
+        if present & step.absent and late is None:
             raise BackwardError(UNEXPECTED.format(outputs=[step.tangent_outputs[k] for k in present & step.absent]))
         if not torch._C._autograd._get_current_graph_task_keep_graph():  # noqa: SLF001 (no public name)
             ctx.entered = None
         if not present:
             return (None, *(None for _ in step.gradient_tangents))
         arguments: list[Tensor | None] = list(_take_saved(ctx))
+        if late is not None:
+            arguments = [*(arguments[i] for i in late.saved), *late.inputs]
         arguments += [_tangent(t, like) for t, like in zip(arrived, step.tangent_values, strict=True)]
         absent = frozenset(range(len(arrived))) - present - step.absent
         del arrived
-        backward = ctx.graphs.backward
-        if absent:
+        backward = ctx.graphs.backward if late is None else late.module
+        if absent and late is None:
             part = step.part(ctx.graphs, absent)
             arguments, backward = [arguments[i] for i in part.reads], part.module
         with torch._C._DisableAutocast():

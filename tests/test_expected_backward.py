@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 import fxhybrid
 from fxhybrid import BudgetError, HybridModule, Plan
+from fxhybrid.compiler.observed_backward import PATIENCE
 from fxhybrid.compiler.pending_calls import pending_calls
+from fxhybrid.errors import BackwardError
 from tests.compare import MARGIN, assert_same, state_of
 
 VOCABULARY, WIDTH, ROWS = 400, 16, 64
@@ -110,6 +112,75 @@ def test_the_smallest_plan_relies_on_dropped_outputs() -> None:
     assert_same(state_of(plain), state_of(hybrid))
 
 
+def test_other_gradients_than_expected_are_right_at_once() -> None:
+    plain = LanguageModel()
+    hybrid = compiled(copy.deepcopy(plain), "8MiB")
+    for _ in range(2):
+        for model in (plain, hybrid):
+            distill(model)
+        assert_same(state_of(plain), state_of(hybrid))
+    assert hybrid.plan.without_gradient == ()
+    assert peak_bytes(distill, hybrid) <= hybrid.plan.budget_bytes
+    for model in (plain, hybrid):
+        drop(model)
+    assert_same(state_of(plain), state_of(hybrid))
+
+
+def test_other_gradients_than_expected_are_refused_where_nothing_gives_what_they_need() -> None:
+    class Noisy(LanguageModel):
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            output = super().forward(ids)
+            return {**output, "noisy": F.dropout(output["logits"].detach() * self.head.bias, 0.3)}
+
+    def both(model: nn.Module) -> None:
+        torch.manual_seed(1)
+        model.zero_grad()
+        output = model(IDS)
+        (output["loss"] + output["noisy"].square().mean()).backward()
+
+    plain = Noisy()
+    hybrid = compiled(copy.deepcopy(plain), "8MiB")
+    with pytest.raises(BackwardError, match="zero the gradients and run the step again"):
+        both(hybrid)  # the numbers that dropout drew are gone
+    assert all(p.grad is None for p in hybrid.parameters())
+    for model in (plain, hybrid):
+        both(model)
+    assert_same(state_of(plain), state_of(hybrid))
+
+
+def test_what_never_gets_a_gradient_is_planned_away() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.trunk, self.one, self.two = nn.Linear(WIDTH, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = torch.tanh(self.trunk(x)).sin()
+            return self.one(h.cos()), self.two(torch.sigmoid(h)).exp()
+
+    x = torch.randn(ROWS, WIDTH)
+    plain = TwoHeads()
+    hybrid = compiled(copy.deepcopy(plain), 0.96, example_inputs=(x,))
+    assert hybrid.plan.actions, "a plan that adds no time has nothing to win"
+
+    def first_alone(model: nn.Module) -> None:
+        model.zero_grad()
+        model(x)[0].square().sum().backward()
+
+    for step in range(PATIENCE + 2):
+        assert hybrid.plan.without_gradient == ((1,) if step > PATIENCE else ())
+        for model in (plain, hybrid):
+            first_alone(model)
+        assert_same(state_of(plain), state_of(hybrid))
+    for model in (plain, hybrid):
+        model.zero_grad()
+        torch.stack([output.square().sum() for output in model(x)]).sum().backward()
+    assert_same(state_of(plain), state_of(hybrid))
+    first_alone(hybrid)
+    assert hybrid.plan.without_gradient == (), "what arrived once is planned for from then on"
+
+
 def test_the_report_says_what_is_planned() -> None:
     hybrid = compiled(LanguageModel())
     assert hybrid.report().signatures[0].backward == "gradients arrive for outputs 1 of the call, not for 0"
@@ -141,18 +212,19 @@ def test_a_returned_value_that_is_saved_too() -> None:
             super().__init__()
             self.body = nn.Linear(WIDTH, 64)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
             h = self.body(x).tanh()
-            return h.sum(), h
+            return {"loss": h.sum(), "h": h}
 
     x = torch.randn(ROWS, WIDTH)
     hybrid = compiled(Squashed(), example_inputs=(x,))
 
     def step(held: list[Tensor]) -> None:
         hybrid.zero_grad()
-        loss, h = hybrid(x)
-        held.append(h.detach())
-        del h
+        output = hybrid(x)
+        loss = output["loss"]
+        held.append(output["h"].detach())
+        del output
         if len(held) > 1:
             held.clear()
         loss.backward()

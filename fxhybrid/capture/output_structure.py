@@ -92,14 +92,15 @@ def _stand_in(value: Any) -> Any:
 
 
 def _loss_position(captured: Capture, result: Any, positions: Mapping[int, int]) -> int | None:
-    """Finds the output called ``loss``, or else the only number among several outputs with a gradient."""
-    with_gradient = set(tangent_outputs(captured.metadata)).intersection(positions.values())
+    """Finds the output called ``loss``.
+
+    A number among other outputs is not taken for one: an energy has forces beside it that are trained, too.
+    """
     named = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
-    if isinstance(named, Tensor) and positions.get(id(named)) in with_gradient:
-        return positions[id(named)] if named.numel() == 1 else None
-    returned = [leaf for leaf in output_tensors(result) if positions.get(id(leaf)) in with_gradient]
-    numbers = [positions[id(leaf)] for leaf in returned if leaf.dim() == 0]
-    return numbers[0] if len(numbers) == 1 else None
+    if not isinstance(named, Tensor) or named.numel() != 1:
+        return None
+    position = positions.get(id(named))
+    return position if position in tangent_outputs(captured.metadata) else None
 
 
 def output_tensors(output: Any, _within: tuple[int, ...] = ()) -> Iterator[Tensor]:

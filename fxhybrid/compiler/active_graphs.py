@@ -55,7 +55,7 @@ def build_active(
     joint, graphs = (twin.joint, twin.function.graphs) if twin else build_graphs(state.prepared, actions)
     prepared, captured = state.prepared, state.prepared.capture
     planned = _planned_call(state, call, actions)
-    watch = BackwardWatch(prepared, actions, planned, observed, state.extra_bytes(call)) if planned else None
+    watch = BackwardWatch(prepared, actions, graphs, planned, observed, state.extra_bytes(call)) if planned else None
     function = StepFunction(
         graphs,
         prepared.traced.joint,

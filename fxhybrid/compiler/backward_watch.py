@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fxhybrid.capture.joint_graph import InputKind
+from fxhybrid.compiler.late_backward import late_backward
 from fxhybrid.compiler.observed_backward import ObservedBackward
 from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall
 from fxhybrid.errors import BackwardError, BudgetError
 from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.schedule import lower
 from fxhybrid.ir.simulator import simulate
+from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.pipeline import Prepared
+from fxhybrid.runtime import LateBackward
 from fxhybrid.units import format_bytes
 
 
@@ -27,6 +32,7 @@ class BackwardWatch:
     Attributes:
         prepared: the signature, with the expected backward pass.
         actions: of the plan.
+        graphs: what carries it out.
         planned: what is known of all calls by it.
         observed: what backward passes of the signature showed.
         extra_bytes: what is alive beside the plan's own step.
@@ -34,6 +40,7 @@ class BackwardWatch:
 
     prepared: Prepared
     actions: Actions
+    graphs: SplitGraphs
     planned: PlannedCall
     observed: ObservedBackward
     extra_bytes: int
@@ -46,11 +53,13 @@ class BackwardWatch:
         during = simulate(as_held, schedule).during_bytes[schedule.n_forward :]
         return int(during.max(initial=0)) + self.extra_bytes
 
-    def opened(self, saved: Sequence[Tensor], outputs: Sequence[Any], inputs: Iterable[Tensor]) -> OpenedCall:
+    def opened(self, saved: Sequence[Tensor], outputs: Sequence[Any], inputs: Sequence[Any]) -> OpenedCall:
         """Enters a call whose forward pass is over."""
-        droppable = self.prepared.traced.droppable(self.prepared.expected.absent)
-        watched = {i: _Watched.of(t, saved) for i, t in enumerate(outputs) if i in droppable and isinstance(t, Tensor)}
-        return OpenedCall(self, self.planned.opened(saved, outputs, inputs), watched)
+        roles = self.prepared.traced.joint.inputs
+        given = (t for t, role in zip(inputs, roles, strict=False) if role.kind is InputKind.USER_INPUT)
+        watched = {i: _Watched.of(t, saved) for i, t in enumerate(outputs) if isinstance(t, Tensor)}
+        seen = tuple(_Input.of(t) for t in inputs) if self.prepared.expected.absent else ()
+        return OpenedCall(self, self.planned.opened(saved, outputs, given), watched, seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,29 +69,42 @@ class OpenedCall:
     Attributes:
         watch: what is expected.
         pending: its entry among the pending calls.
-        watched: the outputs that are expected to get no gradient, by position.
+        watched: the outputs, by position.
+        inputs: the graph's inputs, where tangents are expected to be absent.
     """
 
     watch: BackwardWatch
     pending: PendingCall
     watched: Mapping[int, _Watched]
+    inputs: Sequence[_Input]
 
-    def begins(self, present: frozenset[int]) -> None:
-        """Compares the backward pass that begins with the plan.
+    def begins(self, present: frozenset[int]) -> LateBackward | None:
+        """Compares the backward pass that begins with the plan, and returns another one where that is needed.
 
         Args:
             present: positions of the tangents that arrive.
 
         Raises:
-            BackwardError: the forward pass stored nothing for one of them.
+            BackwardError: tangents arrive that were not expected, and nothing gives what they need.
             BudgetError: outputs are held that were to be dropped, and the budget has no room for them.
         """
-        expected = self.watch.prepared.expected
+        prepared = self.watch.prepared
         held = {i: output for i, output in self.watched.items() if output.is_held}
-        self.watch.observed.note(present, held)
-        if present & expected.absent:
-            raise _unexpected_tangents(self.watch.prepared, present & expected.absent)
-        self._check_room({i: output for i, output in held.items() if i in expected.dropped})
+        droppable = prepared.traced.droppable(prepared.expected.absent)
+        self.watch.observed.note(present, droppable.intersection(held))
+        if present & prepared.expected.absent:
+            return self._late(present, held.values())
+        self._check_room({i: output for i, output in held.items() if i in prepared.expected.dropped})
+        return None
+
+    def _late(self, present: frozenset[int], held: Iterable[_Watched]) -> LateBackward:
+        watch = self.watch
+        room = watch.planned.budget_bytes - watch.extra_bytes - _total_bytes(held)
+        inputs = [seen.tensor() for seen in self.inputs]
+        found = late_backward(watch.prepared, watch.actions, watch.graphs, present, inputs, room)
+        if found is None:
+            raise _unexpected_tangents(watch.prepared, present & watch.prepared.expected.absent)
+        return found
 
     def _check_room(self, held: Mapping[int, _Watched]) -> None:
         if not held:
@@ -91,7 +113,7 @@ class OpenedCall:
         needed = self.watch.backward_bytes(frozenset(held))
         if needed <= planned.budget_bytes:
             return
-        more = sum({output.reference.cdata: output.n_bytes for output in held.values()}.values())
+        more = _total_bytes(held.values())
         names = ", ".join(map(str, sorted(held)))
         raise BudgetError(
             f"the budget of {planned.budget_bytes} bytes ({format_bytes(planned.budget_bytes)}) cannot be met for this "
@@ -111,8 +133,35 @@ def _unexpected_tangents(prepared: Prepared, tangents: Iterable[int]) -> Backwar
     names = ", ".join(map(str, outputs))
     return BackwardError(
         f"gradients arrive for outputs {names} of the call, which got none before: the forward pass did not store what "
-        "they need. From now on they are planned for: zero the gradients and run the step again"
+        "they need. From now on they are planned for: zero the gradients and run the step again; "
+        "or pass loss_fn to compile, so that it is known from the start"
     )
+
+
+def _total_bytes(outputs: Iterable[_Watched]) -> int:
+    return sum({output.reference.cdata: output.n_bytes for output in outputs}.values())
+
+
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """Refers to an input of the graph, without holding it; ``version`` is that of its contents."""
+
+    reference: Callable[[], Any]
+    version: int
+
+    @classmethod
+    def of(cls, value: Any) -> _Input:
+        return cls(ref(value), _version(value)) if isinstance(value, Tensor) else cls(lambda: value, 0)
+
+    def tensor(self) -> Tensor | None:
+        """Returns the input; None if it is gone, or was changed since."""
+        value = self.reference()
+        return value if isinstance(value, Tensor) and _version(value) == self.version else None
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts the changes of a tensor in place, as autograd does."""
+    return tensor._version  # noqa: SLF001 (no public name)
 
 
 @dataclass(frozen=True)
