@@ -14,6 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
+torch.set_num_threads(1)  # test processes run side by side, one a core
+
 sys.path[:0] = [str(Path(__file__).parent)]  # test files import their helpers by bare name or as tests.*
 
 

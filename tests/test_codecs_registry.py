@@ -97,4 +97,5 @@ def test_candidates() -> None:
     ],
 )
 def test_row_length(x: Tensor, rows: tuple[int, int]) -> None:
-    assert candidates(x) == [f"rowwise{bits}:{row}" for bits, row in zip((8, 4), rows, strict=True)]
+    found = [spec for spec in candidates(x) if spec.startswith("rowwise")]
+    assert found == [f"rowwise{bits}:{row}" for bits, row in zip((8, 4), rows, strict=True)]

@@ -95,7 +95,7 @@ def test_public_names_exist_and_have_docstrings() -> None:
 def test_readme_has_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "pip install -e '.[demo]' && fxhybrid demo" in text
-    assert "pip install -e '.[test]' && pytest" in text
+    assert "pip install -e '.[test]' && pytest -n auto --dist loadfile" in text
 
 
 def test_importing_loads_neither_solvers_nor_displays() -> None:

@@ -34,7 +34,7 @@ def candidate_codecs(meta: TensorMeta, made_by: fx.Node | None = None) -> tuple[
     Returns:
         Codecs that support the meta and make it smaller; empty if there is none.
     """
-    codecs = (get_codec(spec) for spec in _specs(meta, made_by))
+    codecs = sorted((get_codec(spec) for spec in _specs(meta, made_by)), key=lambda codec: codec.noise)
     return tuple(c for c in codecs if c.supports(meta) and sum(c.encoded_bytes(meta)) < meta.nbytes)
 
 
