@@ -194,7 +194,7 @@ def test_other_devices() -> None:
         fxhybrid.compile(mlp().train().to("meta"), budget=1.0, example_inputs=(rows().to("meta"),))
 
 
-@pytest.mark.parametrize("model", [None, 3, F.relu, nn.Linear], ids=repr)
+@pytest.mark.parametrize("model", [None, 3, F.relu, nn.Linear], ids=["None", "number", "function", "class"])
 def test_not_a_module(model: Any) -> None:
     with pytest.raises(InvalidArgument, match=r"nn\.Module"):
         fxhybrid.compile(model, budget=1.0)
