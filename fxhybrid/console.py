@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -40,11 +41,20 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
             bar.update(task, advance=1, visible=time.monotonic() - start > LONG_S)
 
 
-def as_text(table: RenderableType) -> str:
-    """Renders a table as plain text."""
+def as_text(table: RenderableType, width: int = 110) -> str:
+    """Renders a table as plain text of at most ``width`` columns."""
     from rich.console import Console
 
-    console = Console(width=110, force_terminal=False)
+    console = Console(width=width, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get()
+
+
+def as_html(table: RenderableType) -> str:
+    """Renders a table as an HTML fragment, for notebooks and pages."""
+    from rich.console import Console
+
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fxhybrid.api import Inputs, plan_now
+from fxhybrid.compiler.explained import model_name
 from fxhybrid.compiler.planning_state import PlanningState, extend
-from fxhybrid.console import as_text
+from fxhybrid.console import as_html, as_text
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.explain.plot import pyplot, save
 from fxhybrid.ir.json_text import from_json, to_json
 from fxhybrid.module import wrap
-from fxhybrid.optional_imports import require
 from fxhybrid.options import Options
 from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for, prove_bound
 from fxhybrid.solvers.portfolio.known_plans import KnownPlans
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 DEFAULT_COUNT = 12
 FRONTIER_FORMAT = 2
 MIB = 1 << 20
+STYLES = (("#1f4e79", "o"), ("#c05a00", "s"), ("#6fbf73", "^"))  # dark to light, so that they differ in grey
 
 
 class Technique(Enum):
@@ -72,6 +74,7 @@ class Frontier:
         minimum_bytes: smallest peak for which a plan is known.
         step_s: predicted seconds of the save-all step.
         device: what the profile was taken on.
+        model: class name of the model.
     """
 
     rows: tuple[FrontierRow, ...]
@@ -79,6 +82,7 @@ class Frontier:
     minimum_bytes: int
     step_s: float
     device: str
+    model: str = ""
 
     @property
     def budgets(self) -> list[int]:
@@ -114,29 +118,44 @@ class Frontier:
     def plot(self, path: str | Path) -> None:
         """Writes a plot of added time against budget, one line per technique with its lower bound dotted.
 
-        The suffix of ``path`` says the format.
+        Budgets that a technique does not reach are crosses at the top. The suffix of ``path`` says the format.
 
         Raises:
             InvalidArgument: matplotlib is not installed.
         """
-        require("matplotlib", "a plot").use("Agg")
-        pyplot = require("matplotlib.pyplot", "a plot")
-        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-        for technique, marker in zip(Technique, "os^", strict=True):
-            reached = [row for row in self.line(technique) if row.added_s is not None]
-            shares = [100 * row.budget_bytes / self.save_all_bytes for row in reached]
-            added = [100 * (row.added_s or 0.0) / self.step_s for row in reached]
-            bounds = [100 * (row.lower_bound_s or 0.0) / self.step_s for row in reached]
-            if reached:
-                (line,) = axes.plot(shares, added, marker=marker, label=technique.value)
-                axes.plot(shares, bounds, linestyle=":", color=line.get_color())
-        axes.set_xlabel(f"budget, % of {format_bytes(self.save_all_bytes)} (save-all peak)")
-        axes.set_ylabel(f"added time, % of a step of {self.step_s * 1e3:.0f} ms")
+        figure, axes = pyplot().subplots(figsize=(7.5, 5), layout="constrained")
+        for place, (technique, (colour, marker)) in enumerate(zip(Technique, STYLES, strict=True)):
+            self._draw(axes, technique, colour, marker, 0.99 - 0.03 * place)
+        axes.plot([], [], ":", color="black", label="lower bound")
+        axes.plot([], [], "x", color="black", label="not reached")
+        axes.set_title(f"{self.model or 'the model'}: what a budget costs")
+        axes.set_xlabel("budget, MiB")
+        axes.set_ylabel(f"added time, % of a step of {self.step_s * 1e3:.1f} ms")
+        whole = self.save_all_bytes / MIB
+        shares = axes.secondary_xaxis(
+            "top", functions=(lambda mib: 100 * mib / whole, lambda share: share * whole / 100)
+        )
+        shares.set_xlabel(f"% of the save-all peak of {format_bytes(self.save_all_bytes)}")
         axes.invert_xaxis()
+        axes.margins(y=0.12)  # room for the crosses
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(path, dpi=150)
-        pyplot.close(figure)
+        save(figure, path)
+
+    def _draw(self, axes: Any, technique: Technique, colour: str, marker: str, height: float) -> None:
+        """Draws one technique; what it does not reach are crosses at this share of the picture's height."""
+        rows = self.line(technique)
+        reached = [row for row in rows if row.added_s is not None]
+        missed = [row.budget_bytes / MIB for row in rows if row.added_s is None]
+        budgets = [row.budget_bytes / MIB for row in reached]
+        added, bounds = (
+            [100 * (seconds or 0.0) / self.step_s for seconds in line]
+            for line in ([row.added_s for row in reached], [row.lower_bound_s for row in reached])
+        )
+        if reached:
+            axes.plot(budgets, added, marker=marker, color=colour, label=technique.value)
+            axes.plot(budgets, bounds, linestyle=":", color=colour)
+        axes.plot(missed, [height] * len(missed), "x", color=colour, transform=axes.get_xaxis_transform())
 
     def __rich__(self) -> Table:
         from rich.table import Table
@@ -168,6 +187,9 @@ class Frontier:
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.__rich__())
 
 
 def _ms(seconds: float | None) -> str:
@@ -241,6 +263,7 @@ def _frontier_of(state: PlanningState, budgets: Sequence[int]) -> Frontier:
         known_by[Technique.HYBRID].smallest.peak_bytes,
         state.prepared.problem.step_s,
         state.prepared.profile.device,
+        model_name(state),
     )
 
 

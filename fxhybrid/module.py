@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from torch import fx, nn
 
 from fxhybrid.capture.outer_context import refuse_transforms, refuse_wrapper
 from fxhybrid.capture.step import StepCall
+from fxhybrid.compiler.explained import explanation_of, memory_figure_of, write_report
 from fxhybrid.compiler.outer_forward import OuterForward
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.report import Report, make_report
 from fxhybrid.compiler.session import Session
 from fxhybrid.devices.op_work import StepWork, work_of
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.explain.explanation import Explanation
+from fxhybrid.explain.plot import save
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
@@ -134,14 +138,40 @@ class HybridModule(nn.Module):
         """The backward graph of the last called signature; call it boxed, with one list."""
         return self._fxhybrid_session.active().function.graphs.backward
 
-    def report(self, *, more_error: float | None = None) -> Report:
+    def report(self, *, more_error: float | None = None, html: str | Path | None = None) -> Report:
         """Reports what was planned, checked, measured and left out, per signature.
 
         Args:
             more_error: also say what a ``max_grad_error`` higher by this would save; plans once more for that.
+            html: also write it to this file, with pictures, plan and settings of the last called signature.
+
+        Raises:
+            InvalidArgument: ``html`` is given and nothing is planned yet, or matplotlib is not installed.
         """
         session = self._fxhybrid_session
-        return make_report(session.signatures, more_error, session.monitor.checks)
+        report = make_report(session.signatures, more_error, session.monitor.checks)
+        if html is not None:
+            write_report(session.first, report, html)
+        return report
+
+    def explain(self) -> Explanation:
+        """Explains the plan of the last called signature by module path and source line of the model.
+
+        Raises:
+            InvalidArgument: nothing is planned yet.
+        """
+        return explanation_of(self._fxhybrid_session.first)
+
+    def plot_memory(self, path: str | Path) -> None:
+        """Draws memory over the unmodified and over the planned step, stacked by what it is spent on.
+
+        Args:
+            path: of the picture; its suffix says the format.
+
+        Raises:
+            InvalidArgument: nothing is planned yet, or matplotlib is not installed.
+        """
+        save(memory_figure_of(self._fxhybrid_session.first), path)
 
     def set_budget(self, budget: Budget) -> None:
         """Moves to another budget, between steps, without capturing or profiling again.

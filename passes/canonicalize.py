@@ -8,6 +8,7 @@ readers that ignore an argument lose it. Every rewrite gives the very same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -130,7 +131,7 @@ def _hoist(joint: JointGraph, node: fx.Node) -> None:
     sources = [n for n in node.all_input_nodes if n.op != "placeholder"]
     anchor = max(sources, default=joint.placeholders[-1])  # nodes compare by their place in the graph
     anchor.append(node)
-    node.meta[TAG] = NodeTag(Phase.FORWARD)
+    node.meta[TAG] = replace(node.meta[TAG], phase=Phase.FORWARD)
 
 
 def own_gradients(joint: JointGraph) -> None:

@@ -27,7 +27,7 @@ FLOORS = (
     ("api",),
     ("module",),
     ("compiler",),
-    ("accuracy",),
+    ("accuracy", "explain"),
     ("devices", "pipeline"),
     ("options", "runtime"),
     ("solvers.portfolio",),

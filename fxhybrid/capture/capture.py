@@ -33,6 +33,7 @@ from fxhybrid.capture.joint_graph import (
     Phase,
     node_name,
 )
+from fxhybrid.capture.origins import traced_origin
 from fxhybrid.capture.random_numbers import random_inputs, with_traced_types
 from fxhybrid.capture.refusals import (
     explain_differentiation,
@@ -238,4 +239,4 @@ def _tag_phases(graph_module: fx.GraphModule) -> None:
         is_backward = is_backward or any(n in backward_seen for n in node.all_input_nodes)
         if is_backward and node.op != "output":
             backward_seen.add(node)
-        node.meta[TAG] = NodeTag(Phase.BACKWARD if is_backward else Phase.FORWARD)
+        node.meta[TAG] = NodeTag(Phase.BACKWARD if is_backward else Phase.FORWARD, traced_origin(node))

@@ -59,10 +59,34 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Names a place in the user's model.
+
+    Attributes:
+        module: dotted path of the innermost module; ``"loss"`` outside the model, ``""`` for the model itself.
+        kind: class of that module, "" outside the model.
+        line: ``file.py:12``, the last frame that is no library's; "" where it is not known.
+    """
+
+    module: str
+    kind: str
+    line: str
+
+    def __str__(self) -> str:
+        return " ".join((self.module or "the model", *([f"({self.line})"] if self.line else [])))
+
+
+@dataclass(frozen=True)
 class NodeTag:
-    """The one thing that fxhybrid writes into ``node.meta`` (under ``TAG``)."""
+    """The one thing that fxhybrid writes into ``node.meta`` (under ``TAG``).
+
+    Attributes:
+        phase: which half of the step the node belongs to.
+        origin: where in the model it was traced; None for what passes made.
+    """
 
     phase: Phase
+    origin: Origin | None = None
 
 
 TAG = "fxhybrid"

@@ -98,7 +98,7 @@ def refuse_dynamic_sizes(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)  # read by a message only, which is left out too
     for node in module.graph.nodes:
         if _is_dynamic(node):
-            frames = _frames_of_text(node.meta.get("stack_trace") or "")
+            frames = frames_of_text(node.meta.get("stack_trace") or "")
             what, way_out = _name_and_way_out(node)
             what += ", in the gradient of a line," if node.meta.get("partitioner_tag") == "is_backward" else ""
             raise CaptureError(
@@ -130,7 +130,7 @@ def _in_short(reason: str) -> str:
 def explain_differentiation(error: Exception) -> str:
     """Says what an operator raised while forward and backward were traced, and in which line of the user's."""
     text, _, trace = str(error).partition("\n\nWhile executing")
-    where = _where(_frames_of_text(trace))
+    where = _where(frames_of_text(trace))
     if isinstance(error, GuardOnDataDependentSymNode):
         name = re.search(r"target=(?:torch\.)?(?P<name>[\w.]+)", trace)
         what = name["name"] if name else "an operator"
@@ -168,17 +168,19 @@ def _module_path(node: fx.Node) -> str:
     return f", in module {path!r}" if path else ""
 
 
-def _frames_of_text(text: str) -> list[Frame]:
+def frames_of_text(text: str) -> list[Frame]:
+    """Reads the frames of a traceback's text, the innermost last."""
     return [(m["file"], int(m["line"]), m["name"], m["text"].strip()) for m in FRAME.finditer(text)]
 
 
 def _where(frames: Iterable[Frame]) -> str:
     """The last frame that is neither torch's nor Python's nor ours, else torch's, as a line of a message."""
     known = [frame for frame in frames if not frame[0].startswith(("<", LIBRARIES[1]))]
-    own = [frame for frame in known if not _is_library(frame[0])]
+    own = [frame for frame in known if not is_library(frame[0])]
     return '\n  at {}:{}, in {}: "{}"'.format(*(own or known)[-1]) if known else ""
 
 
-def _is_library(path: str) -> bool:
+def is_library(path: str) -> bool:
+    """Tells whether a source file is torch's, ours or Python's own."""
     own = path.startswith(("<", *LIBRARIES[:2]))
     return own or ("site-packages" not in path and path.startswith(LIBRARIES[2]))

@@ -13,7 +13,7 @@ from fxhybrid.compiler.call_state import CallState
 from fxhybrid.compiler.planning_state import PlanningState
 from fxhybrid.compiler.signature import Signature
 from fxhybrid.compiler.tolerance import ToleranceValue, tolerance_value
-from fxhybrid.console import as_text
+from fxhybrid.console import as_html, as_text
 from fxhybrid.ir.plan import Plan
 from fxhybrid.units import format_bytes
 
@@ -62,6 +62,9 @@ class Report:
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.__rich__())
 
     def __rich__(self) -> Table:
         from rich.table import Table
