@@ -183,7 +183,7 @@ def trace(step: Step, call: StepCall, options: Options) -> Traced:
     captured = capture(step, tuple(call), exact=not lossy)
     joint = canonicalize(captured.joint)
     structure = output_structure(captured, step, call)
-    resident_bytes = _resident_bytes(step, call, options)
+    resident_bytes = _resident_bytes(step, call, options) + captured.float_bytes
     lossless = options.compression != "off"
     return Traced(captured, joint, structure, fingerprint(joint), resident_bytes, lossy, lossless)
 

@@ -99,24 +99,25 @@ def test_random_numbers_of_python(name: str) -> None:
 
 
 def test_ways_out_of_random_numbers_of_python() -> None:
-    """One plan for all numbers."""
+    """A number is a tensor, or a float: one more plan for its second value, none for later ones."""
 
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(N, N)
 
-        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        def forward(self, x: Tensor, weight: Tensor | float) -> Tensor:
             h = self.linear(x)
             mixed = weight * h + (1 - weight) * h[torch.randperm(4)]
             return (mixed * torch.rand(())).sum()
 
     pair = twins(Mixed())
-    for weight in (0.3, 0.7):
-        pair.same(lambda m: m(rows(), torch.tensor(weight)).backward())  # noqa: B023
-        pair.plain.zero_grad()
-        pair.hybrid.zero_grad()
-    assert len(pair.hybrid.plans) == 1
+    for make, n_plans in ((torch.tensor, 1), (float, 3)):
+        for weight in (0.3, 0.7, 0.2):
+            pair.same(lambda m: m(rows(), make(weight)).backward())  # noqa: B023
+            pair.plain.zero_grad()
+            pair.hybrid.zero_grad()
+        assert len(pair.hybrid.plans) == n_plans
 
 
 def test_uniform_numbers_of_python_are_drawn_at_each_call() -> None:

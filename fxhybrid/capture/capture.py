@@ -19,6 +19,14 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext
 from torch.utils import _pytree as pytree
 
+from fxhybrid.capture.changing_floats import (
+    ChangingFloats,
+    changing_floats,
+    compute_floats_as_tensors,
+    float_input_bytes,
+    floats_as_inputs,
+    has_floats,
+)
 from fxhybrid.capture.effect_tokens import drop_effect_tokens
 from fxhybrid.capture.fake_tensor_fixes import fix_kernel_results
 from fxhybrid.capture.intermediate_leaves import drop_intermediate_leaves
@@ -63,6 +71,7 @@ class Capture:
         holds: whether this capture is valid for a call with these arguments (Dynamo's guards).
         bind: turns a function over the graph's flat inputs into one with the module's own signature.
         flat_names: for each graph input, the parameter's or buffer's name, or "" for a user input.
+        float_bytes: of inputs of the graph that are Python floats in the call.
     """
 
     joint: JointGraph
@@ -70,6 +79,7 @@ class Capture:
     holds: Callable[..., bool]
     bind: Callable[[FlatFunction], Callable[..., Any]]
     flat_names: tuple[str, ...]
+    float_bytes: int
 
 
 def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> Capture:
@@ -85,8 +95,19 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
             cannot carry; the message names the user's line where Dynamo knows it.
     """
     refuse_backward_hooks(module)
+    floats = changing_floats(module)
+    if floats.inputs:
+        try:
+            return _capture(module, args, exact, floats)
+        except CaptureError:
+            floats.make_constant()  # an error of the model's own comes again
+    return _capture(module, args, exact, floats)
+
+
+def _capture(module: nn.Module, args: tuple[Any, ...], exact: bool, floats: ChangingFloats) -> Capture:
+    """Traces a call with these floats as inputs of the graph."""
     try:
-        with tracing_settings():
+        with tracing_settings(), floats_as_inputs(floats.inputs):
             traced = convert_frame.fullgraph_capture(module, args, {})
             if traced.backend_input is None:
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
@@ -114,15 +135,18 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
     pattern = overlap_pattern(_tensors(args)) if writes_input else None
 
     def holds(*call: Any) -> bool:
+        named = dict(zip(parameters, call, strict=True))
         with without_value_checks():
-            same = bool(manager.check(dict(zip(parameters, call, strict=True))))
+            same = bool(manager.check(named))
+            if not same:
+                floats.note(manager, named)
         return same and (pattern is None or overlap_pattern(_tensors(call)) == pattern)
 
     def bind(flat: FlatFunction) -> Callable[..., Any]:
         flat = with_traced_types(flat, random_positions)
         return env.forward_callable(backend_id, flat, extra_globals=function.__globals__)
 
-    return Capture(joint, metadata, holds, bind, names)
+    return Capture(joint, metadata, holds, bind, names, float_input_bytes(traced.backend_input.graph_module))
 
 
 def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -145,6 +169,8 @@ def _joint_graph(module: nn.Module, backend_input: Any) -> tuple[JointGraph, Any
             described = _export(backend_input)
     metadata = described._aot_state.fw_metadata
     graph_module = described.graph_module
+    if has_floats(graph_module):
+        compute_floats_as_tensors(graph_module, backend_input.fake_mode)
     refuse_dynamic_sizes(graph_module)
     drop_effect_tokens(graph_module)
     sum_chosen_elements(graph_module)

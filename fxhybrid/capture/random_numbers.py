@@ -12,8 +12,8 @@ from torch._dynamo.source import RandomValueSource
 from fxhybrid.errors import CaptureError
 
 RANDOM = (
-    "draw the random number before the call and pass it in, model(x, weight), as a tensor; or draw it with torch: "
-    "torch.rand(()) in place of random.random(), torch.randperm(n) in place of shuffling"
+    "draw the random number before the call and pass it in, model(x, weight), or set it as an attribute; or draw it "
+    "with torch: torch.rand(()) in place of random.random(), torch.randperm(n) in place of shuffling"
 )
 
 

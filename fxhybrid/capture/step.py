@@ -115,8 +115,8 @@ def check_call(call: StepCall, model: nn.Module) -> None:
                 raise InvalidArgument(
                     f"{where} is on {leaf.device}, the model on {device}; move it: x.to({str(device)!r})"
                 )
-        elif leaf is not None and not isinstance(leaf, (bool, int, str)):
+        elif leaf is not None and not isinstance(leaf, (bool, int, float, str)):
             raise InvalidArgument(
-                f"{where} is a {type(leaf).__name__}; only tensors, bool, int, str and None can be passed: "
+                f"{where} is a {type(leaf).__name__}; only tensors, bool, int, float, str and None can be passed: "
                 "make it a tensor or an attribute of the model"
             )
