@@ -48,8 +48,8 @@ def compile(
 
     Args:
         model: any ``nn.Module`` that can be traced into one graph; it is shared, not copied.
-        budget: live tensor bytes over the whole step: an int, text such as ``"512MiB"``, or a float in (0, 1] as a
-            share of the simulated save-all peak.
+        budget: live tensor bytes over the whole step: an int, ``"512MiB"``, a share of the simulated save-all peak
+            (0.6 or ``"60%"``), ``"auto"`` for what is free now, or ``"smallest"`` for the least that a plan takes.
         example_inputs: tuple or dict to plan with now; ``None`` plans at the first call.
         loss_fn: ``loss_fn(output, *loss_args)`` gives a scalar; traced with the model, so that logits and
             their gradients are planned too. The call then takes ``loss_args=`` and returns the loss.

@@ -22,7 +22,7 @@ from fxhybrid.module import wrap
 from fxhybrid.options import Options
 from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for, prove_bound
 from fxhybrid.solvers.portfolio.known_plans import KnownPlans
-from fxhybrid.units import Budget, check_budget, format_bytes
+from fxhybrid.units import Budget, check_size, format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -220,7 +220,7 @@ def frontier(
         InvalidArgument: a parameter cannot be used.
         CaptureError: the model cannot be traced into one graph.
     """
-    checked = None if budgets is None else [check_budget(budget) for budget in budgets]
+    checked = None if budgets is None else [check_size(budget) for budget in budgets]
     if checked is not None and not checked:
         raise InvalidArgument("budgets is empty; leave it out for 12 even steps")
     if "budget" in options:

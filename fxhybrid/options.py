@@ -13,7 +13,7 @@ import torch
 from fxhybrid.capture.step import Loss
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.solvers.base import Solver
-from fxhybrid.units import check_budget, check_bytes
+from fxhybrid.units import CheckedBudget, check_budget, check_bytes
 
 SOLVERS = ("auto", "mps", "ilp")
 COMPRESSIONS = ("auto", "lossless", "off")
@@ -22,7 +22,7 @@ BACKENDS = ("eager",)  # under Inductor the fused kernels' memory is not what th
 Check = Callable[[str, Any], Any]
 
 
-def _check_budget(_: str, value: Any) -> int | float:
+def _check_budget(_: str, value: Any) -> CheckedBudget:
     return check_budget(value)
 
 
@@ -90,7 +90,8 @@ class Options:
     """Holds the parameters of ``fxhybrid.compile`` that hold for every signature; checked whenever made."""
 
     budget: Annotated[
-        int | float, Option("bytes, text such as 512MiB, or a share in (0, 1] of the save-all peak", _check_budget)
+        CheckedBudget,
+        Option("bytes, text such as 512MiB, a share such as 0.6 or 60%, auto, smallest", _check_budget),
     ]
     loss_fn: Annotated[Loss | None, Option("traced on top of the model", _check_loss)] = None
     return_outputs: Annotated[bool, Option("return the outputs in addition to the loss", _check_flag)] = False

@@ -175,11 +175,11 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _frontier(arguments: argparse.Namespace) -> None:
     from fxhybrid.frontier import frontier
-    from fxhybrid.units import check_budget
+    from fxhybrid.units import check_size
 
     budgets = None
     if arguments.budgets:
-        budgets = [check_budget(parse_budget(text)) for text in arguments.budgets.split(",")]
+        budgets = [check_size(parse_budget(text)) for text in arguments.budgets.split(",")]
     model, inputs, options = _common(arguments)
     found = frontier(model, inputs, budgets=budgets, **options)
     _console().print(found)

@@ -13,6 +13,7 @@ from torch import nn
 from fxhybrid.accuracy.replan_loop import MeasuredErrors, ReplanResult, replan_within_error, validate_plan
 from fxhybrid.accuracy.verifier import CaptureCheck, Reference, check_capture, memory_shortage, reference
 from fxhybrid.capture.step import Step, StepCall
+from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.observed_backward import first_expected
 from fxhybrid.compiler.pending_calls import plan_bytes
@@ -28,10 +29,10 @@ from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.pipeline import Prepared, Traced, prepare_traced, trace
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.solvers.base import FrontierPoint
-from fxhybrid.solvers.portfolio.extend_plans import ensure, polish_for
+from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, forget, join, plans_of, simulated
 from fxhybrid.solvers.portfolio.solvers import Portfolio
-from fxhybrid.units import format_bytes
+from fxhybrid.units import NamedBudget, format_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +102,10 @@ def plan_signature(
     if transferred is not None:
         prepared = prepared.offering(bind_actions(transferred, prepared.problem, prepared.fingerprint))
     save_all_bytes = simulate_actions(prepared.problem, {}).peak_bytes
+    asked = options.budget
+    is_open = budget_bytes is None
     if budget_bytes is None:
-        share = options.budget
-        budget_bytes = share if isinstance(share, int) else int(share * save_all_bytes)
+        budget_bytes = resolve_budget(asked, step.model, options.optimizer, save_all_bytes, prepared.problem)
     shortage = memory_shortage(save_all_bytes)
     compared = None if shortage else reference(prepared, step, call)
     check = check_capture(compared) if compared else CaptureCheck(None, f"not compared with eager: {shortage}")
@@ -125,7 +127,15 @@ def plan_signature(
         capture_check=check,
         model=ref(step.model),
     )
+    if is_open and asked is NamedBudget.SMALLEST:
+        state = with_smallest(state)
+        return replace(state, budget_bytes=state.minimum_bytes)
     return search(state, FRESH)
+
+
+def with_smallest(state: PlanningState) -> PlanningState:
+    """Adds the plan of the smallest peak that can be found."""
+    return replace(state, plans=find_smallest_peak(state.plans))
 
 
 def expected_by(traced: Traced, plan: Plan) -> ExpectedBackward:

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from fxhybrid.accuracy.calibration import ErrorPair
 from fxhybrid.accuracy.drift_monitor import DriftCheck
+from fxhybrid.capture.joint_graph import InputKind
 from fxhybrid.compiler.active_graphs import ActiveGraph
 from fxhybrid.compiler.call_state import CallState
 from fxhybrid.compiler.planning_state import PlanningState
@@ -21,11 +24,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+MAX_COLUMNS = 3  # kinds of calls that have a column each; with more, each has a row of its own
+SHORT = ("inputs", "budget", "predicted peak", "added time", "gradient error", "status")
+
+
 @dataclass(frozen=True)
 class SignatureReport:
     """Reports one kind of call.
 
     Attributes:
+        inputs: shapes and types of the call's tensors, in words.
         plan: the plan for fresh gradients.
         save_all_bytes: simulated peak of the save-all step.
         minimum_bytes: smallest peak for which a plan is known.
@@ -37,6 +45,7 @@ class SignatureReport:
         error_pairs: gradient errors that were both predicted and measured: of groups of tensors and of plans.
     """
 
+    inputs: str
     plan: Plan
     save_all_bytes: int
     minimum_bytes: int
@@ -71,11 +80,19 @@ class Report:
 
         table = Table(title="fxhybrid report")
         table.add_column("")
-        for number in range(len(self.signatures)):
-            table.add_column(f"call {number + 1}")
         rows = [_rows(report) for report in self.signatures]
-        for name in rows[0] if rows else ():
-            table.add_row(name, *(row[name] for row in rows))
+        if not rows:
+            table.add_row("nothing is planned yet: call the module once, or pass example_inputs to compile")
+        elif len(rows) <= MAX_COLUMNS:
+            for number in range(len(rows)):
+                table.add_column(f"call {number + 1}")
+            for name in rows[0]:
+                table.add_row(name, *(row[name] for row in rows))
+        else:
+            for name in SHORT:
+                table.add_column(name)
+            for number, row in enumerate(rows):
+                table.add_row(f"call {number + 1}", *(row[name] for name in SHORT))
         if self.drift_checks:
             replanned = sum(check.replanned for check in self.drift_checks)
             table.caption = (
@@ -90,6 +107,7 @@ def _rows(report: SignatureReport) -> dict[str, str]:
     tolerance = report.tolerance_value
     counts = ", ".join(f"{count} {kind}" for kind, count in plan.counts().items()) or "everything saved"
     return {
+        "inputs": report.inputs,
         "budget": format_bytes(plan.budget_bytes),
         "predicted peak": format_bytes(plan.peak_bytes),
         "save-all peak": format_bytes(report.save_all_bytes),
@@ -122,6 +140,7 @@ def make_report(
 def _report(signature: Signature, more_error: float | None) -> SignatureReport:
     active, state = signature.active(), signature.state
     return SignatureReport(
+        _inputs_text(state),
         active.plan,
         state.save_all_bytes,
         state.minimum_bytes,
@@ -132,6 +151,14 @@ def _report(signature: Signature, more_error: float | None) -> SignatureReport:
         tolerance_value(state, active.plan, more_error) if more_error else None,
         state.errors.pairs,
     )
+
+
+def _inputs_text(state: PlanningState) -> str:
+    joint = state.prepared.joint
+    inputs = zip(joint.placeholders, joint.inputs, strict=True)
+    values = [node.meta["val"] for node, role in inputs if role.kind is InputKind.USER_INPUT]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors) or "no tensors"
 
 
 def _accumulating_note(state: PlanningState) -> str:

@@ -14,15 +14,23 @@ from fxhybrid.capture.outer_context import refuse_sharded
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
 from fxhybrid.compiler.admission import call_state
+from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.planning_lock import PLANNING
-from fxhybrid.compiler.planning_state import adopt, expected_by, measure_error, plan_signature, recalibrate
+from fxhybrid.compiler.planning_state import (
+    adopt,
+    expected_by,
+    measure_error,
+    plan_signature,
+    recalibrate,
+    with_smallest,
+)
 from fxhybrid.compiler.signature import Signature
 from fxhybrid.errors import BudgetError, InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.options import Options
 from fxhybrid.passes.expected_backward import ExpectedBackward
-from fxhybrid.units import Budget, check_budget
+from fxhybrid.units import Budget, NamedBudget, check_budget
 
 MANY_SIGNATURES = 32  # more than a real model has shapes; a Python counter makes one a step
 
@@ -119,12 +127,21 @@ class Session:
     def set_budget(self, budget: Budget) -> None:
         """Plans all signatures for another budget, or changes nothing and raises."""
         checked = check_budget(budget)
-        if isinstance(checked, float):
-            if not self.signatures:
-                raise InvalidArgument("a share of the save-all peak needs a first call; pass bytes instead")
-            checked = int(checked * self.signatures[-1].state.save_all_bytes)
+        if not isinstance(checked, int):
+            checked = self._budget_bytes(checked)
         self.signatures = [signature.with_budget(checked, self.step) for signature in self.signatures]
         self.budget_bytes = checked
+
+    def _budget_bytes(self, budget: float | NamedBudget) -> int:
+        """Returns a budget in bytes that depends on the first signature; the smallest one holds for all signatures."""
+        if not self.signatures:
+            raise InvalidArgument(f"a budget of {budget!r} needs a first call; pass bytes instead")
+        if budget is NamedBudget.SMALLEST:
+            self.signatures = [replace(s, state=with_smallest(s.state)) for s in self.signatures]
+            return max(signature.state.minimum_bytes for signature in self.signatures)
+        state = self.signatures[-1].state
+        problem = state.prepared.problem
+        return resolve_budget(budget, self.model, self.options.optimizer, state.save_all_bytes, problem)
 
     def adopt(self, plan: Plan) -> None:
         """Carries out this very plan in the first signature."""
