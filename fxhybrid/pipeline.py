@@ -172,6 +172,11 @@ class Prepared:
         return dataclasses.replace(self, expected=expected, problem=problem)
 
 
+def is_lossy(options: Options) -> bool:
+    """Tells whether gradients may differ from eager's."""
+    return options.compression == "auto" and options.max_grad_error > 0
+
+
 def prepare(step: Step, call: StepCall, options: Options) -> Prepared:
     """Captures a step and measures its operators; runs neither the model nor its backward pass."""
     return prepare_traced(trace(step, call, options), ALL_ARRIVE)
@@ -179,23 +184,45 @@ def prepare(step: Step, call: StepCall, options: Options) -> Prepared:
 
 def trace(step: Step, call: StepCall, options: Options) -> Traced:
     """Captures a step and rewrites it to its canonical form."""
-    lossy = options.compression == "auto" and options.max_grad_error > 0
-    captured = capture(step, tuple(call), exact=not lossy)
+    captured = capture(step, tuple(call), exact=not is_lossy(options))
+    return canonical(captured, output_structure(captured, step, call), step, call, options)
+
+
+def canonical(captured: Capture, structure: OutputStructure, step: Step, call: StepCall, options: Options) -> Traced:
+    """Rewrites a captured step to its canonical form."""
     joint = canonicalize(captured.joint)
-    structure = output_structure(captured, step, call)
     resident_bytes = _resident_bytes(step, call, options) + captured.float_bytes
     lossless = options.compression != "off"
-    return Traced(captured, joint, structure, fingerprint(joint), resident_bytes, lossy, lossless)
+    return Traced(captured, joint, structure, fingerprint(joint), resident_bytes, is_lossy(options), lossless)
 
 
 def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
     """Measures the operators of a step, with the backward pass that is expected."""
-    joint = prune_tangents(traced.joint, expected.absent) if expected.absent else traced.joint
+    joint = pruned_joint(traced, expected)
     layout = layout_of(joint)
     choices = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)
     refusals = codec_refusals(layout, lossy=traced.lossy, lossless=traced.lossless)
     profile = profile_calls(calls_of(layout, choices))
     errors = error_table(lossy_groups(layout, choices), choices, lambda _: DEFAULT_GROUP_ERROR)
+    return prepared_for(traced, expected, joint, layout, profile, choices, refusals, errors)
+
+
+def pruned_joint(traced: Traced, expected: ExpectedBackward) -> JointGraph:
+    """Returns the joint graph without the branches of the tangents that are not expected."""
+    return prune_tangents(traced.joint, expected.absent) if expected.absent else traced.joint
+
+
+def prepared_for(
+    traced: Traced,
+    expected: ExpectedBackward,
+    joint: JointGraph,
+    layout: Layout,
+    profile: Profile,
+    choices: CodecChoices,
+    refusals: Mapping[str, str],
+    errors: ErrorTable,
+) -> Prepared:
+    """Builds the planning problem of what was prepared so far."""
     problem = problem_of(joint, layout, profile, choices, errors, traced.resident_bytes, expected.absent)
     prepared = Prepared(traced, ALL_ARRIVE, joint, layout, profile, choices, refusals, problem)
     prepared = dataclasses.replace(prepared, expected=dataclasses.replace(expected, dropped=frozenset()))

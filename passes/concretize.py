@@ -18,6 +18,8 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils._sympy.printers import PythonPrinter
 
 from fxhybrid.capture.joint_graph import JointGraph, storages
+from fxhybrid.errors import CaptureError
+from fxhybrid.passes.graph_edit import joint_module
 
 Sizes = Mapping[str, int]  # by the symbol's name
 Values = Sequence[Any]  # what each expression of a program comes to
@@ -48,11 +50,18 @@ class SizeProgram:
         return self._places.setdefault(expression, len(self._places))
 
     def compiled(self) -> Callable[[Sizes], Values]:
-        """Compiles all expressions; calling the result raises ``KeyError`` if a symbol has no size."""
+        """Compiles all expressions; calling the result raises ``KeyError`` if a symbol has no size.
+
+        Raises:
+            CaptureError: an expression has no form in Python.
+        """
         symbols = sorted({str(symbol) for expression in self._places for symbol in expression.free_symbols})
         printer = PythonPrinter()
-        results = "".join(f"{printer.doprint(expression)}, " for expression in self._places)
-        evaluate = eval(f"lambda {', '.join(symbols)}: ({results})", dict(SYMPY_INTERP))
+        try:
+            results = "".join(f"{printer.doprint(expression)}, " for expression in self._places)
+            evaluate = eval(f"lambda {', '.join(symbols)}: ({results})", dict(SYMPY_INTERP))
+        except (NotImplementedError, SyntaxError) as error:
+            raise CaptureError(f"a size of the step cannot be written as Python: {error}") from error
         return lambda sizes: evaluate(*(sizes[name] for name in symbols))
 
 
@@ -114,7 +123,7 @@ class SymbolicGraph:
             twin = graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
             twin.meta = {**node.meta, "val": value}
             new[node] = value if is_number else twin
-        return JointGraph(fx.GraphModule(self.joint.module, graph), self.joint.inputs, self.joint.outputs)
+        return JointGraph(joint_module(self.joint.module, graph), self.joint.inputs, self.joint.outputs)
 
     def _unchanged(self, node: fx.Node, values: Values) -> fx.Node | None:
         """Returns the input of a node that gives nothing else."""

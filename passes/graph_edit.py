@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph_module import _loader
 
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, Phase, phase_of
@@ -36,6 +37,11 @@ def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
     source: str = type(module).forward.__code__.co_filename
     weakref.finalize(module, _forget_source, source).atexit = False
     return module
+
+
+def joint_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Makes a module of a joint graph, whose source is generated when it is first wanted: most are never run."""
+    return _LazyGraphModule(root, graph)
 
 
 def _forget_source(name: str) -> None:

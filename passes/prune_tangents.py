@@ -14,7 +14,7 @@ from torch import fx
 
 import fxhybrid.ops.recurrent  # noqa: F401  (defines an operator that is looked for)
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of
-from fxhybrid.passes.graph_edit import graph_module
+from fxhybrid.passes.graph_edit import joint_module
 
 aten = torch.ops.aten
 _LAYOUT_BOUND = (aten.view.default, aten._unsafe_view.default)  # they fail where strides are not the traced ones
@@ -80,7 +80,7 @@ class _Pruner:
             elif node.op == "placeholder" or node not in self.missing:
                 self.new[node] = self._summand(node) or self._copy(node)
         self._erase_dead()
-        return JointGraph(graph_module(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)
+        return JointGraph(joint_module(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)
 
     def _summand(self, node: fx.Node) -> fx.Node | None:
         """The other summand of a sum with one missing, where it has the sum's shape and type."""

@@ -15,7 +15,7 @@ from torch import fx
 import fxhybrid.codecs  # noqa: F401  (registers the compress and decompress operators)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase
 from fxhybrid.ir.schedule import Instruction, Kind, Schedule, without_mask
-from fxhybrid.passes.graph_edit import graph_module
+from fxhybrid.passes.graph_edit import joint_module
 from fxhybrid.passes.storages import Layout, OpCall, fused_form, recompute_form
 
 
@@ -54,7 +54,7 @@ class _Rewriter:
             self._emit(instruction)
         outputs += self._outputs(of_forward=False)
         self._tag(self.graph.output(tuple(outputs)), None)
-        return JointGraph(graph_module(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)
+        return JointGraph(joint_module(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)
 
     def _emit(self, instruction: Instruction) -> None:
         if instruction.kind is Kind.ENCODE:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+import fxhybrid
 from fxhybrid.passes.build_problem import calls_of
-from fxhybrid.profiling.allocator import memory_rise, memory_rises
+from fxhybrid.profiling.allocator import measure_step, memory_rise, memory_rises
 from fxhybrid.profiling.op_profiler import profile_calls
 from fxhybrid.profiling.recording import run_recordable
 from tests.compare import twins
@@ -75,3 +76,10 @@ def test_a_new_shape_comes_up_while_a_profiler_runs() -> None:
     with profiled():
         pair.same(lambda m: step(m, 5))
     assert len(pair.hybrid.plans) == 2
+
+
+def test_a_step_is_planned_while_it_is_measured() -> None:
+    hybrid = fxhybrid.compile(nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 5)), budget=2**20)
+    x = torch.randn(8, 24)
+    measured = measure_step(lambda: hybrid(x).sum().backward(), modules=hybrid, tensors=x, repeats=0)
+    assert measured.peak_bytes > 0

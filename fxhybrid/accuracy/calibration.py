@@ -19,7 +19,7 @@ from fxhybrid.accuracy.attribution import neighbours, tensor_errors
 from fxhybrid.accuracy.channel_widths import channelwise_choices
 from fxhybrid.accuracy.compression_trial import LossyStep
 from fxhybrid.accuracy.verifier import Reference
-from fxhybrid.codecs import NOISE_AT_4_BITS, coarsest_lossy, get_codec
+from fxhybrid.codecs import NOISE_AT_4_BITS, coarsest_lossy, codec_kind, get_codec
 from fxhybrid.codecs.channelwise import Channelwise
 from fxhybrid.codecs.widths import STEP_ERROR
 from fxhybrid.console import tracked
@@ -150,7 +150,7 @@ class _GroupRuns:
 
     def runs_of_others(self, name: str, choices: CodecChoices) -> list[Callable[[], None]]:
         """Returns one step for each other kind of codec."""
-        kinds = sorted({_kind(spec) for t in self.members for spec in choices[t]})
+        kinds = sorted({codec_kind(spec) for t in self.members for spec in choices[t]})
         rounds = ((kind, specs) for kind in kinds for specs in self._of_kind(kind, choices))
         return [partial(self._run_other, name, kind, specs) for kind, specs in rounds]
 
@@ -165,7 +165,11 @@ class _GroupRuns:
     def _of_kind(self, kind: str, choices: CodecChoices) -> list[dict[int, str]]:
         """Finds lossy codecs of one kind not run yet: one for each member, then a second for each that has two."""
         found = {
-            t: [s for s in choices[t] if _kind(s) == kind and not get_codec(s).lossless and (t, s) not in self.errors]
+            t: [
+                s
+                for s in choices[t]
+                if codec_kind(s) == kind and not get_codec(s).lossless and (t, s) not in self.errors
+            ]
             for t in self.members
         }
         rounds = range(max(map(len, found.values()), default=0))
@@ -180,7 +184,3 @@ def predicted_error(spec: str, at_4_bits: float, channels: Tensor | None) -> flo
             sum(225 * STEP_ERROR[w] * e for w, e in zip(codec.widths.tolist(), channels.tolist(), strict=True))
         )
     return at_4_bits * codec.noise**2
-
-
-def _kind(spec: str) -> str:
-    return spec.partition(":")[0]

@@ -15,7 +15,7 @@ Importing this package defines ``torch.ops.fxhybrid.compress`` and ``.decompress
 
 from fxhybrid.codecs import channelwise, lossless, ops, pool, rowwise  # noqa: F401  they register themselves
 from fxhybrid.codecs.candidate_codecs import candidate_codecs, coarsest_lossy
-from fxhybrid.codecs.codec import NOISE_AT_4_BITS, Codec, get_codec, register, registered_names
+from fxhybrid.codecs.codec import NOISE_AT_4_BITS, Codec, codec_kind, get_codec, register, registered_names
 from fxhybrid.codecs.kernels.storage import TensorMeta
 from fxhybrid.codecs.widths import bisect_multiplier, channels_per_row, widths_at
 
@@ -27,6 +27,7 @@ __all__ = [
     "candidate_codecs",
     "channels_per_row",
     "coarsest_lossy",
+    "codec_kind",
     "get_codec",
     "register",
     "registered_names",

@@ -184,6 +184,11 @@ def get_codec(spec: str) -> Codec:
     return codec
 
 
+def codec_kind(spec: str) -> str:
+    """Returns the name in a spec: what it does, without the parameters that depend on a tensor's sizes."""
+    return spec.partition(":")[0]
+
+
 def parse_integers(parameters: str, names: str) -> tuple[int, ...]:
     """Reads comma-separated integers, one for each of the comma-separated names.
 

@@ -18,6 +18,7 @@ from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.planning_state import (
+    PlanningState,
     adopt,
     expected_by,
     measure_error,
@@ -26,6 +27,7 @@ from fxhybrid.compiler.planning_state import (
     with_smallest,
 )
 from fxhybrid.compiler.signature import Signature
+from fxhybrid.compiler.signature_cache import SignatureCache
 from fxhybrid.errors import BudgetError, InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.options import Options
@@ -45,7 +47,8 @@ class Session:
         step: model and loss.
         budget_bytes: limit of the peak; None while a share is not resolved.
         monitor: checks of the gradient error.
-        signatures: one for each kind of call, the last called first; each is a value that is replaced as a whole.
+        cache: the signatures, one for each kind and size of call; each is a value that is replaced as a whole.
+        base: the state that a relative budget is resolved by, that of the first planned call; None before it.
     """
 
     def __init__(self, model: nn.Module, options: Options, plan: Plan | None) -> None:
@@ -55,7 +58,13 @@ class Session:
         self.step = Step(model, options.loss_fn, options.return_outputs)
         self.budget_bytes = options.budget if isinstance(options.budget, int) else None
         self.monitor = DriftMonitor(options.check_error_every, options.max_grad_error)
-        self.signatures: list[Signature] = []
+        self.cache = SignatureCache()
+        self.base: PlanningState | None = None
+
+    @property
+    def signatures(self) -> list[Signature]:
+        """One for each kind and size of call, the last called first."""
+        return self.cache.signatures
 
     @property
     def first(self) -> Signature:
@@ -70,22 +79,29 @@ class Session:
 
     def find(self, call: StepCall) -> None:
         """Makes the signature that holds for ``call`` the first one; captures and plans if there is none yet."""
-        for position, signature in enumerate(self.signatures):
-            if signature.holds(self.step, call):
-                if position:
-                    self.signatures.insert(0, self.signatures.pop(position))
-                return
+        if self.cache.find(self.step, call):
+            return
         refuse_sharded(self.model)
         check_call(call, self.model)
-        state = plan_signature(self.step, call.detached(), self.options, self.budget_bytes, self.transferred)
-        self.signatures.insert(0, self._ready(Signature(state)))
-        self.budget_bytes = state.budget_bytes
-        if len(self.signatures) == MANY_SIGNATURES:
+        signature = self._planned(call)
+        self.cache.add(self._ready(signature), call)
+        self.budget_bytes = signature.state.budget_bytes
+        self.base = self.base or signature.state
+        if len(self.cache.captured) == MANY_SIGNATURES:
             warnings.warn(
                 f"{MANY_SIGNATURES} kinds of calls are planned by now, each traced anew; does the model count in a "
                 "Python attribute (make it a buffer), or do input shapes keep changing (pad them)?",
                 stacklevel=7,
             )
+
+    def _planned(self, call: StepCall) -> Signature:
+        """Plans a call of a new kind or size, by what is known of other sizes if that is possible."""
+        derived = None
+        if self.transferred is None and self.budget_bytes is not None:
+            derived = self.cache.derive(self.step, call, self.budget_bytes)
+        if derived is not None:
+            return derived
+        return Signature(plan_signature(self.step, call.detached(), self.options, self.budget_bytes, self.transferred))
 
     def active(self, call: CallState = FRESH) -> ActiveGraph:
         """Returns what the first signature runs in a state of the call."""
@@ -129,19 +145,19 @@ class Session:
         checked = check_budget(budget)
         if not isinstance(checked, int):
             checked = self._budget_bytes(checked)
-        self.signatures = [signature.with_budget(checked, self.step) for signature in self.signatures]
+        self.cache.signatures = [s.with_budget(checked, self.step) for s in self.cache.without_derived()]
         self.budget_bytes = checked
 
     def _budget_bytes(self, budget: float | NamedBudget) -> int:
         """Returns a budget in bytes that depends on the first signature; the smallest one holds for all signatures."""
-        if not self.signatures:
+        if self.base is None:
             raise InvalidArgument(f"a budget of {budget!r} needs a first call; pass bytes instead")
         if budget is NamedBudget.SMALLEST:
-            self.signatures = [replace(s, state=with_smallest(s.state)) for s in self.signatures]
+            kept = self.cache.without_derived()
+            self.cache.signatures = [replace(s, state=with_smallest(s.state)) for s in kept]
             return max(signature.state.minimum_bytes for signature in self.signatures)
-        state = self.signatures[-1].state
-        problem = state.prepared.problem
-        return resolve_budget(budget, self.model, self.options.optimizer, state.save_all_bytes, problem)
+        save_all_bytes, problem = self.base.save_all_bytes, self.base.prepared.problem
+        return resolve_budget(budget, self.model, self.options.optimizer, save_all_bytes, problem)
 
     def adopt(self, plan: Plan) -> None:
         """Carries out this very plan in the first signature."""
@@ -161,3 +177,4 @@ class Session:
         """Re-plans the first signature by the errors on a batch, or changes nothing and raises."""
         state = recalibrate(self.first.state, self.step, call.detached())
         self.signatures[0] = replace(self.first, state=state, graphs=ActiveGraphs(), others={}).ready()
+        self.cache.renew()

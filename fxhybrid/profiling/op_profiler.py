@@ -152,6 +152,31 @@ def profile_calls(calls: Iterable[Call], *, cache_dir: Path | None = None) -> Pr
     return Profile(device, costs)
 
 
+def measure_alloc_peaks(calls: Iterable[Call]) -> dict[str, int]:
+    """Runs each distinct call, and returns the bytes that it has allocated at most, by key; times nothing.
+
+    Calls that take no synthetic inputs are estimated, as ``profile_calls`` does.
+
+    Raises:
+        ProfileError: a call fails that ran before, or memory does not suffice for it.
+    """
+    distinct = list({call.key: call for call in calls}.values())
+    return run_recordable(partial(_alloc_peaks, distinct)) if distinct else {}
+
+
+def _alloc_peaks(calls: Sequence[Call]) -> dict[str, int]:
+    refused: dict[str, Call] = {}
+    ran: list[str] = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), recording() as recorded:
+        torch.manual_seed(0)
+        for trials in _batches(calls, 0, refused):
+            for trial in trials:
+                trial.run(recorded)
+                ran.append(trial.call.key)
+    found = {key: recorded.peak_rise_bytes(2 * i + 1) for i, key in enumerate(ran)}
+    return found | {key: _estimated(call).alloc_peak_bytes for key, call in refused.items()}
+
+
 def _measure(calls: Iterable[Call]) -> dict[str, OpCost]:
     """Runs each call on synthetic inputs: smallest time of a few runs, and the allocator's rise.
 

@@ -7,6 +7,7 @@ without addresses.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from fxhybrid.errors import ProfileError
 
 T = TypeVar("T")
 _MARK = "fxhybrid::mark"
+_KINETO = threading.Lock()  # held while a recording of ours runs it
 _Event = tuple[int, int]  # (address, bytes); negative bytes are a free
 
 
@@ -65,19 +67,21 @@ def recording() -> Iterator[Recording]:
     if _profiler._profiler_enabled():
         raise ProfileError("a torch profiler is already running; measure outside of it")
     recorded = Recording()
-    if torch.autograd.profiler._is_profiler_enabled:  # in another thread
+    if torch.autograd.profiler._is_profiler_enabled or _KINETO.locked():  # in another thread
         with _sizes(recorded):
             yield recorded
         return
     config = _config(ProfilerState.KINETO)
-    with _quiet_kineto():
-        _profiler._prepare_profiler(config, {ProfilerActivity.CPU})
-        # Only user scopes: no events of single ops, which would cost more than all else.
-        _profiler._enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
-    try:
-        yield recorded
-    finally:
-        result = _profiler._disable_profiler()
+    with _KINETO:
+        with _quiet_kineto():
+            _profiler._prepare_profiler(config, {ProfilerActivity.CPU})
+            # Only user scopes: no events of single ops, which would cost more than all else.
+            scopes = {RecordScope.USER_SCOPE}
+            _profiler._enable_profiler(config, {ProfilerActivity.CPU}, scopes)  # type: ignore[call-arg]
+        try:
+            yield recorded
+        finally:
+            result = _profiler._disable_profiler()
     _fill(recorded, result.experimental_event_tree())
 
 

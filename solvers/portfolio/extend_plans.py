@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 
 from fxhybrid.ir.problem import Problem, single_techniques
-from fxhybrid.solvers.base import FrontierPoint
+from fxhybrid.solvers.base import FrontierPoint, Status
 from fxhybrid.solvers.ilp.lp_bound import AddedBound, added_lower_bound
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.mps.frontier_search import Effort, build_frontier
@@ -30,6 +30,7 @@ from fxhybrid.solvers.portfolio.known_plans import (
 )
 
 LESS_EFFORT = Effort(moves=7_500)  # for one technique alone: fewer choices
+NEIGHBOURS = 3  # plans of other sizes that are simulated on either side of the one that fits
 STRICTER_ERRORS = (0.02 / 3, 0.1 / 3)  # what plans aim at for a ``max_grad_error`` of 0.02 and 0.1
 # Half of the recorded problems' smallest peaks are proven in a second, the rest not in 20.
 MIN_PEAK_LIMIT_S = 5.0
@@ -56,6 +57,7 @@ def ensure(known: KnownPlans, limit_bytes: int) -> KnownPlans:
     Points carry the heuristic's own figures, which tests hold equal to the simulator's. One that differs all the same
     is left out here, before it can run.
     """
+    known = simulate_from_other_sizes(known, limit_bytes)
     if not within(known.plans, limit_bytes):
         known = take_stricter(known)
     while (plan := known.cheapest(limit_bytes)) is not None:
@@ -65,6 +67,32 @@ def ensure(known: KnownPlans, limit_bytes: int) -> KnownPlans:
     if known.min_peak is None and limit_bytes >= known.lower_bound_bytes:
         return ensure(find_smallest_peak(known), limit_bytes)
     return known
+
+
+def simulate_from_other_sizes(known: KnownPlans, limit_bytes: int) -> KnownPlans:
+    """Adds the plans of other sizes around the cheapest one that fits here, found by bisection.
+
+    At other sizes they are in the order of overhead and peak; here they nearly are, so neighbours are looked at, too.
+    """
+    plans = known.from_other_sizes
+    if not plans:
+        return known
+    points: dict[int, FrontierPoint] = {}
+
+    def fits(position: int) -> bool:
+        if position not in points:
+            points[position] = simulated(known.problem, plans[position].point.actions)
+        return points[position].peak_bytes <= limit_bytes
+
+    low, high = 0, len(plans)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    for position in range(max(low - NEIGHBOURS, 0), min(low + NEIGHBOURS, len(plans))):
+        fits(position)
+    judged = (replace(plans[i], point=point, status=Status.FEASIBLE) for i, point in sorted(points.items()))
+    rest = tuple(plan for i, plan in enumerate(plans) if i not in points)
+    return replace(known, plans=(*known.plans, *judged), from_other_sizes=rest)
 
 
 def polish_for(known: KnownPlans, limit_bytes: int) -> KnownPlans:

@@ -59,6 +59,8 @@ class KnownPlans:
         fixed: whether these very plans are to be carried out, and no polished ones.
         polished_s: limits in bytes that the cheapest plan was polished for, with the overhead that it had then.
         has_stricter: whether plans of stricter error limits are among ``plans``.
+        from_other_sizes: plans of the same step at other sizes, with the figures that they have there, the cheapest
+            first; ``ensure`` simulates those that a limit needs, which join ``plans`` then.
     """
 
     problem: Problem
@@ -72,6 +74,7 @@ class KnownPlans:
     fixed: bool = False
     polished_s: Mapping[int, float] = field(default_factory=dict)
     has_stricter: bool = False
+    from_other_sizes: tuple[KnownPlan, ...] = ()
 
     def cheapest(self, limit_bytes: int) -> KnownPlan | None:
         """Returns the cheapest plan that peaks at or under the limit, with the best bound known for that limit."""
@@ -185,6 +188,15 @@ def forget(known: KnownPlans, refuted: KnownPlan) -> KnownPlans:
         return tuple(plan for plan in plans if plan.point.actions is not refuted.point.actions)
 
     return replace(known, plans=others(known.plans), fallback=others(known.fallback))
+
+
+def pareto(plans: Iterable[KnownPlan]) -> tuple[KnownPlan, ...]:
+    """Returns the plans that no cheaper one beats in its peak, the cheapest first."""
+    found: list[KnownPlan] = []
+    for plan in sorted(plans, key=lambda plan: (plan.point.overhead_s, plan.point.peak_bytes)):
+        if not found or plan.point.peak_bytes < found[-1].point.peak_bytes:
+            found.append(plan)
+    return tuple(found)
 
 
 def within(plans: Iterable[KnownPlan], limit_bytes: int) -> list[KnownPlan]:

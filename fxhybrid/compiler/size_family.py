@@ -1,0 +1,184 @@
+"""A kind of call with symbolic sizes: captured once, planned in full at some sizes, and derived for all others.
+
+At new sizes nothing is traced, timed or calibrated: the graph is made concrete, seconds are scaled by the work, and the
+plans that were found at the reference's sizes are simulated. Only where none of them fits is there a search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+from fxhybrid.accuracy.replan_loop import MeasuredErrors
+from fxhybrid.accuracy.verifier import CaptureCheck
+from fxhybrid.capture.capture import Capture
+from fxhybrid.capture.step import Step, StepCall
+from fxhybrid.capture.symbolic import Sizes, SymbolicCapture
+from fxhybrid.codecs import codec_kind, get_codec
+from fxhybrid.compiler.call_state import FRESH
+from fxhybrid.compiler.planner import PlanMaker
+from fxhybrid.compiler.planning_state import PlanningState, search
+from fxhybrid.compiler.scaled_profile import StepCalls, scaled_profile
+from fxhybrid.ir.plan import SAVE, Action, Actions, Compress
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.simulator import simulate_actions
+from fxhybrid.passes.build_problem import CodecChoices
+from fxhybrid.passes.codec_choices import codec_choices
+from fxhybrid.passes.concretize import SymbolicGraph, concretize
+from fxhybrid.passes.fingerprint import fingerprint
+from fxhybrid.passes.storages import Layout, layout_of
+from fxhybrid.pipeline import Prepared, canonical, prepared_for, pruned_joint
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, pareto, plans_of, simulated
+
+Specs = dict[tuple[int, str], str]  # codec by storage and the codec that stands for it at other sizes
+
+
+@dataclass(frozen=True, eq=False)
+class SizeFamily:
+    """Joins a capture with symbolic sizes and the state that was planned in full.
+
+    Attributes:
+        kind: of the calls, as ``CallShape`` tells it.
+        symbolic: the capture.
+        graph: its joint graph, ready to be made concrete.
+        reference: a state of the same step at some sizes.
+    """
+
+    kind: Hashable
+    symbolic: SymbolicCapture
+    graph: SymbolicGraph
+    reference: PlanningState
+
+    def sizes_of(self, step: Step, call: StepCall) -> Sizes | None:
+        """Returns the sizes of a call; None where the capture does not hold for it."""
+        sizes = self.symbolic.sizes(step, *call)
+        return sizes if sizes is not None and self.symbolic.capture.holds(step, *call) else None
+
+    def traces_the_same(self, capture: Capture, sizes: Sizes) -> bool:
+        """Tells whether a static capture at some sizes is what the symbolic one becomes there."""
+        return fingerprint(self.graph.at(sizes)) == fingerprint(concretize(capture.joint, {}))
+
+    def state_at(self, step: Step, call: StepCall, sizes: Sizes, budget_bytes: int) -> PlanningState:
+        """Plans a call of new sizes by what is known of the reference."""
+        reference = self.reference
+        prepared, initial_choices, specs = self._prepared(step, call, sizes)
+        save_all_bytes = simulate_actions(prepared.problem, {}).peak_bytes
+        check = reference.capture_check
+        state = replace(
+            reference,
+            prepared=prepared,
+            initial_choices=initial_choices,
+            plans=_known_plans(reference.plans, prepared.problem, specs),
+            errors=MeasuredErrors(reference.errors.pairs),
+            budget_bytes=budget_bytes,
+            save_all_bytes=save_all_bytes,
+            capture_check=CaptureCheck(check.difference, f"made of one for all sizes; at other sizes: {check.note}"),
+            adopted=None,
+        )
+        state = search(state, FRESH) if state.plans.plans else state
+        if state.plans.cheapest(budget_bytes) is not None:
+            return state
+        return search(replace(state, plans=PlanMaker(state.options, budget_bytes)(prepared.problem)), FRESH)
+
+    def _prepared(self, step: Step, call: StepCall, sizes: Sizes) -> tuple[Prepared, CodecChoices, Specs]:
+        old = self.reference.prepared
+        traced = canonical(self._capture_at(sizes), old.traced.structure, step, call, self.reference.options)
+        joint = pruned_joint(traced, old.expected)
+        layout = layout_of(joint)
+        initial = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)
+        specs = _resized_specs(old, layout, initial)
+        choices = _choices(specs, old.choices)
+        measured = {t: tuple(spec for spec in old.choices[t] if (t, spec) in specs) for t in choices}
+        profile = scaled_profile(old.profile, StepCalls(old.layout, measured), StepCalls(layout, choices))
+        errors = {
+            (t, specs[t, option.codec]): option.error
+            for t, tensor in enumerate(old.problem.tensors)
+            for option in tensor.codecs
+            if not option.lossless and (t, option.codec) in specs
+        }
+        prepared = prepared_for(traced, old.expected, joint, layout, profile, choices, old.refusals, errors)
+        return prepared, initial, specs
+
+    def _capture_at(self, sizes: Sizes) -> Capture:
+        """Returns the capture at some sizes, which holds for calls of these only."""
+        symbolic, fixed = self.symbolic, dict(sizes)
+
+        def holds(*call: object) -> bool:
+            return symbolic.sizes(*call) == fixed and symbolic.capture.holds(*call)
+
+        return replace(symbolic.capture, joint=self.graph.at(sizes), holds=holds)
+
+
+def _resized_specs(old: Prepared, layout: Layout, offered: CodecChoices) -> Specs:
+    """Finds, for each codec of the reference, the one of the same kind that the same storage is offered now.
+
+    Where storages are others, since a rewrite depends on sizes, there is none.
+    """
+    if [s.name for s in old.layout.storages] != [s.name for s in layout.storages]:
+        return {}
+    found: Specs = {}
+    for t, specs in old.choices.items():
+        kinds = {codec_kind(spec): spec for spec in offered.get(t, ())}
+        for spec in specs:
+            kind = codec_kind(spec)
+            if kind in kinds:
+                found[t, spec] = kinds[kind]
+            elif kind == "channelwise" and kinds and _same_channels(old, layout, t):
+                found[t, spec] = spec
+    return found
+
+
+def _same_channels(old: Prepared, layout: Layout, t: int) -> bool:
+    """Tells whether only the number of samples differs: widths are chosen for channels."""
+    base = layout.storages[t].base
+    assert base is not None, "codecs are offered only for storages that are read"
+    return old.meta(t).shape[1:] == tuple(base.meta["val"].shape[1:])
+
+
+def _choices(specs: Specs, old: CodecChoices) -> CodecChoices:
+    """Returns the codecs to offer, in the order of the reference's."""
+    found: dict[int, tuple[str, ...]] = {}
+    for t, each in old.items():
+        kept = tuple(specs[t, spec] for spec in each if (t, spec) in specs)
+        if kept:
+            found[t] = kept
+    return found
+
+
+def _known_plans(known: KnownPlans, problem: Problem, specs: Specs) -> KnownPlans:
+    """Returns the reference's plans as plans of another size that are still to be simulated.
+
+    The save-all plan, the one of the smallest peak and the fallbacks are simulated at once.
+    """
+    empty = plans_of(problem, max_error=known.max_error)
+    if [t.name for t in known.problem.tensors] != [t.name for t in problem.tensors]:
+        return empty
+
+    def resized(plan: KnownPlan) -> KnownPlan:
+        return replace(plan, point=replace(plan.point, actions=_resized_actions(plan.point.actions, specs)))
+
+    def judged(plan: KnownPlan) -> KnownPlan:
+        return replace(plan, point=simulated(problem, plan.point.actions))
+
+    others = [resized(plan) for plan in pareto((*known.plans, *known.from_other_sizes))]
+    return replace(
+        empty,
+        plans=(KnownPlan(simulated(problem, {})), judged(others[-1])),
+        fallback=tuple(judged(resized(plan)) for plan in known.fallback),
+        from_other_sizes=tuple(others[:-1]),
+    )
+
+
+def _resized_actions(actions: Actions, specs: Specs) -> dict[int, Action]:
+    return {t: _resized_action(t, action, specs) for t, action in actions.items()}
+
+
+def _resized_action(t: int, action: Action, specs: Specs) -> Action:
+    """Returns the action with the codec that stands for its own: another precise enough, or none, where it is gone."""
+    if not isinstance(action, Compress):
+        return action
+    if (t, action.codec) in specs:
+        return Compress(specs[t, action.codec])
+    noise = get_codec(action.codec).noise
+    other = [spec for (storage, _), spec in specs.items() if storage == t and get_codec(spec).noise <= noise]
+    return Compress(max(other, key=lambda spec: get_codec(spec).noise)) if other and noise else SAVE

@@ -1,0 +1,204 @@
+"""Calls of many sizes: two captures at most for each kind, within the budget, with eager's very bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxhybrid
+from fxhybrid.compiler import signature_cache
+from fxhybrid.compiler.signature_cache import SignatureCache
+from fxhybrid.profiling.allocator import measure_step
+from fxhybrid.suite.small_models import CausalBlock
+
+WORDS, LENGTH = 64, 64
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next word of pieces of any length up to ``LENGTH``, through one block with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(WORDS, 32), nn.Parameter(torch.randn(LENGTH, 32) * 0.02)
+        self.block, self.drop = CausalBlock(32, 4, is_packed=True), nn.Dropout(0.1)
+        self.head = nn.Linear(32, WORDS)
+        self.register_buffer("n_words", torch.zeros((), dtype=torch.long))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.n_words += ids.numel()
+        return self.head(self.block(self.drop(self.tokens(ids) + self.places[: ids.shape[1]])))
+
+
+def words_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+class Compared:
+    """A model within a budget beside itself in eager mode."""
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], budget: float, **options: str
+    ) -> None:
+        self.eager = copy.deepcopy(model)
+        self.model = model
+        self.loss = loss
+        self.hybrid = fxhybrid.compile(model, budget=budget, loss_fn=loss, solver="mps", **options)
+
+    @property
+    def cache(self) -> SignatureCache:
+        return self.hybrid._fxhybrid_session.cache
+
+    @property
+    def n_captures(self) -> int:
+        return len(self.cache.captured) + len(self.cache.families)
+
+    def check(self, x: Tensor, y: Tensor, *, exact: bool = True) -> None:
+        """Runs one step of both; gradients, loss, buffers and generator are equal, and the budget is kept."""
+        torch.manual_seed(1)
+        loss = self.hybrid(x, loss_args=(y,))
+        loss.backward()
+        mine, rng = [p.grad for p in self.model.parameters()], torch.get_rng_state()
+        torch.manual_seed(1)
+        expected = self.loss(self.eager(x), y)
+        expected.backward()
+        theirs = [p.grad for p in self.eager.parameters()]
+        assert torch.equal(rng, torch.get_rng_state())
+        if exact:
+            assert torch.equal(loss, expected)
+            assert all(map(torch.equal, mine, theirs))
+            assert all(map(torch.equal, self.model.buffers(), self.eager.buffers()))
+        else:
+            difference = sum((a - b).square().sum() for a, b in zip(mine, theirs, strict=True))
+            assert float(difference / sum(b.square().sum() for b in theirs)) ** 0.5 < 0.1
+        self.model.zero_grad(set_to_none=True)
+        self.eager.zero_grad(set_to_none=True)
+
+    def check_peak(self, x: Tensor, y: Tensor) -> None:
+        """Measures one step: its peak is at most the predicted one, and within the budget."""
+        buffers = [b.clone() for b in self.model.buffers()]
+
+        def step() -> None:
+            self.model.zero_grad(set_to_none=True)
+            self.hybrid(x, loss_args=(y,)).backward()
+
+        measured = measure_step(step, modules=self.model, tensors=(x, y), repeats=0).peak_bytes
+        plan = self.hybrid.plan
+        assert plan.peak_bytes - 64 <= measured <= plan.peak_bytes <= plan.budget_bytes  # numbers as tensors
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.model.zero_grad(set_to_none=True)
+
+
+def words(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randint(0, WORDS, (batch, length)), torch.randint(0, WORDS, (batch, length))
+
+
+@pytest.fixture(scope="module")
+def lossless() -> Compared:
+    torch.manual_seed(0)
+    compared = Compared(LanguageModel(), words_loss, 0.85, compression="lossless")
+    compared.check(*words(8, 56))
+    return compared
+
+
+@pytest.mark.parametrize("size", [(8, 40), (8, 63), (8, 17), (3, 50), (8, 5)])
+def test_new_sizes_need_one_more_capture_in_all(lossless: Compared, size: tuple[int, int]) -> None:
+    batch = words(*size)
+    lossless.check(*batch)
+    lossless.check_peak(*batch)
+    assert lossless.n_captures == 2
+
+
+def test_a_larger_size_than_planned_uses_other_known_plans(lossless: Compared) -> None:
+    lossless.check(*words(8, 63))
+    assert lossless.hybrid.plan.counts().get("recompute", 0) > 0  # 0.85 of the save-all peak at length 56
+    lossless.check(*words(8, 17))
+    assert not lossless.hybrid.plan.actions  # fits as it is
+
+
+def test_older_gradients_count_at_every_size(lossless: Compared) -> None:
+    x, y = words(8, 36)
+    lossless.check(x, y)
+    step = lambda: lossless.hybrid(x, loss_args=(y,)).backward()  # noqa: E731
+    measured = measure_step(step, modules=lossless.model, tensors=(x, y), repeats=0).peak_bytes  # a warm-up's are left
+    assert measured <= lossless.hybrid.plan.budget_bytes
+    lossless.model.zero_grad(set_to_none=True)
+    lossless.eager.load_state_dict(lossless.model.state_dict())  # the buffer counted more steps
+    assert lossless.n_captures == 2
+
+
+def test_sizes_0_and_1_are_kinds_of_their_own(lossless: Compared) -> None:
+    before = lossless.n_captures
+    lossless.check(*words(1, 20))
+    assert lossless.n_captures == before + 1
+
+
+def test_another_budget_holds_at_sizes_seen_before(lossless: Compared) -> None:
+    before, old = lossless.n_captures, lossless.hybrid._fxhybrid_session.budget_bytes
+    lossless.check(*words(8, 50))
+    lossless.hybrid.set_budget(int(old * 1.1))
+    lossless.check_peak(*words(8, 50))
+    lossless.check_peak(*words(8, 40))
+    assert lossless.hybrid.plan.budget_bytes == int(old * 1.1)
+    assert lossless.n_captures == before
+    lossless.hybrid.set_budget(old)
+
+
+def test_signatures_called_longest_ago_are_dropped(lossless: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signature_cache, "KEPT", 2)
+    for length in (30, 31, 32, 33):
+        lossless.check(*words(8, length))
+    assert len(lossless.cache.signatures) == len(lossless.cache.captured) + 2
+
+
+def test_lossy_plans_keep_the_limit_and_the_budget_at_other_sizes() -> None:
+    compared = Compared(LanguageModel(), words_loss, 0.68, compression="auto")
+    compared.check(*words(8, 56), exact=False)
+    for size in ((8, 55), (7, 56)):
+        batch = words(*size)
+        compared.check(*batch, exact=False)
+        compared.check_peak(*batch)
+        assert compared.hybrid.check_error(batch[0], loss_args=(batch[1],)) <= 0.1
+    assert compared.n_captures == 2
+    assert any("compress" in kind for plan in compared.hybrid.plans for kind in plan.counts())
+    compared.hybrid.recalibrate(batch[0], loss_args=(batch[1],))  # its errors count for other sizes from now on
+    compared.check(*words(8, 48), exact=False)
+    assert compared.n_captures == 3  # with the recalibrated state
+
+
+def test_a_convnet_over_batch_sizes() -> None:
+    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(8, 8, 3))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, 5))
+    compared = Compared(model, F.cross_entropy, 0.8, compression="lossless")
+    for batch in (24, 20, 17):
+        x, y = torch.randn(batch, 3, 8, 8), torch.randint(0, 5, (batch,))
+        compared.check(x, y)
+        compared.check_peak(x, y)
+    assert compared.n_captures == 2
+
+
+class Repeated(nn.Module):
+    """Loops as often as its input is long: each length is another graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(x.shape[1]):
+            x = torch.tanh(self.layer(x))
+        return x
+
+
+def test_what_no_symbolic_trace_can_carry_is_captured_as_it_is() -> None:
+    compared = Compared(Repeated(), lambda out, y: (out - y).square().mean(), 2**20, compression="lossless")
+    for length in (2, 3, 4):
+        x = torch.randn(4, length, 16)
+        compared.check(x, torch.randn(4, length, 16))
+    assert len(compared.cache.captured) == 3
+    assert not compared.cache.families
