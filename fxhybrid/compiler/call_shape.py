@@ -35,7 +35,7 @@ class CallShape:
         leaves, structure = pytree.tree_flatten(tuple(call))
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         same = tuple(next(j for j in tensors if leaves[j] is leaf) for leaf in tensors.values())
-        kinds = (_tensor_kind(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
+        kinds = (_tensor_kind(leaf) if isinstance(leaf, Tensor) else _value_kind(leaf) for leaf in leaves)
         return cls(
             (str(structure), same, tuple(kinds)),
             {i: tuple(tensor.shape) for i, tensor in tensors.items()},
@@ -72,6 +72,11 @@ def _tensor_kind(tensor: Tensor) -> Hashable:
     order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
     small = tuple(size if size <= 1 else None for size in tensor.shape)
     return tensor.dtype, tensor.device, tensor.requires_grad, small, tuple(order)
+
+
+def _value_kind(leaf: object) -> Hashable:
+    """Returns a Python value with its type; floats are inputs of the graph, whatever they are."""
+    return type(leaf), None if isinstance(leaf, float) else leaf
 
 
 def _is_plain(tensor: Tensor) -> bool:
