@@ -13,7 +13,7 @@ from benchmarks.lib import zoo_trial
 from benchmarks.lib.zoo_batches import MAKERS, make_batch
 from benchmarks.lib.zoo_configs import build_model
 from benchmarks.lib.zoo_list import ARCHITECTURES, HEADS
-from benchmarks.lib.zoo_processes import isolated_record
+from benchmarks.lib.zoo_processes import records_of_all
 from benchmarks.lib.zoo_results import count_rows, failure_rows, model_rows
 from benchmarks.lib.zoo_trial import MAX_GRAD_ERROR, Trainee, record_of
 from benchmarks.zoo import judge
@@ -73,6 +73,6 @@ def test_a_wrong_gradient_and_a_foreign_error_are_noticed(monkeypatch: pytest.Mo
 
 
 def test_a_process_that_dies_costs_one_architecture() -> None:
-    record = isolated_record("no such architecture", timeout_s=60)
+    (record,) = records_of_all(["no such architecture"], jobs=1, timeout_s=60)
     assert record["verdict"] == "CRASH"
     assert "the process died" in record["message"]

@@ -57,10 +57,14 @@ def model_rows(records: Sequence[Record]) -> Iterator[Row]:
     for name, record in _listed(records):
         if record["verdict"] == WORKS:
             first, second, eager_bytes = record["lossless"], record["smallest"], record["eager_peak_bytes"]
-            equal = "bit-equal" if first["bit_equal"] else f"{first['gradient_error']:.0e}, as eager from itself"
+            equal = "bit-equal" if first["bit_equal"] else f"{first['gradient_error']:.0e} {_why_not_equal(first)}"
             shares = (f"{part['peak_bytes'] / eager_bytes:.2f}" for part in (first, second))
             error = f"{second['gradient_error']:.3f}"
             yield name, ARCHITECTURES[name].kind, equal, *shares, error, f"{record['seconds']:.0f}"
+
+
+def _why_not_equal(part: Record) -> str:
+    return "(traced on the path for compiling)" if part["eager_repeats"] else "(eager differs from itself)"
 
 
 def failure_rows(records: Sequence[Record]) -> Iterator[Row]:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -149,13 +150,26 @@ def _said(error: Exception) -> Record:
 
 
 def lossless(model: nn.Module, batch: Batch) -> Record:
-    """Trains with all the memory that the unmodified step takes: bit-equal gradients where eager repeats itself."""
+    """Trains with all the memory that the unmodified step takes: bit-equal gradients where eager repeats itself.
+
+    Some models ask ``torch.compiler.is_compiling()`` and take another path then; a trace follows that one, which eager
+    can be made to take as well.
+    """
     expected, again = (Trainee(copy.deepcopy(model), batch).train() for _ in range(2))
     trainee = compiled(model, batch, compression="lossless")
     found = trainee.train()
     equal, repeats, error = found.same_bits(expected), again.same_bits(expected), max(found.errors(expected))
     record = {"bit_equal": equal, "eager_repeats": repeats, "gradient_error": error}
-    return record | _verdict(trainee, right=equal or (not repeats and error <= ROUNDING))
+    if repeats and not equal and error <= ROUNDING:
+        with mock.patch("torch.compiler.is_compiling", _yes):
+            other_path = Trainee(copy.deepcopy(model), batch).train()
+        record["bit_equal_when_compiling"] = found.same_bits(other_path)
+    close = error <= ROUNDING and (not repeats or record.get("bit_equal_when_compiling", False))
+    return record | _verdict(trainee, right=equal or close)
+
+
+def _yes() -> bool:
+    return True
 
 
 def smallest(model: nn.Module, batch: Batch) -> Record:
