@@ -265,13 +265,18 @@ class Adapted(nn.Module):
     def forward(self, words: Tensor) -> Any:
         if self.returned == "output":
             return self.body(self.words(words))
-        hidden = self.words(words).requires_grad_()
+        hidden = self.words(words)
+        if self.returned == "assigned":
+            hidden = hidden.detach()
+            hidden.requires_grad = True  # as speech models do behind a frozen feature extractor
+            return self.body(hidden)
+        hidden.requires_grad_()
         return self.body(hidden), hidden.detach() if self.returned == "detached" else hidden
 
 
 def test_intermediates_that_are_made_to_need_a_gradient() -> None:
     words = torch.randint(0, 50, (96,))
-    for returned in ("output", "detached"):
+    for returned in ("output", "detached", "assigned"):
         pair = twins(Adapted(returned).train(), example_inputs=(words,))
         pair.same(lambda m: (out := m(words), (out if isinstance(out, Tensor) else out[0]).sum().backward())[0])
     with pytest.raises(CaptureError, match=r"requires_grad_\(\).*x\.detach\(\)"):

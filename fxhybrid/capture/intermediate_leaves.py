@@ -1,5 +1,7 @@
 """Lets a model call ``requires_grad_()`` on a tensor that it computes, as adapters do for the sake of checkpoints.
 
+Speech models assign ``x.requires_grad = True`` for the same reason; that is traced as the call.
+
 In eager such a tensor becomes a leaf: nothing before it needs a gradient, and what comes after it has one. Parameters
 get the same gradients without that, so the call is left out of the graph, and all that it would change is refused.
 """
@@ -8,26 +10,38 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.output_graph import OutputGraph
+from torch._dynamo.variables.builtin import SetAttrBuiltinVariable
 
 from fxhybrid.errors import CaptureError
 
 _CHECK = "_check_requires_grad_intermediate_outputs"  # Dynamo refuses whatever an output is computed from
+_ASSIGN = "_call_setattr"
 _SWITCH = torch._C._functorch.set_inplace_requires_grad_allowed
 
 
 @contextlib.contextmanager
 def intermediate_leaves() -> Iterator[None]:
     """Lets Dynamo trace outputs that follow from such a tensor; ``drop_intermediate_leaves`` must come after it."""
-    before = getattr(OutputGraph, _CHECK)
+    before, assign = getattr(OutputGraph, _CHECK), getattr(SetAttrBuiltinVariable, _ASSIGN)
+
+    def as_call(builtin: Any, tx: Any, obj: Any, name: Any, value: Any) -> Any:
+        if obj.is_tensor() and name.is_python_constant() and name.as_python_constant() == "requires_grad":
+            obj.call_method(tx, "requires_grad_", [value], {})
+            return value
+        return assign(builtin, tx, obj, name, value)
+
     setattr(OutputGraph, _CHECK, lambda *_: None)
+    setattr(SetAttrBuiltinVariable, _ASSIGN, as_call)
     try:
         yield
     finally:
         setattr(OutputGraph, _CHECK, before)
+        setattr(SetAttrBuiltinVariable, _ASSIGN, assign)
 
 
 def drop_intermediate_leaves(module: fx.GraphModule) -> None:
