@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,7 @@ import fxhybrid
 from tests.compare import twins
 
 N = 16
+LOCK = threading.Lock()
 
 
 class Block(nn.Module):
@@ -144,6 +146,27 @@ def test_observers_of_quantization() -> None:
     model(x)
     pair = twins(model)
     pair.same(lambda m: m(x).square().sum().backward())
+
+
+def test_what_is_set_up_under_a_lock_at_the_first_call() -> None:
+    """As transformers installs its hooks for hidden states."""
+
+    class Guarded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.ready = nn.Linear(4, 4), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.ready:
+                with LOCK:
+                    self.ready = True
+            return self.body(x).square()
+
+    x, model = torch.randn(3, 4), Guarded()
+    with pytest.raises(fxhybrid.CaptureError, match=r"(?s)with LOCK.*If that block.*call the model once before"):
+        fxhybrid.compile(model, budget=1.0, example_inputs=(x,))
+    model(x)  # the way out
+    twins(model, example_inputs=(x,)).same(lambda m: (loss := m(x).sum(), loss.backward())[0])
 
 
 def test_an_item_that_is_only_shown() -> None:

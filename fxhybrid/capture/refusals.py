@@ -35,6 +35,7 @@ OTHER = "call it before the model and pass the result in, or compute on all elem
 CONTROL_FLOW = "Rewrite that line without Python control flow on tensor values"
 DRAW_BEFORE = RANDOM[0].upper() + RANDOM[1:]
 GENERATOR = "Make the generator outside of forward, as an attribute of the model, or use torch.manual_seed"
+FIRST_CALL = "If that block sets the model up at its first call, call the model once before; else leave the block out"
 VALUES = f"A graph holds no Python number that depends on values: {OTHER}"
 # What Dynamo's reason contains, and the way out.
 WAYS_OUT = {
@@ -46,6 +47,7 @@ WAYS_OUT = {
     "RandomState": DRAW_BEFORE,
     "class `Generator`": DRAW_BEFORE,
     "torch._C.Generator": GENERATOR,
+    "context manager": FIRST_CALL,
 }
 
 Frame = tuple[str, int, str, str]  # file, line, function, text of the line
