@@ -16,8 +16,8 @@ from benchmarks.lib.zoo_list import Architecture
 SMALL = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "projection_dim"), 32),
     **dict.fromkeys(("encoder_hidden_size", "decoder_hidden_size", "emb_dim", "hidden_dim", "d_embed"), 32),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "encoder_num_hidden_layers"), 2),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), 1),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "n_kv_heads", "num_kv_heads"), 2),
@@ -38,8 +38,6 @@ SMALL = {
     "eos_token_id": 2,
     "decoder_start_token_id": 0,
     "use_cache": False,
-    # else the first step finds it out and keeps it in the configuration, and the second one is planned again
-    "problem_type": "single_label_classification",
 }
 
 

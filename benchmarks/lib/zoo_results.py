@@ -75,9 +75,13 @@ def failure_rows(records: Sequence[Record]) -> Iterator[Row]:
 
 
 def _listed(records: Sequence[Record]) -> Iterator[tuple[str, Record]]:
-    """The records in the order of the list; those of architectures that have left it are left out."""
+    """The records family by family, in the order of the list; those of architectures that have left it are left out."""
     known = {record["model"]: record for record in records}
-    return ((name, known[name]) for name in ARCHITECTURES if name in known)
+    families = dict.fromkeys(architecture.family for architecture in ARCHITECTURES.values())
+    for family in families:
+        yield from (
+            (name, known[name]) for name in ARCHITECTURES if name in known and ARCHITECTURES[name].family == family
+        )
 
 
 def _escaped(text: str) -> str:
