@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import operators, table_rows
+from benchmarks.lib import zoo_results
 from benchmarks.lib.results import RESULTS, Record, latest, read_headed
 from benchmarks.studies import frontier_phases
 from benchmarks.table_rows import Row
@@ -100,6 +101,9 @@ TABLES = {
     "forecasts, populations": DocTable(
         "predictor", ("population", "30", "60", "120", "300", "600", "1800"), table_rows.forecast_population_rows
     ),
+    "zoo, counts": DocTable("zoo", zoo_results.COUNT_COLUMNS, zoo_results.count_rows),
+    "zoo, models": DocTable("zoo", zoo_results.MODEL_COLUMNS, zoo_results.model_rows),
+    "zoo, failures": DocTable("zoo", zoo_results.FAILURE_COLUMNS, zoo_results.failure_rows),
 }
 
 
