@@ -55,7 +55,7 @@ def compile(
             their gradients are planned too. The call then takes ``loss_args=`` and returns the loss.
         loss_args: example arguments of ``loss_fn``.
         return_outputs: return ``(loss, outputs)``.
-        optimizer: its state counts against the budget.
+        optimizer: its state counts, and its step, to the end of which the budget holds then.
         reserve_bytes: kept free for whatever else the process holds.
         solver: ``"auto"``, ``"mps"``, ``"ilp"`` or an object with a ``solve`` method.
         compression: ``"auto"``, ``"lossless"`` or ``"off"``; the last two give bit-exact gradients.

@@ -18,7 +18,7 @@ from fxhybrid.ir.plan import Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import lower
 from fxhybrid.options import Options
-from fxhybrid.passes.build_problem import CodecChoices, calls_of, problem_of, with_codec_options
+from fxhybrid.passes.build_problem import CodecChoices, calls_of, problem_of, with_codec_options, with_update
 from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.codec_choices import codec_choices, codec_refusals
 from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
@@ -29,7 +29,8 @@ from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.passes.storages import Layout, layout_of
 from fxhybrid.profiling.op_profiler import Profile, profile_calls
-from fxhybrid.profiling.state_bytes import optimizer_bytes, storage_bytes
+from fxhybrid.profiling.optimizer_step import optimizer_bytes
+from fxhybrid.profiling.state_bytes import storage_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ class Traced:
         structure: where the graph's outputs are in what a call returns.
         fingerprint: hash of the graph.
         resident_bytes: everything that is alive through the whole step.
+        update_rise_bytes: how far memory rises while the optimizer steps; None without one.
         lossy: whether lossy codecs may be offered.
         lossless: the same of lossless ones.
     """
@@ -51,6 +53,7 @@ class Traced:
     structure: OutputStructure
     fingerprint: str
     resident_bytes: int
+    update_rise_bytes: int | None
     lossy: bool
     lossless: bool
 
@@ -193,7 +196,9 @@ def canonical(captured: Capture, structure: OutputStructure, step: Step, call: S
     joint = canonicalize(captured.joint)
     resident_bytes = _resident_bytes(step, call, options) + captured.float_bytes
     lossless = options.compression != "off"
-    return Traced(captured, joint, structure, fingerprint(joint), resident_bytes, is_lossy(options), lossless)
+    rise_bytes = optimizer_bytes(options.optimizer).rise_bytes if options.optimizer is not None else None
+    graph = fingerprint(joint)
+    return Traced(captured, joint, structure, graph, resident_bytes, rise_bytes, is_lossy(options), lossless)
 
 
 def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
@@ -224,6 +229,8 @@ def prepared_for(
 ) -> Prepared:
     """Builds the planning problem of what was prepared so far."""
     problem = problem_of(joint, layout, profile, choices, errors, traced.resident_bytes, expected.absent)
+    if traced.update_rise_bytes is not None:
+        problem = with_update(problem, traced.update_rise_bytes)
     prepared = Prepared(traced, ALL_ARRIVE, joint, layout, profile, choices, refusals, problem)
     prepared = dataclasses.replace(prepared, expected=dataclasses.replace(expected, dropped=frozenset()))
     return prepared.expecting_drops(expected.dropped) if expected.dropped else prepared
@@ -251,7 +258,7 @@ def _held_and_dropped(
 
 def _resident_bytes(step: Step, call: StepCall, options: Options) -> int:
     tensors: list[Tensor] = [*step.parameters(), *step.buffers(), *call.tensors]
-    return storage_bytes(tensors) + optimizer_bytes(options.optimizer) + options.reserve_bytes
+    return storage_bytes(tensors) + optimizer_bytes(options.optimizer).state_bytes + options.reserve_bytes
 
 
 def build_graphs(prepared: Prepared, actions: Actions) -> tuple[JointGraph, SplitGraphs]:

@@ -18,6 +18,7 @@ from fxhybrid.profiling.cost_cache import OpCost
 from fxhybrid.profiling.op_profiler import Call, Profile, call_of
 
 CodecChoices = Mapping[int, tuple[str, ...]]
+UPDATE = "optimizer.step"
 
 
 def calls_of(layout: Layout, choices: CodecChoices) -> Iterable[Call]:
@@ -65,6 +66,16 @@ def problem_of(
         resident_bytes=resident_bytes,
         tangent_bytes=sum(n.meta["val"].untyped_storage().nbytes() for n in arriving),
     )
+
+
+def with_update(problem: Problem, rise_bytes: int) -> Problem:
+    """Returns the problem of the whole iteration: then the optimizer steps, with all gradients alive.
+
+    It reads and makes nothing that a plan decides on, so no node of the graphs stands for it, and it takes no time
+    that a plan could add to.
+    """
+    update = Op(UPDATE, (), (), 0.0, rise_bytes)
+    return replace(problem, backward=(*problem.backward, update))
 
 
 def with_codec_options(

@@ -51,7 +51,10 @@ class _Rewriter:
         outputs = self._outputs(of_forward=True)
         self.phase = Phase.BACKWARD
         for instruction in schedule.instructions[schedule.n_forward :]:
-            self._emit(instruction)
+            if instruction.kind is not Kind.RUN or instruction.op < len(
+                self.layout.backward
+            ):  # not the optimizer's step
+                self._emit(instruction)
         outputs += self._outputs(of_forward=False)
         self._tag(self.graph.output(tuple(outputs)), None)
         return JointGraph(joint_module(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)

@@ -13,7 +13,8 @@ from fxhybrid.compiler.call_state import CallState
 from fxhybrid.compiler.pending_calls import PendingCall, pending_calls, plan_bytes, storages_of
 from fxhybrid.compiler.planning_state import PlanningState
 from fxhybrid.errors import BudgetError
-from fxhybrid.profiling.state_bytes import gradient_bytes, optimizer_bytes
+from fxhybrid.profiling.optimizer_step import optimizer_bytes
+from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.units import format_bytes
 
 STEPS = 64  # limits are rounded to this share of the budget, so that few states need a plan of their own
@@ -175,7 +176,7 @@ def _beside(
         + tangents
         + sum(shared)
         + sum(map(gradient_bytes, others.values()))
-        + sum(map(optimizer_bytes, optimizers.values()))
+        + sum(optimizer_bytes(optimizer).state_bytes for optimizer in optimizers.values())
     )
 
 

@@ -15,7 +15,8 @@ from fxhybrid.explain.page import picture, settings_table, write_page
 from fxhybrid.explain.planned_step import PlannedStep, planned_step
 from fxhybrid.explain.plot import memory_figure, plans_figure
 from fxhybrid.ir.simulator import describe_peak
-from fxhybrid.profiling.state_bytes import optimizer_bytes, storage_bytes
+from fxhybrid.profiling.optimizer_step import optimizer_bytes
+from fxhybrid.profiling.state_bytes import storage_bytes
 
 MODEL = "the model"
 
@@ -82,7 +83,7 @@ def _resident(state: PlanningState) -> dict[str, int]:
     options = state.options
     known = {
         "parameters": 0 if model is None else storage_bytes(model.parameters()),
-        "optimizer state": optimizer_bytes(options.optimizer),
+        "optimizer state": optimizer_bytes(options.optimizer).state_bytes,
         "reserve": options.reserve_bytes,
     }
     return {**known, "inputs and buffers": state.prepared.problem.resident_bytes - sum(known.values())}

@@ -103,7 +103,8 @@ def problem_on(problem: Problem, work: StepWork, profile: DeviceProfile) -> Prob
         for t in problem.tensors
     )
     forward = tuple(_op_on(op, w, profile) for op, w in zip(problem.forward, work.forward, strict=True))
-    backward = tuple(_op_on(op, w, profile) for op, w in zip(problem.backward, work.backward, strict=True))
+    backward = tuple(_op_on(op, w, profile) for op, w in zip(problem.backward, work.backward, strict=False))
+    backward += problem.backward[len(work.backward) :]  # the optimizer's step is no op of the graph
     return dataclasses.replace(problem, tensors=tensors, forward=forward, backward=backward)
 
 

@@ -15,6 +15,7 @@ from fxhybrid.passes.storages import Layout
 from fxhybrid.pipeline import Prepared
 
 UNKNOWN = Origin(LOSS, "", "")
+OPTIMIZER = Origin("optimizer", "", "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,10 @@ class PlannedStep:
                 yield self.tensors[instruction.op]
             elif instruction.kind is Kind.RERUN or position < schedule.n_forward:
                 yield self.forward[instruction.op]
-            else:
+            elif instruction.op < len(self.backward):
                 yield self.backward[instruction.op]
+            else:
+                yield OPTIMIZER
 
 
 def planned_step(prepared: Prepared, actions: Actions, resident: Mapping[str, int]) -> PlannedStep:
