@@ -23,7 +23,7 @@ FLOORS = (
     ("federated.memory", "federated.selection", "federated.protocol"),
     ("demo",),
     ("fxhybrid",),
-    ("frontier", "dynamo_backend"),
+    ("frontier", "dynamo_backend", "integrations"),
     ("api",),
     ("module",),
     ("compiler",),

@@ -264,7 +264,8 @@ class Adapted(nn.Module):
 
     def forward(self, words: Tensor) -> Any:
         if self.returned == "output":
-            return self.body(self.words(words))
+            first, second = self.body(self.words(words)).chunk(2)  # an operator that gives several tensors
+            return torch.cat((second, first))
         hidden = self.words(words)
         if self.returned == "assigned":
             hidden = hidden.detach()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.variables.builtin import SetAttrBuiltinVariable
+from torch.utils._pytree import tree_leaves
 
 from fxhybrid.errors import CaptureError
 
@@ -68,8 +69,8 @@ def drop_intermediate_leaves(module: fx.GraphModule) -> None:
 
 
 def _needs_gradient(node: fx.Node) -> bool:
-    value = node.meta.get("example_value")
-    return isinstance(value, Tensor) and value.requires_grad
+    values = tree_leaves(node.meta.get("example_value"))
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def _reaches_input(node: fx.Node, leaves: set[fx.Node]) -> bool:
