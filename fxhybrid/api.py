@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def compile(
     max_grad_error: float = 0.1,
     backend: str = "eager",
     check_error_every: int | None = None,
+    dynamic: Mapping[str, Mapping[int, int]] | None = None,
     plan: Plan | None = None,
 ) -> HybridModule:
     """Wraps the model so that its training step peaks at or under ``budget`` at the least added time.
@@ -63,6 +65,9 @@ def compile(
         backend: ``"eager"`` runs the rewritten graphs as they are.
         check_error_every: training steps between checks of the gradient error (None: never), which re-plan if it is
             above ``max_grad_error``. They run save-all steps, above the budget, where there is memory for them.
+        dynamic: largest size of dimensions that change from call to call, as ``{"input_ids": {1: 512}}``; names are
+            those of forward's arguments, or ``"loss_args[0]"``. The largest call is planned first, so that a budget it
+            does not meet is an error before the first step, and a share is one of its peak.
         plan: a plan made before, here or on another device, to carry out.
 
     Raises:
@@ -82,6 +87,7 @@ def compile(
         max_grad_error=max_grad_error,
         backend=backend,
         check_error_every=check_error_every,
+        dynamic=dynamic,
     )
     return _wrap(model, options, plan, example_inputs, loss_args)
 

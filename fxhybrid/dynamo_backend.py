@@ -18,8 +18,8 @@ from fxhybrid.api import compile
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.options import OPTIONS, check_names
 
-# A loss is part of Dynamo's graph already, or outside of it.
-ACCEPTED = (*(name for name in OPTIONS if name not in ("loss_fn", "return_outputs")), "plan")
+# A loss is part of Dynamo's graph already, or outside of it; so are sizes, and its arguments have no names.
+ACCEPTED = (*(name for name in OPTIONS if name not in ("loss_fn", "return_outputs", "dynamic")), "plan")
 
 
 class BackendArgument(ShortenTraceback, InvalidArgument):

@@ -149,7 +149,7 @@ class HybridModule(nn.Module):
             InvalidArgument: ``html`` is given and nothing is planned yet, or matplotlib is not installed.
         """
         session = self._fxhybrid_session
-        report = make_report(session.signatures, more_error, session.monitor.checks)
+        report = make_report(session.signatures, more_error, session.monitor.checks, session.base)
         if html is not None:
             write_report(session.first, report, html)
         return report

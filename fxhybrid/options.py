@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, get_type_hints
@@ -72,6 +72,25 @@ def _check_interval(name: str, value: Any) -> int | None:
     return value
 
 
+def _check_dynamic(name: str, value: Any) -> Mapping[str, Mapping[int, int]] | None:
+    if value is None:
+        return None
+    right = isinstance(value, Mapping) and all(
+        isinstance(argument, str) and isinstance(dims, Mapping) and all(map(_is_size, dims.items()))
+        for argument, dims in value.items()
+    )
+    if not right:
+        raise InvalidArgument(
+            f'{name} is {value!r}; it must be like {{"input_ids": {{1: 512}}}}: largest size by dimension'
+        )
+    return {argument: dict(dims) for argument, dims in value.items()}
+
+
+def _is_size(item: tuple[Any, Any]) -> bool:
+    dim, size = item
+    return type(dim) is int and dim >= 0 and type(size) is int and size > 0
+
+
 @dataclass(frozen=True)
 class Option:
     """Describes an option.
@@ -105,6 +124,10 @@ class Options:
     backend: Annotated[str, Option("what runs the graphs", partial(_check_choice, choices=BACKENDS))] = "eager"
     check_error_every: Annotated[
         int | None, Option("training steps between checks of the gradient error; None for no check", _check_interval)
+    ] = None
+    dynamic: Annotated[
+        Mapping[str, Mapping[int, int]] | None,
+        Option("largest size of each argument's dimensions that change, which is planned first", _check_dynamic),
     ] = None
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from fxhybrid.compiler.active_graphs import ActiveGraph
 from fxhybrid.compiler.call_state import CallState
 from fxhybrid.compiler.planning_state import PlanningState
 from fxhybrid.compiler.signature import Signature
+from fxhybrid.compiler.signature_bytes import held_bytes
 from fxhybrid.compiler.tolerance import ToleranceValue, tolerance_value
 from fxhybrid.console import as_html, as_text
 from fxhybrid.ir.plan import Plan
@@ -64,10 +65,14 @@ class Report:
     Attributes:
         signatures: one entry per kind of call, the last called first.
         drift_checks: checks of the gradient error during training.
+        held_bytes: Python memory of the signatures themselves, the model left out.
+        share_of: of what a relative budget is a share, in words; empty where it is none.
     """
 
     signatures: tuple[SignatureReport, ...]
     drift_checks: tuple[DriftCheck, ...] = ()
+    held_bytes: int = 0
+    share_of: str = ""
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
@@ -93,13 +98,20 @@ class Report:
                 table.add_column(name)
             for number, row in enumerate(rows):
                 table.add_row(f"call {number + 1}", *(row[name] for name in SHORT))
+        table.caption = "; ".join(self._notes())
+        return table
+
+    def _notes(self) -> Iterator[str]:
+        if self.signatures:
+            yield f"planned calls hold {format_bytes(self.held_bytes)} of Python memory"
+        if self.share_of:
+            yield self.share_of
         if self.drift_checks:
             replanned = sum(check.replanned for check in self.drift_checks)
-            table.caption = (
+            yield (
                 f"gradient error checked {len(self.drift_checks)} times, re-planned {replanned} times; "
                 f"last: {self.drift_checks[-1]}"
             )
-        return table
 
 
 def _rows(report: SignatureReport) -> dict[str, str]:
@@ -131,10 +143,23 @@ def _pairs_text(pairs: Sequence[ErrorPair]) -> str:
 
 
 def make_report(
-    signatures: Sequence[Signature], more_error: float | None, drift_checks: Sequence[DriftCheck] = ()
+    signatures: Sequence[Signature],
+    more_error: float | None,
+    drift_checks: Sequence[DriftCheck] = (),
+    base: PlanningState | None = None,
 ) -> Report:
-    """Makes the report of these signatures, with the value of a higher error tolerance if asked for."""
-    return Report(tuple(_report(signature, more_error) for signature in signatures), tuple(drift_checks))
+    """Makes the report of these signatures.
+
+    Args:
+        signatures: the last called first.
+        more_error: says what a higher error tolerance would save, if given.
+        drift_checks: made so far.
+        base: the state that a relative budget is resolved by.
+    """
+    reports = tuple(_report(signature, more_error) for signature in signatures)
+    share = base is not None and not isinstance(base.options.budget, int)
+    share_of = f"the budget is relative to the save-all peak at {_inputs_text(base)}" if base and share else ""
+    return Report(reports, tuple(drift_checks), held_bytes(signatures), share_of)
 
 
 def _report(signature: Signature, more_error: float | None) -> SignatureReport:

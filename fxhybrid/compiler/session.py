@@ -16,6 +16,7 @@ from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
 from fxhybrid.compiler.admission import call_state
 from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
+from fxhybrid.compiler.largest_call import largest_call
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.planning_state import (
     PlanningState,
@@ -81,6 +82,14 @@ class Session:
         """Makes the signature that holds for ``call`` the first one; captures and plans if there is none yet."""
         if self.cache.find(self.step, call):
             return
+        if self.options.dynamic is not None and self.base is None:
+            self._plan(largest_call(call, self.model, self.options.dynamic))
+            if self.cache.find(self.step, call):
+                return
+        self._plan(call)
+
+    def _plan(self, call: StepCall) -> None:
+        """Captures and plans a kind of call, which becomes the first signature."""
         refuse_sharded(self.model)
         check_call(call, self.model)
         signature = self._planned(call)
