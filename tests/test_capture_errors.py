@@ -148,6 +148,12 @@ def test_observers_of_quantization() -> None:
     pair.same(lambda m: m(x).square().sum().backward())
 
 
+def test_an_exception_that_only_the_trace_raises_is_named() -> None:
+    model = model_of(lambda h: h.sum() if not torch.compiler.is_compiling() else [][1])
+    with pytest.raises(fxhybrid.CaptureError, match=r"(?s)is_compiling.*The trace raised exception IndexError"):
+        fxhybrid.compile(model, budget=1.0, example_inputs=(rows(),))
+
+
 def test_what_is_set_up_under_a_lock_at_the_first_call() -> None:
     """As transformers installs its hooks for hidden states."""
 

@@ -126,7 +126,8 @@ def explain_tracing(error: TorchDynamoException) -> str:
 def _in_short(reason: str) -> str:
     """Returns Dynamo's reason without its hints, which are about graph breaks, and its pointers into torch."""
     kept = itertools.takewhile(lambda line: not line.strip().startswith(NOT_OURS), reason.splitlines())
-    return "\n".join(line for line in kept if line.strip())
+    raised = re.search(r"^\s*Developer debug context: (raised exception .+)$", reason, re.M)
+    return "\n".join([line for line in kept if line.strip()] + ([f"  The trace {raised[1]}"] if raised else []))
 
 
 def explain_differentiation(error: Exception) -> str:
