@@ -15,6 +15,7 @@ from fxhybrid.capture.joint_graph import InputKind
 from fxhybrid.compiler.late_backward import late_backward
 from fxhybrid.compiler.observed_backward import ObservedBackward
 from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall
+from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.errors import BackwardError, BudgetError
 from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.schedule import lower
@@ -101,7 +102,8 @@ class OpenedCall:
         watch = self.watch
         room = watch.planned.budget_bytes - watch.extra_bytes - _total_bytes(held)
         inputs = [seen.tensor() for seen in self.inputs]
-        found = late_backward(watch.prepared, watch.actions, watch.graphs, present, inputs, room)
+        with PLANNING:
+            found = late_backward(watch.prepared, watch.actions, watch.graphs, present, inputs, room)
         if found is None:
             raise _unexpected_tangents(watch.prepared, present & watch.prepared.expected.absent)
         return found
