@@ -92,10 +92,11 @@ class OpenedCall:
         prepared = self.watch.prepared
         held = {i: output for i, output in self.watched.items() if output.is_held}
         droppable = prepared.traced.droppable(prepared.expected.absent)
-        self.watch.observed.note(present, droppable.intersection(held))
         if present & prepared.expected.absent:
+            self.watch.observed.note(present, droppable.intersection(held))
             return self._late(present, held.values())
         self._check_room({i: output for i, output in held.items() if i in prepared.expected.dropped})
+        self.watch.observed.note(present, droppable.intersection(held))  # what was refused shows nothing
         return None
 
     def _late(self, present: frozenset[int], held: Iterable[_Watched]) -> LateBackward:

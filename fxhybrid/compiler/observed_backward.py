@@ -36,8 +36,8 @@ class ObservedBackward:
     def outlooks(self, traced: Traced, now: ExpectedBackward, is_free: bool) -> list[ExpectedBackward]:
         """Returns the backward passes to plan for, each where the budget has no room for those before it.
 
-        The last one relies on the caller to drop all outputs without a gradient; where they are held when the backward
-        pass begins, that is an error then.
+        The last one relies on the caller to drop the outputs without a gradient that none was seen to hold; where they
+        are held when the backward pass begins, that is an error then.
 
         Args:
             traced: the signature.
@@ -53,15 +53,8 @@ class ObservedBackward:
         dropped = traced.droppable(absent) - self.held
         if not (certain or is_free):  # a plan without added time has room for outputs that are held after all
             dropped &= now.dropped
-        return list(
-            dict.fromkeys(
-                [
-                    ExpectedBackward(absent, dropped),
-                    ExpectedBackward(shown, traced.droppable(shown) - self.held),
-                    ExpectedBackward(shown, traced.droppable(shown)),
-                ]
-            )
-        )
+        least = ExpectedBackward(shown, traced.droppable(shown) - self.held)
+        return list(dict.fromkeys([ExpectedBackward(absent, dropped), least]))
 
 
 def first_expected(traced: Traced) -> ExpectedBackward:
