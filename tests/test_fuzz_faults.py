@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.compare import tighten, twins
+from tests.operator_parts import Head, check, rows
 
 
 class TwoLayouts(nn.Module):
@@ -73,3 +74,16 @@ def test_random_numbers_in_memory_order(name: str) -> None:
     pair.plain.zero_grad()
     pair.hybrid.zero_grad()
     pair.same(step)
+
+
+CELLS: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+    "GRUCell": lambda h, m: m(h[:, 0].tanh(), m(h[:, 1])),
+    "RNN": lambda h, m: m(h.transpose(0, 1))[0].transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_recurrent_layers_round_as_in_eager(name: str) -> None:
+    """Gates in slices of a matrix, and products with weights that need a gradient, take kernels of their own."""
+    layer = {"GRUCell": nn.GRUCell, "RNN": nn.RNN}[name](16, 16)
+    check(Head(CELLS[name], layer), rows(3, 9, 16))

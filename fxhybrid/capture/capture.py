@@ -55,6 +55,7 @@ from fxhybrid.capture.tracing_settings import tracing_settings, without_value_ch
 from fxhybrid.errors import CaptureError, FxHybridError
 from fxhybrid.ops.bernoulli import DECOMPOSITIONS, mark_contiguous_bernoulli
 from fxhybrid.ops.ctc_loss import make_ctc_loss_opaque
+from fxhybrid.ops.gru_cell import make_gru_cells_opaque
 from fxhybrid.ops.masked_sum import sum_chosen_elements
 from fxhybrid.ops.recurrent import make_opaque
 
@@ -115,6 +116,7 @@ def _capture(module: nn.Module, args: tuple[Any, ...], exact: bool, floats: Chan
             refuse_dynamic_sizes(traced.backend_input.graph_module)
             random_positions = random_inputs(traced.backend_input.graph_module)
             make_opaque(traced.backend_input.graph_module, in_segments=not exact)
+            make_gru_cells_opaque(traced.backend_input.graph_module)
             make_ctc_loss_opaque(traced.backend_input.graph_module)
             mark_contiguous_bernoulli(traced.backend_input.graph_module)
             joint, metadata, names = _joint_graph(module, traced.backend_input)

@@ -75,7 +75,10 @@ def run_layers(
     for layer in range(num_layers):
         mine = [s[layer * directions : (layer + 1) * directions] for s in states]
         theirs = list(weights[layer * per_layer : (layer + 1) * per_layer])
-        x, *hidden = torch.ops.fxhybrid.recurrent(kind, x, mine, theirs, has_biases, bidirectional, segment_steps)
+        trained = [i for i, t in enumerate((x, *mine, *theirs)) if t.requires_grad]
+        x, *hidden = torch.ops.fxhybrid.recurrent(
+            kind, x, mine, theirs, has_biases, bidirectional, segment_steps, trained
+        )
         last.append(hidden[: len(states)])
         if train and dropout and layer < num_layers - 1:
             x = F.dropout(x, dropout, True)
@@ -113,26 +116,36 @@ def recurrent(
     has_biases: bool,
     bidirectional: bool,
     segment_steps: int,
+    trained: list[int],
 ) -> list[Tensor]:
     """Runs one recurrent layer over (time, batch, features).
 
     Returns the output, the last states, and each state before all segments but the first.
     """
-    x, *others = (t.detach() for t in (x, *states, *weights))
+    x, *others = leaves = [t.detach() for t in (x, *states, *weights)]
+    for i in trained:
+        leaves[i].requires_grad_()
     n = len(states)
     before, weights = others[:n], others[n:]
     segments = _segments(x, segment_steps, bidirectional)
     out = x.new_empty(_output_shape(x, states, bidirectional))
     marks = [s.new_empty(len(segments) - 1, *s.shape) for s in states]
-    with torch.enable_grad():  # oneDNN rounds otherwise where gradients are switched off
+    # Matrix products take other paths, which round otherwise, where nothing needs a gradient.
+    with differentiable(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, _never):
         for i, segment in enumerate(segments):
             for mark, state in zip(marks, before, strict=True):
                 if i:
                     mark[i - 1].copy_(state)
             part, *before = _layer(kind, x[segment], before, weights, has_biases, bidirectional)
-            out[segment].copy_(part)
+            before = [state.detach() for state in before]
+            out[segment].copy_(part.detach())
             del part  # or it would live as long as the next one
     return [out, *(s.clone(memory_format=torch.contiguous_format) for s in before), *marks]
+
+
+def _never(_: Any) -> Tensor:
+    """Stands for tensors saved in the forward operator, whose gradients are never taken."""
+    raise AssertionError
 
 
 def _output_shape(x: Tensor, states: Sequence[Tensor], bidirectional: bool) -> tuple[int, ...]:
@@ -148,6 +161,7 @@ def _(
     has_biases: bool,
     bidirectional: bool,
     segment_steps: int,
+    trained: list[int],
 ) -> list[Tensor]:
     n_marks = len(_segments(x, segment_steps, bidirectional)) - 1
     marks = (s.new_empty(n_marks, *s.shape) for s in states)
@@ -247,11 +261,10 @@ def differentiable() -> Iterator[None]:
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Saves what :func:`backward` needs."""
-    kind, x, states, weights, *options = inputs
+    kind, x, states, weights, *options, ctx.wanted = inputs
     leaves = (x, *states, *weights)
     ctx.save_for_backward(*leaves, *output[1 + len(states) :])
     ctx.n_states, ctx.n_leaves, ctx.kind, ctx.options = len(states), len(leaves), kind, options
-    ctx.wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
 
 
 def backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
@@ -273,7 +286,7 @@ def backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     full: list[Tensor | None] = [None] * len(leaves)
     for i, gradient in zip(ctx.wanted, found, strict=True):
         full[i] = gradient
-    return None, full[0], full[1:n], full[n:], None, None, None
+    return None, full[0], full[1:n], full[n:], None, None, None, None
 
 
 recurrent.register_autograd(backward, setup_context=setup_context)
