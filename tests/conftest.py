@@ -44,6 +44,13 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_kept_plans(profile_cache: None) -> None:
+    """Each test plans for itself: what one test learnt must not spare another its checks."""
+    for record in (Path(os.environ["XDG_CACHE_HOME"]) / "fxhybrid").glob("plans-*.json"):
+        record.unlink()
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """The same weights and data in every run."""
     torch.manual_seed(0)

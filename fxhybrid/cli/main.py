@@ -53,11 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     keep_lines = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("fxhybrid", description=_ABOUT, epilog=_EXAMPLES, formatter_class=keep_lines)
     parser.add_argument("--version", action="version", version=f"fxhybrid {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{demo,plan,frontier,federated}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,plan,frontier,federated,cache}")
     _add_demo(commands.add_parser("demo", help="train two models on real data inside budgets"))
     _add_plan(commands.add_parser("plan", help="plan one model for one budget"))
     _add_frontier(commands.add_parser("frontier", help="what each budget costs"))
     _add_federated(commands.add_parser("federated", help="train one model on simulated devices of unlike memory"))
+    _add_cache(commands.add_parser("cache", help="list or clear what is kept on disk"))
     return parser
 
 
@@ -135,6 +136,12 @@ def _add_federated(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, metavar="DIR", help="logs and checkpoints go there")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --folder")
     parser.set_defaults(run=_federated)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Lists what is kept on disk: times of operators, plans with measured errors, compiled kernels."
+    parser.add_argument("--clear", action="store_true", help="remove it")
+    parser.set_defaults(run=_cache)
 
 
 def parse_budget(text: str) -> int | float | str:
@@ -222,3 +229,9 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         raise InvalidArgument(f"cannot write {path}: {error.strerror}") from error
     _console().print(f"written: {path}", highlight=False)
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    from fxhybrid.cli.cache import cache_table, clear_cache
+
+    _console().print(clear_cache() if arguments.clear else cache_table())

@@ -7,6 +7,8 @@ import torch
 from fxhybrid.errors import PlanError, PlanMismatchError
 from fxhybrid.ir.plan import Action, Actions, Plan
 from fxhybrid.ir.problem import Problem
+from fxhybrid.passes.expected_backward import ExpectedBackward
+from fxhybrid.pipeline import Traced
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, simulated
 from fxhybrid.version import __version__
 
@@ -64,3 +66,13 @@ def simulate_transferred(problem: Problem, plan: Plan, actions: Actions) -> Know
             f"the plan cannot be carried out here: {error}; plan again with fxhybrid.plan"
         ) from error
     return KnownPlan(point, plan.solver, solve_s=plan.solve_s)
+
+
+def expected_by(traced: Traced, plan: Plan) -> ExpectedBackward:
+    """Returns the backward pass that a plan was made for.
+
+    Raises:
+        PlanMismatchError: it was made for another graph or version.
+    """
+    check_origin(plan, traced.fingerprint)
+    return traced.expected(plan.without_gradient, plan.dropped)

@@ -10,27 +10,26 @@ from weakref import ReferenceType, ref
 
 from torch import nn
 
-from fxhybrid.accuracy.replan_loop import MeasuredErrors, ReplanResult, replan_within_error, validate_plan
+from fxhybrid.accuracy.replan_loop import MeasuredErrors
 from fxhybrid.accuracy.verifier import CaptureCheck, Reference, check_capture, memory_shortage, reference
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
+from fxhybrid.compiler.first_plan import keep, learn, plan_within_error
 from fxhybrid.compiler.observed_backward import first_expected
 from fxhybrid.compiler.pending_calls import plan_bytes
-from fxhybrid.compiler.plan_transfer import bind_actions, check_origin, named_actions, simulate_transferred, versions
-from fxhybrid.compiler.planner import PlanMaker, error_target, plans_to_validate
+from fxhybrid.compiler.plan_transfer import bind_actions, expected_by, named_actions, simulate_transferred, versions
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
 from fxhybrid.ir.plan import GradientError, Plan
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
 from fxhybrid.passes.build_problem import CodecChoices
-from fxhybrid.passes.expected_backward import ExpectedBackward
 from fxhybrid.passes.split import SplitGraphs
-from fxhybrid.pipeline import Prepared, Traced, prepare_traced, trace
+from fxhybrid.pipeline import Prepared, prepare_traced, trace
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, forget, join, plans_of, simulated
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, forget
 from fxhybrid.solvers.portfolio.solvers import Portfolio
 from fxhybrid.units import NamedBudget, format_bytes
 
@@ -106,15 +105,10 @@ def plan_signature(
     is_open = budget_bytes is None
     if budget_bytes is None:
         budget_bytes = resolve_budget(asked, step.model, options.optimizer, save_all_bytes, prepared.problem)
-    shortage = memory_shortage(save_all_bytes)
-    compared = None if shortage else reference(prepared, step, call)
-    check = check_capture(compared) if compared else CaptureCheck(None, f"not compared with eager: {shortage}")
-    result = None
     if transferred is not None:
         budget_bytes = min(budget_bytes, transferred.budget_bytes)
-        result = _transfer(transferred, prepared, compared, options, budget_bytes)
-    if result is None:
-        result = _plan(prepared, compared, options, budget_bytes)
+    learnt = learn(prepared, step, call, options, budget_bytes, transferred)
+    result = learnt.result
     state = PlanningState(
         options=options,
         prepared=result.prepared,
@@ -124,80 +118,21 @@ def plan_signature(
         budget_bytes=budget_bytes,
         save_all_bytes=save_all_bytes,
         gradient_bytes=gradient_bytes(step.model),
-        capture_check=check,
+        capture_check=learnt.check,
         model=ref(step.model),
     )
     if is_open and asked is NamedBudget.SMALLEST:
         state = with_smallest(state)
-        return replace(state, budget_bytes=state.minimum_bytes)
-    return search(state, FRESH)
+        state = replace(state, budget_bytes=state.minimum_bytes)
+    state = search(state, FRESH)
+    if transferred is None:
+        keep(learnt, state.plans, prepared, options)
+    return state
 
 
 def with_smallest(state: PlanningState) -> PlanningState:
     """Adds the plan of the smallest peak that can be found."""
     return replace(state, plans=find_smallest_peak(state.plans))
-
-
-def expected_by(traced: Traced, plan: Plan) -> ExpectedBackward:
-    """Returns the backward pass that a plan was made for.
-
-    Raises:
-        PlanMismatchError: it was made for another graph or version.
-    """
-    check_origin(plan, traced.fingerprint)
-    return traced.expected(plan.without_gradient, plan.dropped)
-
-
-def with_drops(state: PlanningState, dropped: frozenset[int]) -> PlanningState:
-    """Plans for a caller that drops other outputs; gradients, and so their errors, stay what they were."""
-    prepared = state.prepared.expecting_drops(dropped)
-    old = state.plans
-    plans = plans_of(prepared.problem, max_error=old.max_error)
-    plans = replace(
-        plans,
-        plans=tuple(replace(p, point=simulated(prepared.problem, p.point.actions)) for p in old.plans),
-        fallback=tuple(replace(p, point=simulated(prepared.problem, p.point.actions)) for p in old.fallback),
-        fixed=old.fixed,
-    )
-    cheapest = plans.cheapest(state.budget_bytes)
-    if not plans.fixed and (cheapest is None or cheapest.point.overhead_s > 0):
-        plans = join(PlanMaker(state.options, state.budget_bytes)(prepared.problem), plans)
-    return replace(
-        state,
-        prepared=prepared,
-        plans=plans,
-        save_all_bytes=simulate_actions(prepared.problem, {}).peak_bytes,
-        adopted=None,
-    )
-
-
-def plan_expected(state: PlanningState, expected: ExpectedBackward, step: Step, call: StepCall | None) -> PlanningState:
-    """Plans the same signature for a backward pass in which other tangents arrive.
-
-    Args:
-        state: for any expected backward pass.
-        expected: the other one.
-        step: model and loss.
-        call: a batch on which gradient errors are measured, and the captured graph is compared with eager; None, or
-            where memory does not allow it, for estimates.
-
-    Raises:
-        CaptureError: the captured graph computes something else than the model.
-    """
-    prepared = prepare_traced(state.prepared.traced, expected)
-    save_all_bytes = simulate_actions(prepared.problem, {}).peak_bytes
-    compared = None if call is None or memory_shortage(save_all_bytes) else reference(prepared, step, call.detached())
-    result = _plan(prepared, compared, state.options, state.budget_bytes)
-    return replace(
-        state,
-        prepared=result.prepared,
-        initial_choices=prepared.choices,
-        plans=result.plans,
-        errors=result.errors,
-        save_all_bytes=save_all_bytes,
-        capture_check=check_capture(compared) if compared else state.capture_check,
-        adopted=None,
-    )
 
 
 def recalibrate(state: PlanningState, step: Step, call: StepCall) -> PlanningState:
@@ -208,7 +143,7 @@ def recalibrate(state: PlanningState, step: Step, call: StepCall) -> PlanningSta
     """
     state, compared = _reference(state, step, call)
     prepared = state.prepared.with_choices(state.initial_choices)
-    result = _plan(prepared, compared, state.options, state.budget_bytes)
+    result = plan_within_error(prepared, compared, state.options, state.budget_bytes)
     state = replace(state, prepared=result.prepared, plans=result.plans, errors=result.errors, adopted=None)
     return search(state, FRESH)
 
@@ -344,35 +279,6 @@ def _reference(state: PlanningState, step: Step, call: StepCall) -> tuple[Planni
     if state.capture_check.difference is None:
         state = replace(state, capture_check=check_capture(compared))
     return state, compared
-
-
-def _plan(prepared: Prepared, compared: Reference | None, options: Options, budget_bytes: int) -> ReplanResult:
-    """Plans by the errors on the reference's batch; by estimates where there was no memory for one."""
-    make_plans = PlanMaker(options, budget_bytes)
-    if compared is None:
-        return ReplanResult(prepared, make_plans(prepared.problem))
-    return replan_within_error(
-        prepared,
-        compared,
-        options.max_grad_error,
-        error_target(options),
-        lambda prepared, accepted, near_feasible: make_plans(prepared.problem, accepted, near_feasible),
-        lambda plans: plans_to_validate(plans, budget_bytes),
-    )
-
-
-def _transfer(
-    plan: Plan, prepared: Prepared, compared: Reference | None, options: Options, budget_bytes: int
-) -> ReplanResult | None:
-    """Takes a plan over as the only one known; None if it peaks above the budget on this device."""
-    actions = bind_actions(plan, prepared.problem, prepared.fingerprint)
-    known = simulate_transferred(prepared.problem, plan, actions)
-    if known.point.peak_bytes > budget_bytes:
-        return None
-    empty = plans_of(prepared.problem, max_error=error_target(options))
-    plans = replace(empty, plans=(known,), fixed=True)
-    measured = MeasuredErrors() if compared is None else validate_plan(prepared, compared, known.point)
-    return ReplanResult(prepared, plans, measured)
 
 
 def _error_of(state: PlanningState, point: FrontierPoint) -> GradientError:

@@ -17,11 +17,11 @@ from fxhybrid.compiler.admission import call_state
 from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.largest_call import largest_call
+from fxhybrid.compiler.plan_transfer import expected_by
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.planning_state import (
     PlanningState,
     adopt,
-    expected_by,
     measure_error,
     plan_signature,
     recalibrate,

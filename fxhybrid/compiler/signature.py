@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
 from fxhybrid.compiler.call_state import FRESH, CallState
+from fxhybrid.compiler.expected_states import plan_expected, with_drops
 from fxhybrid.compiler.observed_backward import ObservedBackward
-from fxhybrid.compiler.planning_state import PlanningState, extend, plan_expected, search, set_budget, with_drops
+from fxhybrid.compiler.planning_state import PlanningState, extend, search, set_budget
 from fxhybrid.errors import BudgetError
 from fxhybrid.passes.expected_backward import ExpectedBackward
 

@@ -61,12 +61,21 @@ def write_costs(path: Path, costs: Mapping[str, OpCost]) -> None:
     merged = {**read_costs(path), **measured}
     text = json.dumps({key: (cost.seconds, cost.alloc_peak_bytes) for key, cost in merged.items()})
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f"{path.stem}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)  # at once: others may read
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        replace_file(path, text)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file at once, so that others who read it find the old or the new text.
+
+    Raises:
+        OSError: the folder or the disk does not take it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{path.stem}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
