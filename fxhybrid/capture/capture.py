@@ -20,10 +20,10 @@ from torch._guards import TracingContext
 from torch.utils import _pytree as pytree
 
 from fxhybrid.capture.changing_floats import (
+    FLOAT_BYTES,
     ChangingFloats,
     changing_floats,
     compute_floats_as_tensors,
-    float_input_bytes,
     floats_as_inputs,
     has_floats,
 )
@@ -148,7 +148,7 @@ def _capture(module: nn.Module, args: tuple[Any, ...], exact: bool, floats: Chan
         flat = with_traced_types(flat, random_positions)
         return env.forward_callable(backend_id, flat, extra_globals=function.__globals__)
 
-    return Capture(joint, metadata, holds, bind, names, float_input_bytes(traced.backend_input.graph_module))
+    return Capture(joint, metadata, holds, bind, names, FLOAT_BYTES * len(floats.inputs))
 
 
 def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -17,7 +17,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx, nn
 from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic
-from torch._dynamo.source import FloatTensorSource
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.variables import builder
 from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
@@ -92,14 +91,6 @@ def compute_floats_as_tensors(module: fx.GraphModule, fake_mode: Any) -> None:
         source, dtype = node.args
         node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
     module.recompile()
-
-
-def float_input_bytes(module: fx.GraphModule) -> int:
-    """Counts the bytes of the inputs of Dynamo's graph that are floats: no tensor of the call holds them."""
-    placeholders = module.graph.find_nodes(op="placeholder")
-    return FLOAT_BYTES * sum(
-        isinstance(getattr(node, "_dynamo_source", None), FloatTensorSource) for node in placeholders
-    )
 
 
 def has_floats(module: fx.GraphModule) -> bool:
