@@ -148,6 +148,19 @@ def test_observers_of_quantization() -> None:
     pair.same(lambda m: m(x).square().sum().backward())
 
 
+def test_checks_of_values_stay_checks() -> None:
+    def checked(h: Tensor) -> Tensor:
+        torch._check_tensor_all(h < 1e3)
+        return h.square().mean()
+
+    pair = twins(model_of(checked), example_inputs=(rows(),))
+    pair.same(lambda m: m(rows()).backward())
+    for model in (pair.plain, pair.hybrid):
+        model.zero_grad()
+        with pytest.raises(RuntimeError):
+            model(1e6 * rows())
+
+
 def test_an_exception_that_only_the_trace_raises_is_named() -> None:
     model = model_of(lambda h: h.sum() if not torch.compiler.is_compiling() else [][1])
     with pytest.raises(fxhybrid.CaptureError, match=r"(?s)is_compiling.*The trace raised exception IndexError"):

@@ -52,6 +52,7 @@ from fxhybrid.capture.refusals import (
 )
 from fxhybrid.capture.shared_memory import overlap_pattern
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
+from fxhybrid.capture.value_checks import assert_tensors
 from fxhybrid.errors import CaptureError, FxHybridError
 from fxhybrid.ops.bernoulli import DECOMPOSITIONS, mark_contiguous_bernoulli
 from fxhybrid.ops.ctc_loss import make_ctc_loss_opaque
@@ -113,6 +114,7 @@ def _capture(module: nn.Module, args: tuple[Any, ...], exact: bool, floats: Chan
             if traced.backend_input is None:
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
             drop_intermediate_leaves(traced.backend_input.graph_module)
+            assert_tensors(traced.backend_input.graph_module)
             refuse_dynamic_sizes(traced.backend_input.graph_module)
             random_positions = random_inputs(traced.backend_input.graph_module)
             make_opaque(traced.backend_input.graph_module, in_segments=not exact)
