@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxhybrid.accuracy.step_result import relative_difference
 from fxhybrid.capture.capture import capture
+from fxhybrid.capture.fake_tensor_fixes import kernel_norms
 from fxhybrid.capture.joint_graph import JointGraph
 
 
@@ -42,3 +43,27 @@ def test_imaginary_parts_count_in_a_difference() -> None:
     # ||(3 + 4i) - 3|| / ||3|| = 4 / 3
     found, expected = {"w": torch.tensor([3 + 4j])}, {"w": torch.tensor([3 + 0j])}
     assert abs(relative_difference(found, expected) - 4 / 3) < 1e-12
+
+
+def test_one_pixel_has_the_strides_of_the_kernels() -> None:
+    """With one pixel, memory in both orders of channels is the same; a wrong guess goes on to whatever resizes it."""
+    shape, orders = (4, 6, 1, 1), ((6, 1, 1, 1), (6, 1, 6, 6))  # plain, channels last
+    tensors = [torch.randn(24).as_strided(shape, order) for order in orders]
+    weight, bias, mean, variance = torch.randn(6), torch.randn(6), torch.zeros(6), torch.ones(6)
+    aten = torch.ops.aten
+
+    def strides(x: Tensor, gradient: Tensor, *other: Tensor) -> list[tuple[int, ...]]:
+        batch = aten.native_batch_norm(x, *other, True, 0.1, 1e-5)
+        group = aten.native_group_norm(x, *other[:2], 4, 6, 1, 2, 1e-5)
+        back = aten.native_batch_norm_backward(
+            gradient, x, other[0], *other[2:], batch[1], batch[2], True, 1e-5, [True] * 3
+        )
+        return [t[0].stride() for t in (batch, group, back)]
+
+    with FakeTensorMode() as mode:
+        others = [mode.from_tensor(t) for t in (weight, bias, mean, variance)]
+    for x in tensors:
+        for gradient in tensors:
+            expected = strides(x, gradient, weight, bias, mean, variance)
+            with mode, kernel_norms():
+                assert strides(mode.from_tensor(x), mode.from_tensor(gradient), *others) == expected

@@ -48,6 +48,7 @@ _BACKWARD = (
 _NORMS = (*_FORWARD, *_BACKWARD)
 _TORCHS_OWN = {op: fake_impls.op_implementations_dict.get(op) for op in _NORMS}
 _ALWAYS_CONTIGUOUS = (aten.native_layer_norm.default, aten.native_layer_norm_backward.default)
+_GROUP_NORMS = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
 _REDUCED = (torch.bfloat16, torch.float16)
 _NO_REDUCTION = 0
 
@@ -113,7 +114,7 @@ def _norm(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | 
         x = args[1] if op in _BACKWARD else args[0]
         if x.device.type != "cpu":
             return tuple(outputs)
-        layout = torch.contiguous_format if op in _ALWAYS_CONTIGUOUS else suggest_memory_format(x)
+        layout = torch.contiguous_format if op in _ALWAYS_CONTIGUOUS else _layout(op, x, args[0])
         first = None if outputs[0] is None else torch.empty_like(x, memory_format=layout)
         if op in _BACKWARD or x.dtype not in _REDUCED:
             return (first, *outputs[1:])
@@ -121,6 +122,14 @@ def _norm(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | 
         statistics = torch.float32 if torch.float32 in dtypes else x.dtype
         # Running statistics (outputs 3 and 4 of the functional form) keep their type, which is all others' too.
         return (first, *(None if t is None else torch.empty_like(t, dtype=statistics) for t in outputs[1:]))
+
+
+def _layout(op: Any, x: Tensor, first: Tensor) -> torch.memory_format:
+    """The order in which a kernel writes; one pixel counts as both orders, of which batch norms take the plain one."""
+    wanted = suggest_memory_format(x)
+    if op in _GROUP_NORMS or not x.is_contiguous() or suggest_memory_format(first) != wanted:
+        return wanted
+    return torch.contiguous_format
 
 
 def fix_kernel_results(module: fx.GraphModule) -> None:
