@@ -246,3 +246,27 @@ def test_declarations_that_fit_no_call(dynamic: dict[str, dict[int, int]], messa
         fxhybrid.compile(
             LanguageModel(), budget=1.0, example_inputs=(ids,), loss_args=(target,), loss_fn=words_loss, dynamic=dynamic
         )
+
+
+class InnerLoss(LanguageModel):
+    """Computes its own loss, as Hugging Face models do, and returns the logits besides."""
+
+    def forward(self, ids: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(ids)
+        return words_loss(logits, target), logits
+
+
+def test_outputs_without_a_gradient_are_expected_at_other_sizes_too() -> None:
+    model = InnerLoss()
+    plain = copy.deepcopy(model)
+    hybrid = fxhybrid.compile(model, budget=0.95, compression="lossless", solver="mps")
+    cache = hybrid._fxhybrid_session.cache
+    for length in (50, 40, 45, 30, 49):
+        batch = words(8, length)
+        for each in (hybrid, plain):
+            torch.manual_seed(length)
+            each(*batch)[0].backward()
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+        model.zero_grad(set_to_none=True)
+        plain.zero_grad(set_to_none=True)
+    assert len(cache.captured) + len(cache.families) == 2

@@ -62,7 +62,7 @@ def capture_symbolic(module: nn.Module, args: tuple[Any, ...], dims: Dims, *, ex
     try:
         captured = capture(module, marked, exact=exact)
         _check_supported(captured.joint)
-        shape_env = _shape_env(captured.joint)
+        read = _reader(_shape_env(captured.joint), captured.joint)
         holds = captured.holds(module, *args)
     except FxHybridError:
         raise
@@ -72,7 +72,7 @@ def capture_symbolic(module: nn.Module, args: tuple[Any, ...], dims: Dims, *, ex
         raise CaptureError("a capture with symbolic sizes does not hold for the call that it was traced with")
     code = type(module).forward.__code__
     parameters = code.co_varnames[: code.co_argcount]
-    return SymbolicCapture(captured, dims, _reader(shape_env, captured.joint), parameters)
+    return SymbolicCapture(captured, dims, read, parameters)
 
 
 def _marked(args: tuple[Any, ...], dims: Dims) -> tuple[Any, ...]:

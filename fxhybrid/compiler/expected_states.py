@@ -12,6 +12,7 @@ from fxhybrid.compiler.planning_state import PlanningState
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.passes.expected_backward import ExpectedBackward
 from fxhybrid.pipeline import prepare_traced
+from fxhybrid.solvers.portfolio.extend_plans import ensure
 from fxhybrid.solvers.portfolio.known_plans import join, plans_of, simulated
 
 
@@ -25,9 +26,13 @@ def with_drops(state: PlanningState, dropped: frozenset[int]) -> PlanningState:
         plans=tuple(replace(p, point=simulated(prepared.problem, p.point.actions)) for p in old.plans),
         fallback=tuple(replace(p, point=simulated(prepared.problem, p.point.actions)) for p in old.fallback),
         fixed=old.fixed,
+        from_other_sizes=old.from_other_sizes,
     )
+    if plans.from_other_sizes:
+        plans = ensure(plans, state.budget_bytes)
     cheapest = plans.cheapest(state.budget_bytes)
-    if not plans.fixed and (cheapest is None or cheapest.point.overhead_s > 0):
+    is_slow = cheapest is None or (cheapest.point.overhead_s > 0 and not old.from_other_sizes)
+    if is_slow and not plans.fixed:
         plans = join(PlanMaker(state.options, state.budget_bytes)(prepared.problem), plans)
     return replace(
         state,

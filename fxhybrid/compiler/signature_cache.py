@@ -130,6 +130,7 @@ class SignatureCache:
             family = _captured_family(step, call, dims, state, earlier)
             if family is not None:
                 return family
+        self._tries[shape.kind] += 1  # the next one would most likely be in vain, too
         return None
 
 
@@ -140,7 +141,7 @@ def _captured_family(
     try:
         symbolic = capture_symbolic(step, tuple(call.detached()), dims, exact=not is_lossy(state.options))
         family = SizeFamily(earlier.kind, symbolic, SymbolicGraph(symbolic.capture.joint), state)
-    except FxHybridError:
+        sizes = symbolic.sizes(step, *earlier.call())
+        return family if sizes and family.traces_the_same(state.prepared.capture, sizes) else None
+    except (FxHybridError, LookupError, ArithmeticError):
         return None  # a static capture says what is wrong, if anything is
-    sizes = symbolic.sizes(step, *earlier.call())
-    return family if sizes and family.traces_the_same(state.prepared.capture, sizes) else None
