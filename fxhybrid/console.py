@@ -1,10 +1,12 @@
-"""Terminal output: progress of work that takes long, and tables as text."""
+"""What people see while and after something runs: progress, stages in the log, and tables as text."""
 
 from __future__ import annotations
 
 import io
+import logging
 import time
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # rich is imported when something is shown, not with fxhybrid
@@ -13,6 +15,7 @@ if TYPE_CHECKING:  # rich is imported when something is shown, not with fxhybrid
 
 T = TypeVar("T")
 LONG_S = 2.0
+LOG = logging.getLogger("fxhybrid")
 COUNT = "{task.completed}/{task.total}"
 
 
@@ -39,6 +42,14 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
         for item in items:
             yield item
             bar.update(task, advance=1, visible=time.monotonic() - start > LONG_S)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Logs a stage of planning and its seconds when it is over: logger ``"fxhybrid"``, level INFO."""
+    start = time.perf_counter()
+    yield
+    LOG.info("%s: %.2f s", name, time.perf_counter() - start)
 
 
 def as_text(table: RenderableType, width: int = 110) -> str:

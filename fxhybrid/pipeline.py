@@ -14,6 +14,7 @@ from fxhybrid.capture.joint_graph import JointGraph, OutputKind
 from fxhybrid.capture.output_structure import OutputStructure, output_structure, tangents_of_outputs
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, get_codec
+from fxhybrid.console import stage
 from fxhybrid.ir.plan import Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import lower
@@ -187,7 +188,8 @@ def prepare(step: Step, call: StepCall, options: Options) -> Prepared:
 
 def trace(step: Step, call: StepCall, options: Options) -> Traced:
     """Captures a step and rewrites it to its canonical form."""
-    captured = capture(step, tuple(call), exact=not is_lossy(options))
+    with stage("capture"):
+        captured = capture(step, tuple(call), exact=not is_lossy(options))
     return canonical(captured, output_structure(captured, step, call), step, call, options)
 
 
@@ -207,7 +209,8 @@ def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
     layout = layout_of(joint)
     choices = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)
     refusals = codec_refusals(layout, lossy=traced.lossy, lossless=traced.lossless)
-    profile = profile_calls(calls_of(layout, choices))
+    with stage("profile"):
+        profile = profile_calls(calls_of(layout, choices))
     errors = error_table(lossy_groups(layout, choices), choices, lambda _: DEFAULT_GROUP_ERROR)
     return prepared_for(traced, expected, joint, layout, profile, choices, refusals, errors)
 
@@ -263,5 +266,6 @@ def _resident_bytes(step: Step, call: StepCall, options: Options) -> int:
 
 def build_graphs(prepared: Prepared, actions: Actions) -> tuple[JointGraph, SplitGraphs]:
     """Builds the rewritten joint graph of ``actions`` and its halves."""
-    joint = rewrite(prepared.joint, prepared.layout, lower(prepared.problem, actions))
-    return joint, split(joint)
+    with stage("rewrite"):
+        joint = rewrite(prepared.joint, prepared.layout, lower(prepared.problem, actions))
+        return joint, split(joint)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxhybrid.capture.joint_graph import InputKind, JointGraph
+from fxhybrid.capture.origins import origins
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
 from fxhybrid.passes.storages import Layout, OpCall, fused_form
@@ -55,7 +56,8 @@ def problem_of(
     """
     tangents = [n for n, r in zip(joint.placeholders, joint.inputs, strict=True) if r.kind is InputKind.TANGENT]
     arriving = (n for k, n in enumerate(tangents) if k not in absent)
-    forward, backward = _ops(layout, profile)
+    places = {node: str(origin) for node, origin in origins(joint.module.graph.nodes).items()}
+    forward, backward = _ops(layout, profile, places)
     return Problem(
         tensors=_tensors(layout, profile, choices, errors),
         forward=forward,
@@ -94,10 +96,10 @@ def _tensors(
     )
 
 
-def _ops(layout: Layout, profile: Profile) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
-    forward = [_op(op, profile) for op in layout.forward]
+def _ops(layout: Layout, profile: Profile, places: Mapping[fx.Node, str]) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    forward = [_op(op, profile, places) for op in layout.forward]
     backward = []
-    for call, op in ((op, _op(op, profile)) for op in layout.backward):
+    for call, op in ((op, _op(op, profile, places)) for op in layout.backward):
         form = fused_form(call.node)
         if form is None or call.fused_with is None:
             backward.append(op)
@@ -109,9 +111,10 @@ def _ops(layout: Layout, profile: Profile) -> tuple[tuple[Op, ...], tuple[Op, ..
     return tuple(forward), tuple(backward)
 
 
-def _op(op: OpCall, profile: Profile) -> Op:
+def _op(op: OpCall, profile: Profile, places: Mapping[fx.Node, str]) -> Op:
     cost = profile.cost(_op_call(op))
-    return Op(op.name, op.inputs, op.outputs, cost.seconds, cost.alloc_peak_bytes, op.recomputable, op.pinned)
+    figures = cost.seconds, cost.alloc_peak_bytes
+    return Op(op.name, op.inputs, op.outputs, *figures, op.recomputable, op.pinned, place=places.get(op.node, ""))
 
 
 def _op_call(op: OpCall) -> Call:

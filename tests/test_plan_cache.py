@@ -57,6 +57,19 @@ def test_a_second_start_has_the_same_plan_unmeasured(monkeypatch: pytest.MonkeyP
     assert second.compression_refusals == first.compression_refusals
 
 
+def test_stages_are_logged_with_their_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="fxhybrid"):
+        compiled()
+        first = [record.message.split(":")[0] for record in caplog.records if record.name == "fxhybrid"]
+        caplog.clear()
+        compiled()
+        second = [record.message.split(":")[0] for record in caplog.records if record.name == "fxhybrid"]
+    assert first[:2] == ["capture", "profile"]
+    assert "calibrate and search" in first
+    assert "calibrate and search" not in second
+    assert second[-1] == "rewrite"
+
+
 def test_another_budget_starts_from_known_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled()
     monkeypatch.setattr(first_plan, "PlanMaker", lambda *_: pytest.fail("searches a frontier again"))

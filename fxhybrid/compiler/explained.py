@@ -25,8 +25,7 @@ def explanation_of(signature: Signature) -> Explanation:
     """Explains what runs for fresh gradients by module and source line."""
     step = _planned_step(signature)
     at = describe_peak(step.problem, step.planned.schedule, step.planned.timeline)
-    place = list(step.places(step.planned.schedule))[step.planned.timeline.peak_at]
-    return explain(step, signature.active().plan, f"{at} of {place}")
+    return explain(step, signature.active().plan, at)
 
 
 def memory_figure_of(signature: Signature) -> Any:

@@ -10,6 +10,7 @@ from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.compiler.plan_cache import PlanRecord, read_record, record_path, write_record
 from fxhybrid.compiler.plan_transfer import bind_actions, simulate_transferred
 from fxhybrid.compiler.planner import PlanMaker, error_target, plans_to_validate
+from fxhybrid.console import stage
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
@@ -36,7 +37,8 @@ def learn(
     """
     record = None if transferred is not None else read_record(record_path(prepared, options), prepared, options)
     if record is None:
-        return _measured(prepared, step, call, options, budget_bytes, transferred)
+        with stage("calibrate and search"):
+            return _measured(prepared, step, call, options, budget_bytes, transferred)
     if budget_bytes in record.budgets:
         return record
     return _extended(record, step, call, budget_bytes, options) or _measured(

@@ -74,7 +74,8 @@ def record_path(prepared: Prepared, options: Options, *, folder: Path | None = N
         sorted(prepared.expected.absent),
         sorted(prepared.expected.dropped),
         (options.solver, options.compression, options.max_grad_error),
-        (problem.resident_bytes, problem.tangent_bytes, [op.alloc_peak_bytes for op in problem.backward[-1:]]),
+        [getattr(problem, f.name) for f in dataclasses.fields(problem) if f.name.endswith("_bytes")],
+        [op.alloc_peak_bytes for op in problem.backward[-1:]],  # the optimizer's step
         [[option.codec for option in tensor.codecs] for tensor in problem.tensors],
         (prepared.profile.device, sorted(versions().items()), FORMAT),
     )

@@ -183,7 +183,11 @@ class Problem:
 
     def to_json(self) -> str:
         """Writes this problem as JSON text."""
-        return to_json(dataclasses.asdict(self))
+        raw = dataclasses.asdict(self)
+        for op in (*raw["forward"], *raw["backward"]):
+            if not op["place"]:
+                del op["place"]
+        return to_json(raw)
 
     @classmethod
     def from_json(cls, text: str) -> Problem:

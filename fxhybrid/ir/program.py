@@ -79,6 +79,7 @@ class Op:
         pinned: runs in the forward pass even if nothing reads it (random ops, so that the generator's
             state after the step is that of plain eager).
         fusion: for a backward op that applies a mask which nothing else reads.
+        place: where in the user's model it comes from, in words; "" where that is not known.
     """
 
     name: str
@@ -89,6 +90,10 @@ class Op:
     recomputable: bool = True
     pinned: bool = False
     fusion: Fusion | None = None
+    place: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.place})" if self.place else self.name
 
 
 def tensor_from_json(raw: dict[str, Any]) -> Tensor:

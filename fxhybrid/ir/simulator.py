@@ -95,7 +95,7 @@ def describe_peak(problem: Problem, schedule: Schedule, timeline: Timeline) -> s
     if instruction.kind.value in ("encode", "decode"):
         return f"{instruction.kind.value} {problem.tensors[instruction.op].name}"
     if timeline.peak_at < schedule.n_forward:
-        return f"forward {problem.forward[instruction.op].name}"
+        return f"forward {problem.forward[instruction.op]}"
     if instruction.kind.value == "rerun":
-        return f"recompute {problem.forward[instruction.op].name}"
-    return f"backward {problem.backward[instruction.op].name}"
+        return f"recompute {problem.forward[instruction.op]}"
+    return f"backward {problem.backward[instruction.op]}"
