@@ -150,7 +150,8 @@ def test_another_budget_holds_at_sizes_seen_before(lossless: Compared) -> None:
 
 
 def test_signatures_called_longest_ago_are_dropped(lossless: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signature_cache, "KEPT", 2)
+    monkeypatch.setattr(signature_cache, "KEPT_NODES", 1)
+    monkeypatch.setattr(signature_cache, "LEAST_KEPT", 2)
     for length in (30, 31, 32, 33):
         lossless.check(*words(8, length))
     assert len(lossless.cache.signatures) == len(lossless.cache.captured) + 2

@@ -24,7 +24,8 @@ from fxhybrid.errors import FxHybridError
 from fxhybrid.passes.concretize import SymbolicGraph
 from fxhybrid.pipeline import is_lossy
 
-KEPT = 64  # derived signatures, each some MiB; a model with more lengths derives some again
+# Derived signatures are kept up to so many nodes of their graphs, each some 10 KiB, and at least so many signatures.
+KEPT_NODES, LEAST_KEPT = 16_000, 4
 MOST_TRIES = 3  # symbolic captures of one kind of call, before every new shape is captured as it is
 
 
@@ -62,8 +63,11 @@ class SignatureCache:
         self.signatures.insert(0, signature)
         captured = self.captured
         derived = [s for s in self.signatures if s not in captured and s.state.adopted is None]
-        for dropped in derived[KEPT:]:
-            self.signatures.remove(dropped)
+        n_nodes = 0
+        for kept, other in enumerate(derived):
+            n_nodes += len(other.state.prepared.joint.module.graph.nodes)
+            if n_nodes > KEPT_NODES and kept >= LEAST_KEPT:
+                self.signatures.remove(other)
 
     def without_derived(self) -> list[Signature]:
         """Returns the signatures less the derived ones, which can be made again; the first one stays."""
