@@ -63,6 +63,10 @@ def without_missing(node: fx.Node, missing: AbstractSet[fx.Node]) -> tuple[fx.no
     )
 
 
+def _may_view(target: torch._ops.OpOverload) -> bool:
+    return target.is_view or target is aten.reshape.default
+
+
 class _Pruner:
     """Copies a joint graph node by node, without what is missing."""
 
@@ -106,8 +110,20 @@ class _Pruner:
             node.name,
             node.type,
         )
-        copied.meta = {"val": node.meta.get("val"), TAG: node.meta[TAG]}
+        copied.meta = {"val": self._value(node, copied), TAG: node.meta[TAG]}
         return copied
+
+    def _value(self, node: fx.Node, copied: fx.Node) -> Any:
+        """The fake value; a view of a sum that lost a summand looks at the other summand's storage."""
+        target = copied.target
+        if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes or not _may_view(target):
+            return node.meta.get("val")
+        base, new = node.all_input_nodes[0], copied.all_input_nodes[0]
+        if new.meta["val"] is base.meta["val"]:
+            return node.meta.get("val")
+        args, kwargs = fx.node.map_arg((copied.args, copied.kwargs), lambda n: n.meta["val"])
+        with new.meta["val"].fake_mode, torch.no_grad():
+            return target(*args, **kwargs)
 
     def _target(self, node: fx.Node) -> Any:
         """The operator; a view may be of another layout than it was traced with, and copies where autograd would.

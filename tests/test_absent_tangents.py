@@ -150,3 +150,25 @@ def test_the_missing_branch_is_gone(missing: frozenset[int]) -> None:
     count = [sum(line.startswith("B ") for line in text.splitlines()) for text in (whole, pruned)]
     assert count[1] < count[0]
     assert ("sigmoid_backward" in pruned) is (missing == frozenset([0]))
+
+
+class Joined(nn.Module):
+    """The gradient of what is joined is a sum over the outputs, of which each part is a slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        joined = torch.cat([self.a(x), self.b(x)], 1)
+        return joined * 2, joined * 3
+
+
+def test_views_of_a_sum_look_at_the_summand_that_is_left() -> None:
+    joint = prune_tangents(capture(Joined(), (torch.randn(5, 6),)).joint, frozenset([1]))
+    slices = [node for node in joint.module.graph.nodes if node.target is torch.ops.aten.slice.Tensor]
+    assert len(slices) == 2
+    for node in slices:
+        (base,) = node.all_input_nodes
+        assert base.target is torch.ops.aten.mul.Tensor
+        assert node.meta["val"].untyped_storage()._cdata == base.meta["val"].untyped_storage()._cdata
