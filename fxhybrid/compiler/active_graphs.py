@@ -10,11 +10,12 @@ from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.compiler.backward_watch import BackwardWatch
 from fxhybrid.compiler.call_state import CallState
 from fxhybrid.compiler.observed_backward import ObservedBackward
-from fxhybrid.compiler.pending_calls import PlannedCall, plan_bytes
+from fxhybrid.compiler.pending_calls import PlannedCall
 from fxhybrid.compiler.planning_state import PlanningState, choose, describe
 from fxhybrid.ir.plan import Actions, Plan
 from fxhybrid.pipeline import build_graphs
 from fxhybrid.runtime import StepFunction
+from fxhybrid.solvers.portfolio.limited_plans import plan_bytes
 
 MAX_STATES = 24  # states of the call whose graphs are kept; they share graphs where plans are the same
 MAX_ADOPTED = 128  # adopted plans whose graphs are kept, for a client that moves between plans from step to step
@@ -79,7 +80,7 @@ def _planned_call(state: PlanningState, call: CallState, actions: Actions) -> Pl
         call.pending_bytes,
         problem.tangent_bytes,
         plan_bytes(problem, actions),
-        plan_bytes(problem, state.plans.smallest.actions),
+        state.plans,
     )
 
 

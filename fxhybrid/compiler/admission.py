@@ -1,124 +1,202 @@
-"""What a call's plan must leave for the other calls of the same step: those that are pending, and those to come."""
+"""Admits a call beside those of the same step whose backward pass is still to come, and leaves room for later ones.
+
+Each pending call holds saved values and outputs until its backward pass has run, and backward passes may run in any
+order. So a new call fits a budget B if, with all that stands beside it,
+
+* its own step fits:                                      peak + beside <= B
+* each pending call's backward half fits, with what the new one holds then:  backward + beside + held <= B
+
+An example in bytes: a model of 100, called twice with inputs of 10 under B = 700. A plan that peaks at 500, of which
+250 are held, takes 250 + 10 + 500 = 760 when the second call runs: too much. One that peaks at 550 and holds 120 takes
+120 + 10 + 500 = 630 if the second call runs by the first plan. The second call may hold what the first one's backward
+half leaves: 700 - 550 - 10 = 140, so it takes the plan that holds 120 as well: 120 + 10 + 550 = 680.
+
+What a later call needs at least is remembered for the earlier one, which leaves it that room from then on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from fxhybrid.capture.capture import Capture
+from fxhybrid.compiler.bytes_beside import Participant, beside_bytes, model_storages, older_gradient_bytes
 from fxhybrid.compiler.call_state import CallState
-from fxhybrid.compiler.pending_calls import PendingCall, pending_calls, plan_bytes, storages_of
-from fxhybrid.compiler.planning_state import PlanningState
+from fxhybrid.compiler.least_plans import least_bytes, search_compact
+from fxhybrid.compiler.pending_calls import PendingCall, pending_calls, storages_of
+from fxhybrid.compiler.planning_state import PlanningState, fits, search
 from fxhybrid.errors import BudgetError
-from fxhybrid.profiling.optimizer_step import optimizer_bytes
-from fxhybrid.profiling.state_bytes import gradient_bytes
+from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 from fxhybrid.units import format_bytes
 
-STEPS = 64  # limits are rounded to this share of the budget, so that few states need a plan of their own
+STEPS = 256  # limits are rounded to this share of the budget, so that few states need a plan of their own
 MARGIN = 2  # of these steps, left by an earlier call: one for its own rounding, one for that of the later call
+LOST = 4  # of these steps at most are lost together: twice two limits
 
 
 @dataclass(frozen=True)
 class Following:
-    """Holds what later calls of a step needed at least, beyond what the earlier call and those before it held.
+    """Holds what followed a call so far, so that it leaves room.
 
     Attributes:
-        room_bytes: while a later call ran.
-        after_bytes: while the earlier call's own backward pass ran.
+        n_others: how many calls were pending beside one that ran, at most.
+        least: what the call itself needs by the plan that suits so many; it is not asked for less.
+        room_bytes: what a later call needed at least while it ran, beyond what the earlier ones held.
+        after_bytes: likewise, what stood beside the call's own backward pass.
     """
 
-    room_bytes: int = 0
-    after_bytes: int = 0
+    n_others: int
+    least: PlanBytes
+    room_bytes: int
+    after_bytes: int
+
+    def joined(self, old: Following | None) -> Following:
+        """Returns what followed at most, of meetings that were judged by the same plan."""
+        if old is None or (old.n_others, old.least) != (self.n_others, self.least):
+            return self
+        room = max(self.room_bytes, old.room_bytes)
+        return replace(self, room_bytes=room, after_bytes=max(self.after_bytes, old.after_bytes))
 
 
 # By signature, and by the number of calls that were pending when it was called: what followed so far.
 _FOLLOWING: WeakKeyDictionary[Capture, dict[int, Following]] = WeakKeyDictionary()
 
 
-def call_state(state: PlanningState, model: nn.Module, tensors: Sequence[Tensor]) -> CallState:
-    """Reads the state of a call that is about to be made.
+def admit(state: PlanningState, model: nn.Module, tensors: Sequence[Tensor]) -> tuple[PlanningState, CallState]:
+    """Reads the state of a call that is about to be made, and makes sure that a plan for it is known.
 
     Args:
         state: of the call's signature.
         model: the user's.
         tensors: the call's arguments.
 
+    Returns:
+        The state, with plans that were searched for; and what the plan depends on.
+
     Raises:
-        BudgetError: with what pending calls hold, not even the smallest known plan fits.
+        BudgetError: with what pending calls hold, no known plan fits.
     """
-    accumulating = any(p.grad is not None for p in model.parameters())
+    call = CallState(any(p.grad is not None for p in model.parameters()))
     calls = pending_calls(next((p.device for p in model.parameters()), None))
-    follows = _FOLLOWING.get(state.prepared.capture, {}).get(len(calls))
-    if not calls and follows is None:
-        return CallState(accumulating)
+    follows = _followed(state.prepared.capture, len(calls))
     unit = max(state.budget_bytes // STEPS, 1)
-    found = CallState(accumulating)
     if calls:
-        found = _Meeting(state, model, tensors, calls, accumulating).admit(unit)
-    if follows is None:
-        return found
-    left = state.budget_bytes - state.extra_bytes(found) - MARGIN * unit
-    return CallState(
-        accumulating,
-        found.pending_bytes,
-        found.held_limit_bytes,
-        (left - follows.room_bytes) // unit * unit,
-        (left - follows.after_bytes) // unit * unit,
+        own = Participant(model, model_storages(model) | storages_of(tensors))
+        state, call = _Meeting(state, own, calls, call.accumulating).admit(unit)
+    return state, call if follows is None else _leaving_room(state, call, follows, unit)
+
+
+def _followed(capture: Capture, position: int) -> Following | None:
+    return _FOLLOWING.get(capture, {}).get(position)
+
+
+def _leaving_room(state: PlanningState, call: CallState, follows: Following, unit: int) -> CallState:
+    left = state.budget_bytes - state.extra_bytes(call) - MARGIN * unit
+    return replace(
+        call,
+        wanted_held_bytes=max((left - follows.room_bytes) // unit * unit, follows.least.held_bytes),
+        wanted_backward_bytes=max((left - follows.after_bytes) // unit * unit, follows.least.backward_bytes),
     )
 
 
 @dataclass(frozen=True, eq=False)
+class _Pair:
+    """Compares a pending call with the new one.
+
+    Attributes:
+        call: the pending one.
+        least: what it needs by the plan that leaves most to the others.
+        beside_bytes: what stands beside its backward half, without the new call's saved values and older gradients.
+        is_source: whether it made an argument of the new call, whose backward pass then comes first.
+    """
+
+    call: PendingCall
+    least: PlanBytes
+    beside_bytes: int
+    is_source: bool
+
+    @property
+    def spare_bytes(self) -> int:
+        """How much less it would hold by that plan."""
+        return self.call.planned.chosen.held_bytes - self.least.held_bytes
+
+    @property
+    def older_bytes(self) -> int:
+        """Its model's older gradients, beside which the new ones stand."""
+        return older_gradient_bytes(self.call.planned.model())
+
+    def held_limit(self) -> int | None:
+        """Returns what the new call may hold for this one's backward half; None if there is no limit."""
+        planned = self.call.planned
+        left = planned.budget_bytes - planned.chosen.backward_bytes - self.beside_bytes - self.older_bytes
+        return None if self.is_source and left >= 0 else left
+
+
+@dataclass(frozen=True, eq=False)
 class _Meeting:
-    """Compares a call that is about to be made with those that are pending."""
+    """Compares a call that is about to be made with those that are pending.
+
+    Attributes:
+        state: of its signature.
+        own: its model and arguments.
+        calls: the pending ones.
+        accumulating: whether gradients of an earlier backward pass exist.
+    """
 
     state: PlanningState
-    model: nn.Module
-    tensors: Sequence[Tensor]
+    own: Participant
     calls: Sequence[PendingCall]
     accumulating: bool
 
-    def admit(self, unit: int) -> CallState:
+    def admit(self, unit: int) -> tuple[PlanningState, CallState]:
         """Returns the state of the call, and remembers what it needs of the earlier ones."""
-        own = storages_of([*self.model.parameters(), *self.model.buffers(), *self.tensors])
-        older = self.state.extra_bytes(CallState(self.accumulating))
-        problem = self.state.prepared.problem
-        least = plan_bytes(problem, self.state.plans.smallest.actions)
-        pending = _beside(self.model, own, self.calls, {}, ())
-        needed = least.peak_bytes + older + pending - sum(_shrinkable(call) for call in self.calls)
-        limits = []
-        for i, call in enumerate(self.calls):
-            later = sum(_shrinkable(other) for other in self.calls[i + 1 :])
-            room = least.peak_bytes + older + pending - later
-            room -= call.planned.pending_bytes + call.planned.chosen.held_bytes
-            room += call.planned.budget_bytes - self.state.budget_bytes
-            others = [other for other in self.calls if other is not call]
-            beside = self._beside_backward(call, others, own)
-            is_source = any(ref.cdata in own for ref, _ in call.held)  # then its backward pass comes after this one's
-            held = 0 if is_source else least.held_bytes
-            after = beside + held - later - call.planned.pending_bytes
-            _remember(call, Following(room, after))
-            kept = _older_gradients(call)
-            limit = call.planned.budget_bytes - call.planned.chosen.backward_bytes - beside - kept
-            limits.append((limit if limit < 0 else None) if is_source else limit)
-            shrunk = sum(_shrinkable(other) for other in others)
-            needed = max(needed, call.planned.least.backward_bytes + beside + kept + held - shrunk)
-        found = CallState(self.accumulating, -(-pending // unit) * unit, _rounded(limits, unit))
-        fits = least.peak_bytes + self.state.extra_bytes(found) <= self.state.budget_bytes
-        if not fits or (found.held_limit_bytes is not None and least.held_bytes > found.held_limit_bytes):
-            raise self._error(pending, needed + -(-needed * 4 // (STEPS - 4)))
-        return found
+        pending_bytes = beside_bytes(self.own, self.calls)
+        pairs = self._pairs()
+        limits = [limit for pair in pairs if (limit := pair.held_limit()) is not None]
+        held_limit = min(limits) // unit * unit if limits else None
+        found = CallState(self.accumulating, -(-pending_bytes // unit) * unit, held_limit)
+        state = search(self.state, found)
+        is_met = fits(state, found)
+        if not is_met:
+            for plans in (state.plans, *(call.planned.plans for call in self.calls)):
+                search_compact(plans)
+            pairs = self._pairs()
+        n_others = self._n_others()
+        least = least_bytes(state.plans, n_others)
+        alone_bytes = least.peak_bytes + self.state.extra_bytes(CallState(self.accumulating))
+        for i, pair in enumerate(pairs):
+            later = sum(other.spare_bytes for other in pairs[i + 1 :])
+            room = alone_bytes + pending_bytes - later
+            _remember(pair, n_others, room - self.state.budget_bytes, least.held_bytes - later)
+        if not is_met:
+            spare = sum(pair.spare_bytes for pair in pairs)
+            needed = max(alone_bytes + pending_bytes - spare, *(_needed(pair, least, spare) for pair in pairs))
+            raise self._error(pending_bytes, needed + -(-needed * LOST // (STEPS - LOST)))
+        return state, found
 
-    def _beside_backward(self, call: PendingCall, others: Sequence[PendingCall], own: dict[int, int]) -> int:
-        """Returns what stands beside the backward half of a pending call; saved values of the new one left out."""
+    def _n_others(self) -> int:
+        """Returns how many calls were pending beside one that ran, now or before."""
+        known = (_followed(call.planned.capture, call.position) for call in self.calls)
+        return max([len(self.calls), *(follows.n_others for follows in known if follows is not None)])
+
+    def _pairs(self) -> list[_Pair]:
+        pairs, n_others = [], self._n_others()
+        for call in self.calls:
+            is_source = any(ref.cdata in self.own.storages for ref, _ in call.held)
+            least = least_bytes(call.planned.plans, n_others)
+            pairs.append(_Pair(call, least, self._beside_backward(call), is_source))
+        return pairs
+
+    def _beside_backward(self, call: PendingCall) -> int:
         model = call.planned.model()
         if model is None:
             return 0
-        mine = {**storages_of([*model.parameters(), *model.buffers()]), **call.alive()}
-        beside = _beside(model, mine, others, own, (self.model,))
-        return beside + self.state.prepared.problem.tangent_bytes
+        others = [other for other in self.calls if other is not call]
+        pending = Participant(model, {**model_storages(model), **call.alive()})
+        return beside_bytes(pending, others, self.own) + self.state.prepared.problem.tangent_bytes
 
     def _error(self, pending: int, needed: int) -> BudgetError:
         budget, count = self.state.budget_bytes, len(self.calls)
@@ -139,64 +217,30 @@ class _Meeting:
         )
 
 
-def _beside(
-    model: nn.Module,
-    own: dict[int, int],
-    calls: Sequence[PendingCall],
-    more: dict[int, int],
-    models: Sequence[nn.Module],
-) -> int:
-    """Counts what stands beside a call: storages, tangents to come, gradients and optimizer state.
+def _needed(pair: _Pair, least: PlanBytes, spare_bytes: int) -> int:
+    """Returns what a pending call takes at least, in its own step and beside the new call in its backward half.
 
     Args:
-        model: of the call.
-        own: its storages, which its plan counts.
-        calls: the other ones.
-        more: further storages beside it.
-        models: further models that take part in the step.
+        pair: with the pending call.
+        least: what the new call needs.
+        spare_bytes: how much less all pending calls would hold.
     """
-    found = dict(more)
-    owners = [(call.planned.model(), call.planned.optimizer) for call in calls]
-    owners += [(other, None) for other in models]
-    tangents = 0
-    for call in calls:
-        found.update(call.alive())
-        # an output that is an input here gets its tangent as a gradient of this call, which its plan counts
-        passed_on = {ref.cdata: n_bytes for ref, n_bytes in call.held if ref.cdata in own}
-        tangents += max(call.planned.tangent_bytes - sum(passed_on.values()), 0)
-    others = {id(owner): owner for owner, _ in owners if owner is not None and owner is not model}
-    optimizers = {id(o): o for owner, o in owners if o is not None and owner is not model}
-    for other in others.values():
-        found.update(storages_of([*other.parameters(), *other.buffers()]))
-    parameters = {id(p) for owner, _ in owners if owner is not None for p in owner.parameters()}
-    # autograd keeps the gradients of a shared parameter until those of all calls have arrived
-    shared = [p.nbytes for p in model.parameters() if p.requires_grad and id(p) in parameters]
-    return (
-        sum(n_bytes for storage, n_bytes in found.items() if storage not in own)
-        + tangents
-        + sum(shared)
-        + sum(map(gradient_bytes, others.values()))
-        + sum(optimizer_bytes(optimizer).state_bytes for optimizer in optimizers.values())
-    )
+    held = 0 if pair.is_source else least.held_bytes
+    backward = pair.least.backward_bytes + pair.beside_bytes + held - (spare_bytes - pair.spare_bytes)
+    return pair.older_bytes + max(backward, pair.least.peak_bytes)
 
 
-def _older_gradients(call: PendingCall) -> int:
-    model = call.planned.model()
-    parameters = () if model is None else model.parameters()
-    return sum(storages_of(p.grad for p in parameters if p.grad is not None).values())
+def _remember(pair: _Pair, n_others: int, over_bytes: int, held_bytes: int) -> None:
+    """Remembers for a pending call what the new one needs.
 
-
-def _shrinkable(call: PendingCall) -> int:
-    """Returns how much less the smallest plan would hold."""
-    return call.planned.chosen.held_bytes - call.planned.least.held_bytes
-
-
-def _rounded(limits: Iterable[int | None], unit: int) -> int | None:
-    smallest = min((limit for limit in limits if limit is not None), default=None)
-    return None if smallest is None else smallest // unit * unit
-
-
-def _remember(call: PendingCall, seen: Following) -> None:
-    known = _FOLLOWING.setdefault(call.planned.capture, {})
-    old = known.get(call.position, Following())
-    known[call.position] = Following(max(old.room_bytes, seen.room_bytes), max(old.after_bytes, seen.after_bytes))
+    Args:
+        pair: with the pending call.
+        n_others: how many calls are pending beside one that runs.
+        over_bytes: what the new one takes while it runs, with all that stands beside it, over its budget.
+        held_bytes: what the new one holds later, less what others hold too much now.
+    """
+    planned, position = pair.call.planned, pair.call.position
+    room = over_bytes + planned.budget_bytes - planned.pending_bytes - planned.chosen.held_bytes
+    after = pair.beside_bytes + held_bytes - planned.pending_bytes
+    follows = Following(n_others, pair.least, room, after)
+    _FOLLOWING.setdefault(planned.capture, {})[position] = follows.joined(_followed(planned.capture, position))

@@ -126,7 +126,7 @@ class OpenedCall:
             "budget. No gradient has been computed yet",
             budget_bytes=planned.budget_bytes,
             minimum_bytes=needed,
-            minimum_lower_bound_bytes=planned.least.backward_bytes,
+            minimum_lower_bound_bytes=min(planned.plans.lower_bound_bytes, needed),
             holder="outputs without a gradient",
         )
 

@@ -18,36 +18,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxhybrid.capture.capture import Capture
-from fxhybrid.ir.plan import Actions
-from fxhybrid.ir.problem import Problem
-from fxhybrid.ir.schedule import lower
-from fxhybrid.ir.simulator import simulate
-
-
-@dataclass(frozen=True)
-class PlanBytes:
-    """Holds what a plan needs, by half of the step.
-
-    Attributes:
-        peak_bytes: of the whole step, resident bytes included.
-        held_bytes: outputs and saved values between the two halves.
-        backward_bytes: peak of the backward half, resident bytes included.
-    """
-
-    peak_bytes: int
-    held_bytes: int
-    backward_bytes: int
-
-
-def plan_bytes(problem: Problem, actions: Actions) -> PlanBytes:
-    """Simulates what a plan needs, by half of the step."""
-    schedule = lower(problem, actions)
-    timeline = simulate(problem, schedule)
-    n = schedule.n_forward
-    crosses = (timeline.birth < n) & (timeline.death >= n)
-    held = sum(value.size_bytes for value, kept in zip(schedule.values, crosses, strict=True) if kept)
-    backward = timeline.during_bytes[n:]
-    return PlanBytes(timeline.peak_bytes, held, int(backward.max()) if len(backward) else timeline.peak_bytes)
+from fxhybrid.solvers.portfolio.known_plans import KnownPlans
+from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +34,7 @@ class PlannedCall:
         pending_bytes: what other calls held when it was planned.
         tangent_bytes: gradients of the outputs.
         chosen: what the plan needs.
-        least: what the plan with the smallest peak needs.
+        plans: that were known.
     """
 
     model: ReferenceType[nn.Module]
@@ -72,7 +44,7 @@ class PlannedCall:
     pending_bytes: int
     tangent_bytes: int
     chosen: PlanBytes
-    least: PlanBytes
+    plans: KnownPlans
 
     def opened(self, saved: Iterable[Tensor], outputs: Iterable[object], inputs: Iterable[Tensor]) -> PendingCall:
         """Enters a call whose forward pass is over; it stays entered while the result lives."""

@@ -17,7 +17,6 @@ from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.first_plan import keep, learn, plan_within_error
 from fxhybrid.compiler.observed_backward import first_expected
-from fxhybrid.compiler.pending_calls import plan_bytes
 from fxhybrid.compiler.plan_transfer import bind_actions, expected_by, named_actions, simulate_transferred, versions
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
 from fxhybrid.ir.plan import GradientError, Plan
@@ -29,7 +28,8 @@ from fxhybrid.pipeline import Prepared, prepare_traced, trace
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, forget
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans
+from fxhybrid.solvers.portfolio.limited_plans import Limits, cheapest_within, ensure_within
 from fxhybrid.solvers.portfolio.solvers import Portfolio
 from fxhybrid.units import NamedBudget, format_bytes
 
@@ -191,8 +191,24 @@ def search(state: PlanningState, call: CallState) -> PlanningState:
     """Makes sure that ``choose`` finds a plan in this state of the call, if any can be found."""
     if state.adopted is not None and call == FRESH:
         return state
-    plans = ensure(state.plans, state.budget_bytes - state.extra_bytes(call))
+    wanted = _limits(state, call)
+    plans = ensure(state.plans, wanted[-1].peak_bytes)
+    for limits in (wanted[0], wanted[-1]):
+        plans = ensure_within(plans, limits)
+        if cheapest_within(plans, limits) is not None:
+            break
     return state if plans is state.plans else replace(state, plans=plans)
+
+
+def _limits(state: PlanningState, call: CallState) -> list[Limits]:
+    """Returns the limits that a plan for the call is to keep, each given up for the next where no plan does."""
+    limit_bytes, hard = state.budget_bytes - state.extra_bytes(call), call.held_limit_bytes
+    wanted = call.wanted_held_bytes
+    if wanted is None:
+        return [Limits(limit_bytes, hard)]
+    held = wanted if hard is None else min(wanted, hard)
+    smallest = min(limit_bytes, state.minimum_bytes)  # where no plan leaves what is wanted, this one leaves most
+    return [Limits(limit_bytes, held, call.wanted_backward_bytes), Limits(smallest, hard), Limits(limit_bytes, hard)]
 
 
 def choose(state: PlanningState, call: CallState) -> KnownPlan:
@@ -201,41 +217,26 @@ def choose(state: PlanningState, call: CallState) -> KnownPlan:
     Raises:
         BudgetError: none fits in this state of the call.
     """
+    known = _chosen(state, call)
+    if known is None:
+        raise state.plans.budget_error(state.budget_bytes, state.extra_bytes(call))
+    return known
+
+
+def fits(state: PlanningState, call: CallState) -> bool:
+    """Says whether a known plan fits in this state of the call."""
+    return _chosen(state, call) is not None
+
+
+def _chosen(state: PlanningState, call: CallState) -> KnownPlan | None:
     if state.adopted is not None and call == FRESH:
         return state.adopted
-    extra_bytes = state.extra_bytes(call)
-    limit_bytes, hard = state.budget_bytes - extra_bytes, call.held_limit_bytes
     offered = [state.plans]
     if state.adopted is not None and not call.accumulating:  # an adopted plan is one for fresh gradients
         offered.insert(0, replace(state.plans, plans=(state.adopted,), fallback=()))
-    wanted = call.wanted_held_bytes
-    attempts: list[tuple[int, int | None, int | None]] = [(limit_bytes, hard, None)]
-    if wanted is not None:
-        held = wanted if hard is None else min(wanted, hard)
-        smallest = min(limit_bytes, state.minimum_bytes)  # where no plan leaves what is wanted, this one leaves most
-        attempts = [(limit_bytes, held, call.wanted_backward_bytes), (smallest, hard, None), *attempts]
-    for limits in attempts:
-        for plans in offered:
-            known = _cheapest(plans, *limits)
-            if known is not None:
-                return known
-    raise state.plans.budget_error(state.budget_bytes, extra_bytes)
-
-
-def _cheapest(
-    plans: KnownPlans, limit_bytes: int, held_bytes: int | None, backward_bytes: int | None
-) -> KnownPlan | None:
-    """Returns the cheapest plan within a limit of its peak, of what it holds and of its backward half's peak."""
-    while (known := plans.cheapest(limit_bytes)) is not None:
-        if held_bytes is None and backward_bytes is None:
-            break
-        needs = plan_bytes(plans.problem, known.point.actions)
-        if (held_bytes is None or needs.held_bytes <= held_bytes) and (
-            backward_bytes is None or needs.backward_bytes <= backward_bytes
-        ):
-            break
-        plans = forget(plans, known)
-    return known
+    attempts = ((plans, limits) for limits in _limits(state, call) for plans in offered)
+    found = (cheapest_within(plans, limits) for plans, limits in attempts)
+    return next((known for known in found if known is not None), None)
 
 
 def describe(state: PlanningState, known: KnownPlan, call: CallState) -> Plan:

@@ -13,7 +13,7 @@ from fxhybrid.accuracy.drift_monitor import DriftMonitor
 from fxhybrid.capture.outer_context import refuse_sharded
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
-from fxhybrid.compiler.admission import call_state
+from fxhybrid.compiler.admission import admit
 from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.largest_call import largest_call
@@ -139,7 +139,9 @@ class Session:
 
     def _active_expecting(self, expected: ExpectedBackward, call: StepCall) -> ActiveGraph:
         self.signatures[0] = self.first.expecting(expected, self.step, call)
-        return self.active(call_state(self.first.state, self.model, call.tensors))
+        state, found = admit(self.first.state, self.model, call.tensors)
+        self.signatures[0] = replace(self.first, state=state)
+        return self.active(found)
 
     def _ready(self, signature: Signature) -> Signature:
         """Returns a signature with graphs for fresh gradients, or raises ``BudgetError`` if no plan fits."""

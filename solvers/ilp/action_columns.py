@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,6 +20,16 @@ LEAST_STEP_S = 1e-12  # where no op takes any time
 CHOSEN = 0.5  # a binary variable above this is one
 
 
+def _load_backend() -> None:
+    """Loads PuLP and HiGHS, which take a while; in a thread of its own, as PuLP keeps tracebacks of its import.
+
+    Their frames would keep alive whatever the callers up the stack hold, such as the outputs of a user's step.
+    """
+    thread = threading.Thread(target=importlib.import_module, args=("fxhybrid.solvers.ilp.backend",))
+    thread.start()
+    thread.join()
+
+
 class ActionColumns:
     """Holds k_t, r_t, c_tb, r_o and N_g of ``model``, reads a plan from their values and sets them from a plan.
 
@@ -31,7 +43,8 @@ class ActionColumns:
     """
 
     def __init__(self, problem: Problem, presolved: Presolved) -> None:
-        from fxhybrid.solvers.ilp.backend import LinearProgram  # loads PuLP and HiGHS, which take a while
+        _load_backend()
+        from fxhybrid.solvers.ilp.backend import LinearProgram
 
         self.problem = problem
         self.presolved = presolved

@@ -61,6 +61,7 @@ class KnownPlans:
         has_stricter: whether plans of stricter error limits are among ``plans``.
         from_other_sizes: plans of the same step at other sizes, with the figures that they have there, the cheapest
             first; ``ensure`` simulates those that a limit needs, which join ``plans`` then.
+        searched: limits of several kinds (``limited_plans``) that plans were searched for.
     """
 
     problem: Problem
@@ -75,6 +76,7 @@ class KnownPlans:
     polished_s: Mapping[int, float] = field(default_factory=dict)
     has_stricter: bool = False
     from_other_sizes: tuple[KnownPlan, ...] = ()
+    searched: frozenset[object] = frozenset()
 
     def cheapest(self, limit_bytes: int) -> KnownPlan | None:
         """Returns the cheapest plan that peaks at or under the limit, with the best bound known for that limit."""
