@@ -6,14 +6,18 @@ zeros is not the same, as 0 * inf is NaN, and it costs the branch's time and mem
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Set as AbstractSet
 from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 import fxhybrid.ops.recurrent  # noqa: F401  (defines an operator that is looked for)
+from fxhybrid.capture.fake_tensor_fixes import kernel_norms
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of
+from fxhybrid.capture.kernel_layouts import kernel_layouts
 from fxhybrid.passes.graph_edit import joint_module
 
 aten = torch.ops.aten
@@ -63,8 +67,13 @@ def without_missing(node: fx.Node, missing: AbstractSet[fx.Node]) -> tuple[fx.no
     )
 
 
-def _may_view(target: torch._ops.OpOverload) -> bool:
-    return target.is_view or target is aten.reshape.default
+def _may_view(target: Any) -> bool:
+    is_view = isinstance(target, torch._ops.OpOverload) and target.is_view
+    return is_view or target in (aten.reshape.default, operator.getitem)
+
+
+def _layouts(value: Any) -> list[tuple[Any, ...]]:
+    return [(t.shape, t.stride()) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
 
 
 class _Pruner:
@@ -114,16 +123,17 @@ class _Pruner:
         return copied
 
     def _value(self, node: fx.Node, copied: fx.Node) -> Any:
-        """The fake value; a view of a sum that lost a summand looks at the other summand's storage."""
-        target = copied.target
-        if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes or not _may_view(target):
-            return node.meta.get("val")
-        base, new = node.all_input_nodes[0], copied.all_input_nodes[0]
-        if new.meta["val"] is base.meta["val"]:
-            return node.meta.get("val")
+        """The fake value; behind a sum that lost a summand, storages and strides follow from the one that is left."""
+        old = node.meta.get("val")
+        sources = [n for n in node.all_input_nodes if n not in self.missing]
+        if node.op != "call_function" or all(self.new[n].meta["val"] is n.meta["val"] for n in sources):
+            return old
         args, kwargs = fx.node.map_arg((copied.args, copied.kwargs), lambda n: n.meta["val"])
-        with new.meta["val"].fake_mode, torch.no_grad():
-            return target(*args, **kwargs)
+        tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        mode: Any = getattr(tensors[0], "fake_mode", None)
+        with mode, torch.no_grad(), kernel_norms(), kernel_layouts():
+            new = copied.target(*args, **kwargs)  # type: ignore[operator]
+        return new if _may_view(copied.target) or _layouts(new) != _layouts(old) else old
 
     def _target(self, node: fx.Node) -> Any:
         """The operator; a view may be of another layout than it was traced with, and copies where autograd would.

@@ -172,3 +172,23 @@ def test_views_of_a_sum_look_at_the_summand_that_is_left() -> None:
         (base,) = node.all_input_nodes
         assert base.target is torch.ops.aten.mul.Tensor
         assert node.meta["val"].untyped_storage()._cdata == base.meta["val"].untyped_storage()._cdata
+
+
+class Shuffled(nn.Module):
+    """The gradients of the two outputs lie in memory in different orders; the sum takes that of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 2, 2).to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.nn.functional.pixel_shuffle(self.conv(x), 2)
+        return h * 3, h.contiguous() * 2
+
+
+def test_strides_behind_a_sum_follow_the_summand_that_is_left() -> None:
+    joint = prune_tangents(capture(Shuffled(), (torch.randn(2, 3, 8, 8),)).joint, frozenset([1]))
+    (node,) = [n for n in joint.module.graph.nodes if n.target is torch.ops.aten.pixel_unshuffle.default]
+    (gradient,) = node.all_input_nodes
+    for value in (gradient.meta["val"], node.meta["val"]):  # the kernel keeps the memory format
+        assert value.is_contiguous(memory_format=torch.channels_last)

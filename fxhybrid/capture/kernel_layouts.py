@@ -49,6 +49,8 @@ _LAYOUTS: dict[Any, Layout] = {
     aten.glu_backward.default: _contiguous,
     aten.pow.Scalar: _contiguous,
     aten.roll.default: _memory_format,
+    aten.pixel_shuffle.default: _memory_format,
+    aten.pixel_unshuffle.default: _memory_format,
     aten.native_dropout_backward.default: _FIRST_TWO,
     aten.elu_backward.default: _as_sum_of(0, 5),
     aten.hardtanh_backward.default: _FIRST_TWO,
