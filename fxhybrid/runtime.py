@@ -34,11 +34,13 @@ class LateBackward:
         module: takes saved values, inputs, then tangents; returns the gradients.
         saved: which of the call's saved values it takes, by position.
         inputs: the inputs that it takes.
+        peak_bytes: its peak, where the caller holds no outputs.
     """
 
     module: fx.GraphModule
     saved: tuple[int, ...]
     inputs: tuple[Tensor | None, ...]
+    peak_bytes: int
 
 
 class Opened(Protocol):

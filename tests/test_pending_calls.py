@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fxhybrid
 from fxhybrid import BudgetError, HybridModule
 from fxhybrid.compiler.pending_calls import pending_calls
+from fxhybrid.errors import BackwardError
 from tests.compare import assert_same, state_of
 
 ROWS, WIDTH = 256, 64
@@ -215,13 +216,73 @@ def test_ways_out_work() -> None:
     assert peak_bytes(step, [both], inputs) <= needed
 
 
-def test_the_same_step_fits_when_it_is_run_again() -> None:
+@pytest.mark.parametrize(("n", "share"), [(2, 1.05), (3, 1.4)])
+def test_a_first_step_makes_room_by_letting_go(n: int, share: float) -> None:
+    """The first call was planned alone, and holds 512 KiB; what it can recompute makes room for the others."""
+    inputs = batches(n)
+    plain = mlp()
+    hybrid = compiled(copy.deepcopy(plain), inputs[0])
+    hybrid.set_budget(int(share * hybrid.plan.budget_bytes))
+    joint_loss(hybrid, inputs).backward()  # nothing is known of later calls yet
+    joint_loss(plain, inputs).backward()
+    assert_same(state_of(plain), state_of(hybrid))
+    fresh = compiled(mlp(), inputs[0])
+    fresh.set_budget(hybrid.plan.budget_bytes)
+
+    def step() -> None:
+        fresh.zero_grad()
+        joint_loss(fresh, inputs).backward()
+
+    assert peak_bytes(step, [fresh], inputs) <= hybrid.plan.budget_bytes
+
+
+def test_what_was_let_go_is_not_recomputed_from_changed_weights() -> None:
     inputs = batches(2)
     hybrid = compiled(mlp(), inputs[0])
-    hybrid.set_budget(int(1.4 * hybrid.plan.budget_bytes))
-    with pytest.raises(BudgetError, match="run the same step again"):
-        joint_loss(hybrid, inputs)
+    hybrid.set_budget(int(1.05 * hybrid.plan.budget_bytes))
+    loss, later = (hybrid(x).square().mean() for x in inputs)
+    del later
+    with torch.no_grad():
+        hybrid[0].weight.mul_(2)  # eager's backward pass does not read the first weight
+    with pytest.raises(BackwardError, match="changed in place"):
+        loss.backward()
+    assert hybrid[0].weight.grad is None
+    del loss
     joint_loss(hybrid, inputs).backward()
+
+
+def test_the_same_step_fits_when_it_is_run_again() -> None:
+    """The plan of one call needs 560,424 bytes; two fit into 588,445 by plans that hold less from the start."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(16, 3, 12, 12) for _ in range(2)]
+    hybrid = compiled(Encoder(), inputs[0])
+    hybrid.set_budget(int(1.05 * hybrid.plan.budget_bytes))
+
+    def step() -> None:
+        hybrid.zero_grad()
+        joint_loss(hybrid, inputs).backward()
+
+    with pytest.raises(BudgetError, match="run the same step again") as caught:
+        step()
+    assert caught.value.minimum_bytes <= hybrid.plan.budget_bytes
+    del caught
+    step()
+    assert peak_bytes(step, [hybrid], inputs) <= hybrid.plan.budget_bytes
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_named_budget_is_enough(n: int) -> None:
+    """Each error names a figure that holds for the calls so far, so there is one at most for each later call."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(16, 3, 12, 12) for _ in range(n)]
+    hybrid = compiled(Encoder(), inputs[0], 0.9)
+
+    def step() -> None:
+        hybrid.zero_grad()
+        joint_loss(hybrid, inputs).backward()
+
+    assert 1 <= settle(step, [hybrid]) < n
+    assert peak_bytes(step, [hybrid], inputs) <= hybrid.plan.budget_bytes
 
 
 def test_dropped_outputs_are_not_pending() -> None:

@@ -11,7 +11,9 @@ An example in bytes: a model of 100, called twice with inputs of 10 under B = 70
 120 + 10 + 500 = 630 if the second call runs by the first plan. The second call may hold what the first one's backward
 half leaves: 700 - 550 - 10 = 140, so it takes the plan that holds 120 as well: 120 + 10 + 550 = 680.
 
-What a later call needs at least is remembered for the earlier one, which leaves it that room from then on.
+In the first step the first call is planned as if it were alone, and holds 250. When the second one comes, it lets go of
+what the plan that holds 120 would not store. What the second one needs at least is remembered for the first, which from
+the next step on leaves that room by its plan. Where nothing helps, the error names the budget that all need at least.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from torch import Tensor, nn
 from fxhybrid.capture.capture import Capture
 from fxhybrid.compiler.bytes_beside import Participant, beside_bytes, model_storages, older_gradient_bytes
 from fxhybrid.compiler.call_state import CallState
-from fxhybrid.compiler.least_plans import least_bytes, search_compact
+from fxhybrid.compiler.least_plans import least_bytes, least_plans, search_compact
 from fxhybrid.compiler.pending_calls import PendingCall, pending_calls, storages_of
 from fxhybrid.compiler.planning_state import PlanningState, fits, search
 from fxhybrid.errors import BudgetError
+from fxhybrid.solvers.portfolio.known_plans import KnownPlans
 from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 from fxhybrid.units import format_bytes
 
@@ -128,10 +131,14 @@ class _Pair:
         """Its model's older gradients, beside which the new ones stand."""
         return older_gradient_bytes(self.call.planned.model())
 
+    @property
+    def room_bytes(self) -> int:
+        """Room for its backward half and what the new call holds."""
+        return self.call.planned.budget_bytes - self.beside_bytes - self.older_bytes
+
     def held_limit(self) -> int | None:
         """Returns what the new call may hold for this one's backward half; None if there is no limit."""
-        planned = self.call.planned
-        left = planned.budget_bytes - planned.chosen.backward_bytes - self.beside_bytes - self.older_bytes
+        left = self.room_bytes - self.call.planned.chosen.backward_bytes
         return None if self.is_source and left >= 0 else left
 
 
@@ -153,29 +160,47 @@ class _Meeting:
 
     def admit(self, unit: int) -> tuple[PlanningState, CallState]:
         """Returns the state of the call, and remembers what it needs of the earlier ones."""
-        pending_bytes = beside_bytes(self.own, self.calls)
-        pairs = self._pairs()
-        limits = [limit for pair in pairs if (limit := pair.held_limit()) is not None]
-        held_limit = min(limits) // unit * unit if limits else None
-        found = CallState(self.accumulating, -(-pending_bytes // unit) * unit, held_limit)
+        found = self._found(unit)
         state = search(self.state, found)
         is_met = fits(state, found)
         if not is_met:
             for plans in (state.plans, *(call.planned.plans for call in self.calls)):
                 search_compact(plans)
-            pairs = self._pairs()
+            if self._shrink():
+                found = self._found(unit)
+                state = search(state, found)
+                is_met = fits(state, found)
+        needed = self._remember(state.plans)
+        if not is_met:
+            raise self._error(needed + -(-needed * LOST // (STEPS - LOST)))
+        return state, found
+
+    def _found(self, unit: int) -> CallState:
+        """Reads what the plan for the call depends on."""
+        limits = [limit for pair in self._pairs() if (limit := pair.held_limit()) is not None]
+        held_limit = min(limits) // unit * unit if limits else None
+        return CallState(self.accumulating, -(-beside_bytes(self.own, self.calls) // unit) * unit, held_limit)
+
+    def _shrink(self) -> bool:
+        """Lets pending calls drop what they can recompute; says whether any did."""
         n_others = self._n_others()
-        least = least_bytes(state.plans, n_others)
-        alone_bytes = least.peak_bytes + self.state.extra_bytes(CallState(self.accumulating))
+        shrunk = False
+        for pair in self._pairs():
+            targets = least_plans(pair.call.planned.plans, n_others)
+            shrunk |= any(pair.call.shrink(actions, pair.room_bytes) for _, actions in targets)
+        return shrunk
+
+    def _remember(self, plans: KnownPlans) -> int:
+        """Remembers what the call needs of each earlier one, and returns what all need at least."""
+        pairs, n_others = self._pairs(), self._n_others()
+        least = least_bytes(plans, n_others)
+        running = least.peak_bytes + self.state.extra_bytes(CallState(self.accumulating))
+        running += beside_bytes(self.own, self.calls)
         for i, pair in enumerate(pairs):
             later = sum(other.spare_bytes for other in pairs[i + 1 :])
-            room = alone_bytes + pending_bytes - later
-            _remember(pair, n_others, room - self.state.budget_bytes, least.held_bytes - later)
-        if not is_met:
-            spare = sum(pair.spare_bytes for pair in pairs)
-            needed = max(alone_bytes + pending_bytes - spare, *(_needed(pair, least, spare) for pair in pairs))
-            raise self._error(pending_bytes, needed + -(-needed * LOST // (STEPS - LOST)))
-        return state, found
+            _remember(pair, n_others, running - later - self.state.budget_bytes, least.held_bytes - later)
+        spare = sum(pair.spare_bytes for pair in pairs)
+        return max(running - spare, *(_needed(pair, least, spare) for pair in pairs))
 
     def _n_others(self) -> int:
         """Returns how many calls were pending beside one that ran, now or before."""
@@ -198,7 +223,8 @@ class _Meeting:
         pending = Participant(model, {**model_storages(model), **call.alive()})
         return beside_bytes(pending, others, self.own) + self.state.prepared.problem.tangent_bytes
 
-    def _error(self, pending: int, needed: int) -> BudgetError:
+    def _error(self, needed: int) -> BudgetError:
+        pending = beside_bytes(self.own, self.calls)
         budget, count = self.state.budget_bytes, len(self.calls)
         calls = "1 earlier call has" if count == 1 else f"{count} earlier calls have"
         way_out = f"Raise the budget of each module that the step calls to {needed} ({format_bytes(needed)})"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -16,6 +15,8 @@ from fxhybrid.compiler.late_backward import late_backward
 from fxhybrid.compiler.observed_backward import ObservedBackward
 from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall
 from fxhybrid.compiler.planning_lock import PLANNING
+from fxhybrid.compiler.shrunk_call import Shrunk, shrink
+from fxhybrid.compiler.storage_uses import PYTHON_USES, storage_uses
 from fxhybrid.errors import BackwardError, BudgetError
 from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.schedule import lower
@@ -23,7 +24,13 @@ from fxhybrid.ir.simulator import simulate
 from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.pipeline import Prepared
 from fxhybrid.runtime import LateBackward
+from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 from fxhybrid.units import format_bytes
+
+CHANGED = (
+    "an argument or parameter of a call was changed in place before the call's backward pass, which recomputes from it "
+    "what was let go to make room for later calls. Change it after the backward pass, or raise the budget"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,25 +66,44 @@ class BackwardWatch:
         roles = self.prepared.traced.joint.inputs
         given = (t for t, role in zip(inputs, roles, strict=False) if role.kind is InputKind.USER_INPUT)
         watched = {i: _Watched.of(t, saved) for i, t in enumerate(outputs) if isinstance(t, Tensor)}
-        seen = tuple(_Input.of(t) for t in inputs) if self.prepared.expected.absent else ()
-        return OpenedCall(self, self.planned.opened(saved, outputs, given), watched, seen)
+        seen = tuple(_Input.of(t) for t in inputs)
+        pending = self.planned.opened(saved, outputs, given)
+        opened = OpenedCall(self, pending, watched, seen)
+        pending.opened = ref(opened)
+        return opened
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class OpenedCall:
-    """Stands for a call whose backward pass has not begun; holds no tensor.
+    """Stands for a call whose backward pass has not begun; holds no tensor until it shrinks.
 
     Attributes:
         watch: what is expected.
         pending: its entry among the pending calls.
         watched: the outputs, by position.
-        inputs: the graph's inputs, where tangents are expected to be absent.
+        inputs: the graph's inputs.
+        shrunk: what is left of a call that let go of what it stored; None otherwise.
     """
 
     watch: BackwardWatch
     pending: PendingCall
     watched: Mapping[int, _Watched]
     inputs: Sequence[_Input]
+    shrunk: Shrunk | None = None
+
+    def shrink(self, target: Actions, room_bytes: int) -> PlanBytes | None:
+        """Lets go of what a plan would not store, if the backward pass can do without; returns what it needs then."""
+        watch = self.watch
+        if self.shrunk is not None:
+            return None
+        inputs = [seen.tensor() for seen in self.inputs]
+        held = self.pending.held
+        found = shrink(watch.prepared, watch.actions, watch.graphs, target, inputs, held, room_bytes)
+        if found is None:
+            return None
+        self.shrunk, needs = found
+        self.pending.held = tuple((ref, n_bytes) for ref, n_bytes in held if ref.cdata not in self.shrunk.freed)
+        return replace(needs, peak_bytes=watch.planned.chosen.peak_bytes)
 
     def begins(self, present: frozenset[int]) -> LateBackward | None:
         """Compares the backward pass that begins with the plan, and returns another one where that is needed.
@@ -92,7 +118,7 @@ class OpenedCall:
         prepared = self.watch.prepared
         held = {i: output for i, output in self.watched.items() if output.is_held}
         droppable = prepared.traced.droppable(prepared.expected.absent)
-        if present & prepared.expected.absent:
+        if self.shrunk is not None or present & prepared.expected.absent:
             self.watch.observed.note(present, droppable.intersection(held))
             return self._late(present, held.values())
         self._check_room({i: output for i, output in held.items() if i in prepared.expected.dropped})
@@ -101,10 +127,14 @@ class OpenedCall:
 
     def _late(self, present: frozenset[int], held: Iterable[_Watched]) -> LateBackward:
         watch = self.watch
-        room = watch.planned.budget_bytes - watch.extra_bytes - _total_bytes(held)
+        room, kept = watch.planned.budget_bytes, None if self.shrunk is None else self.shrunk.kept
+        if kept is None:
+            room -= watch.extra_bytes + _total_bytes(held)
         inputs = [seen.tensor() for seen in self.inputs]
         with PLANNING:
-            found = late_backward(watch.prepared, watch.actions, watch.graphs, present, inputs, room)
+            found = late_backward(watch.prepared, watch.actions, watch.graphs, present, inputs, room, kept)
+        if found is None and not present & watch.prepared.expected.absent:
+            raise BackwardError(CHANGED)
         if found is None:
             raise _unexpected_tangents(watch.prepared, present & watch.prepared.expected.absent)
         return found
@@ -192,18 +222,4 @@ class _Watched:
         """Whether anybody but the step itself holds it."""
         if self.reference.expired():  # type: ignore[no-untyped-call]
             return False
-        return _uses(self.reference) > self.n_saved + _PYTHON_USES
-
-
-def _uses(reference: StorageWeakRef) -> int:
-    """Counts who holds a storage: tensors, and its own Python object."""
-    return int(torch._C._storage_Use_Count(reference.cdata))  # noqa: SLF001 (no public name)
-
-
-def _python_uses() -> int:
-    """Counts what a storage's own Python object adds to its uses."""
-    tensor = torch.empty(1)
-    return _uses(StorageWeakRef(tensor.untyped_storage())) - 1  # type: ignore[no-untyped-call]
-
-
-_PYTHON_USES = _python_uses()
+        return storage_uses(self.reference) > self.n_saved + PYTHON_USES

@@ -7,7 +7,7 @@ memory than there is, there is no such backward pass, and the step must be run a
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +32,7 @@ def late_backward(
     present: frozenset[int],
     inputs: Sequence[Tensor | None],
     room_bytes: int,
+    kept: Collection[str] | None = None,
 ) -> LateBackward | None:
     """Builds the backward pass for tangents that were not expected.
 
@@ -42,6 +43,7 @@ def late_backward(
         present: positions of the tangents that arrive.
         inputs: the graph's inputs as they were; None for those that are gone or were changed.
         room_bytes: what the backward pass may take.
+        kept: names of the stored tensors that are still there; None for all.
 
     Returns:
         The backward pass, or None if what was stored does not allow one.
@@ -49,11 +51,14 @@ def late_backward(
     traced = prepared.traced
     everything = ExpectedBackward(traced.without(present), frozenset(range(traced.n_outputs)))
     other = prepare_traced(traced, everything)
-    stored = _stored(prepared.problem, actions)
+    stored = stored_forms(prepared.problem, actions)
+    if kept is not None:
+        stored = {name: form for name, form in stored.items() if name in kept}
     schedule = _schedule(other.problem, stored)
     if schedule is None:
         return None
-    if int(simulate(other.problem, schedule).during_bytes[schedule.n_forward :].max(initial=0)) > room_bytes:
+    peak_bytes = int(simulate(other.problem, schedule).during_bytes[schedule.n_forward :].max(initial=0))
+    if peak_bytes > room_bytes:
         return None
     halves = split(rewrite(other.joint, other.layout, schedule))
     positions = {key: i for i, key in enumerate(_saved_keys(graphs))}
@@ -61,10 +66,10 @@ def late_backward(
     resident = [inputs[i] for i in halves.resident_inputs]
     if None in saved or any(value is None for value in resident):
         return None
-    return LateBackward(halves.backward, tuple(i for i in saved if i is not None), tuple(resident))
+    return LateBackward(halves.backward, tuple(i for i in saved if i is not None), tuple(resident), peak_bytes)
 
 
-def _stored(problem: Problem, actions: Actions) -> Mapping[str, Action]:
+def stored_forms(problem: Problem, actions: Actions) -> Mapping[str, Action]:
     """Returns in which form the forward pass stored tensors, by name."""
     schedule = lower(problem, actions)
     values = (schedule.values[i] for i in schedule.stored)

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import weakref
 
+from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.portfolio.known_plans import KnownPlans
 from fxhybrid.solvers.portfolio.limited_plans import PlanBytes, compact_plans, plan_bytes
 
 # By a problem's identity, while it lives: hashing its thousands of numbers takes long.
-_COMPACT: dict[int, list[PlanBytes]] = {}
+_COMPACT: dict[int, list[tuple[PlanBytes, Actions]]] = {}
 
 
 def search_compact(known: KnownPlans) -> None:
     """Searches for plans that hold little between the halves, once for each problem."""
     problem: Problem = known.problem
     if id(problem) not in _COMPACT and not known.fixed:
-        _COMPACT[id(problem)] = [plan_bytes(problem, actions) for actions in compact_plans(known)]
+        _COMPACT[id(problem)] = [(plan_bytes(problem, a), a) for a in compact_plans(known)]
         weakref.finalize(problem, _COMPACT.pop, id(problem), None)
 
 
 def least_bytes(known: KnownPlans, n_others: int) -> PlanBytes:
     """Returns what the plan needs by which that many calls beside each other, and one that runs, take least."""
-    smallest = plan_bytes(known.problem, known.smallest.actions)
-    plans = [smallest, *_COMPACT.get(id(known.problem), ())]
+    return least_plans(known, n_others)[0][0]
 
-    def together_bytes(needs: PlanBytes) -> int:
-        return needs.peak_bytes + n_others * needs.held_bytes
 
-    least: PlanBytes = min(plans, key=together_bytes)
-    return least
+def least_plans(known: KnownPlans, n_others: int) -> list[tuple[PlanBytes, Actions]]:
+    """Returns the plans that were searched for, and the smallest; by which those calls together take least first."""
+    smallest = known.smallest.actions
+    plans = [(plan_bytes(known.problem, smallest), smallest), *_COMPACT.get(id(known.problem), ())]
+    return sorted(plans, key=lambda plan: int(plan[0].peak_bytes + n_others * plan[0].held_bytes))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
 from weakref import ReferenceType, WeakValueDictionary
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxhybrid.capture.capture import Capture
+from fxhybrid.ir.plan import Actions
 from fxhybrid.solvers.portfolio.known_plans import KnownPlans
 from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 
@@ -60,7 +62,14 @@ class PlannedCall:
 References = tuple[tuple[StorageWeakRef, int], ...]
 
 
-@dataclass(frozen=True, eq=False)
+class Shrinks(Protocol):
+    """Is a pending call that may let go of what it stored."""
+
+    def shrink(self, target: Actions, room_bytes: int) -> PlanBytes | None:
+        """Lets go of what a plan would not store; returns what the call needs then, or None if nothing is gained."""
+
+
+@dataclass(eq=False)
 class PendingCall:
     """Stands for a call whose backward pass has not run; holds no tensor.
 
@@ -70,6 +79,7 @@ class PendingCall:
         position: how many calls were pending when it was made.
         held: saved values and outputs, each with its bytes.
         inputs: what the call was given, likewise.
+        opened: the call itself, which may let go of what it stored; None where that is gone.
     """
 
     planned: PlannedCall
@@ -77,6 +87,16 @@ class PendingCall:
     position: int
     held: References
     inputs: References
+    opened: Callable[[], Shrinks | None] = lambda: None
+
+    def shrink(self, target: Actions, room_bytes: int) -> bool:
+        """Lets go of what a plan would not store, if the backward pass has room; says whether anything was gained."""
+        opened = self.opened()
+        chosen = None if opened is None else opened.shrink(target, room_bytes)
+        if chosen is None:
+            return False
+        self.planned = replace(self.planned, chosen=chosen)
+        return True
 
     def alive(self) -> dict[int, int]:
         """Returns the bytes of each storage that it still holds, or was given, by the storage's identity."""
