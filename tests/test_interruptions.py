@@ -20,7 +20,7 @@ import fxhybrid
 from fxhybrid import HybridModule, pipeline
 from fxhybrid.accuracy import calibration
 from fxhybrid.capture import capture
-from fxhybrid.compiler import active_graphs, planner, planning_state
+from fxhybrid.compiler import active_graphs, first_plan, planner
 from fxhybrid.compiler.pending_calls import pending_calls
 from fxhybrid.profiling import op_profiler
 from tests.compare import assert_same, state_of, tighten, twins
@@ -105,7 +105,7 @@ def test_exception_in_the_loss(planned: HybridModule) -> None:
 STAGES: dict[str, tuple[Any, str]] = {
     "capture": (capture, "_tag_phases"),
     "profile": (op_profiler, "_time"),
-    "check of the capture": (planning_state, "check_capture"),
+    "check of the capture": (first_plan, "check_capture"),
     "calibration": (calibration, "_groups_at_4_bits"),
     "solve": (planner.PlanMaker, "__call__"),
     "rewrite": (pipeline, "rewrite"),

@@ -148,8 +148,7 @@ class Problem:
     @cached_property
     def unneeded(self) -> frozenset[int]:
         """Forward ops that run in no plan: they only served branches of the backward pass that are left out."""
-        needed = ancestors(self.dependencies, ((TENSOR, t) for t in self.backward_reads))
-        return self.deferrable.difference(i for kind, i in needed if kind == FORWARD)
+        return frozenset(range(len(self.forward))) - self.required_forward_ops(self.backward_reads)
 
     @cached_property
     def fused_masks(self) -> frozenset[int]:

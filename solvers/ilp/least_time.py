@@ -111,7 +111,7 @@ class LeastTime:
             known.impossible = known.best is None
             known.bound_s = known.best.overhead_s if known.best else known.bound_s
         elif math.isfinite(bound):
-            known.bound_s = max(known.bound_s, bound * model.unit_s - model.presolved.constant_offset_s)
+            known.bound_s = max(known.bound_s, bound * model.unit_s)
 
     def limit_bytes(self) -> float:
         """Returns the budget."""

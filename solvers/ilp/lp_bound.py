@@ -78,7 +78,7 @@ def added_lower_bound(
     answer = model.program.solve({}, gap=0.0, gap_abs=0.0, time_limit_s=TIME_LIMIT_S)
     if not math.isfinite(answer.bound):
         return AddedBound(0.0 if answer.bound < 0 else math.inf)
-    bound_s = answer.bound * model.unit_s - presolved.constant_offset_s
+    bound_s = answer.bound * model.unit_s
     if bound_s <= 0.0:
         return AddedBound(0.0)
     return AddedBound(min(bound_s, cutoff_s), rows.duals() * model.unit_s)

@@ -37,7 +37,6 @@ class Presolved:
         optional_readers: for each tensor, forward readers that some plans leave out.
         last_forward: last forward read by a required op, or the op that makes it.
         held: tensors that stay to the end of forward whatever is chosen.
-        constant_offset_s: seconds of ops that no plan ever runs; the save-all step counts them.
         cutoff_s: seconds of reruns beyond which no plan is of interest.
         pruned: whether tensors were left out that a plan could decide on; they are saved.
     """
@@ -55,7 +54,6 @@ class Presolved:
     optional_readers: dict[int, tuple[int, ...]]
     last_forward: dict[int, int]
     held: frozenset[int]
-    constant_offset_s: float
     cutoff_s: float
     pruned: bool
 
@@ -81,9 +79,6 @@ def presolve(problem: Problem, max_error: float, *, pruned_bytes: float = 0.0, c
     """
     first = problem.backward_reads
     required = problem.required_forward_ops(t for t in first if not _maker(problem, t).recomputable)
-    used = problem.required_forward_ops(first)
-    constant_offset_s = math.fsum(op.seconds for i, op in enumerate(problem.forward) if i not in used)
-    cutoff_s += constant_offset_s
     pruned = _pruned(problem, required, pruned_bytes)
     decided = tuple(t for t in problem.candidates if t not in pruned)
     chains = chain_seconds(problem, required, len(problem.backward))
@@ -106,7 +101,6 @@ def presolve(problem: Problem, max_error: float, *, pruned_bytes: float = 0.0, c
         optional_readers={t: tuple(ops) for t, ops in readers.optional.items()},
         last_forward=readers.last,
         held=frozenset({*problem.outputs, *problem.mutations}),
-        constant_offset_s=constant_offset_s,
         cutoff_s=cutoff_s,
         pruned=bool(pruned),
     )
