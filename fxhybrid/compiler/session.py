@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from fxhybrid.compiler.admission import admit
 from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.largest_call import largest_call
+from fxhybrid.compiler.pending_calls import pending_calls
 from fxhybrid.compiler.plan_transfer import expected_by
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.planning_state import (
@@ -126,6 +128,16 @@ class Session:
         return self.step.check_result(active.call(self.step, *call))
 
     def _active_for(self, call: StepCall) -> ActiveGraph:
+        """Returns what runs a call; a step that broke off may be held by a cycle, so garbage goes before a refusal."""
+        try:
+            return self._fitting(call)
+        except BudgetError:
+            if not pending_calls():
+                raise
+        gc.collect()
+        return self._fitting(call)
+
+    def _fitting(self, call: StepCall) -> ActiveGraph:
         """Returns what runs a call, for the backward pass that is expected to follow."""
         before, outlooks = self.first, self.first.outlooks()
         for expected in outlooks[:-1]:
