@@ -67,3 +67,25 @@ def test_one_pixel_has_the_strides_of_the_kernels() -> None:
             expected = strides(x, gradient, weight, bias, mean, variance)
             with mode, kernel_norms():
                 assert strides(mode.from_tensor(x), mode.from_tensor(gradient), *others) == expected
+
+
+class OnePixel(nn.Module):
+    """A convolution in channels_last whose result has one pixel: both contiguous and channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 4).to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        return torch.relu(h) + h
+
+
+def test_results_of_one_pixel_have_the_kernels_strides() -> None:
+    model, x = OnePixel(), torch.randn(2, 3, 4, 4)
+    graph = capture(model, (x,)).joint.module.graph
+    nodes = {n.name: n.meta["val"].stride() for n in graph.nodes if n.name in ("convolution", "relu", "add")}
+    h = model.conv(x)
+    assert nodes["convolution"] == h.stride() == (4, 1, 4, 4)
+    assert nodes["relu"] == torch.relu(h).stride() == (4, 1, 1, 1)
+    assert nodes["add"] == (torch.relu(h) + h).stride()

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, _prims_common, fx
 from torch._decomp import meta_table
 from torch._prims_common import compute_required_storage_length, suggest_memory_format
 from torch._subclasses import fake_impls
@@ -62,6 +62,26 @@ def kernel_norms() -> Iterator[None]:
     # A Python decomposition would come first, unless torch takes it that the operator has a meta function.
     ours = dict.fromkeys(_NORMS, _norm)
     with replaced_entries(fake_impls.op_implementations_dict, ours | FAKES), replaced_entries(meta_table, ours):
+        yield
+
+
+@contextlib.contextmanager
+def contiguous_first() -> Iterator[None]:
+    """Lets elementwise results be contiguous where all operands are, as the kernels' are.
+
+    Of a tensor of one pixel, torch's fake tensors take strides of channels_last as they are; kernels ask whether it is
+    contiguous first.
+    """
+    torchs_own = _prims_common.compute_elementwise_output_logical_to_physical_perm
+
+    def order(*tensors: Any, **options: Any) -> Any:
+        shaped = [t for t in tensors if isinstance(t, Tensor) and t.dim() > 1]
+        same = len({t.shape for t in shaped}) == 1
+        if same and all(t.is_contiguous() for t in shaped):
+            return list(range(shaped[0].dim())), False
+        return torchs_own(*tensors, **options)
+
+    with patch.object(_prims_common, "compute_elementwise_output_logical_to_physical_perm", order):
         yield
 
 
