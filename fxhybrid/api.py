@@ -45,16 +45,14 @@ def compile(
 ) -> HybridModule:
     """Wraps the model so that its training step peaks at or under ``budget`` at the least added time.
 
-    The budget holds from the call of the module to the end of the backward pass, all pending calls of compiled modules
-    in the thread together. Without ``loss_fn`` a loss computed outside is not in it; ``report()`` says so.
+    It holds from the call to the end of the backward pass, for all pending calls together; see ``report()``.
 
     Args:
         model: any ``nn.Module`` that can be traced into one graph; it is shared, not copied.
         budget: live tensor bytes over the whole step: an int, ``"512MiB"``, a share of the simulated save-all peak
             (0.6 or ``"60%"``), ``"auto"`` for what is free now, or ``"smallest"`` for the least that a plan takes.
         example_inputs: tuple or dict to plan with now; ``None`` plans at the first call.
-        loss_fn: ``loss_fn(output, *loss_args)`` gives a scalar; traced with the model, so that logits and
-            their gradients are planned too. The call then takes ``loss_args=`` and returns the loss.
+        loss_fn: ``loss_fn(output, *loss_args)`` gives a scalar, planned with the model; calls then take ``loss_args=``.
         loss_args: example arguments of ``loss_fn``.
         return_outputs: return ``(loss, outputs)``.
         optimizer: its state counts, and its step, to the end of which the budget holds then.
@@ -63,11 +61,8 @@ def compile(
         compression: ``"auto"``, ``"lossless"`` or ``"off"``; the last two give bit-exact gradients.
         max_grad_error: limit of the relative error of all parameter gradients together.
         backend: ``"eager"`` runs the rewritten graphs as they are.
-        check_error_every: training steps between checks of the gradient error (None: never), which re-plan if it is
-            above ``max_grad_error``. They run save-all steps, above the budget, where there is memory for them.
-        dynamic: largest size of dimensions that change from call to call, as ``{"input_ids": {1: 512}}``; names are
-            those of forward's arguments, or ``"loss_args[0]"``. The largest call is planned first, so that a budget it
-            does not meet is an error before the first step, and a share is one of its peak.
+        check_error_every: training steps between checks of the gradient error, by save-all steps; None for none.
+        dynamic: largest sizes of dimensions, as ``{"input_ids": {1: 512}}``; the largest call is planned first.
         plan: a plan made before, here or on another device, to carry out.
 
     Raises:
