@@ -76,8 +76,9 @@ def contiguous_first() -> Iterator[None]:
 
     def order(*tensors: Any, **options: Any) -> Any:
         shaped = [t for t in tensors if isinstance(t, Tensor) and t.dim() > 1]
-        same = len({t.shape for t in shaped}) == 1
-        if same and all(t.is_contiguous() for t in shaped):
+        if any(isinstance(size, torch.SymInt) for t in shaped for size in t.shape):
+            return torchs_own(*tensors, **options)
+        if len({t.shape for t in shaped}) == 1 and all(t.is_contiguous() for t in shaped):
             return list(range(shaped[0].dim())), False
         return torchs_own(*tensors, **options)
 
