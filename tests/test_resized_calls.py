@@ -139,8 +139,8 @@ def test_sizes_0_and_1_are_kinds_of_their_own(lossless: Compared) -> None:
 
 
 def test_another_budget_holds_at_sizes_seen_before(lossless: Compared) -> None:
-    before, old = lossless.n_captures, lossless.hybrid._fxhybrid_session.budget_bytes
     lossless.check(*words(8, 50))
+    before, old = lossless.n_captures, lossless.hybrid._fxhybrid_session.budget_bytes
     lossless.hybrid.set_budget(int(old * 1.1))
     lossless.check_peak(*words(8, 50))
     lossless.check_peak(*words(8, 40))

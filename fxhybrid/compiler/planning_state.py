@@ -80,7 +80,13 @@ class PlanningState:
 
 
 def plan_signature(
-    step: Step, call: StepCall, options: Options, budget_bytes: int | None, transferred: Plan | None
+    step: Step,
+    call: StepCall,
+    options: Options,
+    budget_bytes: int | None,
+    transferred: Plan | None,
+    *,
+    is_share: bool = False,
 ) -> PlanningState:
     """Captures a step and plans it.
 
@@ -90,6 +96,8 @@ def plan_signature(
         options: what the user asked for.
         budget_bytes: the budget if it is resolved already.
         transferred: a plan to carry out if it fits here.
+        is_share: whether the resolved budget is a share of another signature's peak: inputs that stand for Python
+            numbers, which were constants there, come on top of it.
 
     Raises:
         PlanMismatchError: ``transferred`` was made for another graph or version.
@@ -103,6 +111,8 @@ def plan_signature(
     save_all_bytes = simulate_actions(prepared.problem, {}).peak_bytes
     asked = options.budget
     is_open = budget_bytes is None
+    if budget_bytes is not None and is_share:
+        budget_bytes += traced.capture.float_bytes
     if budget_bytes is None:
         budget_bytes = resolve_budget(asked, step.model, options.optimizer, save_all_bytes, prepared.problem)
     if transferred is not None:

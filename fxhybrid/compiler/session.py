@@ -49,6 +49,7 @@ class Session:
         transferred: a plan to begin with; None to make one.
         step: model and loss.
         budget_bytes: limit of the peak; None while a share is not resolved.
+        is_share: whether that was asked for as a share, which Python numbers that become inputs later do not count in.
         monitor: checks of the gradient error.
         cache: the signatures, one for each kind and size of call; each is a value that is replaced as a whole.
         base: the state that a relative budget is resolved by, that of the first planned call; None before it.
@@ -60,6 +61,7 @@ class Session:
         self.transferred = plan
         self.step = Step(model, options.loss_fn, options.return_outputs)
         self.budget_bytes = options.budget if isinstance(options.budget, int) else None
+        self.is_share = isinstance(options.budget, float)
         self.monitor = DriftMonitor(options.check_error_every, options.max_grad_error)
         self.cache = SignatureCache()
         self.base: PlanningState | None = None
@@ -96,7 +98,8 @@ class Session:
         check_call(call, self.model)
         signature = self._planned(call)
         self.cache.add(self._ready(signature), call)
-        self.budget_bytes = signature.state.budget_bytes
+        if self.budget_bytes is None or self.transferred is not None:
+            self.budget_bytes = signature.state.budget_bytes
         self.base = self.base or signature.state
         if len(self.cache.captured) == MANY_SIGNATURES:
             warnings.warn(
@@ -112,7 +115,8 @@ class Session:
             derived = self.cache.derive(self.step, call, self.budget_bytes)
         if derived is not None:
             return derived
-        return Signature(plan_signature(self.step, call.detached(), self.options, self.budget_bytes, self.transferred))
+        given = call.detached(), self.options, self.budget_bytes, self.transferred
+        return Signature(plan_signature(self.step, *given, is_share=self.is_share))
 
     def active(self, call: CallState = FRESH) -> ActiveGraph:
         """Returns what the first signature runs in a state of the call."""
@@ -169,7 +173,7 @@ class Session:
         if not isinstance(checked, int):
             checked = self._budget_bytes(checked)
         self.cache.signatures = [s.with_budget(checked, self.step) for s in self.cache.without_derived()]
-        self.budget_bytes = checked
+        self.budget_bytes, self.is_share = checked, False
 
     def _budget_bytes(self, budget: float | NamedBudget) -> int:
         """Returns a budget in bytes that depends on the first signature; the smallest one holds for all signatures."""
