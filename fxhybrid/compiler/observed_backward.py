@@ -44,8 +44,9 @@ class ObservedBackward:
             now: what is planned for at present.
             is_free: whether the present plan adds no time: then there is nothing to win by fewer gradients.
         """
-        if not self.count:
-            return list(dict.fromkeys([now, ExpectedBackward(now.absent, traced.droppable(now.absent))]))
+        if not self.count:  # only beside a loss are other outputs taken for dropped before that was seen
+            dropping = ExpectedBackward(now.absent, traced.droppable(now.absent))
+            return list(dict.fromkeys([now, dropping] if now.absent else [now]))
         shown = traced.without(self.arrived)
         cautious = now.absent & shown
         certain = self.count >= PATIENCE
