@@ -59,6 +59,14 @@ class Twins:
         return results[1]
 
 
+def same_at_both_budgets(pair: Twins, compare: Callable[[], None]) -> None:
+    """Compares with all memory, where the capture is bit-equal too, and with the least."""
+    compare()
+    assert pair.hybrid.report().signatures[0].capture_check.startswith("bit-equal")
+    tighten(pair.hybrid)
+    compare()
+
+
 def twins(model: nn.Module, **options: Any) -> Twins:
     """``model`` and a compiled copy; lossless at the budget given (by default, all memory)."""
     options = {"budget": 1.0, "solver": "mps", "compression": "lossless", **options}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxhybrid.capture.step import StepCall
 from fxhybrid.pipeline import prepare
 from fxhybrid.profiling.op_profiler import Profile
-from tests.compare import tensors_of, tighten, twins
+from tests.compare import same_at_both_budgets, tensors_of, twins
 
 N = 16
 
@@ -53,10 +53,7 @@ def check(model: nn.Module, *args: Any, every: tuple[bool, ...] = (True,)) -> No
         for all_outputs in every:
             pair.same(partial(step, all_outputs=all_outputs))
 
-    compare()
-    assert pair.hybrid.report().signatures[0].capture_check.startswith("bit-equal")
-    tighten(pair.hybrid)
-    compare()
+    same_at_both_budgets(pair, compare)
     assert len(pair.hybrid.plans) == 1
 
 

@@ -63,7 +63,7 @@ def test_attributes_and_arguments_that_change(dtype: torch.dtype) -> None:
     for value in VALUES:
         same_at(pair, value, 1 - value)
         measured = measure_step(lambda v=value: (step(pair.hybrid, v), pair.hybrid.zero_grad()), modules=pair.hybrid)
-        assert measured.peak_bytes <= budget + rows().nbytes  # the input is made anew here
+        assert measured.peak_bytes <= budget + rows().nbytes  # each call creates its input
     assert len(pair.hybrid.plans) == 3
 
 

@@ -35,33 +35,26 @@ def learn(
     Raises:
         CaptureError: the captured graph computes something else than the model.
     """
-    record = None if transferred is not None else read_record(record_path(prepared, options), prepared, options)
-    if record is None:
-        with stage("calibrate and search"):
-            return _measured(prepared, step, call, options, budget_bytes, transferred)
-    if budget_bytes in record.budgets:
+    path = None if transferred is not None else record_path(prepared, options)
+    record = read_record(path, prepared, options)
+    if record is not None and budget_bytes not in record.budgets:
+        record = _extended(record, step, call, budget_bytes, options)
+    if record is not None:
         return record
-    return _extended(record, step, call, budget_bytes, options) or _measured(
-        prepared, step, call, options, budget_bytes, None
-    )
+    with stage("calibrate and search"):
+        result, check = _measured(prepared, step, call, options, budget_bytes, transferred)
+    return PlanRecord(result, (budget_bytes,), check, path, is_new=True)
 
 
-def keep(record: PlanRecord, plans: KnownPlans, prepared: Prepared, options: Options) -> None:
-    """Keeps what was learnt, and plans that were found since, for the next process.
-
-    Args:
-        record: what ``learn`` returned.
-        plans: the known ones by now.
-        prepared: as ``learn`` got it.
-        options: what the user asked for.
-    """
+def keep(record: PlanRecord, plans: KnownPlans) -> None:
+    """Keeps what ``learn`` returned, and the plans known by now, for the next process."""
     if record.is_new or plans is not record.result.plans:
-        write_record(record_path(prepared, options), replace(record, result=replace(record.result, plans=plans)))
+        write_record(replace(record, result=replace(record.result, plans=plans)))
 
 
 def _measured(
     prepared: Prepared, step: Step, call: StepCall, options: Options, budget_bytes: int, transferred: Plan | None
-) -> PlanRecord:
+) -> tuple[ReplanResult, CaptureCheck]:
     """Compares the capture with eager, and plans by errors on the batch."""
     shortage = memory_shortage(simulate_actions(prepared.problem, {}).peak_bytes)
     compared = None if shortage else reference(prepared, step, call)
@@ -69,7 +62,7 @@ def _measured(
     result = _transfer(transferred, prepared, compared, options, budget_bytes) if transferred is not None else None
     if result is None:
         result = plan_within_error(prepared, compared, options, budget_bytes)
-    return PlanRecord(result, (budget_bytes,), check, is_new=True)
+    return result, check
 
 
 def _extended(record: PlanRecord, step: Step, call: StepCall, budget_bytes: int, options: Options) -> PlanRecord | None:

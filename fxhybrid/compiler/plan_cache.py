@@ -48,24 +48,25 @@ class PlanRecord:
         result: codecs, errors and plans.
         budgets: in bytes, those that plans were searched for.
         check: how the captured graph compared with eager.
+        path: of its file; None where nothing is kept.
         is_new: whether it was made in this process, and not read.
     """
 
     result: ReplanResult
     budgets: tuple[int, ...]
     check: CaptureCheck
+    path: Path | None
     is_new: bool = False
 
 
-def record_path(prepared: Prepared, options: Options, *, folder: Path | None = None) -> Path | None:
+def record_path(prepared: Prepared, options: Options) -> Path | None:
     """Returns the file of a signature's record; None where nothing is kept: no folder, or a solver of the user's.
 
     Args:
         prepared: before calibration.
         options: what the user asked for.
-        folder: of the records; None is that of all caches.
     """
-    folder = folder or cache_folder()
+    folder = cache_folder()
     if folder is None or not isinstance(options.solver, str):
         return None
     problem = prepared.problem
@@ -88,13 +89,16 @@ def read_record(path: Path | None, prepared: Prepared, options: Options) -> Plan
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        return from_json(text, lambda raw: _build(raw, prepared, options), FxHybridError, "no record", version=FORMAT)
+        return from_json(
+            text, lambda raw: _build(raw, prepared, options, path), FxHybridError, "no record", version=FORMAT
+        )
     except (OSError, UnicodeError, FxHybridError):
         return None
 
 
-def write_record(path: Path | None, record: PlanRecord) -> None:
+def write_record(record: PlanRecord) -> None:
     """Writes a record; where the folder cannot be written to, the next start plans again, nothing else."""
+    path = record.path
     if path is None:
         return
     content = json.dumps(_content(record))
@@ -160,7 +164,7 @@ def _actions_content(actions: Actions, words: dict[str, int]) -> list[int]:
     return [n for t, action in sorted(actions.items()) for n in (t, words.setdefault(str(action), len(words)))]
 
 
-def _build(raw: Mapping[str, Any], prepared: Prepared, options: Options) -> PlanRecord:
+def _build(raw: Mapping[str, Any], prepared: Prepared, options: Options, path: Path) -> PlanRecord:
     """Builds the record of what ``_content`` wrote; raises ``ValueError`` and others if it is something else."""
     if _digest(raw["content"]) != raw["digest"]:
         raise ValueError("it was changed")
@@ -184,7 +188,7 @@ def _build(raw: Mapping[str, Any], prepared: Prepared, options: Options) -> Plan
     )
     known = replace(known, alone=alone, min_peak=min_peak)
     check = CaptureCheck(None, EARLIER + content["check"])
-    return PlanRecord(ReplanResult(prepared, known, measured), tuple(content["budgets"]), check)
+    return PlanRecord(ReplanResult(prepared, known, measured), tuple(content["budgets"]), check, path)
 
 
 def _known(content: Mapping[str, Any], problem: Problem, max_error: float, words: Sequence[Action]) -> KnownPlans:

@@ -135,8 +135,7 @@ def plan_signature(
         state = with_smallest(state)
         state = replace(state, budget_bytes=state.minimum_bytes)
     state = search(state, FRESH)
-    if transferred is None:
-        keep(learnt, state.plans, prepared, options)
+    keep(learnt, state.plans)
     return state
 
 

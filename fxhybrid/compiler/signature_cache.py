@@ -70,7 +70,7 @@ class SignatureCache:
                 self.signatures.remove(other)
 
     def without_derived(self) -> list[Signature]:
-        """Returns the signatures less the derived ones, which can be made again; the first one stays."""
+        """Returns the signatures less the derived ones, which are derived again when called; the first one stays."""
         captured = self.captured
         return [s for i, s in enumerate(self.signatures) if i == 0 or s in captured]
 

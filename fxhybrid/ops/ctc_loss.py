@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from fxhybrid.ops.graph_calls import replace_calls
+
 aten = torch.ops.aten
 NO_REDUCTION, MEAN, SUM = range(3)
 _CODES = {"none": NO_REDUCTION, "mean": MEAN, "sum": SUM}
@@ -31,11 +33,7 @@ FAKES = {aten._ctc_loss.default: fake_table, aten._ctc_loss.Tensor: fake_table}
 
 def make_ctc_loss_opaque(graph_module: fx.GraphModule) -> None:
     """Replaces the calls of the CTC loss in Dynamo's graph, in place."""
-    nodes = [n for n in graph_module.graph.nodes if n.target in (F.ctc_loss, torch.ctc_loss)]
-    for node in nodes:
-        node.target = run_ctc_loss
-    if nodes:
-        graph_module.recompile()
+    replace_calls(graph_module, (F.ctc_loss, torch.ctc_loss), run_ctc_loss)
 
 
 def run_ctc_loss(

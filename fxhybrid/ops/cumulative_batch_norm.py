@@ -67,16 +67,9 @@ def cumulative_batch_norm(
 
 
 @cumulative_batch_norm.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    count: Tensor,
-    eps: float,
-) -> Five:
-    return _normalize(x, weight, bias, running_mean, running_var, 1.0, eps)
+def _(*inputs: Any) -> Five:
+    x, weight, bias, mean, variance, _, eps = inputs
+    return _normalize(x, weight, bias, mean, variance, 1.0, eps)
 
 
 def _normalize(

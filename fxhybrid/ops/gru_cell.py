@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxhybrid.ops.graph_calls import replace_calls
 from fxhybrid.ops.recurrent import differentiable
 
 
 def make_gru_cells_opaque(graph_module: fx.GraphModule) -> None:
     """Replaces calls of ``torch.gru_cell`` in Dynamo's graph, in place."""
-    nodes = graph_module.graph.find_nodes(op="call_function", target=torch.gru_cell)
-    for node in nodes:
-        node.target = run_gru_cell
-    if nodes:
-        graph_module.recompile()
+    replace_calls(graph_module, (torch.gru_cell,), run_gru_cell)
 
 
 def run_gru_cell(

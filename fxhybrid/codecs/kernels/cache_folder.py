@@ -1,4 +1,4 @@
-"""Says where files are kept that can be made again."""
+"""Says where files are kept that are rebuilt where they are gone."""
 
 from __future__ import annotations
 
