@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fxhybrid.compiler.pending_calls import pending_calls
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
@@ -54,3 +56,13 @@ def no_kept_plans(profile_cache: None) -> None:
 def fixed_seed() -> None:
     """The same weights and data in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_pending() -> Iterator[None]:
+    """No call is entered as pending before or after the test."""
+    gc.collect()
+    assert not pending_calls()
+    yield
+    gc.collect()
+    assert not pending_calls(), "a call is entered although its graph is gone"
