@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import fx
 
 from fxhybrid.capture.joint_graph import TAG, NodeTag, Origin
-from fxhybrid.capture.refusals import frames_of_text, is_library
+from fxhybrid.capture.refusals import dotted_path, frames_of_text, is_library
 
 LOSS = "loss"
-_STEPS = re.compile(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]")
 
 
 def traced_origin(node: fx.Node) -> Origin | None:
@@ -27,7 +25,7 @@ def traced_origin(node: fx.Node) -> Origin | None:
     if innermost is None:
         return Origin(LOSS, "", line)
     kind = getattr(innermost[1], "__name__", str(innermost[1]).rpartition(".")[2])
-    return Origin(_dotted(str(innermost[0])), kind, line)
+    return Origin(dotted_path(str(innermost[0])), kind, line)
 
 
 def origins(nodes: Iterable[fx.Node]) -> dict[fx.Node, Origin]:
@@ -46,10 +44,3 @@ def origins(nodes: Iterable[fx.Node]) -> dict[fx.Node, Origin]:
         if place is not None:
             found[node] = place
     return found
-
-
-def _dotted(path: str) -> str:
-    """The path of a module from the user's model, out of Dynamo's ``L['self'].model.layers[0]``."""
-    inner = path.removeprefix("L['self']")
-    inner = _STEPS.sub(lambda step: "." + next(name for name in step.groups() if name is not None), inner)
-    return inner.lstrip(".").removeprefix("model").lstrip(".")

@@ -49,6 +49,7 @@ WAYS_OUT = {
     "torch._C.Generator": GENERATOR,
     "context manager": FIRST_CALL,
 }
+_STEPS = re.compile(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]")  # as Dynamo writes steps of a module's path
 
 Frame = tuple[str, int, str, str]  # file, line, function, text of the line
 
@@ -166,9 +167,15 @@ def _name_and_way_out(node: fx.Node) -> tuple[str, str]:
 def _module_path(node: fx.Node) -> str:
     """The innermost module that the node belongs to, as its user names it."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    paths = [str(value[0]) for value in stack.values()]
-    path = re.sub(r"^L\['self'\]\.?", "", paths[-1]).removeprefix("model").lstrip(".") if paths else ""
+    path = dotted_path(str(list(stack.values())[-1][0])) if stack else ""
     return f", in module {path!r}" if path else ""
+
+
+def dotted_path(source: str) -> str:
+    """Returns a module's path from the user's model, out of Dynamo's ``L['self'].model.layers[0]``."""
+    inner = source.removeprefix("L['self']")
+    inner = _STEPS.sub(lambda step: "." + next(name for name in step.groups() if name is not None), inner)
+    return inner.lstrip(".").removeprefix("model").lstrip(".")
 
 
 def frames_of_text(text: str) -> list[Frame]:

@@ -11,6 +11,8 @@ from fxhybrid.solvers.portfolio.limited_plans import PlanBytes, compact_plans, p
 
 # By a problem's identity, while it lives: hashing its thousands of numbers takes long.
 _COMPACT: dict[int, list[tuple[PlanBytes, Actions]]] = {}
+# Every call beside others asks for it; simulating it each time would take as long as a small step.
+_SMALLEST: weakref.WeakKeyDictionary[KnownPlans, tuple[PlanBytes, Actions]] = weakref.WeakKeyDictionary()
 
 
 def search_compact(known: KnownPlans) -> None:
@@ -28,6 +30,8 @@ def least_bytes(known: KnownPlans, n_others: int) -> PlanBytes:
 
 def least_plans(known: KnownPlans, n_others: int) -> list[tuple[PlanBytes, Actions]]:
     """Returns the plans that were searched for, and the smallest; by which those calls together take least first."""
-    smallest = known.smallest.actions
-    plans = [(plan_bytes(known.problem, smallest), smallest), *_COMPACT.get(id(known.problem), ())]
+    if known not in _SMALLEST:
+        actions = known.smallest.actions
+        _SMALLEST[known] = plan_bytes(known.problem, actions), actions
+    plans = [_SMALLEST[known], *_COMPACT.get(id(known.problem), ())]
     return sorted(plans, key=lambda plan: int(plan[0].peak_bytes + n_others * plan[0].held_bytes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import warnings
 from dataclasses import replace
@@ -29,7 +28,7 @@ from fxhybrid.compiler.planning_state import (
     recalibrate,
     with_smallest,
 )
-from fxhybrid.compiler.signature import Signature
+from fxhybrid.compiler.signature import Signature, first_fitting
 from fxhybrid.compiler.signature_cache import SignatureCache
 from fxhybrid.errors import BudgetError, InvalidArgument
 from fxhybrid.ir.plan import Plan
@@ -143,12 +142,9 @@ class Session:
 
     def _fitting(self, call: StepCall) -> ActiveGraph:
         """Returns what runs a call, for the backward pass that is expected to follow."""
-        before, outlooks = self.first, self.first.outlooks()
-        for expected in outlooks[:-1]:
-            with contextlib.suppress(BudgetError):
-                return self._active_expecting(expected, call)
+        before = self.first
         try:
-            return self._active_expecting(outlooks[-1], call)
+            return first_fitting(before.outlooks(), lambda expected: self._active_expecting(expected, call))
         except BudgetError:
             self.signatures[0] = self.first.expecting(before.state.prepared.expected, self.step)
             raise
@@ -161,11 +157,7 @@ class Session:
 
     def _ready(self, signature: Signature) -> Signature:
         """Returns a signature with graphs for fresh gradients, or raises ``BudgetError`` if no plan fits."""
-        outlooks = signature.outlooks()
-        for expected in outlooks[:-1]:
-            with contextlib.suppress(BudgetError):
-                return signature.expecting(expected, self.step).ready()
-        return signature.expecting(outlooks[-1], self.step).ready()
+        return first_fitting(signature.outlooks(), lambda expected: signature.expecting(expected, self.step).ready())
 
     def set_budget(self, budget: Budget) -> None:
         """Plans all signatures for another budget, or changes nothing and raises."""

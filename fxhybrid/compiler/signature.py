@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
@@ -14,6 +15,8 @@ from fxhybrid.compiler.observed_backward import ObservedBackward
 from fxhybrid.compiler.planning_state import PlanningState, extend, search, set_budget
 from fxhybrid.errors import BudgetError
 from fxhybrid.passes.expected_backward import ExpectedBackward
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +110,21 @@ class Signature:
         Raises:
             BudgetError: no known plan fits.
         """
-        outlooks = self.outlooks()
-        for expected in outlooks[:-1]:
-            with contextlib.suppress(BudgetError):
-                return _for_budget(self.expecting(expected, step), budget_bytes)
-        return _for_budget(self.expecting(outlooks[-1], step), budget_bytes)
+        return first_fitting(
+            self.outlooks(), lambda expected: _for_budget(self.expecting(expected, step), budget_bytes)
+        )
+
+
+def first_fitting(outlooks: Sequence[ExpectedBackward], attempt: Callable[[ExpectedBackward], T]) -> T:
+    """Returns what an attempt gives for the first expected backward pass for which the budget has room.
+
+    Raises:
+        BudgetError: of the last attempt.
+    """
+    for expected in outlooks[:-1]:
+        with contextlib.suppress(BudgetError):
+            return attempt(expected)
+    return attempt(outlooks[-1])
 
 
 def _for_budget(signature: Signature, budget_bytes: int) -> Signature:
