@@ -80,8 +80,9 @@ class Traced:
         return ExpectedBackward(absent, frozenset(dropped))
 
     def droppable(self, absent: frozenset[int]) -> frozenset[int]:
-        """Returns the positions of the outputs without a gradient in a backward pass."""
-        return frozenset(i for i in range(self.n_outputs) if self.tangents.get(i) is None or self.tangents[i] in absent)
+        """Returns the positions of the outputs without a gradient that a caller may drop before a backward pass."""
+        without = (i for i in range(self.n_outputs) if self.tangents.get(i) is None or self.tangents[i] in absent)
+        return frozenset(without) - self.structure.kept
 
     def weighed(self, absent: frozenset[int]) -> frozenset[int] | None:
         """Returns the positions, among the tensors that a call returns, of those with a gradient; None for all."""

@@ -112,6 +112,31 @@ def test_the_smallest_plan_relies_on_dropped_outputs() -> None:
     assert_same(state_of(plain), state_of(hybrid))
 
 
+class Keeping(LanguageModel):
+    """Leaves the logits in an attribute; the call returns the loss alone."""
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        output = super().forward(ids)
+        self.logits = output.pop("logits").view(-1)
+        return output
+
+
+def test_the_smallest_plan_counts_what_the_model_keeps() -> None:
+    plain = Keeping()
+    hybrid = smallest(copy.deepcopy(plain))
+    for _ in range(2):
+        for model in (plain, hybrid):
+            drop(model)
+        assert_same(state_of(plain), state_of(hybrid))
+    assert hybrid.plan.dropped == ()
+
+    def step(model: nn.Module) -> None:
+        drop(model)
+        model.logits = None  # or those of the last call would be there when measuring begins, and gone at the peak
+
+    assert peak_bytes(step, hybrid) == hybrid.plan.peak_bytes
+
+
 def test_other_gradients_than_expected_are_right_at_once() -> None:
     plain = LanguageModel()
     hybrid = compiled(copy.deepcopy(plain), "8MiB")

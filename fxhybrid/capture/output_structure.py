@@ -56,10 +56,12 @@ class OutputStructure:
         leaves: for each tensor that the module returns, in order, its position among the graph's outputs; None for one
             that the graph does not return, such as an input.
         loss: the same of the loss; None if nothing says which one that is.
+        kept: positions of the outputs that the model itself holds on to, in attributes or containers.
     """
 
     leaves: tuple[int | None, ...]
     loss: int | None
+    kept: frozenset[int]
 
 
 def output_structure(captured: Capture, step: Step, call: StepCall) -> OutputStructure:
@@ -80,9 +82,19 @@ def output_structure(captured: Capture, step: Step, call: StepCall) -> OutputStr
         result = captured.bind(lambda *_: list(stand_ins))(step, *call)
     positions = {id(stand_in): i for i, stand_in in enumerate(stand_ins)}
     leaves = tuple(positions.get(id(leaf)) for leaf in output_tensors(result))
+    kept = _kept(captured.metadata, leaves)
     if step.loss_fn is not None:
-        return OutputStructure(leaves, leaves[0])
-    return OutputStructure(leaves, _loss_position(captured, result, positions))
+        return OutputStructure(leaves, leaves[0], kept)
+    return OutputStructure(leaves, _loss_position(captured, result, positions), kept)
+
+
+def _kept(metadata: Any, leaves: tuple[int | None, ...]) -> frozenset[int]:
+    """Returns what the graph gives back only because the call leaves it in the model, with the bases of views."""
+    infos = metadata.output_info
+    kept = frozenset(range(len(infos))).difference(leaves)
+    bases = (infos[i].base_idx + len(infos) for i in kept if infos[i].output_type in _OF_A_BASE)
+    outputs = (infos[i].base_idx for i in kept if infos[i].output_type is _OF_AN_OUTPUT)
+    return kept.union(bases, outputs)
 
 
 def _stand_in(value: Any) -> Any:
