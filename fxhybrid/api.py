@@ -18,7 +18,7 @@ from fxhybrid.devices.remote_plan import plan_for_device
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.module import HybridModule, wrap
-from fxhybrid.options import Options
+from fxhybrid.options import OPTIONS, Options
 from fxhybrid.solvers.base import Solver
 from fxhybrid.units import Budget
 
@@ -34,6 +34,7 @@ def compile(
     loss_args: tuple[Any, ...] = (),
     return_outputs: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
+    accumulate: bool = False,
     reserve_bytes: int = 0,
     solver: str | Solver = "auto",
     compression: str = "auto",
@@ -56,6 +57,7 @@ def compile(
         loss_args: example arguments of ``loss_fn``.
         return_outputs: return ``(loss, outputs)``.
         optimizer: its state counts, and its step, to the end of which the budget holds then.
+        accumulate: gradients are added up over several calls: the budget must hold for that, too, from the start.
         reserve_bytes: kept free for whatever else the process holds.
         solver: ``"auto"``, ``"mps"``, ``"ilp"`` or an object with a ``solve`` method.
         compression: ``"auto"``, ``"lossless"`` or ``"off"``; the last two give bit-exact gradients.
@@ -71,19 +73,8 @@ def compile(
         BudgetError: no known plan fits the budget.
         PlanMismatchError: ``plan`` belongs to another graph or version.
     """
-    options = Options.checked(
-        budget=budget,
-        loss_fn=loss_fn,
-        return_outputs=return_outputs,
-        optimizer=optimizer,
-        reserve_bytes=reserve_bytes,
-        solver=solver,
-        compression=compression,
-        max_grad_error=max_grad_error,
-        backend=backend,
-        check_error_every=check_error_every,
-        dynamic=dynamic,
-    )
+    given = locals()
+    options = Options.checked(**{name: given[name] for name in OPTIONS})  # each is an argument
     return _wrap(model, options, plan, example_inputs, loss_args)
 
 

@@ -115,6 +115,7 @@ class Options:
     loss_fn: Annotated[Loss | None, Option("traced on top of the model", _check_loss)] = None
     return_outputs: Annotated[bool, Option("return the outputs in addition to the loss", _check_flag)] = False
     optimizer: Annotated[torch.optim.Optimizer | None, Option("whose state counts", _check_optimizer)] = None
+    accumulate: Annotated[bool, Option("gradients are added up over several calls", _check_flag)] = False
     reserve_bytes: Annotated[int, Option("kept free for whatever else the process holds", check_bytes)] = 0
     solver: Annotated[str | Solver, Option("what searches plans", _check_solver)] = "auto"
     compression: Annotated[str, Option("which codecs may be used", partial(_check_choice, choices=COMPRESSIONS))] = (

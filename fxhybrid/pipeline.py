@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor
 
 from fxhybrid.capture.capture import Capture, capture
-from fxhybrid.capture.joint_graph import JointGraph, OutputKind
+from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
 from fxhybrid.capture.output_structure import OutputStructure, output_structure, tangents_of_outputs
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, get_codec
@@ -175,6 +175,21 @@ class Prepared:
         problem = dataclasses.replace(self.problem, outputs=outputs, mutations=mutations)
         expected = dataclasses.replace(self.expected, dropped=dropped)
         return dataclasses.replace(self, expected=expected, problem=problem)
+
+    @property
+    def parameter_gradients(self) -> frozenset[int]:
+        """Positions of the parameters, among the graph's inputs, that get a gradient."""
+        results = zip(self.joint.output_nodes, self.joint.outputs, strict=True)
+        positions = (role.of for n, role in results if role.kind is OutputKind.GRADIENT and n is not None)
+        return frozenset(i for i in positions if self.joint.inputs[i].kind is InputKind.PARAMETER)
+
+    def adding(self, positions: frozenset[int]) -> Prepared:
+        """Returns the same where gradients of some inputs are added to older ones as soon as they are made."""
+        results = zip(self.joint.output_nodes, self.joint.outputs, strict=True)
+        left = [n for n, role in results if role.kind is OutputKind.GRADIENT and role.of not in positions]
+        held = {t for node in left if node is not None for t in self.layout.storages_of.get(node, ())}
+        gradients = tuple(t for t in self.problem.gradients if t in held)
+        return dataclasses.replace(self, problem=dataclasses.replace(self.problem, gradients=gradients))
 
 
 def is_lossy(options: Options) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,9 @@ from torch._functorch._aot_autograd.schemas import TensorAlias
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
 from fxhybrid.capture.output_structure import tangent_outputs
 from fxhybrid.errors import BackwardError
+from fxhybrid.ops.leaf_nodes import leaf_nodes, may_add, when_added, will_add
+from fxhybrid.ops.take_gradient import Taker, taking
+from fxhybrid.passes.gradient_takes import taking_gradients
 from fxhybrid.passes.prune_tangents import tangents_behind
 from fxhybrid.passes.split import PartialBackward, SplitGraphs, backward_without
 
@@ -43,11 +47,29 @@ class LateBackward:
     peak_bytes: int
 
 
+class LeafNotes(Protocol):
+    """Collects whether gradients of a call's inputs come from elsewhere, too."""
+
+    def is_known(self, position: int) -> bool:
+        """Tells whether that is known of an input."""
+
+    def note_leaf(self, position: int, is_alone: bool) -> None:
+        """Notes whether the call's own gradient of an input was all that the backward pass had for it."""
+
+
 class Opened(Protocol):
     """Is a call whose backward pass has not begun."""
 
-    def begins(self, present: frozenset[int]) -> LateBackward | None:
-        """Is told that the backward pass begins, and which tangents arrive; returns what runs in place of the plan's.
+    @property
+    def leaf_notes(self) -> LeafNotes:
+        """What is known of the call's inputs."""
+
+    def begins(self, present: frozenset[int], untaken: frozenset[int]) -> LateBackward | None:
+        """Is told that the backward pass begins; returns what runs in place of the plan's.
+
+        Args:
+            present: positions of the tangents that arrive.
+            untaken: positions of the inputs whose gradients are kept to the end, though they were to be added at once.
 
         Raises:
             FxHybridError: it cannot run; nothing has been done yet.
@@ -71,6 +93,7 @@ class StepFunction:
         metadata: Any,
         *,
         absent: frozenset[int] = frozenset(),
+        adding: frozenset[int] = frozenset(),
         enter: Enter | None = None,
     ) -> None:
         """Prepares a step from its halves, the joint graph and AOTAutograd's metadata of the capture.
@@ -80,11 +103,13 @@ class StepFunction:
             joint: the graph with the branches of all tangents.
             metadata: of the capture.
             absent: positions of the tangents whose branches the halves leave out.
+            adding: positions of the inputs whose gradients are added to those that exist as soon as they are made.
             enter: takes saved values, outputs and inputs after a forward pass; what it returns lives until the backward
                 pass begins, or with the graph if that is retained.
         """
         self.graphs = graphs
         self.absent = absent
+        self.adding = adding
         self.enter = enter
         self._parts: WeakKeyDictionary[SplitGraphs, dict[frozenset[int], PartialBackward]] = WeakKeyDictionary()
         self.mutated: tuple[int, ...] = tuple(metadata.mutated_inp_runtime_indices)
@@ -93,6 +118,13 @@ class StepFunction:
             n.meta["val"]
             for n, role in zip(joint.placeholders, joint.inputs, strict=True)
             if role.kind is InputKind.TANGENT
+        )
+        self.gradient_values = _gradient_values(joint)
+        inputs = zip(joint.placeholders, joint.inputs, strict=True)
+        self.tensor_inputs = tuple(
+            i
+            for i, (node, role) in enumerate(inputs)
+            if role.kind is not InputKind.TANGENT and isinstance(node.meta["val"], Tensor)
         )
         self.aliased = frozenset(metadata.aliased_out_indices)
         self.fresh_views = frozenset(metadata.unsafe_view_out_indices)
@@ -106,7 +138,10 @@ class StepFunction:
         """Returns the backward half of ``graphs`` where some tangents do not arrive; built when first needed."""
         parts = self._parts.setdefault(graphs, {})
         if absent not in parts:
-            parts[absent] = backward_without(graphs, absent)
+            n_arguments = graphs.n_saved + len(graphs.resident_inputs) + len(self.tangent_values)
+            whole = PartialBackward(graphs.backward, tuple(range(n_arguments)))
+            part = backward_without(graphs, absent) if absent else whole
+            parts[absent] = replace(part, module=taking_gradients(part.module, self.adding)) if self.adding else part
         return parts[absent]
 
     def __call__(self, *flat_inputs: Any) -> list[Any]:
@@ -129,6 +164,13 @@ def gradient_tangents(joint: JointGraph) -> tuple[frozenset[int], ...]:
     results = zip(joint.output_nodes, joint.outputs, strict=True)
     gradients = (node for node, role in results if role.kind is OutputKind.GRADIENT)
     return tuple(frozenset() if node is None else behind[node] or every for node in gradients)
+
+
+def _gradient_values(joint: JointGraph) -> tuple[Tensor | None, ...]:
+    """Returns for each primal the fake value of its gradient."""
+    results = zip(joint.output_nodes, joint.outputs, strict=True)
+    gradients = (node for node, role in results if role.kind is OutputKind.GRADIENT)
+    return tuple(None if node is None else node.meta["val"] for node in gradients)
 
 
 class _Step(torch.autograd.Function):
@@ -164,7 +206,13 @@ class _Step(torch.autograd.Function):
         step: StepFunction = ctx.step
         arrived = [output_gradients[i] for i in step.tangent_outputs]
         present = frozenset(i for i, tangent in enumerate(arrived) if tangent is not None)
-        late = ctx.entered.begins(present) if step.enter is not None and ctx.entered is not None and present else None
+        nodes = leaf_nodes(ctx, step.tensor_inputs)
+        takers = _takers(step, nodes)
+        entered, notes = ctx.entered if step.enter is not None and present else None, None
+        late = None
+        if entered is not None:
+            notes, late = entered.leaf_notes, entered.begins(present, _untaken(step, nodes, takers))
+        del entered
         if present & step.absent and late is None:
             raise BackwardError(UNEXPECTED.format(outputs=[step.tangent_outputs[k] for k in present & step.absent]))
         if not torch._C._autograd._get_current_graph_task_keep_graph():  # noqa: SLF001 (no public name)
@@ -178,13 +226,43 @@ class _Step(torch.autograd.Function):
         absent = frozenset(range(len(arrived))) - present - step.absent
         del arrived
         backward = ctx.graphs.backward if late is None else late.module
-        if absent and late is None:
+        if late is None and (absent or step.adding):
             part = step.part(ctx.graphs, absent)
             arguments, backward = [arguments[i] for i in part.reads], part.module
-        with torch._C._DisableAutocast():
-            gradients = backward.forward(arguments)
-        needed = zip(gradients, step.gradient_tangents, strict=True)
-        return (None, *(g if sources & present else None for g, sources in needed))
+        with torch._C._DisableAutocast(), taking({} if late else takers) as kept:
+            made = backward.forward(arguments)
+        gradients = [
+            (kept.get(i) if g is None else g) if sources & present else None
+            for i, (g, sources) in enumerate(zip(made, step.gradient_tangents, strict=True))
+        ]
+        if notes is not None:
+            _watch_leaves(notes, nodes, gradients, {} if late else takers)
+        return (None, *gradients)
+
+
+def _takers(step: StepFunction, nodes: Mapping[int, Any]) -> dict[int, Taker]:
+    """Finds the inputs whose gradients can be added to those that exist, with what does that."""
+    found: dict[int, Taker] = {}
+    for i in step.adding & nodes.keys():
+        leaf, like = nodes[i].variable, step.gradient_values[i]
+        if like is not None and may_add(leaf, like) and will_add(nodes[i]):
+            found[i] = leaf.grad.add_
+    return found
+
+
+def _untaken(step: StepFunction, nodes: Mapping[int, Any], takers: Mapping[int, Taker]) -> frozenset[int]:
+    """Finds the inputs with a second gradient that was not planned for; one alone takes no more than planned."""
+    left = step.adding - takers.keys()
+    return frozenset(i for i in left if i not in nodes or nodes[i].variable.grad is not None)
+
+
+def _watch_leaves(
+    notes: LeafNotes, nodes: Mapping[int, Any], gradients: Sequence[Tensor | None], takers: Mapping[int, Taker]
+) -> None:
+    """Has noted whether more than the call's own gradients arrive where these are added."""
+    for i, node in nodes.items():
+        if i in takers or (gradients[i] is not None and not notes.is_known(i)):
+            when_added(node, gradients[i], partial(notes.note_leaf, i))
 
 
 def _take_saved(ctx: Any) -> list[Tensor]:

@@ -56,12 +56,15 @@ def build_active(
     joint, graphs = (twin.joint, twin.function.graphs) if twin else build_graphs(state.prepared, actions)
     prepared, captured = state.prepared, state.prepared.capture
     planned = _planned_call(state, call, actions)
-    watch = BackwardWatch(prepared, actions, graphs, planned, observed, state.extra_bytes(call)) if planned else None
+    watch = None
+    if planned is not None:
+        watch = BackwardWatch(prepared, actions, graphs, planned, observed, call.added, state.extra_bytes(call))
     function = StepFunction(
         graphs,
         prepared.traced.joint,
         captured.metadata,
         absent=prepared.expected.absent,
+        adding=call.added,
         enter=watch.opened if watch else None,
     )
     return ActiveGraph(describe(state, known, call), actions, joint, function, captured.bind(function))
@@ -71,16 +74,16 @@ def _planned_call(state: PlanningState, call: CallState, actions: Actions) -> Pl
     """Returns what other calls of the same step must know of a plan."""
     if state.model is None:
         return None
-    problem = state.prepared.problem
+    plans = state.plans_for(call)
     return PlannedCall(
         state.model,
         state.options.optimizer,
         state.prepared.capture,
         state.budget_bytes,
         call.pending_bytes,
-        problem.tangent_bytes,
-        plan_bytes(problem, actions),
-        state.plans,
+        plans.problem.tangent_bytes,
+        plan_bytes(plans.problem, actions),
+        plans,
     )
 
 

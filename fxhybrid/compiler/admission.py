@@ -68,13 +68,16 @@ class Following:
 _FOLLOWING: WeakKeyDictionary[Capture, dict[int, Following]] = WeakKeyDictionary()
 
 
-def admit(state: PlanningState, model: nn.Module, tensors: Sequence[Tensor]) -> tuple[PlanningState, CallState]:
+def admit(
+    state: PlanningState, model: nn.Module, tensors: Sequence[Tensor], added: frozenset[int]
+) -> tuple[PlanningState, CallState]:
     """Reads the state of a call that is about to be made, and makes sure that a plan for it is known.
 
     Args:
         state: of the call's signature.
         model: the user's.
         tensors: the call's arguments.
+        added: positions of the graph's inputs whose gradients can be added to older ones as soon as they are made.
 
     Returns:
         The state, with plans that were searched for; and what the plan depends on.
@@ -82,13 +85,13 @@ def admit(state: PlanningState, model: nn.Module, tensors: Sequence[Tensor]) -> 
     Raises:
         BudgetError: with what pending calls hold, no known plan fits.
     """
-    call = CallState(any(p.grad is not None for p in model.parameters()))
+    call = CallState(any(p.grad is not None for p in model.parameters()), added=added)
     calls = pending_calls(next((p.device for p in model.parameters()), None))
     follows = _followed(state.prepared.capture, len(calls))
     unit = max(state.budget_bytes // STEPS, 1)
     if calls:
         own = Participant(model, model_storages(model) | storages_of(tensors))
-        state, call = _Meeting(state, own, calls, call.accumulating).admit(unit)
+        state, call = _Meeting(state, own, calls, call).admit(unit)
     return state, call if follows is None else _leaving_room(state, call, follows, unit)
 
 
@@ -150,13 +153,13 @@ class _Meeting:
         state: of its signature.
         own: its model and arguments.
         calls: the pending ones.
-        accumulating: whether gradients of an earlier backward pass exist.
+        alone: what the plan for the call would depend on without them.
     """
 
     state: PlanningState
     own: Participant
     calls: Sequence[PendingCall]
-    accumulating: bool
+    alone: CallState
 
     def admit(self, unit: int) -> tuple[PlanningState, CallState]:
         """Returns the state of the call, and remembers what it needs of the earlier ones."""
@@ -179,7 +182,8 @@ class _Meeting:
         """Reads what the plan for the call depends on."""
         limits = [limit for pair in self._pairs() if (limit := pair.held_limit()) is not None]
         held_limit = min(limits) // unit * unit if limits else None
-        return CallState(self.accumulating, -(-beside_bytes(self.own, self.calls) // unit) * unit, held_limit)
+        pending_bytes = -(-beside_bytes(self.own, self.calls) // unit) * unit
+        return replace(self.alone, pending_bytes=pending_bytes, held_limit_bytes=held_limit)
 
     def _shrink(self) -> bool:
         """Lets pending calls drop what they can recompute; says whether any did."""
@@ -194,7 +198,7 @@ class _Meeting:
         """Remembers what the call needs of each earlier one, and returns what all need at least."""
         pairs, n_others = self._pairs(), self._n_others()
         least = least_bytes(plans, n_others)
-        running = least.peak_bytes + self.state.extra_bytes(CallState(self.accumulating))
+        running = least.peak_bytes + self.state.extra_bytes(self.alone)
         running += beside_bytes(self.own, self.calls)
         for i, pair in enumerate(pairs):
             later = sum(other.spare_bytes for other in pairs[i + 1 :])

@@ -32,6 +32,15 @@ CHANGED = (
     "what was let go to make room for later calls. Change it after the backward pass, or raise the budget"
 )
 
+DROP_OUTPUTS = (
+    "Keep what the loss needs, as in loss = model(...).loss, and let go of the other outputs before loss.backward()"
+)
+KEPT = (
+    "gradients of an earlier backward pass exist, to which new ones cannot be added at once any more, because of a "
+    "hook of a parameter or a call of torch.autograd.grad"
+)
+ADD_GRADIENTS = "Call zero_grad() before the forward pass, or set hooks before it"
+
 
 @dataclass(frozen=True, eq=False)
 class BackwardWatch:
@@ -43,6 +52,7 @@ class BackwardWatch:
         graphs: what carries it out.
         planned: what is known of all calls by it.
         observed: what backward passes of the signature showed.
+        added: positions of the inputs whose gradients are added to older ones as soon as they are made.
         extra_bytes: what is alive beside the plan's own step.
     """
 
@@ -51,14 +61,15 @@ class BackwardWatch:
     graphs: SplitGraphs
     planned: PlannedCall
     observed: ObservedBackward
+    added: frozenset[int]
     extra_bytes: int
 
-    def backward_bytes(self, held: frozenset[int]) -> int:
-        """Computes the peak of the backward half where outputs are held that were to be dropped."""
+    def backward_bytes(self, held: frozenset[int], untaken: frozenset[int]) -> int:
+        """Computes the peak of the backward half where outputs or gradients are held that were to be let go."""
         prepared = self.prepared
         schedule = lower(prepared.problem, self.actions)
-        as_held = prepared.expecting_drops(prepared.expected.dropped - held).problem
-        during = simulate(as_held, schedule).during_bytes[schedule.n_forward :]
+        as_held = prepared.expecting_drops(prepared.expected.dropped - held).adding(self.added - untaken)
+        during = simulate(as_held.problem, schedule).during_bytes[schedule.n_forward :]
         return int(during.max(initial=0)) + self.extra_bytes
 
     def opened(self, saved: Sequence[Tensor], outputs: Sequence[Any], inputs: Sequence[Any]) -> OpenedCall:
@@ -105,15 +116,22 @@ class OpenedCall:
         self.pending.held = tuple((ref, n_bytes) for ref, n_bytes in held if ref.cdata not in self.shrunk.freed)
         return replace(needs, peak_bytes=watch.planned.chosen.peak_bytes)
 
-    def begins(self, present: frozenset[int]) -> LateBackward | None:
+    @property
+    def leaf_notes(self) -> ObservedBackward:
+        """What is known of the call's inputs."""
+        return self.watch.observed
+
+    def begins(self, present: frozenset[int], untaken: frozenset[int]) -> LateBackward | None:
         """Compares the backward pass that begins with the plan, and returns another one where that is needed.
 
         Args:
             present: positions of the tangents that arrive.
+            untaken: positions of the inputs whose gradients are kept to the end, though they were to be added at once.
 
         Raises:
             BackwardError: tangents arrive that were not expected, and nothing gives what they need.
-            BudgetError: outputs are held that were to be dropped, and the budget has no room for them.
+            BudgetError: outputs are held that were to be dropped, or gradients to be kept that were to be added, and
+                the budget has no room for them.
         """
         prepared = self.watch.prepared
         held = {i: output for i, output in self.watched.items() if output.is_held}
@@ -121,7 +139,7 @@ class OpenedCall:
         if self.shrunk is not None or present & prepared.expected.absent:
             self.watch.observed.note(present, droppable.intersection(held))
             return self._late(present, held.values())
-        self._check_room({i: output for i, output in held.items() if i in prepared.expected.dropped})
+        self._check_room({i: output for i, output in held.items() if i in prepared.expected.dropped}, untaken)
         self.watch.observed.note(present, droppable.intersection(held))  # what was refused shows nothing
         return None
 
@@ -139,26 +157,28 @@ class OpenedCall:
             raise _unexpected_tangents(watch.prepared, present & watch.prepared.expected.absent)
         return found
 
-    def _check_room(self, held: Mapping[int, _Watched]) -> None:
-        if not held:
+    def _check_room(self, held: Mapping[int, _Watched], untaken: frozenset[int]) -> None:
+        if not held and not untaken:
             return
         planned = self.watch.planned
-        needed = self.watch.backward_bytes(frozenset(held))
+        needed = self.watch.backward_bytes(frozenset(held), untaken)
         if needed <= planned.budget_bytes:
             return
-        more = _total_bytes(held.values())
-        names = ", ".join(map(str, sorted(held)))
         raise BudgetError(
             f"the budget of {planned.budget_bytes} bytes ({format_bytes(planned.budget_bytes)}) cannot be met for this "
-            f"backward pass: outputs {names} of the call ({more} bytes, {format_bytes(more)}), without a gradient, are "
-            f"still held, and with them the step takes {needed} bytes ({format_bytes(needed)}). Keep what the loss "
-            "needs, as in loss = model(...).loss, and let go of the other outputs before loss.backward(); or raise the "
-            "budget. No gradient has been computed yet",
+            f"backward pass: {_outputs_held(held) if held else KEPT}. With them the step takes {needed} bytes "
+            f"({format_bytes(needed)}). {DROP_OUTPUTS if held else ADD_GRADIENTS}; or raise the budget. No gradient "
+            "has been computed yet",
             budget_bytes=planned.budget_bytes,
             minimum_bytes=needed,
             minimum_lower_bound_bytes=min(planned.plans.lower_bound_bytes, needed),
-            holder="outputs without a gradient",
+            holder="outputs without a gradient" if held else "gradients beside older ones",
         )
+
+
+def _outputs_held(held: Mapping[int, _Watched]) -> str:
+    more, names = _total_bytes(held.values()), ", ".join(map(str, sorted(held)))
+    return f"outputs {names} of the call ({more} bytes, {format_bytes(more)}), without a gradient, are still held"
 
 
 def _unexpected_tangents(prepared: Prepared, tangents: Iterable[int]) -> BackwardError:

@@ -16,6 +16,7 @@ class CallState:
             pending calls fit; None if there is none.
         wanted_held_bytes: likewise, so that the calls that came next so far fit; given up where no plan keeps it.
         wanted_backward_bytes: limit of the peak of its backward half alone, likewise.
+        added: positions of the graph's inputs whose gradients are added to the older ones as soon as they are made.
     """
 
     accumulating: bool = False
@@ -23,6 +24,7 @@ class CallState:
     held_limit_bytes: int | None = None
     wanted_held_bytes: int | None = None
     wanted_backward_bytes: int | None = None
+    added: frozenset[int] = frozenset()
 
 
 FRESH = CallState()

@@ -20,18 +20,34 @@ class ObservedBackward:
         count: how many backward passes began.
         arrived: positions of the tangents that arrived.
         held: positions of the outputs without a gradient that the caller still held when one began.
+        alone: positions of the inputs whose gradients came from calls of this signature only, one in each pass.
+        shared: positions of those that had gradients from elsewhere, too.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.arrived: frozenset[int] = frozenset()
         self.held: frozenset[int] = frozenset()
+        self.alone: frozenset[int] = frozenset()
+        self.shared: frozenset[int] = frozenset()
 
     def note(self, present: Iterable[int], held: Iterable[int]) -> None:
         """Notes a backward pass that begins."""
         self.count += 1
         self.arrived = self.arrived.union(present)
         self.held = self.held.union(held)
+
+    def is_known(self, position: int) -> bool:
+        """Tells whether it is known of an input if gradients come from elsewhere, too."""
+        return position in self.alone or position in self.shared
+
+    def note_leaf(self, position: int, is_alone: bool) -> None:
+        """Notes whether a call's own gradient of an input was all that the backward pass had for it."""
+        if not is_alone:
+            self.shared |= {position}
+            self.alone -= {position}
+        elif position not in self.shared:
+            self.alone |= {position}
 
     def outlooks(self, traced: Traced, now: ExpectedBackward, is_free: bool) -> list[ExpectedBackward]:
         """Returns the backward passes to plan for, each where the budget has no room for those before it.

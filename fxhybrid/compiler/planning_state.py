@@ -5,7 +5,8 @@ This joins the stages: capture -> canonicalize -> profile -> problem -> solve ->
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from weakref import ReferenceType, ref
 
 from torch import nn
@@ -28,7 +29,7 @@ from fxhybrid.pipeline import Prepared, prepare_traced, trace
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, judged_again
 from fxhybrid.solvers.portfolio.limited_plans import Limits, cheapest_within, ensure_within
 from fxhybrid.solvers.portfolio.solvers import Portfolio
 from fxhybrid.units import NamedBudget, format_bytes
@@ -50,6 +51,7 @@ class PlanningState:
         capture_check: how the captured graph compares with eager.
         adopted: the plan that was adopted for fresh gradients; None where plans are chosen by the budget.
         model: the user's; None where no calls are made by this state.
+        adding: by the gradients that are added to older ones at once, the plans that theirs are made of, and these.
     """
 
     options: Options
@@ -63,6 +65,7 @@ class PlanningState:
     capture_check: CaptureCheck
     adopted: KnownPlan | None = None
     model: ReferenceType[nn.Module] | None = None
+    adding: Mapping[frozenset[int], tuple[KnownPlans, KnownPlans]] = field(default_factory=dict)
 
     @property
     def minimum_bytes(self) -> int:
@@ -77,6 +80,37 @@ class PlanningState:
     def extra_bytes(self, call: CallState) -> int:
         """Returns what is alive beside the plan's own step: pending calls, and older gradients beside the new set."""
         return call.pending_bytes + (self.gradient_bytes if call.accumulating else 0)
+
+    @property
+    def accumulating(self) -> CallState:
+        """The state of a call that finds older gradients, where all new ones can be added to them at once."""
+        return CallState(accumulating=True, added=self.prepared.parameter_gradients)
+
+    @property
+    def least_budget_bytes(self) -> int:
+        """The smallest budget for which plans are known, in all states of a call that it is to hold for."""
+        least = self.minimum_bytes
+        if self.options.accumulate:
+            call = self.accumulating
+            least = max(least, self.plans_for(call).smallest.peak_bytes + self.extra_bytes(call))
+        return least
+
+    def plans_for(self, call: CallState) -> KnownPlans:
+        """Returns the plans with the peaks that they have in a state of the call."""
+        if not call.added:
+            return self.plans
+        source, plans = self.adding.get(call.added, (None, None))
+        if plans is None or source is not self.plans:
+            plans = judged_again(self.plans, self.prepared.adding(call.added).problem)
+        return plans
+
+    def with_plans_for(self, call: CallState, plans: KnownPlans) -> PlanningState:
+        """Returns the state with more plans for a state of the call."""
+        if not call.added:
+            return self if plans is self.plans else replace(self, plans=plans)
+        if self.adding.get(call.added) == (self.plans, plans):
+            return self
+        return replace(self, adding={**self.adding, call.added: (self.plans, plans)})
 
 
 def plan_signature(
@@ -133,15 +167,18 @@ def plan_signature(
     )
     if is_open and asked is NamedBudget.SMALLEST:
         state = with_smallest(state)
-        state = replace(state, budget_bytes=state.minimum_bytes)
+        state = replace(state, budget_bytes=state.least_budget_bytes)
     state = search(state, FRESH)
     keep(learnt, state.plans)
     return state
 
 
 def with_smallest(state: PlanningState) -> PlanningState:
-    """Adds the plan of the smallest peak that can be found."""
-    return replace(state, plans=find_smallest_peak(state.plans))
+    """Adds the plan of the smallest peak that can be found, in all states of a call that the budget is to hold for."""
+    state = replace(state, plans=find_smallest_peak(state.plans))
+    if not state.options.accumulate:
+        return state
+    return state.with_plans_for(state.accumulating, find_smallest_peak(state.plans_for(state.accumulating)))
 
 
 def recalibrate(state: PlanningState, step: Step, call: StepCall) -> PlanningState:
@@ -201,12 +238,12 @@ def search(state: PlanningState, call: CallState) -> PlanningState:
     if state.adopted is not None and call == FRESH:
         return state
     wanted = _limits(state, call)
-    plans = ensure(state.plans, wanted[-1].peak_bytes)
+    plans = ensure(state.plans_for(call), wanted[-1].peak_bytes)
     for limits in (wanted[0], wanted[-1]):
         plans = ensure_within(plans, limits)
         if cheapest_within(plans, limits) is not None:
             break
-    return state if plans is state.plans else replace(state, plans=plans)
+    return state.with_plans_for(call, plans)
 
 
 def _limits(state: PlanningState, call: CallState) -> list[Limits]:
@@ -228,7 +265,7 @@ def choose(state: PlanningState, call: CallState) -> KnownPlan:
     """
     known = _chosen(state, call)
     if known is None:
-        raise state.plans.budget_error(state.budget_bytes, state.extra_bytes(call))
+        raise state.plans_for(call).budget_error(state.budget_bytes, state.extra_bytes(call))
     return known
 
 
@@ -240,7 +277,7 @@ def fits(state: PlanningState, call: CallState) -> bool:
 def _chosen(state: PlanningState, call: CallState) -> KnownPlan | None:
     if state.adopted is not None and call == FRESH:
         return state.adopted
-    offered = [state.plans]
+    offered = [state.plans_for(call)]
     if state.adopted is not None and not call.accumulating:  # an adopted plan is one for fresh gradients
         offered.insert(0, replace(state.plans, plans=(state.adopted,), fallback=()))
     attempts = ((plans, limits) for limits in _limits(state, call) for plans in offered)

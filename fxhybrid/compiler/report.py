@@ -12,7 +12,6 @@ from fxhybrid.accuracy.calibration import ErrorPair
 from fxhybrid.accuracy.drift_monitor import DriftCheck
 from fxhybrid.capture.joint_graph import InputKind
 from fxhybrid.compiler.active_graphs import ActiveGraph
-from fxhybrid.compiler.call_state import CallState
 from fxhybrid.compiler.planning_state import PlanningState
 from fxhybrid.compiler.signature import Signature
 from fxhybrid.compiler.signature_bytes import held_bytes
@@ -188,7 +187,8 @@ def _inputs_text(state: PlanningState) -> str:
 
 def _accumulating_note(state: PlanningState) -> str:
     """Says whether the budget holds while gradients of an earlier backward pass exist."""
-    needed = state.minimum_bytes + state.extra_bytes(CallState(accumulating=True))
+    call = state.accumulating
+    needed = state.plans_for(call).smallest.peak_bytes + state.extra_bytes(call)
     if needed <= state.budget_bytes:
         return "fits too while older gradients exist"
     return f"does not fit while older gradients exist: that takes {format_bytes(needed)}"

@@ -13,6 +13,7 @@ from fxhybrid.accuracy.drift_monitor import DriftMonitor
 from fxhybrid.capture.outer_context import refuse_sharded
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
+from fxhybrid.compiler.addable_inputs import addable_inputs
 from fxhybrid.compiler.admission import admit
 from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
@@ -151,7 +152,8 @@ class Session:
 
     def _active_expecting(self, expected: ExpectedBackward, call: StepCall) -> ActiveGraph:
         self.signatures[0] = self.first.expecting(expected, self.step, call)
-        state, found = admit(self.first.state, self.model, call.tensors)
+        added = addable_inputs(self.step, self.first.state.prepared, self.first.observed)
+        state, found = admit(self.first.state, self.model, call.tensors, added)
         self.signatures[0] = replace(self.first, state=state)
         return self.active(found)
 
@@ -174,7 +176,7 @@ class Session:
         if budget is NamedBudget.SMALLEST:
             kept = self.cache.without_derived()
             self.cache.signatures = [replace(s, state=with_smallest(s.state)) for s in kept]
-            return max(signature.state.minimum_bytes for signature in self.signatures)
+            return max(signature.state.least_budget_bytes for signature in self.signatures)
         save_all_bytes, problem = self.base.save_all_bytes, self.base.prepared.problem
         return resolve_budget(budget, self.model, self.options.optimizer, save_all_bytes, problem)
 

@@ -12,7 +12,7 @@ from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.expected_states import plan_expected, with_drops
 from fxhybrid.compiler.observed_backward import ObservedBackward
-from fxhybrid.compiler.planning_state import PlanningState, extend, search, set_budget
+from fxhybrid.compiler.planning_state import PlanningState, choose, extend, search, set_budget
 from fxhybrid.errors import BudgetError
 from fxhybrid.passes.expected_backward import ExpectedBackward
 
@@ -58,10 +58,10 @@ class Signature:
         """Returns the signature with graphs for fresh gradients.
 
         Raises:
-            BudgetError: no known plan fits.
+            BudgetError: no known plan fits, for fresh gradients or where older ones are to be expected.
         """
         self.active()
-        return self
+        return _accumulating(self)
 
     def outlooks(self) -> list[ExpectedBackward]:
         """Returns the backward passes to plan for, each where the budget has no room for those before it."""
@@ -129,4 +129,14 @@ def first_fitting(outlooks: Sequence[ExpectedBackward], attempt: Callable[[Expec
 
 def _for_budget(signature: Signature, budget_bytes: int) -> Signature:
     state = set_budget(extend(signature.state, budget_bytes), budget_bytes)
-    return replace(signature, state=state, graphs=signature.graphs.for_budget())
+    return _accumulating(replace(signature, state=state, graphs=signature.graphs.for_budget()))
+
+
+def _accumulating(signature: Signature) -> Signature:
+    """Makes sure that there is a plan for calls that find older gradients, if such calls are announced."""
+    state = signature.state
+    if not state.options.accumulate:
+        return signature
+    state = search(state, state.accumulating)
+    choose(state, state.accumulating)
+    return replace(signature, state=state)

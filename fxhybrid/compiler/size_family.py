@@ -28,7 +28,7 @@ from fxhybrid.passes.concretize import SymbolicGraph, concretize
 from fxhybrid.passes.fingerprint import fingerprint
 from fxhybrid.passes.storages import Layout, layout_of
 from fxhybrid.pipeline import Prepared, canonical, prepared_for, pruned_joint
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, pareto, plans_of, simulated
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, judged_again, pareto, plans_of
 
 Specs = dict[tuple[int, str], str]  # codec by storage and the codec that stands for it at other sizes
 
@@ -146,27 +146,16 @@ def _choices(specs: Specs, old: CodecChoices) -> CodecChoices:
 
 
 def _known_plans(known: KnownPlans, problem: Problem, specs: Specs) -> KnownPlans:
-    """Returns the reference's plans as plans of another size that are still to be simulated.
-
-    The save-all plan, the one of the smallest peak and the fallbacks are simulated at once.
-    """
-    empty = plans_of(problem, max_error=known.max_error)
+    """Returns the reference's plans as plans of another size, most of them still to be simulated."""
     if [t.name for t in known.problem.tensors] != [t.name for t in problem.tensors]:
-        return empty
+        return plans_of(problem, max_error=known.max_error)
 
     def resized(plan: KnownPlan) -> KnownPlan:
         return replace(plan, point=replace(plan.point, actions=_resized_actions(plan.point.actions, specs)))
 
-    def judged(plan: KnownPlan) -> KnownPlan:
-        return replace(plan, point=simulated(problem, plan.point.actions))
-
-    others = [resized(plan) for plan in pareto((*known.plans, *known.from_other_sizes))]
-    return replace(
-        empty,
-        plans=(KnownPlan(simulated(problem, {})), judged(others[-1])),
-        fallback=tuple(judged(resized(plan)) for plan in known.fallback),
-        from_other_sizes=tuple(others[:-1]),
-    )
+    others = tuple(resized(plan) for plan in pareto((*known.plans, *known.from_other_sizes)))
+    fallback = tuple(map(resized, known.fallback))
+    return judged_again(replace(known, plans=others, fallback=fallback, from_other_sizes=(), fixed=False), problem)
 
 
 def _resized_actions(actions: Actions, specs: Specs) -> dict[int, Action]:

@@ -59,7 +59,7 @@ class KnownPlans:
         fixed: whether these very plans are to be carried out, and no polished ones.
         polished_s: limits in bytes that the cheapest plan was polished for, with the overhead that it had then.
         has_stricter: whether plans of stricter error limits are among ``plans``.
-        from_other_sizes: plans of the same step at other sizes, with the figures that they have there, the cheapest
+        from_other_sizes: plans of the same step in another form, with the figures that they have there, the cheapest
             first; ``ensure`` simulates those that a limit needs, which join ``plans`` then.
         searched: limits of several kinds (``limited_plans``) that plans were searched for.
     """
@@ -209,6 +209,29 @@ def within(plans: Iterable[KnownPlan], limit_bytes: int) -> list[KnownPlan]:
 def smallest_of(plans: Iterable[KnownPlan]) -> FrontierPoint:
     """Returns the plan with the smallest peak."""
     return min((plan.point for plan in plans), key=lambda point: point.peak_bytes)
+
+
+def judged_again(known: KnownPlans, problem: Problem) -> KnownPlans:
+    """Returns the plans of a step for another problem of the same tensors: of other sizes, or with other lifetimes.
+
+    The save-all plan, the one of the smallest peak and the fallbacks are simulated at once, others when a limit needs
+    them.
+    """
+
+    def judged(plan: KnownPlan) -> KnownPlan:
+        return replace(plan, point=simulated(problem, plan.point.actions))
+
+    empty = plans_of(problem, max_error=known.max_error)
+    fallback = tuple(map(judged, known.fallback))
+    if known.fixed:
+        return replace(empty, plans=tuple(map(judged, known.plans)), fallback=fallback, fixed=True)
+    others = pareto((*known.plans, *known.from_other_sizes))
+    return replace(
+        empty,
+        plans=(KnownPlan(simulated(problem, {})), *map(judged, others[-1:])),
+        fallback=fallback,
+        from_other_sizes=others[:-1],
+    )
 
 
 def simulated(problem: Problem, actions: Actions) -> FrontierPoint:
