@@ -31,7 +31,8 @@ from fxhybrid.ir.plan import Action, Actions, Compress
 from fxhybrid.ir.problem import CodecOption, Op, Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
-from fxhybrid.pipeline import prepare
+from fxhybrid.passes.expected_backward import ALL_ARRIVE
+from fxhybrid.pipeline import prepare_traced, trace_plain
 from fxhybrid.solvers.ilp.min_peak import MinPeakSolver
 from fxhybrid.solvers.ilp.solver import IlpSolver
 from fxhybrid.solvers.mps.frontier_search import build_frontier
@@ -91,7 +92,8 @@ def small_problem(name: str) -> Problem:
     args, kwargs = ((), target.inputs) if isinstance(target.inputs, dict) else (target.inputs, {})
     options = Options.checked(budget=1.0, loss_fn=target.loss_fn)
     step = Step(target.model, options.loss_fn, options.return_outputs)
-    found = prepare(step, StepCall(args, kwargs, target.loss_args), options).problem
+    traced = trace_plain(step, StepCall(args, kwargs, target.loss_args), options)  # other layouts depend on speed
+    found = prepare_traced(traced, ALL_ARRIVE).problem
     torch._dynamo.reset()
     return with_byte_seconds(found)
 

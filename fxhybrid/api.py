@@ -38,6 +38,7 @@ def compile(
     reserve_bytes: int = 0,
     solver: str | Solver = "auto",
     compression: str = "auto",
+    exact: str | None = None,
     max_grad_error: float = 0.1,
     backend: str = "eager",
     check_error_every: int | None = None,
@@ -61,6 +62,7 @@ def compile(
         reserve_bytes: kept free for whatever else the process holds.
         solver: ``"auto"``, ``"mps"``, ``"ilp"`` or an object with a ``solve`` method.
         compression: ``"auto"``, ``"lossless"`` or ``"off"``; the last two give bit-exact gradients.
+        exact: ``"reordered"`` for gradients equal but for rounding: no lossy codecs, any order of sums and layout.
         max_grad_error: limit of the relative error of all parameter gradients together.
         backend: ``"eager"`` runs the rewritten graphs as they are.
         check_error_every: training steps between checks of the gradient error, by save-all steps; None for none.

@@ -17,6 +17,7 @@ from fxhybrid.units import CheckedBudget, check_budget, check_bytes
 
 SOLVERS = ("auto", "mps", "ilp")
 COMPRESSIONS = ("auto", "lossless", "off")
+REORDERED = "reordered"
 BACKENDS = ("eager",)  # under Inductor the fused kernels' memory is not what the simulator adds up
 
 Check = Callable[[str, Any], Any]
@@ -30,6 +31,12 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise InvalidArgument(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
     return str(value)
+
+
+def _check_exact(name: str, value: Any) -> str | None:
+    if value not in (None, REORDERED):
+        raise InvalidArgument(f"{name} is {value!r}; it must be {REORDERED!r}, or None for what compression allows")
+    return value  # type: ignore[no-any-return]
 
 
 def _check_solver(name: str, value: Any) -> str | Solver:
@@ -121,6 +128,9 @@ class Options:
     compression: Annotated[str, Option("which codecs may be used", partial(_check_choice, choices=COMPRESSIONS))] = (
         "auto"
     )
+    exact: Annotated[
+        str | None, Option("reordered: equal to eager but for rounding; no lossy codecs", _check_exact)
+    ] = None
     max_grad_error: Annotated[float, Option("limit of the relative gradient error", _check_error)] = 0.1
     backend: Annotated[str, Option("what runs the graphs", partial(_check_choice, choices=BACKENDS))] = "eager"
     check_error_every: Annotated[
@@ -141,6 +151,16 @@ class Options:
             object.__setattr__(self, name, option.check(name, getattr(self, name)))
         if self.return_outputs and self.loss_fn is None:
             raise InvalidArgument("return_outputs=True needs a loss_fn; without one the outputs are returned anyway")
+
+    @property
+    def lossy(self) -> bool:
+        """Whether lossy codecs may be used."""
+        return self.compression == "auto" and self.max_grad_error > 0 and self.exact is None
+
+    @property
+    def reordered(self) -> bool:
+        """Whether kernels may be used that take sums in another order than eager's, or round otherwise."""
+        return self.lossy or self.exact == REORDERED
 
     @classmethod
     def checked(cls, **given: Any) -> Options:

@@ -18,9 +18,11 @@ from fxhybrid.console import stage
 from fxhybrid.ir.plan import Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import lower
+from fxhybrid.ops.recurrent import runs_in_segments
 from fxhybrid.options import Options
 from fxhybrid.passes.build_problem import CodecChoices, calls_of, problem_of, with_codec_options, with_update
 from fxhybrid.passes.canonicalize import canonicalize
+from fxhybrid.passes.channels_last_choice import groups_that_pay, with_groups
 from fxhybrid.passes.codec_choices import codec_choices, codec_refusals
 from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
 from fxhybrid.passes.expected_backward import ALL_ARRIVE, ExpectedBackward
@@ -41,8 +43,10 @@ class Traced:
     Attributes:
         capture: what was captured.
         joint: the canonical joint graph, with the branches of all tangents.
+        plain: the same with eager's layout everywhere.
+        channels_last: numbers of the groups of operators of ``joint`` that run in channels_last instead.
         structure: where the graph's outputs are in what a call returns.
-        fingerprint: hash of the graph.
+        fingerprint: hash of ``plain``.
         resident_bytes: everything that is alive through the whole step.
         update_rise_bytes: how far memory rises while the optimizer steps; None without one.
         lossy: whether lossy codecs may be offered.
@@ -51,6 +55,8 @@ class Traced:
 
     capture: Capture
     joint: JointGraph
+    plain: JointGraph
+    channels_last: tuple[int, ...]
     structure: OutputStructure
     fingerprint: str
     resident_bytes: int
@@ -62,6 +68,18 @@ class Traced:
     def tangents(self) -> Mapping[int, int]:
         """By position of each output with a gradient, views and their bases included, the position of its tangent."""
         return tangents_of_outputs(self.capture.metadata)
+
+    @property
+    def reordered(self) -> bool:
+        """Whether kernels take sums in another order than eager's."""
+        return bool(self.channels_last) or runs_in_segments(self.joint.module.graph)
+
+    def in_layout(self, channels_last: tuple[int, ...]) -> Traced:
+        """Returns the same with these groups of operators in channels_last."""
+        if channels_last == self.channels_last:
+            return self
+        joint = canonicalize(with_groups(self.capture.joint, channels_last)) if channels_last else self.plain
+        return dataclasses.replace(self, joint=joint, channels_last=channels_last)
 
     @property
     def n_outputs(self) -> int:
@@ -192,31 +210,34 @@ class Prepared:
         return dataclasses.replace(self, problem=dataclasses.replace(self.problem, gradients=gradients))
 
 
-def is_lossy(options: Options) -> bool:
-    """Tells whether gradients may differ from eager's."""
-    return options.compression == "auto" and options.max_grad_error > 0
-
-
 def prepare(step: Step, call: StepCall, options: Options) -> Prepared:
     """Captures a step and measures its operators; runs neither the model nor its backward pass."""
     return prepare_traced(trace(step, call, options), ALL_ARRIVE)
 
 
 def trace(step: Step, call: StepCall, options: Options) -> Traced:
-    """Captures a step and rewrites it to its canonical form."""
+    """Captures a step and rewrites it to its canonical form, in the layouts that are fastest here."""
+    traced = trace_plain(step, call, options)
+    if not options.reordered:
+        return traced
+    return traced.in_layout(groups_that_pay(traced.capture.joint, traced.plain))
+
+
+def trace_plain(step: Step, call: StepCall, options: Options) -> Traced:
+    """Captures a step and rewrites it to its canonical form, in eager's layouts; times nothing."""
     with stage("capture"):
-        captured = capture(step, tuple(call), exact=not is_lossy(options))
+        captured = capture(step, tuple(call), exact=not options.reordered)
     return canonical(captured, output_structure(captured, step, call), step, call, options)
 
 
 def canonical(captured: Capture, structure: OutputStructure, step: Step, call: StepCall, options: Options) -> Traced:
-    """Rewrites a captured step to its canonical form."""
+    """Rewrites a captured step to its canonical form, in eager's layouts."""
     joint = canonicalize(captured.joint)
     resident_bytes = _resident_bytes(step, call, options) + captured.float_bytes
     lossless = options.compression != "off"
     rise_bytes = optimizer_bytes(options.optimizer).rise_bytes if options.optimizer is not None else None
     graph = fingerprint(joint)
-    return Traced(captured, joint, structure, graph, resident_bytes, rise_bytes, is_lossy(options), lossless)
+    return Traced(captured, joint, joint, (), structure, graph, resident_bytes, rise_bytes, options.lossy, lossless)
 
 
 def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:

@@ -86,13 +86,17 @@ def shapes_for_pools(joint: JointGraph) -> None:
         if position is None:
             continue
         value = node.args[position].meta["val"]
-        if not value.is_contiguous():  # the kernels take the memory format from this argument
-            continue
+        options = {"dtype": value.dtype, "device": value.device}
         with joint.module.graph.inserting_before(node):
-            arguments = ([1] * value.dim(),)
-            options = {"dtype": value.dtype, "device": value.device}
-            one = call(joint, aten.empty.memory_format, arguments, Phase.BACKWARD, options)
-            shape = call(joint, aten.expand.default, (one, list(value.shape)), Phase.BACKWARD)
+            if value.is_contiguous():
+                one = call(joint, aten.empty.memory_format, ([1] * value.dim(),), Phase.BACKWARD, options)
+                shape = call(joint, aten.expand.default, (one, list(value.shape)), Phase.BACKWARD)
+            elif value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+                # The kernels take the memory format from this argument, and four bytes have none but the usual.
+                options["memory_format"] = torch.channels_last
+                shape = call(joint, aten.empty.memory_format, (list(value.shape),), Phase.BACKWARD, options)
+            else:
+                continue
         node.args = (*node.args[:position], shape, *node.args[position + 1 :])
 
 

@@ -59,7 +59,8 @@ def _per_dimension(parameter: Sequence[int], n_dimensions: int) -> list[int]:
 
 def _is_onednn_convolution(x: torch.Tensor) -> bool:
     plain = x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
-    return plain and x.dim() == 4 and x.dtype is torch.float32 and x.is_contiguous()
+    dense = any(x.is_contiguous(memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last))
+    return plain and x.dim() == 4 and x.dtype is torch.float32 and dense
 
 
 def chunk_batch_norm(joint: JointGraph) -> None:

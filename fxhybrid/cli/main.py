@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxhybrid.errors import FxHybridError, InvalidArgument
-from fxhybrid.options import COMPRESSIONS, OPTIONS, SOLVERS, Options
+from fxhybrid.options import COMPRESSIONS, OPTIONS, REORDERED, SOLVERS, Options
 from fxhybrid.version import __version__
 
 FAILED = 2
@@ -84,6 +84,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("--size", choices=("small", "full"), default="full", help="of a suite model (default: full)")
     _add_option(parser, "compression", choices=COMPRESSIONS)
+    _add_option(parser, "exact", choices=(REORDERED,))
     _add_option(parser, "max_grad_error", type=float, metavar="X")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
 
@@ -162,6 +163,7 @@ def _common(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         "loss_fn": spec.loss_fn,
         "loss_args": spec.loss_args,
         "compression": arguments.compression,
+        "exact": arguments.exact,
         "max_grad_error": arguments.max_grad_error,
         "solver": arguments.solver,
     }

@@ -71,10 +71,10 @@ def record_path(prepared: Prepared, options: Options) -> Path | None:
         return None
     problem = prepared.problem
     key = (
-        prepared.fingerprint,
+        (prepared.fingerprint, prepared.traced.channels_last),
         sorted(prepared.expected.absent),
         sorted(prepared.expected.dropped),
-        (options.solver, options.compression, options.max_grad_error),
+        (options.solver, options.compression, options.exact, options.max_grad_error),
         [getattr(problem, f.name) for f in dataclasses.fields(problem) if f.name.endswith("_bytes")],
         [op.alloc_peak_bytes for op in problem.backward[-1:]],  # the optimizer's step
         [[option.codec for option in tensor.codecs] for tensor in problem.tensors],

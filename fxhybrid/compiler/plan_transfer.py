@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import PlanError, PlanMismatchError
 from fxhybrid.ir.plan import Action, Actions, Plan
 from fxhybrid.ir.problem import Problem
+from fxhybrid.options import Options
+from fxhybrid.passes.channels_last import channels_last_groups
 from fxhybrid.passes.expected_backward import ExpectedBackward
-from fxhybrid.pipeline import Traced
+from fxhybrid.pipeline import Traced, trace_plain
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, simulated
 from fxhybrid.version import __version__
 
@@ -66,6 +69,37 @@ def simulate_transferred(problem: Problem, plan: Plan, actions: Actions) -> Know
             f"the plan cannot be carried out here: {error}; plan again with fxhybrid.plan"
         ) from error
     return KnownPlan(point, plan.solver, solve_s=plan.solve_s)
+
+
+def trace_for(plan: Plan, step: Step, call: StepCall, options: Options) -> Traced:
+    """Captures a step in the layouts that a plan was made for, unless the options rule them out.
+
+    Raises:
+        PlanMismatchError: it was made for another graph or version, or in layouts that are ruled out.
+    """
+    traced = trace_plain(step, call, options)
+    check_origin(plan, traced.fingerprint)
+    return in_layout_of(plan, traced, options)
+
+
+def in_layout_of(plan: Plan, traced: Traced, options: Options) -> Traced:
+    """Returns a captured step in the layouts that a plan was made for.
+
+    Raises:
+        PlanMismatchError: there are none such, or the options rule them out.
+    """
+    known = {group.number for group in channels_last_groups(traced.capture.joint)}
+    if not known.issuperset(plan.channels_last):
+        raise PlanMismatchError(
+            f"the plan runs groups {plan.channels_last} of operators in channels_last; here are {sorted(known)}; "
+            "plan again with fxhybrid.plan"
+        )
+    if plan.channels_last and not options.reordered:
+        raise PlanMismatchError(
+            "the plan runs convolutions in channels_last, which rounds otherwise than eager does: "
+            f'compression={options.compression!r} rules that out; pass exact="reordered", or plan again'
+        )
+    return traced.in_layout(plan.channels_last)
 
 
 def expected_by(traced: Traced, plan: Plan) -> ExpectedBackward:

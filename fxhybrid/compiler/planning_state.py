@@ -18,9 +18,16 @@ from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.first_plan import keep, learn, plan_within_error
 from fxhybrid.compiler.observed_backward import first_expected
-from fxhybrid.compiler.plan_transfer import bind_actions, expected_by, named_actions, simulate_transferred, versions
+from fxhybrid.compiler.plan_transfer import (
+    bind_actions,
+    expected_by,
+    named_actions,
+    simulate_transferred,
+    trace_for,
+    versions,
+)
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
-from fxhybrid.ir.plan import GradientError, Plan
+from fxhybrid.ir.plan import GradientError, Plan, Tier
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
 from fxhybrid.passes.build_problem import CodecChoices
@@ -137,7 +144,7 @@ def plan_signature(
         PlanMismatchError: ``transferred`` was made for another graph or version.
         CaptureError: the step cannot be traced, or the trace computes something else.
     """
-    traced = trace(step, call, options)
+    traced = trace(step, call, options) if transferred is None else trace_for(transferred, step, call, options)
     expected = expected_by(traced, transferred) if transferred else first_expected(traced)
     prepared = prepare_traced(traced, expected)
     if transferred is not None:
@@ -304,6 +311,8 @@ def describe(state: PlanningState, known: KnownPlan, call: CallState) -> Plan:
         device=state.prepared.profile.device,
         without_gradient=state.prepared.without_gradient,
         dropped=tuple(sorted(state.prepared.expected.dropped)),
+        channels_last=state.prepared.traced.channels_last,
+        exactness=_tier_of(state, point),
     )
 
 
@@ -326,6 +335,12 @@ def _reference(state: PlanningState, step: Step, call: StepCall) -> tuple[Planni
     if state.capture_check.difference is None:
         state = replace(state, capture_check=check_capture(compared))
     return state, compared
+
+
+def _tier_of(state: PlanningState, point: FrontierPoint) -> Tier:
+    if point.error > 0:
+        return Tier.LOSSY
+    return Tier.REORDERED if state.prepared.traced.reordered else Tier.LOSSLESS
 
 
 def _error_of(state: PlanningState, point: FrontierPoint) -> GradientError:

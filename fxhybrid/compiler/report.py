@@ -126,6 +126,7 @@ def _rows(report: SignatureReport) -> dict[str, str]:
         "added time": f"{plan.added_s * 1e3:.1f} ms on {plan.step_s * 1e3:.1f} ms",
         "status": f"{plan.status} ({plan.solver}, gap {plan.gap:.1%})",
         "actions": counts,
+        "exactness": str(plan.exactness),
         "gradient error": str(plan.gradient_error),
         "measured error over predicted": _pairs_text(report.error_pairs),
         "captured graph": report.capture_check,

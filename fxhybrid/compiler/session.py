@@ -17,9 +17,10 @@ from fxhybrid.compiler.addable_inputs import addable_inputs
 from fxhybrid.compiler.admission import admit
 from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
+from fxhybrid.compiler.expected_states import plan_expected
 from fxhybrid.compiler.largest_call import largest_call
 from fxhybrid.compiler.pending_calls import pending_calls
-from fxhybrid.compiler.plan_transfer import expected_by
+from fxhybrid.compiler.plan_transfer import expected_by, in_layout_of
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.planning_state import (
     PlanningState,
@@ -183,9 +184,19 @@ class Session:
     def adopt(self, plan: Plan) -> None:
         """Carries out this very plan in the first signature."""
         expected = expected_by(self.first.state.prepared.traced, plan)
-        found = self.first.expecting(expected, self.step)
+        found = self._laid_out_by(plan, expected).expecting(expected, self.step)
         found = replace(found, state=adopt(found.state, plan), graphs=found.graphs.for_adopted(plan))
         self.signatures[0] = found.ready()
+
+    def _laid_out_by(self, plan: Plan, expected: ExpectedBackward) -> Signature:
+        """Returns the first signature in the layouts that a plan was made for; planned anew where it has others."""
+        found = self.first
+        traced = in_layout_of(plan, found.state.prepared.traced, self.options)
+        if traced is found.state.prepared.traced:
+            return found
+        prepared = replace(found.state.prepared, traced=traced)
+        state = plan_expected(replace(found.state, prepared=prepared), expected, self.step, None)
+        return Signature(state, observed=found.observed)
 
     def measure_error(self, call: StepCall) -> float:
         """Measures the gradient error of the first signature's plan on a batch."""

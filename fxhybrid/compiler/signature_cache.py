@@ -22,7 +22,6 @@ from fxhybrid.compiler.signature import Signature
 from fxhybrid.compiler.size_family import SizeFamily
 from fxhybrid.errors import FxHybridError
 from fxhybrid.passes.concretize import SymbolicGraph
-from fxhybrid.pipeline import is_lossy
 
 # Derived signatures are kept up to so many nodes of their graphs, each some 10 KiB, and at least so many signatures.
 KEPT_NODES, LEAST_KEPT = 16_000, 4
@@ -143,7 +142,7 @@ def _captured_family(
 ) -> SizeFamily | None:
     """Captures a call symbolically; None unless that is what the static capture of an earlier call of its kind is."""
     try:
-        symbolic = capture_symbolic(step, tuple(call.detached()), dims, exact=not is_lossy(state.options))
+        symbolic = capture_symbolic(step, tuple(call.detached()), dims, exact=not state.options.reordered)
         family = SizeFamily(earlier.kind, symbolic, SymbolicGraph(symbolic.capture.joint), state)
         sizes = symbolic.sizes(step, *earlier.call())
         return family if sizes and family.traces_the_same(state.prepared.capture, sizes) else None

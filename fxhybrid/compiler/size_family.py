@@ -83,6 +83,7 @@ class SizeFamily:
     def _prepared(self, step: Step, call: StepCall, sizes: Sizes) -> tuple[Prepared, CodecChoices, Specs]:
         old = self.reference.prepared
         traced = canonical(self._capture_at(sizes), old.traced.structure, step, call, self.reference.options)
+        traced = traced.in_layout(old.traced.channels_last)
         joint = pruned_joint(traced, old.expected)
         layout = layout_of(joint)
         initial = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)

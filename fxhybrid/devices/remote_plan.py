@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxhybrid.devices.device_profile import DeviceProfile, problem_on
 from fxhybrid.devices.op_work import StepWork
-from fxhybrid.ir.plan import GradientError, Plan
+from fxhybrid.ir.plan import GradientError, Plan, Tier
 from fxhybrid.ir.problem import Problem
 from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.portfolio.extend_plans import frontier_plans, polish_for
@@ -59,4 +59,6 @@ def plan_of(problem: Problem, point: FrontierPoint, base: Plan, budget_bytes: in
         graph_fingerprint=base.graph_fingerprint,
         versions=base.versions,
         device="estimated for another device",
+        channels_last=base.channels_last,
+        exactness=Tier.LOSSY if point.error else Tier.LOSSLESS if base.exactness is Tier.LOSSLESS else Tier.REORDERED,
     )

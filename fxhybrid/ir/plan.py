@@ -15,9 +15,20 @@ from fxhybrid.ir.json_text import from_json, to_json
 from fxhybrid.units import format_bytes
 
 PLAN_FORMAT = 1
-OUTPUT_FIELDS = ("without_gradient", "dropped")  # left out of the JSON form where they are empty
+TUPLE_FIELDS = ("without_gradient", "dropped", "channels_last")  # left out of the JSON form where they are empty
 LEAST_STEP_S = 1e-12  # where a step takes no time at all
 GAP_FLOOR_SHARE = 1e-3  # of the step: added seconds below that count as that in the gap
+
+
+class Tier(Enum):
+    """Lists how near to eager's results are: the very bits, equal but for rounding, or within an error."""
+
+    LOSSLESS = "lossless"
+    REORDERED = "reordered"
+    LOSSY = "lossy"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 class Simple(Enum):
@@ -113,6 +124,8 @@ class Plan:
         device: what the profile was taken on.
         without_gradient: positions of the graph's outputs that are planned to get no gradient.
         dropped: positions of those that the caller is planned to drop before the backward pass begins.
+        channels_last: groups of operators that run in channels_last, as ``passes/channels_last.py`` numbers them.
+        exactness: how near to eager's the results are.
     """
 
     budget_bytes: int
@@ -130,6 +143,8 @@ class Plan:
     device: str
     without_gradient: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
+    channels_last: tuple[int, ...] = ()
+    exactness: Tier = Tier.LOSSLESS
 
     @property
     def gap(self) -> float:
@@ -151,8 +166,9 @@ class Plan:
     def to_json(self) -> str:
         """Writes this plan as JSON text."""
         raw = dataclasses.asdict(dataclasses.replace(self, actions={}))
+        raw["exactness"] = self.exactness.value
         raw["actions"] = {name: str(action) for name, action in self.actions.items()}
-        for name in OUTPUT_FIELDS:
+        for name in TUPLE_FIELDS:
             if not raw[name]:
                 del raw[name]
         return to_json(raw, version=PLAN_FORMAT)
@@ -168,8 +184,10 @@ class Plan:
         def build(raw: dict[str, Any]) -> Plan:
             raw["gradient_error"] = GradientError(**raw["gradient_error"])
             _check_fields(raw)
+            usual = Tier.LOSSY if raw["gradient_error"].value > 0 else Tier.LOSSLESS  # of plans from before tiers
+            raw["exactness"] = Tier(raw.get("exactness", usual))
             raw["actions"] = {name: parse_action(action) for name, action in raw["actions"].items()}
-            raw |= {name: tuple(raw[name]) for name in OUTPUT_FIELDS if name in raw}
+            raw |= {name: tuple(raw[name]) for name in TUPLE_FIELDS if name in raw}
             return cls(**raw)
 
         message = "this is not a plan written by fxhybrid (or it is cut off); make one with fxhybrid.plan"
@@ -190,6 +208,7 @@ class Plan:
             ("predicted peak", format_bytes(self.peak_bytes)),
             ("added time", f"{self.added_s * 1e3:.2f} ms on {self.step_s * 1e3:.1f} ms"),
             ("status", f"{self.status} ({self.solver}, gap {self.gap:.1%}, {self.solve_s:.2f} s)"),
+            ("exactness", str(self.exactness)),
             ("gradient error", str(self.gradient_error)),
             *self._backward_lines(),
             *((kind, f"{count} tensors") for kind, count in self.counts().items()),

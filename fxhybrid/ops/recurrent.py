@@ -101,6 +101,12 @@ def _layer(
     return list(run(x, state, list(weights), has_biases, 1, 0.0, True, bidirectional, False))
 
 
+def runs_in_segments(graph: fx.Graph) -> bool:
+    """Tells whether a recurrent layer sums weight gradients segment by segment, in another order than eager's."""
+    layers = graph.find_nodes(op="call_function", target=torch.ops.fxhybrid.recurrent.default)
+    return any(len(_segments(n.args[1].meta["val"], n.args[6], n.args[5])) > 1 for n in layers)
+
+
 def _segments(x: Tensor, segment_steps: int, bidirectional: bool) -> list[slice]:
     """Returns the time steps of each segment; both directions at once need all of them."""
     length = x.shape[0] if bidirectional or segment_steps == 0 else segment_steps

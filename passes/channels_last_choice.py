@@ -1,0 +1,80 @@
+"""Chooses the groups of operators that run in channels_last: those that the profile says are faster so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+
+import torch
+
+from fxhybrid.capture.joint_graph import JointGraph
+from fxhybrid.console import stage
+from fxhybrid.passes.canonicalize import canonicalize
+from fxhybrid.passes.channels_last import CONVOLUTIONS, Group, channels_last_groups, in_channels_last
+from fxhybrid.profiling.op_profiler import Call, call_of, profile_calls
+
+aten = torch.ops.aten
+# Elementwise operators take as long in either layout; these do not.
+TIMED = CONVOLUTIONS | {
+    aten.clone.default,
+    aten.cat.default,
+    aten._native_batch_norm_legit_functional.default,
+    aten.native_batch_norm_backward.default,
+    torch.ops.fxhybrid.batch_norm_backward.default,
+    aten.max_pool2d_with_indices.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.avg_pool2d.default,
+    aten.avg_pool2d_backward.default,
+    aten.upsample_nearest2d.default,
+    aten.upsample_nearest2d_backward.default,
+    aten.upsample_bilinear2d.default,
+    aten.upsample_bilinear2d_backward.default,
+}
+LEAST_GAIN = 0.02  # of the seconds of all timed operators of a group; less may be noise
+MOST_KINDS = 8  # of groups that are decided on one by one; the rest is one more
+
+
+def groups_that_pay(joint: JointGraph, canonical: JointGraph) -> tuple[int, ...]:
+    """Returns the numbers of the groups that take less time in channels_last, conversions included.
+
+    Groups of the same operators and shapes are alike. Their operators are timed in both layouts, as they are once the
+    graph is canonical; costs are cached with those of all other operators.
+
+    Args:
+        joint: as captured.
+        canonical: its canonical form.
+    """
+    kinds = _kinds(channels_last_groups(joint))
+    if not kinds:
+        return ()
+    plain = _timed_calls(canonical)
+    laid_out = [_timed_calls(canonicalize(in_channels_last(joint, kind))) for kind in kinds]
+    with stage("profile"):
+        costs = profile_calls([*plain, *(call for calls in laid_out for call in calls)])
+
+    def seconds(calls: Iterable[Call]) -> float:
+        return math.fsum(costs.cost(call).seconds for call in calls)
+
+    plain_s = seconds(plain)
+    taken = [kind for kind, calls in zip(kinds, laid_out, strict=True) if seconds(calls) < plain_s * (1 - LEAST_GAIN)]
+    return tuple(sorted(group.number for kind in taken for group in kind))
+
+
+def with_groups(joint: JointGraph, numbers: Collection[int]) -> JointGraph:
+    """Builds the captured graph with the groups of these numbers in channels_last."""
+    return in_channels_last(joint, [group for group in channels_last_groups(joint) if group.number in numbers])
+
+
+def _kinds(groups: Iterable[Group]) -> list[list[Group]]:
+    """Sorts groups by what they compute."""
+    by_calls: dict[str, list[Group]] = {}
+    for group in groups:
+        by_calls.setdefault("\n".join(call_of(n.target, n.args, n.kwargs).key for n in group.nodes), []).append(group)
+    kinds = list(by_calls.values())
+    rest = [group for kind in kinds[MOST_KINDS:] for group in kind]
+    return [*kinds[:MOST_KINDS], *([rest] if rest else [])]
+
+
+def _timed_calls(joint: JointGraph) -> list[Call]:
+    nodes = (node for node in joint.module.graph.nodes if node.target in TIMED)
+    return [call_of(node.target, node.args, node.kwargs) for node in nodes]
