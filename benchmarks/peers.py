@@ -23,6 +23,7 @@ from benchmarks.lib.common import Bench, Step, median_ratio, names_of, wide_cons
 from benchmarks.lib.results import Record, append_record
 from fxhybrid import BudgetError, suite
 from fxhybrid.accuracy.step_result import relative_difference
+from fxhybrid.torch_internals import functorch_config
 
 MINUTES = 60
 NEEDS = "transformers"
@@ -66,11 +67,11 @@ def int8_hooks(bench: Bench) -> Recipe:
 
 def activation_budget(bench: Bench, ratio: float) -> Recipe:
     """PyTorch's partitioner with its own memory budget, a ratio of its estimate."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(bench.case.loss, backend="aot_eager", fullgraph=True, dynamic=False)
 
     def loss() -> Tensor:
-        with torch._functorch.config.patch(activation_memory_budget=ratio):
+        with functorch_config.patch(activation_memory_budget=ratio):
             return compiled()
 
     return Recipe("activation_memory_budget", f"{ratio}", loss)

@@ -94,7 +94,7 @@ def small_problem(name: str) -> Problem:
     step = Step(target.model, options.loss_fn, options.return_outputs)
     traced = trace_plain(step, StepCall(args, kwargs, target.loss_args), options)  # other layouts depend on speed
     found = prepare_traced(traced, ALL_ARRIVE).problem
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return with_byte_seconds(found)
 
 

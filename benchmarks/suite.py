@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> Iterator[Record]:
     for name in names_of(arguments.models, suite.names(), "model"):
         session = Session(Bench(name, arguments.size), arguments.pairs, arguments.fresh)
         yield from run_parts(session, names_of(arguments.parts, PARTS, "part"))
-        torch._dynamo.reset()
+        torch.compiler.reset()
         del session
         gc.collect()
 

@@ -10,8 +10,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch._functorch._aot_autograd.runtime_wrappers import make_output_handler
-from torch._functorch._aot_autograd.schemas import TensorAlias
 
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
 from fxhybrid.capture.output_structure import tangent_outputs
@@ -21,6 +19,7 @@ from fxhybrid.ops.take_gradient import Taker, taking
 from fxhybrid.passes.gradient_takes import taking_gradients
 from fxhybrid.passes.prune_tangents import tangents_behind
 from fxhybrid.passes.split import PartialBackward, SplitGraphs, backward_without
+from fxhybrid.torch_internals import DisableAutocast, TensorAlias, graph_is_kept, make_output_handler
 
 TWICE_DIFFERENTIATED = (
     "create_graph=True asks for gradients that can be differentiated again; a planned step computes them once. "
@@ -179,7 +178,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: StepFunction, *flat_inputs: Any) -> tuple[Any, ...]:
         graphs = step.graphs
-        with torch._C._DisableAutocast():
+        with DisableAutocast():
             results = list(graphs.forward.forward(list(flat_inputs)))
         saved = results[graphs.n_forward_outputs :]
         del results[graphs.n_forward_outputs :]
@@ -215,7 +214,7 @@ class _Step(torch.autograd.Function):
         del entered
         if present & step.absent and late is None:
             raise BackwardError(UNEXPECTED.format(outputs=[step.tangent_outputs[k] for k in present & step.absent]))
-        if not torch._C._autograd._get_current_graph_task_keep_graph():  # noqa: SLF001 (no public name)
+        if not graph_is_kept():
             ctx.entered = None
         if not present:
             return (None, *(None for _ in step.gradient_tangents))
@@ -229,7 +228,7 @@ class _Step(torch.autograd.Function):
         if late is None and (absent or step.adding):
             part = step.part(ctx.graphs, absent)
             arguments, backward = [arguments[i] for i in part.reads], part.module
-        with torch._C._DisableAutocast(), taking({} if late else takers) as kept:
+        with DisableAutocast(), taking({} if late else takers) as kept:
             made = backward.forward(arguments)
         gradients = [
             (kept.get(i) if g is None else g) if sources & present else None

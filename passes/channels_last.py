@@ -24,6 +24,7 @@ from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, p
 from fxhybrid.capture.kernel_layouts import kernel_layouts
 from fxhybrid.passes.graph_edit import joint_module
 from fxhybrid.passes.storages import is_random
+from fxhybrid.torch_internals import OpOverload
 
 aten = torch.ops.aten
 CHANNELS_LAST = torch.channels_last
@@ -98,7 +99,7 @@ def in_channels_last(joint: JointGraph, groups: Collection[Group]) -> JointGraph
 def _follows(node: fx.Node) -> bool:
     """Tells whether an operator's result is in channels_last where what it reads is."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or is_random(node):
+    if node.op != "call_function" or not isinstance(target, OpOverload) or is_random(node):
         return False
     if target not in _FOLLOWING and torch.Tag.pointwise not in target.tags:
         return False

@@ -13,13 +13,12 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
-from torch.utils._sympy.printers import PythonPrinter
 
 from fxhybrid.capture.joint_graph import JointGraph, storages
 from fxhybrid.errors import CaptureError
 from fxhybrid.passes.graph_edit import joint_module
+from fxhybrid.torch_internals import FakeTensor, FakeTensorMode, PythonPrinter
 
 Sizes = Mapping[str, int]  # by the symbol's name
 Values = Sequence[Any]  # what each expression of a program comes to

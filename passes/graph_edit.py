@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph_module import _loader
 
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, Phase, phase_of
+from fxhybrid.torch_internals import LazyGraphModule
 
 
 def call(
@@ -41,7 +41,7 @@ def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
 
 def joint_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """Makes a module of a joint graph, whose source is generated when it is first wanted: most are never run."""
-    return _LazyGraphModule(root, graph)
+    return LazyGraphModule(root, graph)
 
 
 def _forget_source(name: str) -> None:

@@ -19,6 +19,7 @@ from fxhybrid.capture.fake_tensor_fixes import kernel_norms
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of
 from fxhybrid.capture.kernel_layouts import kernel_layouts
 from fxhybrid.passes.graph_edit import joint_module
+from fxhybrid.torch_internals import OpOverload
 
 aten = torch.ops.aten
 _LAYOUT_BOUND = (aten.view.default, aten._unsafe_view.default)  # they fail where strides are not the traced ones
@@ -54,7 +55,7 @@ def prune_tangents(joint: JointGraph, absent: frozenset[int]) -> JointGraph:
 
 def without_missing(node: fx.Node, missing: AbstractSet[fx.Node]) -> tuple[fx.node.Argument, ...]:
     """Returns a node's arguments less the missing ones where its operator takes fewer; others stay."""
-    if missing.isdisjoint(node.all_input_nodes) or not isinstance(node.target, torch._ops.OpOverload):
+    if missing.isdisjoint(node.all_input_nodes) or not isinstance(node.target, OpOverload):
         return node.args
     if node.target is torch.ops.fxhybrid.recurrent_backward.default:
         kind, gradients, outputs, *rest = cast(tuple[Any, ...], node.args)
@@ -68,7 +69,7 @@ def without_missing(node: fx.Node, missing: AbstractSet[fx.Node]) -> tuple[fx.no
 
 
 def _may_view(target: Any) -> bool:
-    is_view = isinstance(target, torch._ops.OpOverload) and target.is_view
+    is_view = isinstance(target, OpOverload) and target.is_view
     return is_view or target in (aten.reshape.default, operator.getitem)
 
 

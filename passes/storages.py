@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phase, node_name, phase_of, storages
+from fxhybrid.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -83,7 +84,7 @@ def layout_of(joint: JointGraph) -> Layout:
 def is_random(node: fx.Node) -> bool:
     """Tells whether the node draws random numbers (attention ops only if their dropout is on)."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     for position, argument in enumerate(target._schema.arguments):
         if argument.name == "dropout_p":

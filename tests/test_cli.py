@@ -202,7 +202,7 @@ def test_dynamo_backend_matches_eager_within_its_budget() -> None:
 
 
 def test_dynamo_backend_needs_a_budget() -> None:
-    from fxhybrid.dynamo_backend import fxhybrid_backend
+    from fxhybrid.integrations.dynamo_backend import fxhybrid_backend
 
     graph = torch.fx.symbolic_trace(nn.ReLU())
     with pytest.raises(InvalidArgument, match="512MiB"):

@@ -23,7 +23,7 @@ FLOORS = (
     ("federated.memory", "federated.selection", "federated.protocol"),
     ("demo",),
     ("fxhybrid",),
-    ("frontier", "dynamo_backend", "integrations"),
+    ("frontier", "integrations"),
     ("api",),
     ("module",),
     ("compiler",),
@@ -37,7 +37,7 @@ FLOORS = (
     ("codecs", "ops", "suite"),
     ("codecs.kernels",),
     ("units", "optional_imports"),
-    ("errors", "version", "console"),
+    ("errors", "version", "console", "torch_internals"),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_TORCH = ("errors", "units", "version", "ir", "solvers", "federated.memory", "federated.selection")

@@ -196,7 +196,7 @@ def with_missing(
         records.append({"model": model, "key": key} | run())
         append_record(arguments.json, records[-1])
         wide_console().print(told(records[-1]), highlight=False)
-        torch._dynamo.reset()
+        torch.compiler.reset()
     return records
 
 

@@ -110,7 +110,7 @@ def serve(pipe: Any, n_samples: int) -> None:
         except EOFError:
             return
         pipe.send({"key": name} | try_operator(known[name], n_samples))
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 def try_operator(operator: Any, n_samples: int) -> Record:

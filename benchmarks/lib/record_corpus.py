@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         problem = record(name, arguments.size)
         (arguments.out / f"{name}.json").write_text(compact_json(problem), encoding="utf-8")
         print(f"{name}: {problem}", flush=True)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         gc.collect()
 
 

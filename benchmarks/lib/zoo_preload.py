@@ -22,4 +22,4 @@ trial, batches = (importlib.import_module(f"benchmarks.lib.zoo_{name}") for name
 torch.set_num_threads(1)
 stack = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(), nn.Linear(8, 8))
 trial.lossless(stack, batches.Batch((torch.randn(2, 8),), loss_fn=F.cross_entropy, loss_args=(batches.classes(2),)))
-torch._dynamo.reset()
+torch.compiler.reset()

@@ -114,7 +114,7 @@ def record_of(name: str) -> Record:
     record |= unmodified(model, batch)
     for part, trial in PARTS.items():
         record[part] = attempt(trial, model, batch)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         if record[part]["verdict"] != WORKS:
             break
     last = record["smallest" if "smallest" in record else "lossless"]

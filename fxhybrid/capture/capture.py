@@ -13,10 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo import convert_frame
-from torch._dynamo.exc import TorchDynamoException
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._guards import TracingContext
 from torch.utils import _pytree as pytree
 
 from fxhybrid.capture.changing_floats import (
@@ -59,6 +55,14 @@ from fxhybrid.ops.ctc_loss import make_ctc_loss_opaque
 from fxhybrid.ops.gru_cell import make_gru_cells_opaque
 from fxhybrid.ops.masked_sum import sum_chosen_elements
 from fxhybrid.ops.recurrent import make_opaque
+from fxhybrid.torch_internals import (
+    TorchDynamoException,
+    TracingContext,
+    aot_export_joint_with_descriptors,
+    convert_frame,
+    functorch_config,
+    tracing,
+)
 
 FlatFunction = Callable[..., Sequence[Any]]
 
@@ -169,7 +173,7 @@ def _joint_graph(module: nn.Module, backend_input: Any) -> tuple[JointGraph, Any
     described = _export(backend_input)
     if any(_overlaps(tangent) for tangent in described._aot_state.fw_metadata.traced_tangents):
         # A gradient cannot lie in memory as an output does whose elements share bytes (``unfold``).
-        with torch._functorch.config.patch(guess_tangent_strides_as_outputs=False):
+        with functorch_config.patch(guess_tangent_strides_as_outputs=False):
             described = _export(backend_input)
     metadata = described._aot_state.fw_metadata
     graph_module = described.graph_module
@@ -189,7 +193,7 @@ def _joint_graph(module: nn.Module, backend_input: Any) -> tuple[JointGraph, Any
 def _export(backend_input: Any) -> Any:
     context = TracingContext(backend_input.fake_mode)
     context.tensor_to_context = backend_input.tensor_to_context
-    with torch._guards.tracing(context), contextlib.ExitStack() as stack:
+    with tracing(context), contextlib.ExitStack() as stack:
         return aot_export_joint_with_descriptors(
             stack, backend_input.graph_module, tuple(backend_input.example_inputs), decompositions=DECOMPOSITIONS
         )

@@ -16,11 +16,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
-from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic
-from torch._dynamo.symbolic_convert import TensorifyState
-from torch._dynamo.variables import builder
-from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
 from torch.utils import _pytree as pytree
+
+from fxhybrid.torch_internals import (
+    FrameStateSizeEntry,
+    TensorifyState,
+    auto_dynamic,
+    builder,
+    tensorify_python_scalars,
+)
 
 aten = torch.ops.aten
 FLOAT_GUARD = re.compile(r"(?P<source>\S.*?) == -?(\d+\.\d*(e[+-]?\d+)?|\d+e[+-]?\d+)\s*(#|$)")

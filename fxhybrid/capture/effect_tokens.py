@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
-from torch._higher_order_ops.effects import with_effects
+
+from fxhybrid.torch_internals import with_effects
 
 
 def drop_effect_tokens(module: fx.GraphModule) -> None:

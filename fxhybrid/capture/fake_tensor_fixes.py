@@ -13,14 +13,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, _prims_common, fx
-from torch._decomp import meta_table
-from torch._prims_common import compute_required_storage_length, suggest_memory_format
-from torch._subclasses import fake_impls
-from torch._subclasses.fake_tensor import FakeTensorMode, _BypassDispatchCache
+from torch import Tensor, fx
 
 from fxhybrid.capture.joint_graph import TAG
 from fxhybrid.ops.ctc_loss import FAKES
+from fxhybrid.torch_internals import (
+    BypassDispatchCache,
+    FakeTensorMode,
+    compute_required_storage_length,
+    fake_impls,
+    meta_table,
+    prims_common,
+    suggest_memory_format,
+)
 
 aten = torch.ops.aten
 
@@ -72,7 +77,7 @@ def contiguous_first() -> Iterator[None]:
     Of a tensor of one pixel, torch's fake tensors take strides of channels_last as they are; kernels ask whether it is
     contiguous first.
     """
-    torchs_own = _prims_common.compute_elementwise_output_logical_to_physical_perm
+    torchs_own = prims_common.compute_elementwise_output_logical_to_physical_perm
 
     def order(*tensors: Any, **options: Any) -> Any:
         shaped = [t for t in tensors if isinstance(t, Tensor) and t.dim() > 1]
@@ -82,7 +87,7 @@ def contiguous_first() -> Iterator[None]:
             return list(range(shaped[0].dim())), False
         return torchs_own(*tensors, **options)
 
-    with patch.object(_prims_common, "compute_elementwise_output_logical_to_physical_perm", order):
+    with patch.object(prims_common, "compute_elementwise_output_logical_to_physical_perm", order):
         yield
 
 
@@ -99,7 +104,7 @@ def own_fake_tensors() -> Iterator[None]:
     def check_storage(self: Any, state: Any, key: Any, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         check(self, state, key, func, args, kwargs, output)
         if isinstance(output, Tensor) and not getattr(func, "is_view", False) and _has_larger_storage(output):
-            raise _BypassDispatchCache("storage is larger than its tensor")
+            raise BypassDispatchCache("storage is larger than its tensor")
 
     with patch.object(FakeTensorMode, "cache", {}), patch.object(FakeTensorMode, name, check_storage):
         yield

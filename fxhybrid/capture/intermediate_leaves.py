@@ -14,15 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.output_graph import OutputGraph
-from torch._dynamo.variables.builtin import SetAttrBuiltinVariable
-from torch.utils._pytree import tree_leaves
 
 from fxhybrid.errors import CaptureError
+from fxhybrid.torch_internals import OutputGraph, SetAttrBuiltinVariable, set_inplace_requires_grad_allowed, tree_leaves
 
 _CHECK = "_check_requires_grad_intermediate_outputs"  # Dynamo refuses whatever an output is computed from
 _ASSIGN = "_call_setattr"
-_SWITCH = torch._C._functorch.set_inplace_requires_grad_allowed
+_SWITCH = set_inplace_requires_grad_allowed
 
 
 @contextlib.contextmanager

@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import meta_table
-from torch._prims_common import suggest_memory_format
-from torch._subclasses import fake_impls
 
 from fxhybrid.capture.fake_tensor_fixes import replaced_entries
+from fxhybrid.torch_internals import fake_impls, meta_table, suggest_memory_format
 
 aten = torch.ops.aten
 Layout = Callable[[Tensor, tuple[Any, ...]], Tensor]

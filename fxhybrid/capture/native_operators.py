@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
-from torch._C import DispatchKey
-from torch._decomp.decompositions import upsample_compute_output_size
-from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
 from fxhybrid.ops.prod import REPLACEMENTS
+from fxhybrid.torch_internals import (
+    DispatchKey,
+    TorchInGraphFunctionVariable,
+    dynamo_config,
+    upsample_compute_output_size,
+)
 
 aten = torch.ops.aten
 _KEYS = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
@@ -69,7 +71,7 @@ def _whole_for_dynamo() -> Iterator[None]:
     """Switches off what Dynamo takes apart: sums with a factor."""
     handlers: Any = TorchInGraphFunctionVariable._get_handlers()  # noqa: SLF001 (no public switch)
     handler = handlers.pop(torch.addcdiv, None)
-    patch: Any = torch._dynamo.config.patch(enable_dynamo_decompositions=False)
+    patch: Any = dynamo_config.patch(enable_dynamo_decompositions=False)
     try:
         with patch:
             yield

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.parallel import DistributedDataParallel
 
 from fxhybrid.errors import CaptureError, InvalidArgument
+from fxhybrid.torch_internals import is_fx_symbolic_tracing, is_jit_tracing, saved_tensor_hooks, transform_stack
 
 CHECKPOINT = (
     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False) runs around a planned step, whose plan may differ "
@@ -78,13 +78,13 @@ def refuse_transforms(tensors: Iterable[Tensor]) -> None:
     Raises:
         CaptureError: names what runs around, and what to do instead.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transform_stack() is not None:
         raise CaptureError(TRANSFORM)
     unpack: Any = forward_ad.unpack_dual  # has no types
     level = forward_ad._current_level  # noqa: SLF001 (no public name)
     if level >= 0 and any(unpack(t).tangent is not None for t in tensors):
         raise CaptureError(FORWARD_MODE)
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: SLF001 (no public name)
+    hooks = saved_tensor_hooks(True)
     if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
         raise CaptureError(CHECKPOINT)
     refuse_export()
@@ -96,6 +96,5 @@ def refuse_export() -> None:
     Raises:
         CaptureError: says what to do instead.
     """
-    is_tracing = torch._C._is_tracing()  # noqa: SLF001 (no typed name)
-    if is_tracing or torch.compiler.is_exporting() or is_fx_symbolic_tracing():
+    if is_jit_tracing() or torch.compiler.is_exporting() or is_fx_symbolic_tracing():
         raise CaptureError(EXPORT)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch._aot_autograd.schemas import OutputType
 from torch.utils import _pytree as pytree
 
 from fxhybrid.capture.capture import Capture
 from fxhybrid.capture.joint_graph import OutputKind
 from fxhybrid.capture.python_state import unchanged_python_state
 from fxhybrid.capture.step import Step, StepCall
+from fxhybrid.torch_internals import OutputType
 
 _DIFFERENTIABLE = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
 _OF_A_BASE = (OutputType.alias_of_intermediate, OutputType.alias_of_intermediate_save_as_output)

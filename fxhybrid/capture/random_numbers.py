@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import RandomValueSource
 
 from fxhybrid.errors import CaptureError
+from fxhybrid.torch_internals import RandomValueSource
 
 RANDOM = (
     "draw the random number before the call and pass it in, model(x, weight), or set it as an attribute; or draw it "

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 
 from fxhybrid.capture.joint_graph import InputKind, InputRole
 from fxhybrid.capture.random_numbers import RANDOM, is_random_input
 from fxhybrid.errors import CaptureError
+from fxhybrid.torch_internals import TorchDynamoException
 
 LIBRARIES = (
     str(Path(torch.__file__).parent),

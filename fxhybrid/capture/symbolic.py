@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxhybrid.capture.capture import Capture, capture
 from fxhybrid.capture.joint_graph import JointGraph, OutputKind
 from fxhybrid.errors import CaptureError, FxHybridError
+from fxhybrid.torch_internals import maybe_mark_dynamic
 
 Dims = Mapping[int, frozenset[int]]  # dimensions by the position of a tensor among a call's leaves
 Sizes = dict[str, int]  # by the symbol's name
@@ -84,7 +85,7 @@ def _marked(args: tuple[Any, ...], dims: Dims) -> tuple[Any, ...]:
         if id(tensor) not in aliases:
             aliases[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
         for dim in marked:
-            torch._dynamo.maybe_mark_dynamic(aliases[id(tensor)], dim)
+            maybe_mark_dynamic(aliases[id(tensor)], dim)
     return tuple(pytree.tree_unflatten([aliases.get(id(leaf), leaf) for leaf in leaves], spec))
 
 

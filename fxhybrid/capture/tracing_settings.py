@@ -9,10 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch._dynamo import trace_rules
-from torch._dynamo.eval_frame import set_enable_dynamic
-from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch.distributions import Distribution, kl
 
 from fxhybrid.capture.fake_tensor_fixes import contiguous_first, kernel_norms, own_fake_tensors
@@ -20,6 +16,15 @@ from fxhybrid.capture.intermediate_leaves import intermediate_leaves
 from fxhybrid.capture.kernel_layouts import kernel_layouts
 from fxhybrid.capture.native_operators import native_operators
 from fxhybrid.ops.cumulative_batch_norm import traceable_batch_norm
+from fxhybrid.torch_internals import (
+    dynamo_config,
+    dynamo_timed,
+    functorch_config,
+    get_metrics_context,
+    inductor_config,
+    set_enable_dynamic,
+    trace_rules,
+)
 
 LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "fatal", "log", "isEnabledFor")
 OBSERVERS = "torch.ao.quantization"
@@ -30,15 +35,15 @@ LIBRARIES = ("_once", "_advice")  # endings of the methods that model libraries 
 def tracing_settings() -> Iterator[None]:
     """Sets Dynamo and AOTAutograd up for a capture."""
     _remember_divergences()
-    dynamo: Any = torch._dynamo.config.patch(
+    dynamo: Any = dynamo_config.patch(
         skip_nnmodule_hook_guards=False,  # a hook added later would be ignored
         trace_autograd_ops=True,  # gradients that the model itself computes (penalties, forces) are its forward pass
         allow_rnn=True,  # recurrent layers become opaque operators afterwards
         ignore_logging_functions=_logging_functions(),
     )
     # Random operators whose result nobody reads stay: all later random numbers depend on them.
-    inductor: Any = torch._inductor.config.patch(fallback_random=True)
-    aot: Any = torch._functorch.config.patch(backward_pass_autocast="off")
+    inductor: Any = inductor_config.patch(fallback_random=True)
+    aot: Any = functorch_config.patch(backward_pass_autocast="off")
     values = (without_value_checks(), kernel_norms(), contiguous_first(), own_fake_tensors())
     code = (native_operators(), kernel_layouts(), traceable_batch_norm(), traceable_observers(), intermediate_leaves())
     with contextlib.ExitStack() as stack:

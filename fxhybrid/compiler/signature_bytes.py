@@ -12,8 +12,9 @@ import torch
 from torch import fx, nn
 
 from fxhybrid.compiler.signature import Signature
+from fxhybrid.torch_internals import OpOverload, OpOverloadPacket
 
-_SHARED = (type, ModuleType, torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch.optim.Optimizer)
+_SHARED = (type, ModuleType, OpOverload, OpOverloadPacket, torch.optim.Optimizer)
 _LIBRARIES = ("sympy", "torch._dynamo", "torch._guards", "torch.fx.experimental")  # what all captures share
 
 

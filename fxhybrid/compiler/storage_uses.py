@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fxhybrid.torch_internals import storage_use_count
+
 
 def storage_uses(reference: StorageWeakRef) -> int:
     """Counts who holds a storage: tensors, and its own Python object."""
-    return int(torch._C._storage_Use_Count(reference.cdata))  # noqa: SLF001 (no public name)
+    return int(storage_use_count(reference.cdata))
 
 
 def _python_uses() -> int:

@@ -1,1 +1,1 @@
-"""Callbacks for trainers: ``hf_trainer`` and ``lightning_trainer`` each import their trainer when imported."""
+"""Callbacks for trainers, each of which imports its trainer when imported, and the backend of ``torch.compile``."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxhybrid.torch_internals import node_will_run
+
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 
@@ -35,7 +37,7 @@ def leaf_nodes(function: Any, tensor_inputs: Sequence[int]) -> Mapping[int, Any]
 def will_add(node: Any) -> bool:
     """Tells whether the backward pass that runs adds to the leaf: ``torch.autograd.grad`` does not."""
     try:
-        return torch._C._will_engine_execute_node(node)  # noqa: SLF001 (no public name)
+        return node_will_run(node)
     except RuntimeError:  # so it answers for the leaves of torch.autograd.grad
         return False
 

@@ -21,11 +21,12 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxhybrid.errors import CaptureError
+from fxhybrid.torch_internals import DispatchKey, ExcludeDispatchKey
 
 _KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _LAYERS: dict[Any, str] = {getattr(torch, kind): kind for kind in _KINDS}
 SEGMENT_STEPS = 16  # time steps; shorter segments take longer
-_AUTOGRAD_KEYS = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+_AUTOGRAD_KEYS = (DispatchKey.AutogradFunctionality, DispatchKey.ADInplaceOrView)
 
 
 def make_opaque(graph_module: fx.GraphModule, *, in_segments: bool) -> None:
@@ -260,7 +261,7 @@ def differentiable() -> Iterator[None]:
     """Records gradients within an operator, where the dispatcher has switched autograd off."""
     with contextlib.ExitStack() as stack:
         for key in _AUTOGRAD_KEYS:
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+            stack.enter_context(ExcludeDispatchKey(key, False))
         stack.enter_context(torch.enable_grad())
         yield
 

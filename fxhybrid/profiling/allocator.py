@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.profiling.recording import recording, walk
+from fxhybrid.torch_internals import tree_leaves
 from fxhybrid.units import format_bytes
 
 

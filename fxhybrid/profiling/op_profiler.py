@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from fxhybrid.codecs.kernels.cache_folder import cache_folder
 from fxhybrid.console import progress_bar
@@ -34,6 +33,7 @@ from fxhybrid.profiling.cost_estimate import estimate_cost
 from fxhybrid.profiling.recording import Recording, recording, run_recordable
 from fxhybrid.profiling.state_bytes import storage_bytes
 from fxhybrid.profiling.synthetic_inputs import synthetic_arguments
+from fxhybrid.torch_internals import tree_leaves
 
 ROUNDS = 2  # over all calls
 FEWEST_RUNS, MOST_RUNS = 2, 4  # of a call, in each round

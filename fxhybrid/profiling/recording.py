@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch._C import _autograd as _profiler
-from torch._C._profiler import (
+
+from fxhybrid.errors import ProfileError
+from fxhybrid.torch_internals import (
+    EventType,
+    ExperimentalConfig,
     ProfilerActivity,
     ProfilerConfig,
     ProfilerState,
     RecordScope,
-    _EventType,
-    _ExperimentalConfig,
+    profiler,
 )
-
-from fxhybrid.errors import ProfileError
 
 T = TypeVar("T")
 _MARK = "fxhybrid::mark"
@@ -51,7 +51,7 @@ class Recording:
 
 def run_recordable(run: Callable[[], T]) -> T:
     """Runs something that records: in a thread of its own while a profiler records this one."""
-    if not _profiler._profiler_enabled():
+    if not profiler._profiler_enabled():
         return run()
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result()
@@ -64,7 +64,7 @@ def recording() -> Iterator[Recording]:
     Raises:
         ProfileError: a profiler records this thread already.
     """
-    if _profiler._profiler_enabled():
+    if profiler._profiler_enabled():
         raise ProfileError("a torch profiler is already running; measure outside of it")
     recorded = Recording()
     if torch.autograd.profiler._is_profiler_enabled or _KINETO.locked():  # in another thread
@@ -74,30 +74,30 @@ def recording() -> Iterator[Recording]:
     config = _config(ProfilerState.KINETO)
     with _KINETO:
         with _quiet_kineto():
-            _profiler._prepare_profiler(config, {ProfilerActivity.CPU})
+            profiler._prepare_profiler(config, {ProfilerActivity.CPU})
             # Only user scopes: no events of single ops, which would cost more than all else.
             scopes = {RecordScope.USER_SCOPE}
-            _profiler._enable_profiler(config, {ProfilerActivity.CPU}, scopes)  # type: ignore[call-arg]
+            profiler._enable_profiler(config, {ProfilerActivity.CPU}, scopes)  # type: ignore[call-arg]
         try:
             yield recorded
         finally:
-            result = _profiler._disable_profiler()
+            result = profiler._disable_profiler()
     _fill(recorded, result.experimental_event_tree())
 
 
 def _config(state: ProfilerState) -> ProfilerConfig:
     """Settings of a profiler that reports memory and nothing else."""
-    return ProfilerConfig(state, False, True, False, False, False, _ExperimentalConfig(), "")
+    return ProfilerConfig(state, False, True, False, False, False, ExperimentalConfig(), "")
 
 
 @contextmanager
 def _sizes(recorded: Recording) -> Iterator[None]:
     """Records sizes by the older profiler; a free ends the last block born of its size."""
-    _profiler._enable_profiler_legacy(_config(ProfilerState.CPU))
+    profiler._enable_profiler_legacy(_config(ProfilerState.CPU))
     try:
         yield
     finally:
-        threads = _profiler._disable_profiler_legacy()
+        threads = profiler._disable_profiler_legacy()
     born: dict[int, list[int]] = {}
     address = 0
     events: list[Any] = [event for thread in threads for event in thread]  # torch's stubs call a kind a number
@@ -120,7 +120,7 @@ def _fill(recorded: Recording, tree: list[Any]) -> None:
     while stack:
         event = stack.pop()
         stack.extend(reversed(event.children))
-        if event.tag == _EventType.Allocation:
+        if event.tag == EventType.Allocation:
             if event.extra_fields.device.type == "cpu":
                 flat.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
         elif event.name == _MARK:

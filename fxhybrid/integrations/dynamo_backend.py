@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import ShortenTraceback
 
 from fxhybrid.api import compile
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.options import OPTIONS, check_names
+from fxhybrid.torch_internals import ShortenTraceback
 
 # A loss is part of Dynamo's graph already, or outside of it; so are sizes, and its arguments have no names.
 ACCEPTED = (*(name for name in OPTIONS if name not in ("loss_fn", "return_outputs", "dynamic")), "plan")
