@@ -37,7 +37,7 @@ def leaf_nodes(function: Any, tensor_inputs: Sequence[int]) -> Mapping[int, Any]
 def will_add(node: Any) -> bool:
     """Tells whether the backward pass that runs adds to the leaf: ``torch.autograd.grad`` does not."""
     try:
-        return node_will_run(node)
+        return bool(node_will_run(node))
     except RuntimeError:  # so it answers for the leaves of torch.autograd.grad
         return False
 
