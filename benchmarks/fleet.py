@@ -106,6 +106,7 @@ def _bookkeeping(planner: FleetPlanner, count: int, rounds: int) -> None:
         forecaster=MemoryBudgetPredictor(),
         selector=SELECTORS["utility"](0),
         evaluate=lambda _: Score(0.0, 0.0),
+        of={},
     )
     start = time.perf_counter()
     for _ in range(rounds):

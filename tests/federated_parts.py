@@ -100,7 +100,7 @@ def driver_of(
 ) -> Driver:
     """A driver over simulated devices; the model is one array of zeros, its score its first number."""
     arrays: Arrays = {"w": np.zeros(3, np.float32)}
-    chosen = {"devices_per_round": 2, "deadline_s": 100.0, **settings}
+    chosen = {"devices_per_round": 2, "deadline_s": 100.0, "over_selection": 1.0, **settings}
     return Driver(
         InProcessTransport(handlers),
         Fleet({1.0: planner}, {1.0: arrays}),
@@ -110,6 +110,7 @@ def driver_of(
         forecaster=LastReading(),
         selector=InOrder(),
         evaluate=lambda model: Score(0.0, float(model["w"][0])),
+        of={},
         log=log,
         checkpoint=checkpoint,
     )

@@ -14,9 +14,11 @@ import torch
 
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.client.trainer import LocalWork, Trainer, TrainerPool
+from fxhybrid.federated.client.local_steps import LocalWork
+from fxhybrid.federated.client.trainer import Trainer
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Request
 from fxhybrid.federated.protocol.model_arrays import to_arrays
+from fxhybrid.federated.protocol.transport import InProcessTransport
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.simulation.devices import SimulatedDevice, SimulatedMemory
 from fxhybrid.ir.plan import Plan
@@ -49,6 +51,9 @@ class Readings:
         self.readings = iter(readings)
         self.ran: list[int] = []
         self.waited_s = 0.0
+
+    def elapsed_s(self) -> float:
+        return self.waited_s
 
     def available_bytes(self) -> int:
         return next(self.readings)
@@ -129,6 +134,7 @@ def test_the_proximal_term_pulls_to_the_start(trainer: Trainer, plans: tuple[Pla
 def payload_of(plans: tuple[Plan, ...], **others: object) -> dict[str, object]:
     texts = [plan.to_json() for plan in plans]
     payload = {"plans": texts, "n_steps": 1, "mu": 0.0, "seed": [1], "elastic": False, "patience_s": 0.0, "width": 1.0}
+    payload |= {"limit_s": 1e9}
     return {**payload, **others}
 
 
@@ -143,28 +149,41 @@ def test_impossible_work_is_refused(plans: tuple[Plan, ...], change: dict[str, o
 
 
 def simulated(
-    trainer: Trainer, plans: tuple[Plan, ...], levels: list[int], *, elastic: bool, patience_s: float = 0.0
+    trainer: Trainer,
+    plans: tuple[Plan, ...],
+    levels: list[int],
+    *,
+    elastic: bool,
+    patience_s: float = 0.0,
+    failures: str = "at-once",
+    swaps: bool = False,
+    limit_s: float = 1e9,
 ) -> tuple[str, float]:
     """One training of 4 steps on a device whose memory has these levels, one per 1,000 s; outcome and seconds."""
-    pool = TrainerPool(lambda width: trainer)
-    pool.open(1.0)
     step_s = plans[0].step_s + plans[0].added_s
     profile = DeviceProfile(slowdown=1000.0 / step_s)  # one step of the largest plan takes 1,000 s
     memory = SimulatedMemory(1000.0, np.array(levels))
-    device = SimulatedDevice("d", profile, memory, 1e12, 0.0, DATA)
-    payload = payload_of(plans, n_steps=4, elastic=elastic, patience_s=patience_s)
+    device = SimulatedDevice("d", profile, memory, 1e12, 1e12, 0.0, DATA, failures, swaps=swaps)
+    payload = payload_of(plans, n_steps=4, elastic=elastic, patience_s=patience_s, limit_s=limit_s)
     request = Request("d", Kind.TRAIN, 1, 0.0, 1e6, payload, to_arrays(TASK.make_model(1.0)))
-    reply = device.handler(pool, 0)(request)
+    transport = InProcessTransport({"d": device.handler({1.0: trainer})})
+    transport.send([request])
+    reply = transport.receive()
+    assert reply is not None
     return reply.outcome.value, reply.elapsed_s
 
 
 def test_a_simulated_device_dies_where_memory_falls_under_the_plan(trainer: Trainer, plans: tuple[Plan, ...]) -> None:
     high, low = plans[0].peak_bytes, plans[-1].peak_bytes
     assert simulated(trainer, plans, [high] * 9, elastic=False)[0] == "ok"
-    # the second step, from 1,000 s on, meets too little
-    outcome, elapsed_s = simulated(trainer, plans, [high, high, low, low, low, low, low], elastic=False)
+    # the second step, from 1,000 s on, meets too little at its end
+    outcome, elapsed_s = simulated(trainer, plans, [high, high, *[low] * 5], elastic=False)
     assert outcome == Outcome.OOM.value
-    assert elapsed_s == pytest.approx(1000.0, rel=0.01)
+    assert elapsed_s == pytest.approx(2000.0, rel=0.01)
+    # too little from the start: it dies at its peak, half-way; then 60 s pass, or all time that it had
+    for failures, noticed_s in (("at-once", 500.0), ("heartbeat", 560.0), ("deadline", 1e6)):
+        found = simulated(trainer, plans, [low] * 9, elastic=False, failures=failures)
+        assert found == (Outcome.OOM.value, pytest.approx(noticed_s, rel=0.01))
     assert simulated(trainer, plans, [0] * 9, elastic=True)[0] == Outcome.OOM.value
     # nothing is free before 3,000 s; then come four steps of at least 1,000 s each
     outcome, elapsed_s = simulated(trainer, plans, [0] * 3 + [low] * 9, elastic=True, patience_s=4000.0)
@@ -175,10 +194,10 @@ def test_a_simulated_device_dies_where_memory_falls_under_the_plan(trainer: Trai
 def test_simulated_memory_repeats_itself() -> None:
     memory = SimulatedMemory(10.0, np.array([5, 3, 8]))
     assert [memory.at(t) for t in (0.0, 9.9, 10.0, 29.0, 30.0)] == [5, 5, 3, 8, 5]
-    assert memory.minimum(0.0, 5.0) == 5
-    assert memory.minimum(5.0, 12.0) == 3
-    assert memory.minimum(20.0, 35.0) == 5
-    assert memory.minimum(0.0, 1e9) == 3
+    assert memory.between(0.0, 5.0).tolist() == [5]
+    assert memory.between(5.0, 12.0).tolist() == [5, 3]
+    assert memory.between(20.0, 35.0).tolist() == [8, 5]
+    assert memory.between(0.0, 1e9).tolist() == [5, 3, 8]
 
 
 LIMITED = """
@@ -214,6 +233,7 @@ from fxhybrid.federated.client.node import ProcessMemoryMonitor
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.protocol.transport import is_out_of_memory
 from fxhybrid.federated.protocol.model_arrays import to_arrays
+from fxhybrid.federated.protocol.transport import InProcessTransport
 from tests.federated_parts import tiny_task
 task = dataclasses.replace(tiny_task(), batch_size=32768)
 trainer = Trainer(task)

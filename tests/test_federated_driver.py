@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
-from fxhybrid.federated.client.trainer import LocalWork
+from fxhybrid.federated.client.local_steps import LocalWork
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.server.fleet_planner import FleetPlanner, Technique
 from fxhybrid.federated.server.policies import POLICIES, Policy, policy_of
@@ -96,7 +96,7 @@ def test_the_gate_keeps_out_whom_no_plan_fits(planner: FleetPlanner) -> None:
 
 def test_a_round_waits_only_for_as_many_as_it_needs(planner: FleetPlanner) -> None:
     slow = changed(elapsed_s=90.0)
-    driver = driver_of(planner, {"a": device(slow), "b": device(), "c": device()}, rounds=1, extra_devices=1)
+    driver = driver_of(planner, {"a": device(slow), "b": device(), "c": device()}, rounds=1, over_selection=1.5)
     driver.run()
     assert driver.clock_s == 10.0
     assert driver.registry.records["a"].times_selected == 1
@@ -142,7 +142,7 @@ def test_the_log_has_a_line_for_each_round(planner: FleetPlanner, tmp_path: Path
     assert [line["round"] for line in lines] == [1, 2, 3]
     assert lines[0]["replies"]["a"]["detail"] == "MemoryError: no room"
     assert lines[0]["counted"] == ["b"]
-    assert lines[0]["selection"]["factors"]["a"] == {"score": 1.0, "chosen": 1.0}
+    assert lines[0]["selections"][0]["factors"]["a"] == {"score": 1.0, "chosen": 1.0}
 
 
 def noisy(request: Request) -> Reply:

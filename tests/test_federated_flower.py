@@ -18,6 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fxhybrid.federated.flower.apps import FlowerTransport, decode_request, encode_request
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
+from fxhybrid.federated.server.policies import Policy
 from fxhybrid.federated.tasks.captured_step import capture_step
 from tests.federated_parts import Trained, adds_one, device, driver_of, tiny_task
 
@@ -92,13 +93,13 @@ def test_every_way_to_fail_is_a_typed_reply() -> None:
     }
     transport = FlowerTransport(LocalGrid(nodes), poll_s=0.01)  # type: ignore[arg-type]
     arrays = {"w": np.zeros((2, 2), np.float32), "n": np.array(4)}
-    requests = [Request(name, Kind.TRAIN, 3, 0.0, 9.0, {"mu": 0.5}, arrays) for name in transport.devices()]
-    replies = transport.ask(requests, 0.2)
+    requests = [Request(name, Kind.TRAIN, 3, 0.0, 0.2, {"mu": 0.5}, arrays) for name in transport.devices()]
+    replies = transport.ask(requests)
     assert [r.outcome for r in replies] == [
         Outcome.OK,
         Outcome.OOM,
         Outcome.REFUSED,
-        Outcome.LOST,
+        Outcome.KILLED,
         Outcome.LOST,
         Outcome.FAILED,
         Outcome.LATE,
@@ -119,7 +120,7 @@ def test_requests_survive_the_wire() -> None:
 
     transport = FlowerTransport(LocalGrid({11: noting}), poll_s=0.01)  # type: ignore[arg-type]
     transport.devices()
-    transport.ask([sent], 1.0)
+    transport.ask([sent])
     assert (got[0].device, got[0].payload, got[0].round, got[0].deadline_s) == ("11", sent.payload, 2, 60.0)
     assert got[0].arrays["w"].tolist() == [0, 1, 2]
     assert encode_request(sent)["arrays"]["w"].numpy().tolist() == [0, 1, 2]
@@ -135,7 +136,7 @@ class Silent(LocalGrid):
 def test_a_superlink_out_of_reach_loses_requests_and_nothing_else() -> None:
     transport = FlowerTransport(Silent({11: echo}), poll_s=0.01)  # type: ignore[arg-type]
     requests = [Request(name, Kind.REPORT, 1, 0.0, 9.0) for name in transport.devices()]
-    assert [r.outcome for r in transport.ask(requests, 0.2)] == [Outcome.LOST]
+    assert [r.outcome for r in transport.ask(requests)] == [Outcome.LOST]
 
 
 def node(train: Trained = adds_one) -> Answer:
@@ -178,7 +179,8 @@ def test_bad_replies_lose_no_round_and_do_not_touch_the_model() -> None:
         4: node(changed(np.ones(4, np.float32))),
         5: node(raising(TimeoutError())),
     }
-    driver = driver_of(planner, {}, rounds=3, devices_per_round=5, deadline_s=0.5)
+    open_policy = Policy("open", forecast="last", gate=False)  # with the gate, whoever failed twice would rest
+    driver = driver_of(planner, {}, rounds=3, policy=open_policy, devices_per_round=5, deadline_s=0.5)
     driver.transport = FlowerTransport(LocalGrid(nodes), poll_s=0.01)  # type: ignore[arg-type]
     records = driver.run()
     outcomes = {"1": "ok", "2": "oom", "3": "invalid", "4": "invalid", "5": "late"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,14 @@ def _add_federated(parser: argparse.ArgumentParser) -> None:
         "--skew", type=float, default=0.8, metavar="X", help="of labels by device (default: %(default)s)"
     )
     parser.add_argument("--contention", default="steady", help="kind of memory traces (default: %(default)s)")
+    parser.add_argument("--fleet", default="mixed", help="mixed, or phones only (default: %(default)s)")
+    parser.add_argument(
+        "--failures", default="heartbeat", help="when a death is noticed: at-once, heartbeat (default) or deadline"
+    )
+    parser.add_argument("--swap", action="store_true", help="devices swap what does not fit, instead of dying")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default: %(default)s")
+    parser.add_argument("--hours", type=float, default=math.inf, metavar="H", help="virtual ones; ends a run, too")
+    parser.add_argument("--deadline", type=float, metavar="S", help="of a round (default: twice the mean prediction)")
     parser.add_argument("--per-round", type=int, default=5, metavar="N", help="updates a round waits for (default: 5)")
     parser.add_argument("--local-steps", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)

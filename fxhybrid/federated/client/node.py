@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from fxhybrid.devices.device_profile import DeviceProfile
-from fxhybrid.federated.client.trainer import LocalWork, Trainer, training_payload
+from fxhybrid.federated.client.local_steps import LocalWork
+from fxhybrid.federated.client.trainer import Trainer, training_payload
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.protocol.transport import is_out_of_memory
 from fxhybrid.federated.tasks.tasks import Task, digits_task, text_task
@@ -39,16 +40,29 @@ class ProcessMemoryMonitor:
         self.limit_bytes = limit_bytes
         self.slack_bytes = slack_bytes
         self.is_guarded = is_guarded
+        self.start_s = time.monotonic()
+        self.steps_s = 0.0
+        self.readings: list[tuple[float, int]] = []
 
     def available_bytes(self) -> int:
-        """Returns the bytes that a training step may take now."""
+        """Returns the bytes that a training step may take now; keeps the reading, by the seconds since the start."""
         free = available_bytes()
-        return free if self.limit_bytes is None else min(free, self.limit_bytes)
+        free = free if self.limit_bytes is None else min(free, self.limit_bytes)
+        self.readings.append((self.elapsed_s(), free))
+        return free
+
+    def elapsed_s(self) -> float:
+        """Returns the seconds since this monitor was made."""
+        return time.monotonic() - self.start_s
 
     def run_step(self, step: Callable[[], float], plan: Plan) -> float:
         """Runs one step; under the guard, taking more than planned is an error instead of a kill."""
-        with data_limit(plan.peak_bytes + self.slack_bytes) if self.is_guarded else nullcontext():
-            return step()
+        start_s = self.elapsed_s()
+        try:
+            with data_limit(plan.peak_bytes + self.slack_bytes) if self.is_guarded else nullcontext():
+                return step()
+        finally:
+            self.steps_s += self.elapsed_s() - start_s
 
     def wait(self, seconds: float) -> None:
         """Sleeps."""
@@ -72,21 +86,23 @@ class Node:
 
     def answer(self, request: Request) -> Reply:
         """Answers with a reply, also where memory runs out."""
-        start = time.monotonic()
+        monitor = self.monitor
         task = task_of(self.run_config, int(self.node_config["num-partitions"]))
         data = list(task.clients.values())[int(self.node_config["partition-id"])]
         if request.kind is Kind.REPORT:
-            readings = [[request.now_s, self.monitor.available_bytes()]]
+            readings = [[request.now_s, monitor.available_bytes()]]
             payload: dict[str, Any] = {"n_examples": data.n_examples, "readings": readings}
             if request.payload["introduce"]:
                 payload |= {"bytes_per_s": ASSUMED_BYTES_PER_S, "profile": DeviceProfile().to_json()}
-            return Reply(request.device, request.round, Outcome.OK, time.monotonic() - start, payload)
+            return Reply(request.device, request.round, Outcome.OK, monitor.elapsed_s(), payload)
         work = LocalWork.from_payload(request.payload)
         try:
-            result = Trainer(task, work.width, plan=work.plans[0]).train(request.arrays, work, data, self.monitor)
+            result = Trainer(task, work.width, plan=work.plans[0]).train(request.arrays, work, data, monitor)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            return failed(request, Outcome.OOM, time.monotonic() - start, str(error))
-        payload = training_payload(result, data)
-        return Reply(request.device, request.round, Outcome.OK, time.monotonic() - start, payload, result.arrays)
+            return failed(request, Outcome.OOM, monitor.elapsed_s(), str(error))
+        readings = [[request.now_s + t_s, free] for t_s, free in monitor.readings]
+        busy_s = monitor.elapsed_s()
+        payload = training_payload(result, data, steps_s=monitor.steps_s, busy_s=busy_s, readings=readings)
+        return Reply(request.device, request.round, Outcome.OK, busy_s, payload, result.arrays)

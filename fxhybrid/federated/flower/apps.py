@@ -27,7 +27,7 @@ from fxhybrid.federated.server.driver import Driver
 POLL_S = 0.3
 MESSAGE_TYPES = {Kind.REPORT: "query", Kind.TRAIN: "train"}
 _PAYLOAD, _ARRAYS = "payload", "arrays"
-_LOST_CODES = (5, 8)  # Flower's codes for a node that left and for a client process that was killed
+_OUTCOMES = {5: Outcome.LOST, 8: Outcome.KILLED}  # Flower's codes: the node left; its client process was killed
 
 
 class FlowerTransport:
@@ -43,6 +43,8 @@ class FlowerTransport:
         self.grid = grid
         self.poll_s = poll_s
         self._nodes: dict[str, int] = {}
+        self._open: dict[str, tuple[Request, float]] = {}
+        self._ready: list[Reply] = []
 
     def devices(self) -> Sequence[str]:
         """Lists the nodes that are online; the previous ones where the SuperLink cannot be reached."""
@@ -50,26 +52,48 @@ class FlowerTransport:
             self._nodes = {str(node): node for node in sorted(self.grid.get_node_ids())}
         return list(self._nodes)
 
-    def ask(self, requests: Sequence[Request], deadline_s: float) -> list[Reply]:
-        """Pushes all requests and pulls replies until the deadline; see ``Transport``."""
-        start = time.monotonic()
-        waiting = self._push(requests)
-        replies: dict[str, Reply] = {}
-        while waiting and time.monotonic() - start < deadline_s:
-            for message in self._pull(list(waiting)):
-                request = waiting.pop(message.metadata.reply_to_message_id, None)
-                if request is not None:
-                    replies[request.device] = decode_reply(message, request, time.monotonic() - start)
-            if waiting:
-                time.sleep(self.poll_s)
-        for request in waiting.values():
-            replies[request.device] = failed(request, Outcome.LATE, deadline_s, "no answer before the deadline")
-        lost = (failed(r, Outcome.LOST, 0.0, "could not be sent") for r in requests if r.device not in replies)
-        replies |= {reply.device: reply for reply in lost}
+    def ask(self, requests: Sequence[Request]) -> list[Reply]:
+        """Pushes all requests and pulls replies until the last is there or late; see ``Transport``."""
+        waiting, lost = self._push(requests)
+        replies = {reply.device: reply for reply in lost}
+        while waiting:
+            replies |= {reply.device: reply for reply in self._replies(waiting)}
         return [replies[request.device] for request in requests]
 
-    def _push(self, requests: Sequence[Request]) -> dict[str, Request]:
-        """Sends requests; returns them by the ids of their messages."""
+    def send(self, requests: Sequence[Request]) -> None:
+        """Pushes requests; see ``Transport``."""
+        waiting, lost = self._push(requests)
+        self._open |= waiting
+        self._ready += lost
+
+    def receive(self) -> Reply | None:
+        """Pulls until there is a reply, or a request is late; see ``Transport``."""
+        while self._open and not self._ready:
+            self._ready += self._replies(self._open)
+        return self._ready.pop(0) if self._ready else None
+
+    def drop(self) -> None:
+        """Forgets what was sent; devices cannot be told to stop, and their answers are not pulled."""
+        self._open.clear()
+        self._ready.clear()
+
+    def _replies(self, waiting: dict[str, tuple[Request, float]]) -> list[Reply]:
+        """Takes the replies that are there now from ``waiting``, and those that are late; else sleeps for a moment."""
+        found = []
+        for message in self._pull(list(waiting)):
+            request, sent_s = waiting.pop(message.metadata.reply_to_message_id, (None, 0.0))
+            if request is not None:
+                found.append(decode_reply(message, request, time.monotonic() - sent_s))
+        for identity, (request, sent_s) in list(waiting.items()):
+            if time.monotonic() - sent_s > request.deadline_s:
+                del waiting[identity]
+                found.append(failed(request, Outcome.LATE, request.deadline_s, "no answer before the deadline"))
+        if not found and waiting:
+            time.sleep(self.poll_s)
+        return found
+
+    def _push(self, requests: Sequence[Request]) -> tuple[dict[str, tuple[Request, float]], list[Reply]]:
+        """Sends requests; returns them and when, by the ids of their messages, and those that could not be sent."""
         messages = []
         for request in requests:
             kind = MESSAGE_TYPES[request.kind]
@@ -78,8 +102,11 @@ class FlowerTransport:
         try:
             identities = list(self.grid.push_messages(messages))
         except Exception:  # noqa: BLE001 - transport errors of Flower have no common class
-            return {}  # all of them are reported as lost
-        return {name: request for name, request in zip(identities, requests, strict=True) if name}
+            identities = []
+        now_s = time.monotonic()
+        sent = {name: (r, now_s) for name, r in zip(identities, requests, strict=False) if name}
+        taken = {request.device for request, _ in sent.values()}
+        return sent, [failed(r, Outcome.LOST, 0.0, "could not be sent") for r in requests if r.device not in taken]
 
     def _pull(self, identities: Sequence[str]) -> list[Message]:
         try:
@@ -132,7 +159,7 @@ def _outcome(code: int, reason: str) -> Outcome:
         return Outcome.OOM
     if PlanMismatchError.__name__ in reason:
         return Outcome.REFUSED
-    return Outcome.LOST if code in _LOST_CODES else Outcome.FAILED
+    return _OUTCOMES.get(code, Outcome.FAILED)
 
 
 # -- apps -------------------------------------------------------------------------------------------------

@@ -35,11 +35,13 @@ def driver_from_config(transport: Transport, config: Mapping[str, Any]) -> Drive
         int(config["num-server-rounds"]),
         int(config["devices-per-round"]),
         local_steps=int(config["local-steps"]),
-        deadline_s=float(config["deadline-s"]),
+        deadline_s=float(config["deadline-s"]) or None,
         report_deadline_s=float(config["report-deadline-s"]),
+        report_every=int(config["report-every"]),
         seed=int(config["seed"]),
         overhead_bytes=int(config["overhead-bytes"]),
     )
     folder = Path(str(config["folder"])) if config["folder"] else None
     files = {"log": folder / "rounds.jsonl", "checkpoint": folder / "checkpoint.npz"} if folder else {}
-    return build_driver(transport, task, planners, policy, settings, **files)
+    of = {name: config[name] for name in ("task", "num-partitions")}
+    return build_driver(transport, task, planners, policy, settings, of=of, **files)

@@ -25,18 +25,24 @@ class Kind(Enum):
 class Outcome(Enum):
     """Says how a request ended.
 
-    OK: answered. OOM: the device ran out of memory. REFUSED: the device will not do it (its graph differs from the
-    plan's). FAILED: the device raised another error. LATE: no answer before the deadline. LOST: the device went away.
-    INVALID: an answer that the server refuses.
+    OK: answered. OOM: the device ran out of memory. KILLED: its process was killed, as the system does where memory
+    runs out. REFUSED: the device will not do it (its graph differs from the plan's). FAILED: the device raised another
+    error. LATE: no answer before the deadline. LOST: the device went away. INVALID: an answer that the server refuses.
+    UNUSED: the round was over before the answer came.
     """
 
     OK = "ok"
     OOM = "oom"
+    KILLED = "killed"
     REFUSED = "refused"
     FAILED = "failed"
     LATE = "late"
     LOST = "lost"
     INVALID = "invalid"
+    UNUSED = "unused"
+
+
+DEATHS = (Outcome.OOM, Outcome.KILLED)  # what the memory forecast learns from
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,9 @@ class Reply:
     detail: str = ""
 
 
-def failed(request: Request, outcome: Outcome, elapsed_s: float, detail: str) -> Reply:
+def failed(request: Request, outcome: Outcome, elapsed_s: float, detail: str, payload: Payload | None = None) -> Reply:
     """Makes a reply that holds no result."""
-    return Reply(request.device, request.round, outcome, elapsed_s, detail=detail)
+    return Reply(request.device, request.round, outcome, elapsed_s, payload or {}, detail=detail)
 
 
 def n_bytes(arrays: Arrays) -> int:

@@ -23,6 +23,7 @@ class Candidate:
         client: its lasting name.
         n_examples: size of its local data set.
         mean_squared_loss: mean over samples of the squared training loss, as last reported; None before the first.
+            A device that was chosen and never answered has none, and counts as explored.
         available_bytes: forecast for the round, overhead already subtracted.
         smallest_plan_bytes: peak of the smallest plan that exists for it.
         full_bytes: peak of the unmodified training step (M_G in the paper).
@@ -53,6 +54,11 @@ class Candidate:
         loss = self.mean_squared_loss
         if loss is not None and not (math.isfinite(loss) and loss >= 0):
             raise InvalidArgument(f"{self.client}: mean_squared_loss must be finite and not negative, got {loss}")
+
+    @property
+    def is_new(self) -> bool:
+        """Returns whether it was never chosen."""
+        return self.mean_squared_loss is None and self.last_seen_round is None
 
     @property
     def fits(self) -> bool:

@@ -10,7 +10,7 @@ Utility of candidate i; every factor lies in [0, 1], so that no unit outweighs t
 
 Data is no rank: who has nothing left to teach must fall to nothing, however fast and large its device is.
 
-A client must pass the hard gate first: its smallest plan fits its forecast. Clients that never reported a loss are
+A client must pass the hard gate first: its smallest plan fits its forecast. Clients that were never chosen are
 explored for a share of the places that falls from round to round. Among the others those within ``CUTOFF`` of the
 last winning score are drawn in proportion to their scores, so that a client just below it is not left out for ever.
 Who took part ``REPEAT_CAP`` times more often than the average rests.
@@ -75,7 +75,9 @@ class UtilitySelector:
         return _bandit(self.seed, candidates, count, round_index, self._rewards, gate=True)
 
     def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
-        data = _shares_of_top([_data_utility(c) for c in pool])
+        losses = [c.mean_squared_loss for c in pool if c.mean_squared_loss is not None]
+        usual = sum(losses) / len(losses) if losses else 0.0  # who did not answer may yet teach as much as others
+        data = _shares_of_top([_data_utility(c, usual) for c in pool])
         memory = [_memory_share(c) for c in pool]
         compute = _ranks([1 / c.predicted_step_s for c in pool])
         return [
@@ -105,7 +107,7 @@ class ProductSelector:
                 loss = c.mean_squared_loss or 0.0
                 own = {"data": loss, "memory": _memory_share(c), "compute": 1 / c.predicted_step_s}
                 own["reward"] = own["data"] * own["memory"] * own["compute"]
-                own["bonus"] = math.inf if c.mean_squared_loss is None else _bonus(c, round_index)
+                own["bonus"] = math.inf if c.is_new else _bonus(c, round_index)
                 factors[c.client] = {**own, "score": own["reward"] + own["bonus"]}
         order = sorted(factors, key=lambda client: (-factors[client]["score"], client))
         return _selection(round_index, candidates, order[:count], factors)
@@ -115,7 +117,8 @@ class ProductSelector:
 class OortSelector:
     """Selects as Oort does (Lai et al., OSDI 2021): data utility, a penalty on slow clients, no look at memory.
 
-    The preferred duration is a fixed quantile of the predicted durations; Oort's pacer, which moves it, is left out.
+    Who was chosen and did not answer has shown no utility. The preferred duration is a fixed quantile of the predicted
+    durations; Oort's pacer, which moves it, is left out.
     """
 
     seed: int = 0
@@ -127,7 +130,7 @@ class OortSelector:
         return _bandit(self.seed, candidates, count, round_index, self._rewards, gate=False)
 
     def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
-        utilities = np.array([_data_utility(c) for c in pool])
+        utilities = np.array([_data_utility(c, 0.0) for c in pool])
         top = float(np.quantile(utilities, CLIP_QUANTILE, method="higher"))
         low = float(utilities.min())
         finite = [c.predicted_round_s for c in pool if math.isfinite(c.predicted_round_s)]
@@ -161,7 +164,7 @@ def _bandit(
     """Explores, then samples above a cut-off of the highest upper confidence bounds, as Oort does."""
     random = _generator(seed, round_index, count)
     pool = [c for c in candidates if c.fits or not gate]
-    known, new = [c for c in pool if c.mean_squared_loss is not None], [c for c in pool if c.mean_squared_loss is None]
+    known, new = [c for c in pool if not c.is_new], [c for c in pool if c.is_new]
     factors: dict[str, Factors] = {}
     if known:
         for c, own in zip(known, rewards(known), strict=True):
@@ -172,7 +175,7 @@ def _bandit(
     mean_times = sum(c.times_selected for c in pool) / max(len(pool), 1)
     for c in pool:
         factors[c.client]["rested"] = float(c.times_selected > max(1.0, REPEAT_CAP * mean_times))
-    n_new = _places_to_explore(count, round_index, len(known), len(new))
+    n_new = _places_to_explore(random, count, round_index, len(known), len(new))
     chosen = _draw(random, [c.client for c in new], n_new, factors)
     fresh = [c.client for c in known if not factors[c.client]["rested"]]
     chosen += _draw(random, _above_cutoff(fresh, count - len(chosen), factors), count - len(chosen), factors)
@@ -181,9 +184,10 @@ def _bandit(
     return _selection(round_index, candidates, chosen, factors)
 
 
-def _places_to_explore(count: int, round_index: int, n_known: int, n_new: int) -> int:
+def _places_to_explore(random: np.random.Generator, count: int, round_index: int, n_known: int, n_new: int) -> int:
     share = max(EXPLORATION * EXPLORATION_DECAY ** (round_index - 1), LEAST_EXPLORATION)
-    return min(n_new, max(round(share * count), count - n_known))
+    # one place at a time is explored in that share of the choices
+    return min(n_new, max(int(share * count + random.random()), count - n_known))
 
 
 def _above_cutoff(clients: Sequence[str], places: int, factors: Mapping[str, Factors]) -> list[str]:
@@ -232,8 +236,9 @@ def _generator(seed: int, round_index: int, count: int) -> np.random.Generator:
     return np.random.default_rng((seed, round_index))
 
 
-def _data_utility(candidate: Candidate) -> float:
-    return candidate.n_examples * math.sqrt(candidate.mean_squared_loss or 0.0)
+def _data_utility(candidate: Candidate, unknown: float) -> float:
+    loss = candidate.mean_squared_loss
+    return candidate.n_examples * math.sqrt(unknown if loss is None else loss)
 
 
 def _shares_of_top(utilities: Sequence[float]) -> Floats:

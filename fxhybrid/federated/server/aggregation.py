@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.protocol.messages import Array, Arrays, Reply
+from fxhybrid.federated.server.device_registry import readings_of
 
 MOST_EXAMPLES = 1 << 32  # a count above this is no count; it would drown all others
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,6 +41,10 @@ def why_invalid(reply: Reply, reference: Arrays, shapes: Shapes) -> str:
     count = reply.payload.get("n_examples")
     if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= MOST_EXAMPLES:
         return f"n_examples is {count!r}"
+    try:
+        readings_of(reply.payload)
+    except (TypeError, ValueError) as error:
+        return f"no readings: {error}"
     for name in ("loss", "squared_loss"):
         value = reply.payload.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -68,6 +73,33 @@ def weight_of(reply: Reply, weighting: str) -> float:
     if weighting == "examples":
         return float(reply.payload["n_examples"])
     raise InvalidArgument(f'weighting is {weighting!r}; it must be "examples" or "uniform"')
+
+
+def rebased(reply: Reply, base: Arrays, current: Arrays, statistics: Collection[str]) -> Arrays:
+    """Carries what a device learned on an older model over to the current one: what it changed is added.
+
+    Args:
+        reply: a valid answer.
+        base: the model that the device got.
+        current: the model now, in the same shapes.
+        statistics: names of arrays that are no parameters. They stay the device's own: a variance may become negative
+            by another model's difference.
+    """
+
+    def moved(name: str, trained: Array) -> Array:
+        value = trained if name in statistics else current[name] + (trained.astype(np.float64) - base[name])
+        return np.asarray(value).astype(trained.dtype)
+
+    return {name: moved(name, trained) for name, trained in reply.arrays.items()}
+
+
+def staleness_weight(rounds: int) -> float:
+    """Computes how much an update counts that was made on a model of ``rounds`` rounds ago.
+
+    It is FedBuff's 1 / sqrt(1 + s) (Nguyen et al., AISTATS 2022), but among the updates of a round: FedBuff takes it
+    off the whole step, and makes up for that by a rate of the server that must be tuned.
+    """
+    return 1 / math.sqrt(1 + rounds)
 
 
 def average(current: Arrays, updates: Sequence[Update]) -> dict[str, Array]:

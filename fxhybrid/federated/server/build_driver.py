@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fxhybrid.federated.memory.forecast import Forecaster, LastReading
 from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
@@ -25,6 +26,7 @@ def build_driver(
     policy: Policy,
     settings: Settings,
     *,
+    of: Mapping[str, Any],
     log: Path | None = None,
     checkpoint: Path | None = None,
 ) -> Driver:
@@ -36,6 +38,7 @@ def build_driver(
         planners: for each of the policy's widths.
         policy: method or baseline.
         settings: of the run.
+        of: what is trained by whom, as JSON values; a checkpoint of anything else is refused.
         log: JSON lines of every round go here.
         checkpoint: written after each round.
     """
@@ -54,6 +57,8 @@ def build_driver(
         forecaster=make_forecaster(policy),
         selector=SELECTORS[policy.selector](settings.seed),
         evaluate=score,
+        of=of,
+        statistics=[name for name, _ in model.named_buffers()],
         log=log,
         checkpoint=checkpoint,
     )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.server.fleet_planner import Technique
+
+DEADLINE = 2.0
+BUFFER_SHARE = 0.5  # of a synchronous round's updates: a staler model is worth less than one that moves on more often
+ASYNC = "-async"
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Policy:
         mu: weight of FedProx's proximal term.
         widths: of the models that devices may train; below 1 a device trains the widest that fits (HeteroFL).
         is_limited: False for the upper bound: no memory limit.
+        is_async: devices start and are counted at any time, with half as many updates to a round (FedBuff).
     """
 
     name: str
@@ -33,6 +40,7 @@ class Policy:
     mu: float = 0.0
     widths: tuple[float, ...] = (1.0,)
     is_limited: bool = True
+    is_async: bool = False
 
     @property
     def weighting(self) -> str:
@@ -47,24 +55,39 @@ class Settings:
     Attributes:
         rounds: to run.
         devices_per_round: updates that a round waits for.
-        extra_devices: asked in addition to those; the slowest answers are dropped.
-        local_steps: of each device.
-        deadline_s: after which an answer is too late.
+        over_selection: times as many are asked, and the slowest answers dropped; Oort (OSDI 2021) asks 1.3 times.
+        local_steps: of each device, at most.
+        deadline_s: after which an answer is too late; None for ``DEADLINE`` times the mean time that a device is
+            predicted to take, which FedBalancer (MobiSys 2022) gives the methods that it is compared with, and not
+            less than for a report.
         report_deadline_s: the same for reports.
+        report_every: rounds from one report of devices' memory to the next; they also report when they train.
         seed: of everything random.
         evaluate_every: rounds from one evaluation to the next.
         overhead_bytes: that runtime and transport of a device take in addition to training.
+        until_s: no round begins later on the run's clock.
     """
 
     rounds: int
     devices_per_round: int
-    extra_devices: int = 0
+    over_selection: float = 1.3
     local_steps: int = 5
-    deadline_s: float = 600.0
+    deadline_s: float | None = None
     report_deadline_s: float = 60.0
+    report_every: int = 1
     seed: int = 0
     evaluate_every: int = 1
     overhead_bytes: int = 0
+    until_s: float = math.inf
+
+    @property
+    def n_asked(self) -> int:
+        """Returns how many devices train at a time."""
+        return math.ceil(self.over_selection * self.devices_per_round)
+
+    def updates_wanted(self, policy: Policy) -> int:
+        """Returns how many updates end a round."""
+        return math.ceil(BUFFER_SHARE * self.devices_per_round) if policy.is_async else self.devices_per_round
 
     def __post_init__(self) -> None:
         """Checks the numbers.
@@ -72,11 +95,11 @@ class Settings:
         Raises:
             InvalidArgument: one cannot be used.
         """
-        for name in ("rounds", "devices_per_round", "local_steps", "evaluate_every"):
+        for name in ("rounds", "devices_per_round", "local_steps", "evaluate_every", "report_every", "over_selection"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.extra_devices < 0 or self.overhead_bytes < 0 or not self.deadline_s > 0:
-            raise InvalidArgument("extra_devices and overhead_bytes are at least 0, deadline_s is above 0")
+        if self.overhead_bytes < 0 or (self.deadline_s is not None and not self.deadline_s > 0):
+            raise InvalidArgument("overhead_bytes is at least 0, deadline_s above 0 or None")
 
 
 _UNMODIFIED = Technique.SAVE_ALL
@@ -100,11 +123,12 @@ POLICIES = {
 
 
 def policy_of(name: str) -> Policy:
-    """Looks up a policy by its name.
+    """Looks up a policy by its name; ``-async`` at its end has its rounds run asynchronously.
 
     Raises:
         InvalidArgument: there is none of that name.
     """
-    if name not in POLICIES:
-        raise InvalidArgument(f"there is no policy {name!r}; there are {', '.join(POLICIES)}")
-    return POLICIES[name]
+    base = name.removesuffix(ASYNC)
+    if base not in POLICIES:
+        raise InvalidArgument(f"there is no policy {name!r}; there are {', '.join(POLICIES)}, each also with {ASYNC}")
+    return dataclasses.replace(POLICIES[base], name=name, is_async=name != base)

@@ -4,11 +4,43 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fxhybrid.federated.protocol.messages import Reply
+from fxhybrid.federated.tasks.tasks import Score
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """Records one finished round.
+
+    Attributes:
+        round: from 1.
+        clock_s: after the round.
+        elapsed_s: that it lasted.
+        deadline_s: that its devices had.
+        outcomes: by chosen device.
+        replies: by device that answered or was found dead: everything but arrays.
+        score: of the global model on held-out data, where it was taken.
+    """
+
+    round: int
+    clock_s: float
+    elapsed_s: float
+    deadline_s: float
+    outcomes: Mapping[str, str]
+    replies: Mapping[str, Mapping[str, Any]]
+    score: Score | None
+
+    def __str__(self) -> str:
+        """Returns one line for a log."""
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in Counter(self.outcomes.values()).items())
+        score = f", accuracy {self.score.accuracy:.1%}, loss {self.score.loss:.3f}" if self.score else ""
+        return f"round {self.round}: {counts or 'nobody there'} in {self.elapsed_s:.0f} s{score}"
 
 
 class RunLog:

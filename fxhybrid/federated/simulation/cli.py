@@ -12,7 +12,7 @@ from fxhybrid.console import COUNT, progress_bar
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.server.policies import Settings, policy_of
 from fxhybrid.federated.simulation.experiment import Experiment, run_policy
-from fxhybrid.federated.simulation.scenarios import DEADLINE_S, Scenario
+from fxhybrid.federated.simulation.scenarios import Scenario
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,13 +30,17 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.skew,
         arguments.contention,
         arguments.seed,
+        arguments.fleet,
+        arguments.failures,
+        arguments.swap,
     )
     settings = Settings(
         arguments.rounds,
         arguments.per_round,
         local_steps=arguments.local_steps,
-        deadline_s=DEADLINE_S,
+        deadline_s=arguments.deadline,
         seed=arguments.seed,
+        until_s=3600 * arguments.hours,
     )
     policies = [policy_of(name) for name in arguments.policies.split(",")]
     console = Console()

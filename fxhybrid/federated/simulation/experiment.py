@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from rich.progress import Progress
 
-from fxhybrid.federated.client.trainer import Trainer, TrainerPool
+from fxhybrid.federated.client.trainer import Trainer
 from fxhybrid.federated.protocol.transport import InProcessTransport
 from fxhybrid.federated.server.build_driver import build_driver
 from fxhybrid.federated.server.driver import Driver
@@ -18,14 +19,9 @@ from fxhybrid.federated.simulation.scenarios import KINDS, Scenario, population
 class Experiment:
     """Runs policies with shared trainers and planners; results do not depend on what ran before."""
 
-    def __init__(self, workers: int = 1) -> None:
-        """Makes nothing yet.
-
-        Args:
-            workers: devices that train at the same time.
-        """
-        self.workers = workers
-        self._pools: dict[str, TrainerPool] = {}
+    def __init__(self) -> None:
+        """Makes nothing yet."""
+        self._trainers: dict[str, dict[float, Trainer]] = {}
         self._planners: dict[tuple[str, float, Technique], FleetPlanner] = {}
 
     def driver(
@@ -39,7 +35,6 @@ class Experiment:
     ) -> Driver:
         """Builds the driver of a run, ready to start."""
         task = scenario.make_task()
-        pool = self._pool(scenario.task)
         planners = {width: self._planner(scenario.task, width, policy.technique) for width in policy.widths}
         hybrid = self._planner(scenario.task, 1.0, Technique.HYBRID)
         devices = population(
@@ -49,24 +44,18 @@ class Experiment:
             full_bytes=hybrid.save_all_bytes,
             is_limited=policy.is_limited,
         )
-        transport = InProcessTransport(
-            {device.name: device.handler(pool, scenario.seed) for device in devices}, workers=self.workers
-        )
-        return build_driver(transport, task, planners, policy, settings, log=log, checkpoint=checkpoint)
-
-    def _pool(self, name: str) -> TrainerPool:
-        if name not in self._pools:
-            task = Scenario(name).make_task()  # always the same: codecs' errors are measured on its example
-            self._pools[name] = TrainerPool(lambda width: Trainer(task, width), self.workers)
-        return self._pools[name]
+        trainers = self._trainers[scenario.task]
+        transport = InProcessTransport({device.name: device.handler(trainers) for device in devices})
+        of = dataclasses.asdict(scenario)
+        return build_driver(transport, task, planners, policy, settings, of=of, log=log, checkpoint=checkpoint)
 
     def _planner(self, name: str, width: float, technique: Technique) -> FleetPlanner:
         key = (name, width, technique)
         if key not in self._planners:
-            pool = self._pool(name)
-            pool.open(width)
-            with pool.trainer(width) as trainer:
-                self._planners[key] = FleetPlanner.of(trainer.hybrid, technique=technique)
+            trainers = self._trainers.setdefault(name, {})
+            if width not in trainers:  # always of one scenario: codecs' errors are measured on its example
+                trainers[width] = Trainer(Scenario(name).make_task(), width)
+            self._planners[key] = FleetPlanner.of(trainers[width].hybrid, technique=technique)
         return self._planners[key]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.memory.trace_generator import POPULATIONS, generate_fleet
 from fxhybrid.federated.simulation.devices import SimulatedDevice, SimulatedMemory
+from fxhybrid.federated.simulation.failures import FAILURES
 from fxhybrid.federated.tasks.tasks import Task, digits_task, text_task
 
 TRACE_S, TRACE_INTERVAL_S = 24 * 3600.0, 10.0
@@ -25,7 +27,7 @@ KINDS = (
 STRONG_SHARES, WEAK_SHARES = (1.5, 3.0), (0.15, 0.9)
 BYTES_PER_S = 2e4
 DROP_RATE = 0.02
-DEADLINE_S = 1800.0  # of a round; in time for almost every device
+FLEETS = ("mixed", "phones")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Scenario:
             ``capability_split``.
         contention: name of the memory traces' population.
         seed: of data, devices and traces.
+        fleet: ``"mixed"``: the strong devices are laptops, which are faster, too; ``"phones"``: all devices are
+            phones, the strong ones no faster than others but with more memory.
+        failures: when the server learns of a death, see ``FAILURES``.
+        swaps: steps that do not fit are swapped, and take longer, where else the device would die.
     """
 
     task: str = "digits"
@@ -48,6 +54,9 @@ class Scenario:
     skew: float = 0.8
     contention: str = "steady"
     seed: int = 0
+    fleet: str = "mixed"
+    failures: str = "heartbeat"
+    swaps: bool = False
 
     def __post_init__(self) -> None:
         """Checks the fields.
@@ -55,10 +64,15 @@ class Scenario:
         Raises:
             InvalidArgument: one cannot be used.
         """
-        if self.task not in ("digits", "text"):
-            raise InvalidArgument(f'task is {self.task!r}; it must be "digits" or "text"')
-        if self.contention not in POPULATIONS:
-            raise InvalidArgument(f"contention is {self.contention!r}; there are {', '.join(POPULATIONS)}")
+        choices: dict[str, Iterable[str]] = {
+            "task": ("digits", "text"),
+            "contention": POPULATIONS,
+            "fleet": FLEETS,
+            "failures": FAILURES,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InvalidArgument(f"{name} is {getattr(self, name)!r}; there are {', '.join(known)}")
         if not (0 <= self.capable_share <= 1 and 0 <= self.skew <= 1 and self.n_devices > 0):
             raise InvalidArgument("capable_share and skew lie between 0 and 1, n_devices is at least 1")
 
@@ -101,14 +115,26 @@ def population(
     devices = []
     for (name, data), trace, strong in zip(task.clients.items(), traces, scenario.is_capable(), strict=True):
         kind = KINDS[2] if strong else KINDS[int(random.integers(2))]
+        kind = KINDS[0] if scenario.fleet == "phones" else kind
         if strong:
             median_bytes = full_bytes * random.uniform(*STRONG_SHARES)
         else:
             median_bytes = smallest_bytes + (full_bytes - smallest_bytes) * random.uniform(*WEAK_SHARES)
         profile = dataclasses.replace(kind, slowdown=float(random.lognormal(0.0, 0.4)))
         memory = SimulatedMemory(TRACE_INTERVAL_S, _scaled(trace.available_bytes, median_bytes))
-        bytes_per_s = BYTES_PER_S * float(random.lognormal(0.0, 0.5))
-        devices.append(SimulatedDevice(name, profile, memory, bytes_per_s, DROP_RATE, data, is_limited))
+        device = SimulatedDevice(
+            name,
+            profile,
+            memory,
+            bytes_per_s=BYTES_PER_S * float(random.lognormal(0.0, 0.5)),
+            told_bytes_per_s=BYTES_PER_S,
+            drop_rate=DROP_RATE,
+            data=data,
+            failures=scenario.failures,
+            is_limited=is_limited,
+            swaps=scenario.swaps,
+        )
+        devices.append(device)
     return devices
 
 
