@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from benchmarks.convergence import TASKS, bound, complete_seeds, score
-from benchmarks.federated import speedup
 from benchmarks.held_out_error import WHEN, quantile
 from benchmarks.lib.results import Record
 from benchmarks.peers import INT8
@@ -47,15 +46,6 @@ WHEN_LABELS = dict(
         strict=True,
     )
 )
-POLICY_LABELS = {
-    "fxhybrid": "`fxhybrid`",
-    "recompute-only": "`recompute-only` plans",
-    "compress-only": "`compress-only` plans",
-    "not-elastic": "`not-elastic`",
-    "last-reading": "`last-reading` for a forecast",
-    "random-selection": "`random-selection`",
-    "heterofl": "`heterofl`",
-}
 SHARING_LABELS = {"all": "all tensors, as in a plan", "none": "none: each tensor keeps its own"}
 OWN_ROW = 0.5  # of the limit, after training: cases below share one row
 
@@ -163,53 +153,6 @@ def synthetic_rows(records: Sequence[Record]) -> Iterator[Row]:
     own = [r for r in records if r["part"] == "synthetic"]
     for model in dict.fromkeys(r["model"] for r in own):
         yield model, *(f"{r['frontier_s']:.1f}" for r in sorted(own, key=lambda r: r["key"]) if r["model"] == model)
-
-
-Runs = dict[tuple[str, int], Record]  # of one population, by policy and seed
-
-
-def _populations(records: Sequence[Record]) -> dict[tuple[str, str], Runs]:
-    found: dict[tuple[str, str], Runs] = defaultdict(dict)
-    for record in records:
-        found[record["task"], record["cell"]][record["policy"], record["seed"]] = record
-    return found
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.1f} ({min(values):.1f}, {max(values):.1f})" if values else "-"
-
-
-def federated_rows(records: Sequence[Record]) -> Iterator[Row]:
-    """Yields fxhybrid's accuracy in each population, and its lead over the other policies in points."""
-    for (task, cell), runs in _populations(records).items():
-        ours = {seed: run for (policy, seed), run in runs.items() if policy == "fxhybrid"}
-        if not ours:
-            continue
-        leads = []
-        for policy in ("exclude", "oort-fedprox", "random", "no-limit"):
-            pairs = [(run, runs[policy, seed]) for seed, run in ours.items() if (policy, seed) in runs]
-            leads.append(_spread([100 * (a["accuracies"][-1] - b["accuracies"][-1]) for a, b in pairs]))
-        pairs = [(run, runs["random", seed]) for seed, run in ours.items() if ("random", seed) in runs]
-        sooner = [ratio for a, b in pairs if (ratio := speedup(a, b)) is not None]
-        accuracy = 100 * statistics.fmean(run["accuracies"][-1] for run in ours.values())
-        yield f"{task}, {cell}", f"{accuracy:.1f}%", *leads, f"{statistics.fmean(sooner):.1f} x" if sooner else "-"
-
-
-def federated_part_rows(records: Sequence[Record]) -> Iterator[Row]:
-    """Yields accuracy, deaths and virtual hours of fxhybrid without one of its parts, in two populations."""
-    populations = _populations(records)
-    for policy, label in POLICY_LABELS.items():
-        row = [label]
-        for cell in ("few-skewed", "few-crowded"):
-            own = [run for (name, _), run in populations["digits", cell].items() if name == policy]
-            if not own:
-                break
-            deaths = sum(run["outcomes"].get("oom", 0) for run in own)
-            share = deaths / sum(sum(run["outcomes"].values()) for run in own)
-            hours = statistics.fmean(run["clocks_s"][-1] / 3600 for run in own)
-            row += [_spread([100 * run["accuracies"][-1] for run in own]), f"{100 * share:.0f} %", f"{hours:.1f}"]
-        else:
-            yield tuple(row)
 
 
 def forecast_rows(records: Sequence[Record]) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import operators, table_rows
-from benchmarks.lib import zoo_results
+from benchmarks.lib import federated_tables, zoo_results
 from benchmarks.lib.results import RESULTS, Record, latest, read_headed
 from benchmarks.studies import frontier_phases
 from benchmarks.table_rows import Row
@@ -87,16 +87,10 @@ TABLES = {
         "solvers", ("problem", "500 ops", "2,000 ops", "8,000 ops", "20,000 ops"), table_rows.synthetic_rows
     ),
     "operators": DocTable("operators", ("result", "operators", "which"), operators.summary_rows),
-    "federated": DocTable(
-        "federated",
-        ("task, population", "accuracy", "exclude", "oort-fedprox", "random", "no-limit", "sooner than random"),
-        table_rows.federated_rows,
-    ),
-    "federated, parts": DocTable(
-        "federated",
-        ("", "few-skewed: accuracy", "deaths", "hours", "few-crowded: accuracy", "deaths", "hours"),
-        table_rows.federated_part_rows,
-    ),
+    "federated, ratios": DocTable("federated", federated_tables.RATIO_COLUMNS, federated_tables.ratio_rows),
+    "federated, times": DocTable("federated", federated_tables.TIME_COLUMNS, federated_tables.time_rows),
+    "federated, failures": DocTable("federated", federated_tables.FAILURE_COLUMNS, federated_tables.failure_rows),
+    "federated, asynchronous": DocTable("federated", federated_tables.RATIO_COLUMNS, federated_tables.buffered_rows),
     "forecasts": DocTable("predictor", ("round, s", "30", "60", "120", "300", "600", "1800"), table_rows.forecast_rows),
     "forecasts, populations": DocTable(
         "predictor", ("population", "30", "60", "120", "300", "600", "1800"), table_rows.forecast_population_rows

@@ -1,0 +1,115 @@
+"""Rows of the tables on federated runs: times to accuracies, models of failure, asynchronous rounds."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from benchmarks.federated import ASSUMED, BUFFERED, GRID, MAIN, SWAP, TARGETS
+from benchmarks.lib.results import Record
+from fxhybrid.federated.protocol.messages import DEATHS, Outcome
+from fxhybrid.federated.server.policies import ASYNC
+from fxhybrid.federated.simulation.failures import FAILURES
+
+Row = tuple[str, ...]
+NEVER = "never"
+TIME_COLUMNS = (
+    *("population", "policy", *(f"to {target:.0%}, min" for target in TARGETS)),
+    *("mean over 2 h", "at 2 h", "deaths"),
+)
+FAILURE_COLUMNS = ("population", "policy", *(f"to 80 %, {name}" for name in FAILURES), "swapping, heartbeat")
+RATIO_COLUMNS = ("population", "sooner than", *(f"at {target:.0%}" for target in TARGETS), "points ahead at 2 h")
+
+Cell = dict[str, dict[int, Record]]  # runs of one population, by policy and seed
+
+
+def time_rows(records: Sequence[Record]) -> Iterator[Row]:
+    """Yields minutes to each target, accuracies and deaths of every policy in every population."""
+    for name, cell in _cells(records).items():
+        for policy in (p for p in (*MAIN, *BUFFERED) if p in cell):
+            own = list(cell[policy].values())
+            times = (_minutes([run["reached_s"][ASSUMED][i] for run in own]) for i in range(len(TARGETS)))
+            yield (name, f"`{policy}`", *times, _percent(own, "mean"), _percent(own, "end"), _deaths(own))
+
+
+def failure_rows(records: Sequence[Record]) -> Iterator[Row]:
+    """Yields minutes to 80 % under each model of failure, in the populations that swapping was tried in, too."""
+    place, cells = TARGETS.index(0.8), _cells(records)
+    for name, cell in cells.items():
+        for policy in (p for p in MAIN if p in cell and name + SWAP in cells):
+            own = cell[policy].values()
+            times = (_minutes([run["reached_s"][model][place] for run in own]) for model in FAILURES)
+            swapped = cells[name + SWAP].get(policy, {}).values()
+            yield name, f"`{policy}`", *times, _minutes([run["reached_s"][ASSUMED][place] for run in swapped])
+
+
+def ratio_rows(records: Sequence[Record]) -> Iterator[Row]:
+    """Yields how many times sooner fxhybrid is than the others, and how far ahead at the end."""
+    yield from _ratio_rows(records, [("fxhybrid", other) for other in MAIN if other != "fxhybrid"])
+
+
+def buffered_rows(records: Sequence[Record]) -> Iterator[Row]:
+    """Yields how many times sooner asynchronous rounds are than synchronous ones of the same policy."""
+    yield from _ratio_rows(records, [(policy, policy.removesuffix(ASYNC)) for policy in BUFFERED])
+
+
+def _ratio_rows(records: Sequence[Record], pairs: Sequence[tuple[str, str]]) -> Iterator[Row]:
+    for name, cell in _cells(records).items():
+        for policy, other in pairs:
+            seeds = sorted(cell.get(policy, {}).keys() & cell.get(other, {}).keys())
+            both = [(cell[policy][seed], cell[other][seed]) for seed in seeds]
+            if both:
+                ahead = [100 * (run["end"] - against["end"]) for run, against in both]
+                ratios = (_ratio(both, i) for i in range(len(TARGETS)))
+                yield name, f"`{other}`", *ratios, _spread(ahead)
+
+
+def _cells(records: Sequence[Record]) -> dict[str, Cell]:
+    """Groups runs by population, in the order of the grid, phones first."""
+    found: dict[str, Cell] = defaultdict(lambda: defaultdict(dict))
+    order = [f"{prefix}{cell}{end}" for cell in GRID for prefix in ("phones-", "") for end in ("", SWAP)]
+    for record in records:
+        name = ("phones-" if record["task"] == "phones" else "") + record["cell"]
+        found[name][record["policy"]][record["seed"]] = record
+    return {name: found[name] for name in order if name in found}
+
+
+def _minutes(times_s: Sequence[float | None]) -> str:
+    """Returns the mean of those that got there, and how many did if not all."""
+    if not times_s:
+        return "-"
+    reached = [s / 60 for s in times_s if s is not None]
+    if not reached:
+        return NEVER
+    mean = f"{statistics.fmean(reached):.0f}"
+    return mean if len(reached) == len(times_s) else f"{mean} ({len(reached)} of {len(times_s)})"
+
+
+def _ratio(both: Sequence[tuple[Record, Record]], place: int) -> str:
+    """Returns the mean ratio of times and its spread; who never got there counts with the whole run, marked by ">"."""
+    ratios, is_bound = [], False
+    for run, against in both:
+        own_s, other_s = (r["reached_s"][ASSUMED][place] for r in (run, against))
+        if own_s is None:
+            return NEVER if other_s is None else "slower"
+        is_bound |= other_s is None
+        ratios.append((3600 * against["hours"] if other_s is None else other_s) / own_s)
+    return f"{'> ' if is_bound else ''}{_spread(ratios)}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean, low, high = statistics.fmean(values), min(values), max(values)
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ({low:.1f}, {high:.1f})"
+
+
+def _percent(runs: Sequence[Record], name: str) -> str:
+    return f"{100 * statistics.fmean(run[name] for run in runs):.1f}"
+
+
+def _deaths(runs: Sequence[Record]) -> str:
+    """Returns the share of deaths by memory among all that was heard of devices."""
+    outcomes = [run["outcomes"] for run in runs]
+    heard = sum(n for own in outcomes for outcome, n in own.items() if outcome != Outcome.UNUSED.value)
+    deaths = sum(own.get(death.value, 0) for own in outcomes for death in DEATHS)
+    return f"{deaths / heard:.1%}"
