@@ -35,6 +35,7 @@ def compile(
     return_outputs: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
     accumulate: bool = False,
+    step_in_backward: bool = False,
     reserve_bytes: int = 0,
     solver: str | Solver = "auto",
     compression: str = "auto",
@@ -59,6 +60,7 @@ def compile(
         return_outputs: return ``(loss, outputs)``.
         optimizer: its state counts, and its step, to the end of which the budget holds then.
         accumulate: gradients are added up over several calls: the budget must hold for that, too, from the start.
+        step_in_backward: the backward pass updates each parameter by ``optimizer`` and drops its gradient.
         reserve_bytes: kept free for whatever else the process holds.
         solver: ``"auto"``, ``"mps"``, ``"ilp"`` or an object with a ``solve`` method.
         compression: ``"auto"``, ``"lossless"`` or ``"off"``; the last two give bit-exact gradients.

@@ -123,6 +123,7 @@ class Options:
     return_outputs: Annotated[bool, Option("return the outputs in addition to the loss", _check_flag)] = False
     optimizer: Annotated[torch.optim.Optimizer | None, Option("whose state counts", _check_optimizer)] = None
     accumulate: Annotated[bool, Option("gradients are added up over several calls", _check_flag)] = False
+    step_in_backward: Annotated[bool, Option("the backward pass updates parameters", _check_flag)] = False
     reserve_bytes: Annotated[int, Option("kept free for whatever else the process holds", check_bytes)] = 0
     solver: Annotated[str | Solver, Option("what searches plans", _check_solver)] = "auto"
     compression: Annotated[str, Option("which codecs may be used", partial(_check_choice, choices=COMPRESSIONS))] = (
@@ -151,6 +152,13 @@ class Options:
             object.__setattr__(self, name, option.check(name, getattr(self, name)))
         if self.return_outputs and self.loss_fn is None:
             raise InvalidArgument("return_outputs=True needs a loss_fn; without one the outputs are returned anyway")
+        if self.step_in_backward and self.optimizer is None:
+            raise InvalidArgument("step_in_backward=True needs an optimizer: pass optimizer=")
+        if self.step_in_backward and self.accumulate:
+            raise InvalidArgument(
+                "step_in_backward=True updates parameters in every backward pass, so that no gradients are left to add "
+                "up; leave it out, or accumulate"
+            )
 
     @property
     def lossy(self) -> bool:

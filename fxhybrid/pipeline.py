@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxhybrid.capture.capture import Capture, capture
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
@@ -27,12 +27,14 @@ from fxhybrid.passes.codec_choices import codec_choices, codec_refusals
 from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
 from fxhybrid.passes.expected_backward import ALL_ARRIVE, ExpectedBackward
 from fxhybrid.passes.fingerprint import fingerprint
+from fxhybrid.passes.gradient_takes import take_nodes, updating_parameters
 from fxhybrid.passes.prune_tangents import prune_tangents
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.passes.storages import Layout, layout_of
 from fxhybrid.profiling.op_profiler import Profile, profile_calls
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
+from fxhybrid.profiling.parameter_update import ParameterUpdates, updates_of
 from fxhybrid.profiling.state_bytes import storage_bytes
 
 
@@ -48,7 +50,9 @@ class Traced:
         structure: where the graph's outputs are in what a call returns.
         fingerprint: hash of ``plain``.
         resident_bytes: everything that is alive through the whole step.
-        update_rise_bytes: how far memory rises while the optimizer steps; None without one.
+        update_rise_bytes: how far memory rises while the optimizer steps; None without one, or where that is done in
+            the backward pass.
+        updates: what updates parameters in the backward pass; None where that comes after it.
         lossy: whether lossy codecs may be offered.
         lossless: the same of lossless ones.
     """
@@ -61,6 +65,7 @@ class Traced:
     fingerprint: str
     resident_bytes: int
     update_rise_bytes: int | None
+    updates: ParameterUpdates | None
     lossy: bool
     lossless: bool
 
@@ -194,20 +199,27 @@ class Prepared:
         expected = dataclasses.replace(self.expected, dropped=dropped)
         return dataclasses.replace(self, expected=expected, problem=problem)
 
+    @cached_property
+    def gradient_nodes(self) -> Mapping[int, fx.Node]:
+        """The gradients that the graph returns, by position of the input."""
+        results = zip(self.joint.output_nodes, self.joint.outputs, strict=True)
+        return {role.of: node for node, role in results if role.kind is OutputKind.GRADIENT and node is not None}
+
     @property
     def parameter_gradients(self) -> frozenset[int]:
-        """Positions of the parameters, among the graph's inputs, that get a gradient."""
-        results = zip(self.joint.output_nodes, self.joint.outputs, strict=True)
-        positions = (role.of for n, role in results if role.kind is OutputKind.GRADIENT and n is not None)
-        return frozenset(i for i in positions if self.joint.inputs[i].kind is InputKind.PARAMETER)
+        """Positions of the parameters, among the graph's inputs, whose gradients are returned."""
+        return frozenset(i for i in self.gradient_nodes if self.joint.inputs[i].kind is InputKind.PARAMETER)
+
+    def keeping(self, positions: Iterable[int]) -> Prepared:
+        """Returns the same where these gradients live to the end of the backward pass, and no others."""
+        nodes = {**take_nodes(self.joint), **self.gradient_nodes}
+        kept = {t for i in positions if i in nodes for t in self.layout.storages_of.get(nodes[i], ())}
+        problem = dataclasses.replace(self.problem, gradients=tuple(sorted(kept)))
+        return dataclasses.replace(self, problem=problem)
 
     def adding(self, positions: frozenset[int]) -> Prepared:
         """Returns the same where gradients of some inputs are added to older ones as soon as they are made."""
-        results = zip(self.joint.output_nodes, self.joint.outputs, strict=True)
-        left = [n for n, role in results if role.kind is OutputKind.GRADIENT and role.of not in positions]
-        held = {t for node in left if node is not None for t in self.layout.storages_of.get(node, ())}
-        gradients = tuple(t for t in self.problem.gradients if t in held)
-        return dataclasses.replace(self, problem=dataclasses.replace(self.problem, gradients=gradients))
+        return self.keeping(self.gradient_nodes.keys() - positions)
 
 
 def prepare(step: Step, call: StepCall, options: Options) -> Prepared:
@@ -235,9 +247,22 @@ def canonical(captured: Capture, structure: OutputStructure, step: Step, call: S
     joint = canonicalize(captured.joint)
     resident_bytes = _resident_bytes(step, call, options) + captured.float_bytes
     lossless = options.compression != "off"
-    rise_bytes = optimizer_bytes(options.optimizer).rise_bytes if options.optimizer is not None else None
+    rise_bytes, updates = _update(captured, step, options)
     graph = fingerprint(joint)
-    return Traced(captured, joint, joint, (), structure, graph, resident_bytes, rise_bytes, options.lossy, lossless)
+    return Traced(
+        captured, joint, joint, (), structure, graph, resident_bytes, rise_bytes, updates, options.lossy, lossless
+    )
+
+
+def _update(captured: Capture, step: Step, options: Options) -> tuple[int | None, ParameterUpdates | None]:
+    """Returns how far memory rises while the optimizer steps, or what does that within the backward pass."""
+    if options.optimizer is None:
+        return None, None
+    if not options.step_in_backward:
+        return optimizer_bytes(options.optimizer).rise_bytes, None
+    named = dict(step.named_parameters())
+    trained = {i: named[name] for i, name in enumerate(captured.flat_names) if name in named}
+    return None, updates_of(options.optimizer, {i: p for i, p in trained.items() if p.requires_grad})
 
 
 def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
@@ -253,8 +278,9 @@ def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
 
 
 def pruned_joint(traced: Traced, expected: ExpectedBackward) -> JointGraph:
-    """Returns the joint graph without the branches of the tangents that are not expected."""
-    return prune_tangents(traced.joint, expected.absent) if expected.absent else traced.joint
+    """Returns the joint graph of an expected backward pass, which updates parameters if it is to."""
+    joint = prune_tangents(traced.joint, expected.absent) if expected.absent else traced.joint
+    return joint if traced.updates is None else updating_parameters(joint, traced.updates.rise_bytes.keys())
 
 
 def prepared_for(
@@ -268,7 +294,8 @@ def prepared_for(
     errors: ErrorTable,
 ) -> Prepared:
     """Builds the planning problem of what was prepared so far."""
-    problem = problem_of(joint, layout, profile, choices, errors, traced.resident_bytes, expected.absent)
+    rises = None if traced.updates is None else traced.updates.rise_bytes
+    problem = problem_of(joint, layout, profile, choices, errors, traced.resident_bytes, expected.absent, rises)
     if traced.update_rise_bytes is not None:
         problem = with_update(problem, traced.update_rise_bytes)
     prepared = Prepared(traced, ALL_ARRIVE, joint, layout, profile, choices, refusals, problem)

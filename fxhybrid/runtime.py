@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -14,8 +13,9 @@ from torch import Tensor, fx
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
 from fxhybrid.capture.output_structure import tangent_outputs
 from fxhybrid.errors import BackwardError
-from fxhybrid.ops.leaf_nodes import leaf_nodes, may_add, when_added, will_add
-from fxhybrid.ops.take_gradient import Taker, taking
+from fxhybrid.ops.leaf_nodes import leaf_nodes
+from fxhybrid.ops.leaf_takers import LeafNotes, LeafTakers, Updates
+from fxhybrid.ops.take_gradient import taking
 from fxhybrid.passes.gradient_takes import taking_gradients
 from fxhybrid.passes.prune_tangents import tangents_behind
 from fxhybrid.passes.split import PartialBackward, SplitGraphs, backward_without
@@ -25,6 +25,10 @@ TWICE_DIFFERENTIATED = (
     "create_graph=True asks for gradients that can be differentiated again; a planned step computes them once. "
     "Call torch.autograd.grad(..., create_graph=True) inside the model's forward or inside loss_fn: there the inner "
     "gradient is planned as part of the step. Or use the plain model for this call"
+)
+UPDATED = (
+    "step_in_backward=True has updated parameters since this call, in the backward pass of another one; call the "
+    "module again, or put both calls into one module"
 )
 UNEXPECTED = "gradients arrive for outputs {outputs} of the call, for which its forward pass stored nothing"
 
@@ -44,16 +48,6 @@ class LateBackward:
     saved: tuple[int, ...]
     inputs: tuple[Tensor | None, ...]
     peak_bytes: int
-
-
-class LeafNotes(Protocol):
-    """Collects whether gradients of a call's inputs come from elsewhere, too."""
-
-    def is_known(self, position: int) -> bool:
-        """Tells whether that is known of an input."""
-
-    def note_leaf(self, position: int, is_alone: bool) -> None:
-        """Notes whether the call's own gradient of an input was all that the backward pass had for it."""
 
 
 class Opened(Protocol):
@@ -93,6 +87,7 @@ class StepFunction:
         *,
         absent: frozenset[int] = frozenset(),
         adding: frozenset[int] = frozenset(),
+        updates: Updates | None = None,
         enter: Enter | None = None,
     ) -> None:
         """Prepares a step from its halves, the joint graph and AOTAutograd's metadata of the capture.
@@ -103,12 +98,13 @@ class StepFunction:
             metadata: of the capture.
             absent: positions of the tangents whose branches the halves leave out.
             adding: positions of the inputs whose gradients are added to those that exist as soon as they are made.
+            updates: what updates parameters by gradients that the graphs hand over; None where they are returned.
             enter: takes saved values, outputs and inputs after a forward pass; what it returns lives until the backward
                 pass begins, or with the graph if that is retained.
         """
         self.graphs = graphs
         self.absent = absent
-        self.adding = adding
+        self.leaves = LeafTakers(adding, _gradient_values(joint), updates)
         self.enter = enter
         self._parts: WeakKeyDictionary[SplitGraphs, dict[frozenset[int], PartialBackward]] = WeakKeyDictionary()
         self.mutated: tuple[int, ...] = tuple(metadata.mutated_inp_runtime_indices)
@@ -118,7 +114,6 @@ class StepFunction:
             for n, role in zip(joint.placeholders, joint.inputs, strict=True)
             if role.kind is InputKind.TANGENT
         )
-        self.gradient_values = _gradient_values(joint)
         inputs = zip(joint.placeholders, joint.inputs, strict=True)
         self.tensor_inputs = tuple(
             i
@@ -135,12 +130,12 @@ class StepFunction:
 
     def part(self, graphs: SplitGraphs, absent: frozenset[int]) -> PartialBackward:
         """Returns the backward half of ``graphs`` where some tangents do not arrive; built when first needed."""
-        parts = self._parts.setdefault(graphs, {})
+        parts, adding = self._parts.setdefault(graphs, {}), self.leaves.adding
         if absent not in parts:
             n_arguments = graphs.n_saved + len(graphs.resident_inputs) + len(self.tangent_values)
             whole = PartialBackward(graphs.backward, tuple(range(n_arguments)))
             part = backward_without(graphs, absent) if absent else whole
-            parts[absent] = replace(part, module=taking_gradients(part.module, self.adding)) if self.adding else part
+            parts[absent] = replace(part, module=taking_gradients(part.module, adding)) if adding else part
         return parts[absent]
 
     def __call__(self, *flat_inputs: Any) -> list[Any]:
@@ -206,11 +201,11 @@ class _Step(torch.autograd.Function):
         arrived = [output_gradients[i] for i in step.tangent_outputs]
         present = frozenset(i for i, tangent in enumerate(arrived) if tangent is not None)
         nodes = leaf_nodes(ctx, step.tensor_inputs)
-        takers = _takers(step, nodes)
+        takers = step.leaves.takers(nodes)
         entered, notes = ctx.entered if step.enter is not None and present else None, None
         late = None
         if entered is not None:
-            notes, late = entered.leaf_notes, entered.begins(present, _untaken(step, nodes, takers))
+            notes, late = entered.leaf_notes, entered.begins(present, step.leaves.untaken(nodes, takers))
         del entered
         if present & step.absent and late is None:
             raise BackwardError(UNEXPECTED.format(outputs=[step.tangent_outputs[k] for k in present & step.absent]))
@@ -218,14 +213,14 @@ class _Step(torch.autograd.Function):
             ctx.entered = None
         if not present:
             return (None, *(None for _ in step.gradient_tangents))
-        arguments: list[Tensor | None] = list(_take_saved(ctx))
+        arguments: list[Tensor | None] = list(_take_saved(ctx, step))
         if late is not None:
             arguments = [*(arguments[i] for i in late.saved), *late.inputs]
         arguments += [_tangent(t, like) for t, like in zip(arrived, step.tangent_values, strict=True)]
         absent = frozenset(range(len(arrived))) - present - step.absent
         del arrived
         backward = ctx.graphs.backward if late is None else late.module
-        if late is None and (absent or step.adding):
+        if late is None and (absent or step.leaves.adding):
             part = step.part(ctx.graphs, absent)
             arguments, backward = [arguments[i] for i in part.reads], part.module
         with DisableAutocast(), taking({} if late else takers) as kept:
@@ -235,38 +230,18 @@ class _Step(torch.autograd.Function):
             for i, (g, sources) in enumerate(zip(made, step.gradient_tangents, strict=True))
         ]
         if notes is not None:
-            _watch_leaves(notes, nodes, gradients, {} if late else takers)
+            step.leaves.watch(notes, nodes, gradients, {} if late else takers)
         return (None, *gradients)
 
 
-def _takers(step: StepFunction, nodes: Mapping[int, Any]) -> dict[int, Taker]:
-    """Finds the inputs whose gradients can be added to those that exist, with what does that."""
-    found: dict[int, Taker] = {}
-    for i in step.adding & nodes.keys():
-        leaf, like = nodes[i].variable, step.gradient_values[i]
-        if like is not None and may_add(leaf, like) and will_add(nodes[i]):
-            found[i] = leaf.grad.add_
-    return found
-
-
-def _untaken(step: StepFunction, nodes: Mapping[int, Any], takers: Mapping[int, Taker]) -> frozenset[int]:
-    """Finds the inputs with a second gradient that was not planned for; one alone takes no more than planned."""
-    left = step.adding - takers.keys()
-    return frozenset(i for i in left if i not in nodes or nodes[i].variable.grad is not None)
-
-
-def _watch_leaves(
-    notes: LeafNotes, nodes: Mapping[int, Any], gradients: Sequence[Tensor | None], takers: Mapping[int, Taker]
-) -> None:
-    """Has noted whether more than the call's own gradients arrive where these are added."""
-    for i, node in nodes.items():
-        if i in takers or (gradients[i] is not None and not notes.is_known(i)):
-            when_added(node, gradients[i], partial(notes.note_leaf, i))
-
-
-def _take_saved(ctx: Any) -> list[Tensor]:
+def _take_saved(ctx: Any, step: StepFunction) -> list[Tensor]:
     """The saved tensors, no longer held by autograd unless the graph is retained."""
-    saved = list(ctx.saved_tensors)
+    try:
+        saved = list(ctx.saved_tensors)
+    except RuntimeError as error:  # they were changed in place
+        if step.leaves.updates is None:
+            raise
+        raise BackwardError(UPDATED) from error
     ctx.maybe_clear_saved_tensors()
     return saved
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -14,6 +14,7 @@ from fxhybrid.capture.joint_graph import InputKind, JointGraph
 from fxhybrid.capture.origins import origins
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
+from fxhybrid.passes.gradient_takes import TAKE
 from fxhybrid.passes.storages import Layout, OpCall, fused_form
 from fxhybrid.profiling.cost_cache import OpCost
 from fxhybrid.profiling.op_profiler import Call, Profile, call_of
@@ -42,6 +43,7 @@ def problem_of(
     errors: Mapping[tuple[int, str], float],
     resident_bytes: int,
     absent: AbstractSet[int] = frozenset(),
+    update_rise_bytes: Mapping[int, int] | None = None,
 ) -> Problem:
     """Builds the planning problem of ``layout`` with ``profile``'s costs.
 
@@ -53,11 +55,12 @@ def problem_of(
         errors: relative gradient error of each (storage, lossy codec).
         resident_bytes: everything that is alive through the whole step.
         absent: positions of the tangents that do not arrive.
+        update_rise_bytes: how far memory rises while a parameter is updated in the backward pass, by position.
     """
     tangents = [n for n, r in zip(joint.placeholders, joint.inputs, strict=True) if r.kind is InputKind.TANGENT]
     arriving = (n for k, n in enumerate(tangents) if k not in absent)
     places = {node: str(origin) for node, origin in origins(joint.module.graph.nodes).items()}
-    forward, backward = _ops(layout, profile, places)
+    forward, backward = _ops(layout, profile, places, update_rise_bytes or {})
     return Problem(
         tensors=_tensors(layout, profile, choices, errors),
         forward=forward,
@@ -96,11 +99,16 @@ def _tensors(
     )
 
 
-def _ops(layout: Layout, profile: Profile, places: Mapping[fx.Node, str]) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+def _ops(
+    layout: Layout, profile: Profile, places: Mapping[fx.Node, str], rises: Mapping[int, int]
+) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
     forward = [_op(op, profile, places) for op in layout.forward]
     backward = []
     for call, op in ((op, _op(op, profile, places)) for op in layout.backward):
         form = fused_form(call.node)
+        if call.node.target is TAKE:
+            position = cast(int, call.node.args[1])
+            op = replace(op, alloc_peak_bytes=op.alloc_peak_bytes + rises.get(position, 0))
         if form is None or call.fused_with is None:
             backward.append(op)
             continue
@@ -118,7 +126,8 @@ def _op(op: OpCall, profile: Profile, places: Mapping[fx.Node, str]) -> Op:
 
 
 def _op_call(op: OpCall) -> Call:
-    return call_of(op.node.target, op.node.args, op.node.kwargs)
+    args = (op.node.args[0], 0) if op.node.target is TAKE else op.node.args  # which parameter it is costs nothing
+    return call_of(op.node.target, args, op.node.kwargs)
 
 
 def _base_value(layout: Layout, storage: int) -> torch.Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-import fxhybrid.ops.recurrent  # noqa: F401  (defines an operator that is looked for)
+import fxhybrid.ops.recurrent
+import fxhybrid.ops.take_gradient  # noqa: F401  (likewise)
 from fxhybrid.capture.fake_tensor_fixes import kernel_norms
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of
 from fxhybrid.capture.kernel_layouts import kernel_layouts
@@ -22,6 +23,7 @@ from fxhybrid.passes.graph_edit import joint_module
 from fxhybrid.torch_internals import OpOverload
 
 aten = torch.ops.aten
+_EFFECTS = (torch.ops.fxhybrid.take_gradient.default,)  # needed although nothing reads what they make
 _LAYOUT_BOUND = (aten.view.default, aten._unsafe_view.default)  # they fail where strides are not the traced ones
 
 
@@ -165,5 +167,6 @@ class _Pruner:
     def _erase_dead(self) -> None:
         """Drops what only served the missing branches: decodings and recomputations among them."""
         for node in reversed(self.graph.nodes):
-            if node.op == "call_function" and not node.users and phase_of(node) is Phase.BACKWARD:
+            is_dead = node.op == "call_function" and not node.users and node.target not in _EFFECTS
+            if is_dead and phase_of(node) is Phase.BACKWARD:
                 self.graph.erase_node(node)

@@ -250,3 +250,15 @@ def test_a_forward_in_its_place_is_the_models_own() -> None:
     assert torch.equal(model.eval()(X), expected.eval()(X))
     planned.remove()
     assert "forward" not in vars(model)
+
+
+def test_settings_that_need_gradients_after_the_backward_pass_are_refused(tmp_path: Path) -> None:
+    transformers, lightning = pytest.importorskip("transformers"), pytest.importorskip("lightning.pytorch")
+    from fxhybrid.integrations import hf_trainer, lightning_trainer
+
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)  # clips by default
+    with pytest.raises(InvalidArgument, match="no gradients for max_grad_norm of"):
+        hf_trainer.FxHybridCallback("1GiB", step_in_backward=True).on_train_begin(args, None, None)
+    trainer = lightning.Trainer(accelerator="cpu", accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False)
+    with pytest.raises(InvalidArgument, match="for gradient_clip_val and accumulate_grad_batches of"):
+        lightning_trainer.FxHybridCallback("1GiB", step_in_backward=True).on_train_start(trainer, nn.Identity())

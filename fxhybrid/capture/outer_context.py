@@ -69,6 +69,20 @@ def refuse_sharded(model: nn.Module) -> None:
         raise InvalidArgument(FSDP.format(found="DTensor"))
 
 
+def refuse_parallel() -> None:
+    """Refuses to update parameters by the gradients of one process of several.
+
+    Raises:
+        InvalidArgument: several processes train together.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise InvalidArgument(
+            "step_in_backward=True updates parameters by the gradients of this process alone, before those of the "
+            f"{distributed.get_world_size()} processes of the group are averaged; leave it out"
+        )
+
+
 def refuse_transforms(tensors: Iterable[Tensor]) -> None:
     """Refuses a call inside a transform or a checkpoint that runs around the planned step.
 

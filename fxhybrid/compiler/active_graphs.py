@@ -65,6 +65,7 @@ def build_active(
         captured.metadata,
         absent=prepared.expected.absent,
         adding=call.added,
+        updates=prepared.traced.updates,
         enter=watch.opened if watch else None,
     )
     return ActiveGraph(describe(state, known, call), actions, joint, function, captured.bind(function))

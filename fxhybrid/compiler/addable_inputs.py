@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fxhybrid.capture.joint_graph import OutputKind
 from fxhybrid.capture.step import Step
 from fxhybrid.compiler.observed_backward import ObservedBackward
 from fxhybrid.ops.leaf_nodes import may_add
@@ -23,9 +22,7 @@ def addable_inputs(step: Step, prepared: Prepared, observed: ObservedBackward) -
     named = dict(step.named_parameters()) if observed.alone else {}
     if all(p.grad is None for p in named.values()):
         return frozenset()
-    joint, names = prepared.joint, prepared.capture.flat_names
-    results = zip(joint.output_nodes, joint.outputs, strict=True)
-    gradients = {role.of: node for node, role in results if role.kind is OutputKind.GRADIENT and node is not None}
+    gradients, names = prepared.gradient_nodes, prepared.capture.flat_names
     return frozenset(
         i
         for i in observed.alone & gradients.keys()

@@ -36,10 +36,10 @@ DROP_OUTPUTS = (
     "Keep what the loss needs, as in loss = model(...).loss, and let go of the other outputs before loss.backward()"
 )
 KEPT = (
-    "gradients of an earlier backward pass exist, to which new ones cannot be added at once any more, because of a "
-    "hook of a parameter or a call of torch.autograd.grad"
+    "gradients are kept to its end that were to be added to older ones, or to update parameters, at once; a hook of a "
+    "parameter, torch.autograd.grad or retain_graph=True asks for that"
 )
-ADD_GRADIENTS = "Call zero_grad() before the forward pass, or set hooks before it"
+ADD_GRADIENTS = "Call zero_grad() before the forward pass, and set hooks before it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,8 @@ class BackwardWatch:
         """Computes the peak of the backward half where outputs or gradients are held that were to be let go."""
         prepared = self.prepared
         schedule = lower(prepared.problem, self.actions)
-        as_held = prepared.expecting_drops(prepared.expected.dropped - held).adding(self.added - untaken)
+        gradients = (prepared.gradient_nodes.keys() - self.added) | untaken
+        as_held = prepared.expecting_drops(prepared.expected.dropped - held).keeping(gradients)
         during = simulate(as_held.problem, schedule).during_bytes[schedule.n_forward :]
         return int(during.max(initial=0)) + self.extra_bytes
 

@@ -76,7 +76,7 @@ def record_path(prepared: Prepared, options: Options) -> Path | None:
         sorted(prepared.expected.dropped),
         (options.solver, options.compression, options.exact, options.max_grad_error),
         [getattr(problem, f.name) for f in dataclasses.fields(problem) if f.name.endswith("_bytes")],
-        [op.alloc_peak_bytes for op in problem.backward[-1:]],  # the optimizer's step
+        [op.alloc_peak_bytes for op in problem.backward if not op.outputs],  # the optimizer's step, or its parts
         [[option.codec for option in tensor.codecs] for tensor in problem.tensors],
         (prepared.profile.device, sorted(versions().items()), FORMAT),
     )

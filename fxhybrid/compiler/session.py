@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxhybrid.accuracy.drift_monitor import DriftMonitor
-from fxhybrid.capture.outer_context import refuse_sharded
+from fxhybrid.capture.outer_context import refuse_parallel, refuse_sharded
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
 from fxhybrid.compiler.addable_inputs import addable_inputs
@@ -127,6 +127,8 @@ class Session:
     def run(self, call: StepCall) -> Any:
         """Runs one forward pass of a training step."""
         with PLANNING:  # of two threads, each must run what it has found
+            if self.options.step_in_backward:
+                refuse_parallel()
             self.find(call)
             self.monitor.before_step(self, call)
             active = self._active_for(call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fxhybrid.integrations.planned_forward import PlannedForward
+from fxhybrid.integrations.planned_forward import PlannedForward, refuse_settings
 from fxhybrid.optional_imports import require
 from fxhybrid.units import Budget
 
@@ -34,7 +34,14 @@ class FxHybridCallback(transformers.TrainerCallback):  # type: ignore[misc, name
         self.planned = PlannedForward(model, self.budget, self.options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:  # noqa: ARG002
-        """Notes the optimizer."""
+        """Notes the optimizer.
+
+        Raises:
+            InvalidArgument: the trainer needs gradients that the options leave none of.
+        """
+        accumulates = args.gradient_accumulation_steps > 1
+        settings = {"max_grad_norm": bool(args.max_grad_norm), "fp16": args.fp16}
+        refuse_settings(self.options, {**settings, "gradient_accumulation_steps": accumulates})
         if self.planned is not None:
             self.planned.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
 

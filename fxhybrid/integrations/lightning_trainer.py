@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.integrations.planned_forward import PlannedForward
+from fxhybrid.integrations.planned_forward import PlannedForward, refuse_settings
 from fxhybrid.optional_imports import require
 from fxhybrid.units import Budget
 
@@ -37,8 +37,12 @@ class FxHybridCallback(lightning.Callback):  # type: ignore[misc, name-defined]
         """Takes the place of the module's forward.
 
         Raises:
-            InvalidArgument: several modules could be meant.
+            InvalidArgument: several modules could be meant, or the trainer needs gradients that the options leave none
+                of.
         """
+        accumulates, is_scaled = trainer.accumulate_grad_batches > 1, trainer.precision == "16-mixed"
+        settings = {"gradient_clip_val": bool(trainer.gradient_clip_val), "precision": is_scaled}
+        refuse_settings(self.options, {**settings, "accumulate_grad_batches": accumulates})
         self.planned = PlannedForward(self._target(pl_module), self.budget, self.options)
         self.planned.optimizer = next(iter(trainer.optimizers), None)
 

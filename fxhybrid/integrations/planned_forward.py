@@ -22,6 +22,24 @@ ACCEPTED = (*(name for name in OPTIONS if name not in ("budget", "loss_fn", "ret
 MIB = 2**20
 
 
+def refuse_settings(options: Mapping[str, Any], settings: Mapping[str, bool]) -> None:
+    """Refuses settings of a trainer that need gradients after the backward pass, where none are left then.
+
+    Args:
+        options: of ``fxhybrid.compile``.
+        settings: by what the trainer calls them, whether they are on.
+
+    Raises:
+        InvalidArgument: names them.
+    """
+    found = [name for name, is_on in settings.items() if is_on]
+    if options.get("step_in_backward") and found:
+        raise InvalidArgument(
+            f"step_in_backward=True leaves no gradients for {' and '.join(found)} of the trainer; turn that off, or "
+            "leave step_in_backward out"
+        )
+
+
 class PlannedForward:
     """Stands in the place of a model's ``forward``, with its signature; plans at the first training call.
 

@@ -55,9 +55,13 @@ def may_add(leaf: Tensor, like: Tensor) -> bool:
         and present.layout is torch.strided
         and not present.requires_grad
         and (present.shape, present.dtype, present.device) == (like.shape, like.dtype, like.device)
-        and not leaf._backward_hooks
-        and not leaf._post_accumulate_grad_hooks
+        and not has_hooks(leaf)
     )
+
+
+def has_hooks(leaf: Tensor) -> bool:
+    """Tells whether somebody is to see a leaf's gradient."""
+    return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)
 
 
 def when_added(node: Any, returned: Tensor | None, tell: Callable[[bool], None]) -> None:

@@ -63,14 +63,14 @@ def _measure(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
     parameters is measured and scaled: both figures grow in proportion.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    existing = storage_bytes(_state_tensors(optimizer, parameters))
+    existing = storage_bytes(state_tensors(optimizer, parameters))
     missing = {p for p in parameters if p.requires_grad and not optimizer.state.get(p)}
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
         return OptimizerBytes(existing, 0)
     room = available_bytes() if trained[0].device.type == "cpu" else torch.cuda.mem_get_info(trained[0].device)[0]
     part = max(1, math.ceil(COPIES * sum(p.nbytes for p in trained) / max(room, 1)))
-    twin, stand_ins = _stand_in(optimizer, part)
+    twin, stand_ins = stand_in(optimizer, part)
     try:
         first, second = memory_rises([lambda: _step(twin), lambda: _step(twin)], device=trained[0].device)
     except Exception as error:  # an optimizer of the user's may raise anything
@@ -78,7 +78,7 @@ def _measure(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
             f"the step of optimizer={type(optimizer).__name__} cannot be tried on a stand-in: {error}; leave optimizer "
             "out, and count what it takes by reserve_bytes"
         ) from error
-    new = storage_bytes(_state_tensors(twin, [stand_ins[p] for p in missing]))
+    new = storage_bytes(state_tensors(twin, [stand_ins[p] for p in missing]))
     rise_bytes = max(second.peak_rise_bytes, first.peak_rise_bytes - first.retained_bytes)
     return OptimizerBytes(existing + part * new, part * rise_bytes)
 
@@ -87,14 +87,18 @@ def _step(twin: torch.optim.Optimizer) -> None:
     type(twin).step(twin)
 
 
-def _stand_in(
-    optimizer: torch.optim.Optimizer, part: int
+def stand_in(
+    optimizer: torch.optim.Optimizer, part: int, chosen: Iterable[nn.Parameter] | None = None
 ) -> tuple[torch.optim.Optimizer, dict[nn.Parameter, nn.Parameter]]:
     """Returns the same optimizer over other parameters, without state and hooks, and those parameters by its own.
 
-    A parameter's first dimension is a ``part``-th of the true one.
+    Args:
+        optimizer: stays as it is.
+        part: a parameter's first dimension is a ``part``-th of the true one.
+        chosen: those of its parameters that are to be stood in for; None for all that are trained.
     """
-    stand_ins = {p: _like(p, part) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    stand_ins = {p: _like(p, part) for p in (trained if chosen is None else chosen)}
     twin = copy.copy(optimizer)
     groups: list[dict[str, Any]] = [
         {**group, "params": [stand_ins[p] for p in group["params"] if p in stand_ins]}
@@ -119,6 +123,7 @@ def _like(parameter: nn.Parameter, part: int) -> nn.Parameter:
     return stand_in
 
 
-def _state_tensors(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Returns the tensors that an optimizer keeps for parameters."""
     states = (optimizer.state.get(p, {}) for p in parameters)
     return [value for state in states for value in state.values() if isinstance(value, Tensor)]
