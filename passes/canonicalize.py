@@ -158,8 +158,18 @@ def own_gradients(joint: JointGraph) -> None:
         if (owned and whole and value.stride() == like.stride()) or layout is None:
             continue
         with joint.module.graph.inserting_before(output):
-            results[position] = call(joint, aten.clone.default, (node,), Phase.BACKWARD, {"memory_format": layout})
+            if owned and whole and _same_order(value, like):
+                arguments = (node, list(like.shape), list(like.stride()))
+                results[position] = call(joint, aten.as_strided.default, arguments, Phase.BACKWARD)
+            else:
+                results[position] = call(joint, aten.clone.default, (node,), Phase.BACKWARD, {"memory_format": layout})
     output.args = (tuple(results),)
+
+
+def _same_order(value: torch.Tensor, like: torch.Tensor) -> bool:
+    """Tells whether elements have the same places in memory; a dimension of one element has any stride."""
+    strides = zip(value.shape, value.stride(), like.stride(), strict=True)
+    return all(own == other for size, own, other in strides if size > 1) and value.storage_offset() == 0
 
 
 def _memory_format(value: torch.Tensor) -> torch.memory_format | None:

@@ -75,7 +75,7 @@ def chunk_batch_norm(joint: JointGraph) -> None:
             continue
         gradient, x, weight, _, _, mean, invstd, _, eps, mask = node.args
         tensors = [n.meta["val"] for n in (gradient, x)]
-        if any(not t.is_contiguous() or t.device.type != "cpu" or t.dim() < 3 for t in tensors):
+        if not _in_one_format(tensors) or any(t.device.type != "cpu" or t.dim() < 3 for t in tensors):
             continue
         with joint.module.graph.inserting_before(node):
             target = torch.ops.fxhybrid.batch_norm_backward.default
@@ -83,6 +83,14 @@ def chunk_batch_norm(joint: JointGraph) -> None:
         new.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(new)
         joint.module.graph.erase_node(node)
+
+
+def _in_one_format(tensors: Sequence[torch.Tensor]) -> bool:
+    """Tells whether all are contiguous, or all float32 images in channels_last."""
+    images = all(t.dim() == 4 and t.dtype is torch.float32 for t in tensors)
+    return all(t.is_contiguous() for t in tensors) or (
+        images and all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+    )
 
 
 def parameter_gradients_first(joint: JointGraph) -> None:

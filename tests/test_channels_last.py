@@ -138,3 +138,19 @@ def test_lossless_keeps_the_layout(plan: fxhybrid.Plan) -> None:
 def test_models_in_channels_last_have_no_groups() -> None:
     model = Mixed().to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
     assert all_laid_out(model, IMAGES.contiguous(memory_format=CHANNELS_LAST)).channels_last == ()
+
+
+def test_batch_norm_some_pixels_at_a_time() -> None:
+    """One channel far from 0, whose sums would cancel if the mean were taken off late."""
+    x = torch.randn(8, 96, 40, 20).contiguous(memory_format=CHANNELS_LAST)
+    x[:, 1] += 100
+    gradient, weight = torch.randn_like(x), torch.rand(96)
+    _, mean, invstd = torch.native_batch_norm(x, weight, None, None, None, True, 0.1, 1e-5)
+    doubles = (t.double() for t in (gradient, x, weight))
+    statistics = mean.double(), invstd.double()
+    whole = torch.ops.aten.native_batch_norm_backward
+    expected = whole(*doubles, None, None, *statistics, True, 1e-5, [True] * 3)
+    found = torch.ops.fxhybrid.batch_norm_backward(gradient, x, weight, mean, invstd, 1e-5, [True] * 3)
+    assert found[0].stride() == x.stride()
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
