@@ -11,13 +11,12 @@ from torch import nn
 from fxhybrid.capture.step import Loss, StepCall
 from fxhybrid.compiler.planner import error_target
 from fxhybrid.compiler.planning_lock import PLANNING
-from fxhybrid.compiler.signature import Signature
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.devices.op_work import work_of
 from fxhybrid.devices.remote_plan import plan_for_device
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.plan import Plan
-from fxhybrid.module import HybridModule, wrap
+from fxhybrid.module import HybridModule, one_graph, segments_for, wrap
 from fxhybrid.options import OPTIONS, Options
 from fxhybrid.solvers.base import Solver
 from fxhybrid.units import Budget
@@ -51,7 +50,7 @@ def compile(
     It holds from the call to the end of the backward pass, for all pending calls together; see ``report()``.
 
     Args:
-        model: any ``nn.Module`` that can be traced into one graph; it is shared, not copied.
+        model: any ``nn.Module`` that can be traced, in one graph or several; it is shared, not copied.
         budget: live tensor bytes over the whole step: an int, ``"512MiB"``, a share of the simulated save-all peak
             (0.6 or ``"60%"``), ``"auto"`` for what is free now, or ``"smallest"`` for the least that a plan takes.
         example_inputs: tuple or dict to plan with now; ``None`` plans at the first call.
@@ -73,7 +72,7 @@ def compile(
 
     Raises:
         InvalidArgument: a parameter cannot be used.
-        CaptureError: the model cannot be traced into one graph.
+        CaptureError: the model cannot be traced.
         BudgetError: no known plan fits the budget.
         PlanMismatchError: ``plan`` belongs to another graph or version.
     """
@@ -100,11 +99,11 @@ def plan(
         As ``compile`` does.
     """
     hybrid = wrap(model, Options.checked(budget=budget, **options), None)
-    found = plan_now(hybrid, example_inputs, loss_args)
-    here = found.active().plan
+    plan_now(hybrid, example_inputs, loss_args)
+    here = hybrid.plan
     if device_profile is None:
         return here
-    state = found.state
+    state = one_graph(hybrid).state
     problem, limit, work = state.prepared.problem, error_target(state.options), work_of(state.prepared.layout)
     return plan_for_device(problem, work, here, device_profile, state.budget_bytes, max_error=limit)
 
@@ -120,7 +119,7 @@ def _wrap(
     return hybrid
 
 
-def plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any, ...]) -> Signature:
+def plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any, ...]) -> None:
     """Plans with example arguments, as a first call would.
 
     Raises:
@@ -137,5 +136,6 @@ def plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any,
     if not session.model.training:
         raise InvalidArgument("the model is in evaluation mode, which is not planned; call model.train() first")
     with PLANNING, torch.enable_grad():
-        session.find(call)
-        return session.first
+        segments = segments_for(hybrid, call)
+        if segments is not None:
+            segments.find(call)

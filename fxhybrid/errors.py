@@ -2,7 +2,8 @@
 
 FxHybridError
 ├── InvalidArgument   a parameter's value cannot be used (also a ValueError)
-├── CaptureError      the model cannot be traced into one graph
+├── CaptureError      the model cannot be traced
+│   └── GraphBreakError    it can be traced, but into several graphs only
 ├── ProfileError      an operator could not be measured
 ├── ProblemError      a planning problem is malformed (also a ValueError)
 ├── PlanError         a plan asks for something that its problem cannot do
@@ -25,6 +26,10 @@ class InvalidArgument(FxHybridError, ValueError):
 
 class CaptureError(FxHybridError):
     """The model cannot be traced into one joint graph; names the user's line where known."""
+
+
+class GraphBreakError(CaptureError):
+    """The model cannot be traced into one graph, since Python decides something by values: it takes several."""
 
 
 class ProfileError(FxHybridError):

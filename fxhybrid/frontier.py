@@ -18,7 +18,7 @@ from fxhybrid.console import as_html, as_text
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.explain.plot import pyplot, save
 from fxhybrid.ir.json_text import from_json, to_json
-from fxhybrid.module import wrap
+from fxhybrid.module import one_graph, wrap
 from fxhybrid.options import Options
 from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for, prove_bound
 from fxhybrid.solvers.portfolio.known_plans import KnownPlans
@@ -226,7 +226,9 @@ def frontier(
     if "budget" in options:
         raise InvalidArgument("a frontier has many budgets: pass budgets=[...] instead of budget=")
     made = Options.checked(budget=1.0, solver=solver, **options)
-    signature = plan_now(wrap(model, made, None), example_inputs, loss_args)
+    hybrid = wrap(model, made, None)
+    plan_now(hybrid, example_inputs, loss_args)
+    signature = one_graph(hybrid)
     state = replace(signature.state, plans=find_smallest_peak(signature.state.plans))
     return _frontier_of(state, _budget_bytes(state, checked))
 

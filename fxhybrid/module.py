@@ -17,30 +17,70 @@ from fxhybrid.compiler.outer_forward import OuterForward
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.report import Report, make_report
 from fxhybrid.compiler.session import Session
+from fxhybrid.compiler.signature import Signature
 from fxhybrid.devices.op_work import StepWork, work_of
-from fxhybrid.errors import InvalidArgument
+from fxhybrid.errors import GraphBreakError, InvalidArgument
 from fxhybrid.explain.explanation import Explanation
 from fxhybrid.explain.plot import save
 from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
+from fxhybrid.segments.segmented_step import SegmentedStep
 from fxhybrid.units import Budget
 
 OPAQUE = (
     "a planned module runs its own graphs and cannot become part of a larger one. Drop fullgraph=True, so that the "
     'graph breaks around it; or compile the whole model by torch.compile(model, backend="fxhybrid", options=...)'
 )
+SEVERAL = (
+    "the step takes several graphs with Python between them, and this describes one graph: plan, report(), "
+    "planning_problem and set_budget work; a model without such Python, planned as one graph, has the rest"
+)
 
 
 @torch.compiler.disable(reason=OPAQUE)  # type: ignore[no-untyped-call, untyped-decorator]
-def _run_planned(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], loss_args: tuple[Any, ...]) -> Any:
+def _run_planned(
+    hybrid: HybridModule, args: tuple[Any, ...], kwargs: dict[str, Any], loss_args: tuple[Any, ...]
+) -> Any:
     """Runs a call in training mode, by the plan if something needs a gradient."""
-    call = StepCall(args, kwargs, loss_args)
+    session, call = hybrid._fxhybrid_session, StepCall(args, kwargs, loss_args)
     tensors = call.tensors
     if not any(t.requires_grad for t in (*session.model.parameters(), *tensors)):
         return session.step(*call)  # a frozen half of a model pair: there is no backward pass to plan
     refuse_transforms(tensors)
-    return session.run(call.unmarked(tensors))
+    call = call.unmarked(tensors)
+    segments = segments_for(hybrid, call)
+    return session.run(call) if segments is None else segments.run(call)
+
+
+def segments_for(hybrid: HybridModule, call: StepCall) -> SegmentedStep | None:
+    """Returns what runs a call that traces into several graphs only; None for one graph, which is planned then."""
+    session = hybrid._fxhybrid_session
+    with PLANNING:
+        if hybrid._fxhybrid_segments is not None:
+            return None if session.knows(call) else hybrid._fxhybrid_segments
+        try:
+            session.find(call)
+        except GraphBreakError:
+            if session.transferred is not None:
+                raise
+        else:
+            return None
+        segments = SegmentedStep(session.step, session.options, session.budget_bytes)
+        object.__setattr__(hybrid, "_fxhybrid_segments", segments)
+        return segments
+
+
+def one_graph(hybrid: HybridModule) -> Signature:
+    """Returns the last called signature of a model that traces into one graph.
+
+    Raises:
+        InvalidArgument: nothing is planned yet, or the step takes several graphs.
+    """
+    session = hybrid._fxhybrid_session
+    if hybrid._fxhybrid_segments is not None and not session.signatures:
+        raise InvalidArgument(SEVERAL)
+    return session.first
 
 
 class HybridModule(nn.Module):
@@ -51,9 +91,10 @@ class HybridModule(nn.Module):
     graphs; all others run the model as it is. ``forward`` does the same as calling.
     """
 
-    __slots__ = ("_fxhybrid_outer", "_fxhybrid_session")
+    __slots__ = ("_fxhybrid_outer", "_fxhybrid_segments", "_fxhybrid_session")
     _fxhybrid_outer: Callable[..., Any] | None
     _fxhybrid_session: Session
+    _fxhybrid_segments: SegmentedStep | None  # of calls that trace into several graphs only
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; with a ``loss_fn``, gives ``loss_fn(output, *loss_args)`` instead of the output.
@@ -77,7 +118,7 @@ class HybridModule(nn.Module):
         if loss_args and options.loss_fn is None:
             raise InvalidArgument("loss_args are given, but the model was compiled without loss_fn")
         if session.model.training and torch.is_grad_enabled():
-            return _run_planned(session, args, kwargs, tuple(loss_args))
+            return _run_planned(self, args, kwargs, tuple(loss_args))
         if options.loss_fn is not None and loss_args:
             return session.step(args, kwargs, tuple(loss_args))
         return session.model(*args, **kwargs)
@@ -96,17 +137,22 @@ class HybridModule(nn.Module):
     @property
     def plan(self) -> Plan:
         """The plan of the last called signature, for fresh gradients."""
-        return self._fxhybrid_session.active().plan
+        if self._fxhybrid_segments is not None:
+            return self._fxhybrid_segments.plan()
+        return one_graph(self).active().plan
 
     @property
     def plans(self) -> list[Plan]:
         """One plan per signature, the last called first."""
-        return [signature.active().plan for signature in self._fxhybrid_session.signatures]
+        own = [] if self._fxhybrid_segments is None else [self._fxhybrid_segments.plan()]
+        return own + [signature.active().plan for signature in self._fxhybrid_session.signatures]
 
     @property
     def planning_problem(self) -> Problem:
         """The step of the last called signature as plain numbers: what solvers see, and a case to report as JSON."""
-        return self._fxhybrid_session.first.state.prepared.problem
+        if self._fxhybrid_segments is not None:
+            return self._fxhybrid_segments.path.plans.joined.problem
+        return one_graph(self).state.prepared.problem
 
     @property
     def compression_refusals(self) -> Mapping[str, str]:
@@ -116,27 +162,27 @@ class HybridModule(nn.Module):
         where it is the cheapest way to the budget. Parameters, buffers and inputs exist through the whole step, so that
         nothing is stored of them.
         """
-        return self._fxhybrid_session.first.state.prepared.compression_refusals
+        return one_graph(self).state.prepared.compression_refusals
 
     @property
     def planning_work(self) -> StepWork:
         """What each op of ``planning_problem`` computes and moves: what planning for another device needs."""
-        return work_of(self._fxhybrid_session.first.state.prepared.layout)
+        return work_of(one_graph(self).state.prepared.layout)
 
     @property
     def joint_graph(self) -> fx.GraphModule:
         """The rewritten joint graph of the last called signature."""
-        return self._fxhybrid_session.active().joint.module
+        return one_graph(self).active().joint.module
 
     @property
     def forward_graph(self) -> fx.GraphModule:
         """The forward graph of the last called signature; call it boxed, with one list."""
-        return self._fxhybrid_session.active().function.graphs.forward
+        return one_graph(self).active().function.graphs.forward
 
     @property
     def backward_graph(self) -> fx.GraphModule:
         """The backward graph of the last called signature; call it boxed, with one list."""
-        return self._fxhybrid_session.active().function.graphs.backward
+        return one_graph(self).active().function.graphs.backward
 
     def report(self, *, more_error: float | None = None, html: str | Path | None = None) -> Report:
         """Reports what was planned, checked, measured and left out, per signature.
@@ -148,10 +194,12 @@ class HybridModule(nn.Module):
         Raises:
             InvalidArgument: ``html`` is given and nothing is planned yet, or matplotlib is not installed.
         """
-        session = self._fxhybrid_session
+        session, segments = self._fxhybrid_session, self._fxhybrid_segments
+        if segments is not None and html is None:
+            return segments.report()
         report = make_report(session.signatures, more_error, session.monitor.checks, session.base)
         if html is not None:
-            write_report(session.first, report, html)
+            write_report(one_graph(self), report, html)
         return report
 
     def explain(self) -> Explanation:
@@ -160,7 +208,7 @@ class HybridModule(nn.Module):
         Raises:
             InvalidArgument: nothing is planned yet.
         """
-        return explanation_of(self._fxhybrid_session.first)
+        return explanation_of(one_graph(self))
 
     def plot_memory(self, path: str | Path) -> None:
         """Draws memory over the unmodified and over the planned step, stacked by what it is spent on.
@@ -171,7 +219,7 @@ class HybridModule(nn.Module):
         Raises:
             InvalidArgument: nothing is planned yet, or matplotlib is not installed.
         """
-        save(memory_figure_of(self._fxhybrid_session.first), path)
+        save(memory_figure_of(one_graph(self)), path)
 
     def set_budget(self, budget: Budget) -> None:
         """Moves to another budget, between steps, without capturing or profiling again.
@@ -181,7 +229,10 @@ class HybridModule(nn.Module):
             BudgetError: no known plan fits; the old budget stays.
         """
         with PLANNING:
-            self._fxhybrid_session.set_budget(budget)
+            if self._fxhybrid_segments is not None:
+                self._fxhybrid_segments.set_budget(budget)
+            if self._fxhybrid_segments is None or self._fxhybrid_session.signatures:
+                self._fxhybrid_session.set_budget(budget)
 
     def use_plan(self, plan: Plan) -> None:
         """Carries out this very plan from now on, between steps; for the last called signature.
@@ -191,6 +242,7 @@ class HybridModule(nn.Module):
         Raises:
             PlanMismatchError: it was made for another graph or version, or peaks above its own budget here.
         """
+        one_graph(self)
         with PLANNING:
             self._fxhybrid_session.adopt(plan)
 
@@ -202,8 +254,8 @@ class HybridModule(nn.Module):
         session = self._fxhybrid_session
         call = StepCall(args, kwargs, tuple(loss_args))
         with PLANNING:
-            session.find(call)
-            return session.measure_error(call)
+            segments = segments_for(self, call)
+            return session.measure_error(call) if segments is None else segments.measure_error(call)
 
     def recalibrate(self, *args: Any, loss_args: tuple[Any, ...] = (), **kwargs: Any) -> None:
         """Measures gradient errors on another batch, chooses channel widths by them and plans again, between steps.
@@ -218,7 +270,8 @@ class HybridModule(nn.Module):
         session = self._fxhybrid_session
         call = StepCall(args, kwargs, tuple(loss_args))
         with PLANNING:
-            session.find(call)
+            if segments_for(self, call) is not None:
+                raise InvalidArgument(SEVERAL)
             session.recalibrate(call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridModule:
@@ -256,5 +309,6 @@ def wrap(model: nn.Module, options: Options, plan: Plan | None) -> HybridModule:
     hybrid: HybridModule = object.__new__(type(original.__name__, (HybridModule, original), names))
     object.__setattr__(hybrid, "__dict__", model.__dict__)
     object.__setattr__(hybrid, "_fxhybrid_outer", None)
+    object.__setattr__(hybrid, "_fxhybrid_segments", None)
     object.__setattr__(hybrid, "_fxhybrid_session", Session(model, options, plan))
     return hybrid

@@ -28,12 +28,13 @@ from torch._decomp import meta_table
 from torch._decomp.decompositions import upsample_compute_output_size
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, maybe_mark_dynamic, trace_rules
-from torch._dynamo.eval_frame import set_enable_dynamic
-from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
+from torch._dynamo.eval_frame import OptimizeContext, set_enable_dynamic
+from torch._dynamo.exc import ShortenTraceback, TorchDynamoException, Unsupported, UserError
+from torch._dynamo.hooks import Hooks
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic
 from torch._dynamo.source import RandomValueSource
-from torch._dynamo.symbolic_convert import TensorifyState
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase, TensorifyState
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables import builder
 from torch._dynamo.variables.builtin import SetAttrBuiltinVariable
@@ -52,6 +53,7 @@ from torch._subclasses.fake_tensor import _BypassDispatchCache as BypassDispatch
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -65,9 +67,12 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FrameStateSizeEntry",
+    "Hooks",
+    "InstructionTranslatorBase",
     "LazyGraphModule",
     "OpOverload",
     "OpOverloadPacket",
+    "OptimizeContext",
     "OutputGraph",
     "OutputType",
     "ProfilerActivity",
@@ -83,11 +88,14 @@ __all__ = [
     "TorchDynamoException",
     "TorchInGraphFunctionVariable",
     "TracingContext",
+    "Unsupported",
+    "UserError",
     "aot_export_joint_with_descriptors",
     "auto_dynamic",
     "builder",
     "compute_required_storage_length",
     "convert_frame",
+    "disable_current_modes",
     "dynamo_config",
     "dynamo_timed",
     "fake_impls",

@@ -56,6 +56,16 @@ def split(joint: JointGraph) -> SplitGraphs:
     return SplitGraphs(forward, backward, len(returned), len(saved), positions, joint)
 
 
+def forward_only(joint: JointGraph) -> SplitGraphs:
+    """Returns halves that store nothing: the forward pass runs, no backward pass follows."""
+    pairs = list(zip(joint.placeholders, joint.inputs, strict=True))
+    primals = [n for n, role in pairs if role.kind is not InputKind.TANGENT]
+    results = zip(joint.output_nodes, joint.outputs, strict=True)
+    returned = [n for n, role in results if role.kind is not OutputKind.GRADIENT]
+    forward = _extract(joint, Phase.FORWARD, primals, returned)
+    return SplitGraphs(forward, forward, len(returned), 0, (), joint)
+
+
 @dataclass(frozen=True, eq=False)
 class PartialBackward:
     """A backward half for some of the output gradients.

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phase, node_name, phase_of, storages
+from fxhybrid.ops.hand_on import HAND_ON
 from fxhybrid.torch_internals import OpOverload
 
 aten = torch.ops.aten
@@ -166,7 +167,7 @@ class _Builder:
             self.found.append(Storage(label, sizes[storage], _base(node, storage)))
         inputs = self._known(s for n in node.all_input_nodes for s in storages(n.meta.get("val")))
         random = is_random(node)
-        again = not random and not self._reads_overwritten(node)
+        again = not random and not self._reads_overwritten(node) and node.target is not HAND_ON  # its input may be gone
         pinned = random or not outputs  # an op without outputs is there for its effect: a check that raises
         call = OpCall(name, node, inputs, tuple(outputs), again and not pinned, pinned, self._fused_with(node))
         self.ops[phase_of(node)].append(call)

@@ -26,6 +26,7 @@ FLOORS = (
     ("frontier", "integrations"),
     ("api",),
     ("module",),
+    ("segments",),
     ("compiler",),
     ("accuracy", "explain"),
     ("devices", "pipeline"),

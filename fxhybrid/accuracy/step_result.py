@@ -63,7 +63,8 @@ def observe_step(
     has_loss: bool,
     weighed: Collection[int] | None = None,
     changed: Iterable[Tensor] = (),
-    seed: int = 0,
+    inputs: Iterable[Tensor] = (),
+    seed: int | None = 0,
 ) -> StepResult:
     """Runs a step at a fixed seed; model, gradients, generator and ``changed`` tensors stay as they were.
 
@@ -75,15 +76,16 @@ def observe_step(
         has_loss: whether the first output is the loss.
         weighed: positions of the outputs that are weighted; None for all.
         changed: tensors that the step writes to.
-        seed: of the generator.
+        inputs: tensors whose gradients count like those of parameters.
+        seed: of the generator; None to go on from where it is.
     """
-    with _restored([*model.buffers(), *changed]), unchanged_python_state(model), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with trial_run(model, changed, seed=seed):
         result = run()
         outputs = list(output_tensors(result))
         chosen = outputs if weighed is None else [t for i, t in enumerate(outputs) if i in weighed]
         scalar = outputs[0] if has_loss else _weighted_sum(chosen)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        named += [(f"input {i}", t) for i, t in enumerate(inputs) if t.requires_grad]  # type: ignore[misc]
         parameters = [p for _, p in named]
         gradients = _gradients(scalar, parameters)
         return StepResult(
@@ -94,7 +96,16 @@ def observe_step(
         )
 
 
-def _gradients(scalar: Tensor, parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
+@contextlib.contextmanager
+def trial_run(model: nn.Module, changed: Iterable[Tensor] = (), *, seed: int | None = 0) -> Iterator[None]:
+    """Lets a step run at a fixed seed, if any; model, generators and ``changed`` tensors are put back afterwards."""
+    with _restored([*model.buffers(), *changed]), unchanged_python_state(model), torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+def _gradients(scalar: Tensor, parameters: list[Any]) -> Sequence[Tensor | None]:
     """Differentiates a step; ``.grad`` and what hangs on it stay as they were."""
     if not parameters:
         return ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,11 +46,13 @@ class Verifier:
         prepared: the captured signature.
         step: model and loss.
         call: the batch.
+        with_inputs: whether gradients of the call's arguments count, too, as they do for a part of a longer step.
     """
 
     prepared: Prepared
     step: Step
     call: StepCall
+    with_inputs: bool = False
 
     def run(self, graphs: SplitGraphs) -> StepResult:
         """Runs one step with these graphs, at the same seed every time.
@@ -82,6 +84,7 @@ class Verifier:
             has_loss=step.loss_fn is not None,
             weighed=self.prepared.weighed,
             changed=self._changed(),
+            inputs=self.call.tensors if self.with_inputs else (),
         )
 
     def _changed(self) -> list[Tensor]:
@@ -123,9 +126,9 @@ def memory_shortage(save_all_bytes: int) -> str | None:
     return f"a save-all step to compare with takes {format_bytes(needed)}, free are {format_bytes(free)}"
 
 
-def reference(prepared: Prepared, step: Step, call: StepCall) -> Reference:
+def reference(prepared: Prepared, step: Step, call: StepCall, *, with_inputs: bool = False) -> Reference:
     """Runs the save-all step on a batch."""
-    verifier = Verifier(prepared, step, call)
+    verifier = Verifier(prepared, step, call, with_inputs)
     return Reference(verifier, verifier.run(prepared.save_all_graphs))
 
 
@@ -136,30 +139,44 @@ def check_capture(reference: Reference) -> CaptureCheck:
         CaptureError: the graph computes something else than the model.
     """
     verifier, found, laid_out = reference.verifier, reference.result, ""
-    eager = verifier.run_eager()
     if verifier.prepared.traced.channels_last:
-        difference = relative_difference(found.gradients, eager.gradients)
+        difference = relative_difference(found.gradients, verifier.run_eager().gradients)
         laid_out = f"; with convolutions in channels_last gradients differ by {difference:.1e}"
         found = verifier.run_plain()
+    low = runs_in_low_precision(verifier.step)
+    check = compare_with_eager(found, verifier.run_eager, is_low_precision=low)
+    return check if check.difference is None else replace(check, note=f"{check.note}{laid_out}")
+
+
+def compare_with_eager(
+    found: StepResult, run_eager: Callable[[], StepResult], *, is_low_precision: bool
+) -> CaptureCheck:
+    """Compares what a captured step left behind with the user's own step.
+
+    Raises:
+        CaptureError: the captured step computes something else than the model.
+    """
+    eager = run_eager()
     note = "" if eager.finite else "; eager itself is not finite on this batch"
     if found.same_bits(eager):
-        return CaptureCheck(0.0, f"bit-equal to eager: outputs, gradients, buffers and generator{note}{laid_out}")
+        return CaptureCheck(0.0, f"bit-equal to eager: outputs, gradients, buffers and generator{note}")
     if note:
         return CaptureCheck(None, f"not compared{note}")
     difference = relative_difference(found.gradients, eager.gradients)
-    own = relative_difference(verifier.run_eager().gradients, eager.gradients)
+    own = relative_difference(run_eager().gradients, eager.gradients)
     if own > 0:
         return CaptureCheck(difference, f"eager does not repeat itself here (its own difference: {own:.1e})")
     same_rng = torch.equal(eager.rng_state, found.rng_state)
-    if not difference <= (LOW_PRECISION if _is_low_precision(verifier.step) else SAME_GRAPH) or not same_rng:
+    if not difference <= (LOW_PRECISION if is_low_precision else SAME_GRAPH) or not same_rng:
         raise CaptureError(
             f"the traced graph does not compute what the model does: gradients differ by {difference:.2g}"
             + ("" if same_rng else ", and random numbers are drawn in another order")
             + "; does the model depend on Python state that changes between calls?"
         )
-    return CaptureCheck(difference, f"gradients differ from eager by {difference:.1e}{laid_out}")
+    return CaptureCheck(difference, f"gradients differ from eager by {difference:.1e}")
 
 
-def _is_low_precision(step: Step) -> bool:
+def runs_in_low_precision(step: Step) -> bool:
+    """Says whether a step computes in bfloat16 or float16."""
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in step.parameters())
     return low or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")

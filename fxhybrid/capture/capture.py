@@ -40,11 +40,11 @@ from fxhybrid.capture.joint_graph import (
 from fxhybrid.capture.origins import traced_origin
 from fxhybrid.capture.random_numbers import random_inputs, with_traced_types
 from fxhybrid.capture.refusals import (
-    explain_differentiation,
-    explain_tracing,
+    differentiated_error,
     refuse_backward_hooks,
     refuse_dynamic_sizes,
     refuse_empty_buffers,
+    traced_error,
 )
 from fxhybrid.capture.shared_memory import overlap_pattern
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
@@ -97,8 +97,9 @@ def capture(module: nn.Module, args: tuple[Any, ...], *, exact: bool = True) -> 
         exact: whether gradients must have eager's very bits; without, recurrent layers take less memory.
 
     Raises:
-        CaptureError: the model cannot be traced into one graph, or does something that the joint graph
-            cannot carry; the message names the user's line where Dynamo knows it.
+        GraphBreakError: the model can be traced into several graphs only.
+        CaptureError: it cannot be traced, or does something that the joint graph cannot carry; the message names the
+            user's line where Dynamo knows it.
     """
     refuse_backward_hooks(module)
     floats = changing_floats(module)
@@ -117,15 +118,8 @@ def _capture(module: nn.Module, args: tuple[Any, ...], exact: bool, floats: Chan
             traced = convert_frame.fullgraph_capture(module, args, {})
             if traced.backend_input is None:
                 raise CaptureError("the model runs no tensor operation, so there is nothing to plan")
-            drop_intermediate_leaves(traced.backend_input.graph_module)
-            assert_tensors(traced.backend_input.graph_module)
-            refuse_dynamic_sizes(traced.backend_input.graph_module)
             random_positions = random_inputs(traced.backend_input.graph_module)
-            make_opaque(traced.backend_input.graph_module, in_segments=not exact)
-            make_gru_cells_opaque(traced.backend_input.graph_module)
-            make_ctc_loss_opaque(traced.backend_input.graph_module)
-            mark_contiguous_bernoulli(traced.backend_input.graph_module)
-            joint, metadata, names = _joint_graph(module, traced.backend_input)
+            joint, metadata, names = differentiated(module, traced.backend_input, exact=exact)
             output = traced.graph_capture_output
             function, _ = convert_frame.get_traced_fn(module)
             manager = output.build_guards(function.__code__).guard_manager
@@ -133,9 +127,9 @@ def _capture(module: nn.Module, args: tuple[Any, ...], exact: bool, floats: Chan
     except FxHybridError:
         raise
     except TorchDynamoException as error:
-        raise CaptureError(explain_tracing(error)) from error
+        raise traced_error(error) from error
     except Exception as error:  # AOTAutograd passes on whatever the model's operators raise
-        raise CaptureError(explain_differentiation(error)) from error
+        raise differentiated_error(error) from error
     backend_id = traced.backend_input.backend_id
     parameters = list(_parameter_names(function))
 
@@ -155,6 +149,28 @@ def _capture(module: nn.Module, args: tuple[Any, ...], exact: bool, floats: Chan
         return env.forward_callable(backend_id, flat, extra_globals=function.__globals__)
 
     return Capture(joint, metadata, holds, bind, names, FLOAT_BYTES * len(floats.inputs))
+
+
+def differentiated(module: nn.Module, backend_input: Any, *, exact: bool) -> tuple[JointGraph, Any, tuple[str, ...]]:
+    """Prepares Dynamo's graph, in place, and traces it and its backward pass.
+
+    Args:
+        module: owns the graph's parameters and buffers.
+        backend_input: the graph, its inputs and their fake mode.
+        exact: whether gradients must have eager's very bits.
+
+    Returns:
+        The joint graph, AOTAutograd's metadata, and the name of the parameter or buffer behind each input.
+    """
+    graph = backend_input.graph_module
+    drop_intermediate_leaves(graph)
+    assert_tensors(graph)
+    refuse_dynamic_sizes(graph)
+    make_opaque(graph, in_segments=not exact)
+    make_gru_cells_opaque(graph)
+    make_ctc_loss_opaque(graph)
+    mark_contiguous_bernoulli(graph)
+    return _joint_graph(module, backend_input)
 
 
 def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:

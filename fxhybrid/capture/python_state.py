@@ -26,15 +26,25 @@ def unchanged_python_state(module: nn.Module) -> Iterator[None]:
     attributes, and the generators of ``random`` and NumPy. Parameters and registered buffers keep their identity; their
     values are the caller's business.
     """
+    undo = undo_of_runs(module)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def undo_of_runs(module: nn.Module) -> Undo:
+    """Returns what undoes, when called, all that runs of ``module`` leave in Python from now on."""
     snapshot = _Snapshot([*module.parameters(), *module.buffers()])
     for part in module.modules():
         snapshot.take(part)
     undo_all = [*_generators(), *snapshot.undo_all]
-    try:
-        yield
-    finally:
+
+    def undo_runs() -> None:
         for undo in undo_all:
             undo()
+
+    return undo_runs
 
 
 def _generators() -> Iterator[Undo]:

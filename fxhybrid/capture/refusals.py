@@ -16,8 +16,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, f
 
 from fxhybrid.capture.joint_graph import InputKind, InputRole
 from fxhybrid.capture.random_numbers import RANDOM, is_random_input
-from fxhybrid.errors import CaptureError
-from fxhybrid.torch_internals import TorchDynamoException
+from fxhybrid.errors import CaptureError, GraphBreakError
+from fxhybrid.torch_internals import TorchDynamoException, Unsupported, UserError
 
 LIBRARIES = (
     str(Path(torch.__file__).parent),
@@ -94,7 +94,7 @@ def refuse_dynamic_sizes(module: fx.GraphModule) -> None:
         module: Dynamo's graph, or AOTAutograd's, in which gradients may pick elements by a mask, too.
 
     Raises:
-        CaptureError: names the operator, the user's line, the module and a way out.
+        GraphBreakError: names the operator, the user's line, the module and a way out.
     """
     for node in reversed(list(module.graph.nodes)):
         if node.op.startswith("call") and not node.users and _is_dynamic(node):
@@ -104,15 +104,20 @@ def refuse_dynamic_sizes(module: fx.GraphModule) -> None:
             frames = frames_of_text(node.meta.get("stack_trace") or "")
             what, way_out = _name_and_way_out(node)
             what += ", in the gradient of a line," if node.meta.get("partitioner_tag") == "is_backward" else ""
-            raise CaptureError(
+            raise GraphBreakError(
                 f"{what} gives a size or a Python number that depends on values{_module_path(node)}{_where(frames)}\n"
                 f"A plan needs all sizes before the step: {way_out}."
             )
     module.recompile()
 
 
-def explain_tracing(error: TorchDynamoException) -> str:
-    """Says where and why Dynamo stopped."""
+def traced_error(error: TorchDynamoException) -> CaptureError:
+    """Says where and why Dynamo stopped; what it does not support is a break between two graphs."""
+    kind = GraphBreakError if isinstance(error, (Unsupported, UserError)) else CaptureError
+    return kind(_tracing_message(error))
+
+
+def _tracing_message(error: TorchDynamoException) -> str:
     frames = [
         (f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in getattr(error, "real_stack", None) or ()
     ]
@@ -131,15 +136,15 @@ def _in_short(reason: str) -> str:
     return "\n".join([line for line in kept if line.strip()] + ([f"  The trace {raised[1]}"] if raised else []))
 
 
-def explain_differentiation(error: Exception) -> str:
+def differentiated_error(error: Exception) -> CaptureError:
     """Says what an operator raised while forward and backward were traced, and in which line of the user's."""
     text, _, trace = str(error).partition("\n\nWhile executing")
     where = _where(frames_of_text(trace))
     if isinstance(error, GuardOnDataDependentSymNode):
         name = re.search(r"target=(?:torch\.)?(?P<name>[\w.]+)", trace)
         what = name["name"] if name else "an operator"
-        return f"{what} needs a size or a Python number that depends on values{where}\n{VALUES}."
-    return (
+        return GraphBreakError(f"{what} needs a size or a Python number that depends on values{where}\n{VALUES}.")
+    return CaptureError(
         f"tracing the step fails with {type(error).__name__}: {text.strip()}{where}\n"
         "Does the plain model run forward and backward with these arguments?"
     )

@@ -52,7 +52,7 @@ class PlannedCall:
         """Enters a call whose forward pass is over; it stays entered while the result lives."""
         returned = [t for t in outputs if isinstance(t, Tensor)]
         call = PendingCall(
-            self, threading.get_ident(), len(pending_calls()), _references([*saved, *returned]), _references(inputs)
+            self, threading.get_ident(), len(pending_calls()), references([*saved, *returned]), references(inputs)
         )
         with _LOCK:
             _CALLS[next(_SERIAL)] = call
@@ -123,7 +123,8 @@ def _device(model: nn.Module | None) -> torch.device | None:
     return None if model is None else next((p.device for p in model.parameters()), None)
 
 
-def _references(tensors: Iterable[Tensor]) -> References:
+def references(tensors: Iterable[Tensor]) -> References:
+    """Refers to the storages behind ``tensors``, with their bytes."""
     storages = [t.untyped_storage() for t in tensors if t.layout is torch.strided]
     return tuple((StorageWeakRef(storage), storage.nbytes()) for storage in storages)  # type: ignore[no-untyped-call]
 

@@ -21,6 +21,7 @@ from fxhybrid.ir.plan import Plan
 from fxhybrid.units import format_bytes
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 
@@ -58,6 +59,27 @@ class SignatureReport:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """Reports one graph of a step that takes several.
+
+    Attributes:
+        line: of the user's code, behind which the graph ends.
+        actions: how many tensors of it the plan treats how, in words.
+        pending_bytes: alive before it begins.
+        forward_bytes: highest point of its forward half.
+        backward_bytes: the same of its backward half; 0 where it has none.
+        held_bytes: what it hands on through Python, and no plan can compress while Python holds it.
+    """
+
+    line: str
+    actions: str
+    pending_bytes: int
+    forward_bytes: int
+    backward_bytes: int
+    held_bytes: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Reports all kinds of calls seen so far; prints as a table.
 
@@ -66,12 +88,16 @@ class Report:
         drift_checks: checks of the gradient error during training.
         held_bytes: Python memory of the signatures themselves, the model left out.
         share_of: of what a relative budget is a share, in words; empty where it is none.
+        parts: the graphs of the last step in order, where it takes several.
+        unplanned: why graphs of it run without a plan, in words.
     """
 
     signatures: tuple[SignatureReport, ...]
     drift_checks: tuple[DriftCheck, ...] = ()
     held_bytes: int = 0
     share_of: str = ""
+    parts: tuple[PartReport, ...] = ()
+    unplanned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
@@ -79,7 +105,24 @@ class Report:
     def _repr_html_(self) -> str:
         return as_html(self.__rich__())
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Table | Group:
+        from rich.console import Group
+
+        return Group(self._table(), self._parts_table()) if self.parts else self._table()
+
+    def _parts_table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="graphs of the step, with Python between them")
+        for name in ("graph", "ends behind", "actions", "pending before", "forward peak", "backward peak", "hands on"):
+            table.add_column(name)
+        for number, part in enumerate(self.parts, 1):
+            sizes = (part.pending_bytes, part.forward_bytes, part.backward_bytes, part.held_bytes)
+            table.add_row(str(number), part.line, part.actions, *map(format_bytes, sizes))
+        table.caption = "; ".join(f"not planned: {reason}" for reason in self.unplanned)
+        return table
+
+    def _table(self) -> Table:
         from rich.table import Table
 
         table = Table(title="fxhybrid report")

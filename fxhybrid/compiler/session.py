@@ -83,6 +83,10 @@ class Session:
             raise InvalidArgument("nothing is planned yet: call the module once, or pass example_inputs to compile")
         return self.signatures[0]
 
+    def knows(self, call: StepCall) -> bool:
+        """Says whether there is a signature for ``call``, which becomes the first one."""
+        return self.cache.find(self.step, call)
+
     def find(self, call: StepCall) -> None:
         """Makes the signature that holds for ``call`` the first one; captures and plans if there is none yet."""
         if self.cache.find(self.step, call):

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxhybrid.api import compile
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.options import OPTIONS, check_names
+from fxhybrid.segments.lifted_graph import LiftedGraph
 from fxhybrid.torch_internals import ShortenTraceback
 
 # A loss is part of Dynamo's graph already, or outside of it; so are sizes, and its arguments have no names.
@@ -28,41 +29,6 @@ class BackendArgument(ShortenTraceback, InvalidArgument):
     def __init__(self, message: str) -> None:
         """Takes what to say."""
         super().__init__(message, first_useful_frame=None)
-
-
-class LiftedGraph(nn.Module):
-    """Wraps a Dynamo graph so that its parameter and buffer arguments are the module's own again."""
-
-    def __init__(self, graph: fx.GraphModule, arguments: Sequence[Any]) -> None:
-        """Takes the graph and its first arguments."""
-        super().__init__()
-        self.graph = fx.GraphModule(graph, graph.graph)  # Dynamo's own kind compiles itself lazily: not traceable
-        self.owned: dict[int, str] = {}
-        for position, (node, value) in enumerate(zip(_placeholders(graph), arguments, strict=True)):
-            name = f"owned_{position}"
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            elif isinstance(value, Tensor) and _is_static(node):
-                self.register_buffer(name, value)
-            else:
-                continue
-            self.owned[position] = name
-        self.n_arguments = len(arguments)
-
-    def forward(self, *free: Any) -> Any:
-        """Runs the graph on its own tensors and those that are given."""
-        rest = iter(free)
-        positions = range(self.n_arguments)
-        arguments = [getattr(self, self.owned[i]) if i in self.owned else next(rest) for i in positions]
-        return self.graph(*arguments)
-
-    def free_of(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        """Returns the arguments that are not the module's own."""
-        return tuple(value for i, value in enumerate(arguments) if i not in self.owned)
-
-    def owns(self, arguments: Sequence[Any]) -> bool:
-        """Says whether parameters and buffers among ``arguments`` are still the module's own."""
-        return all(arguments[i] is getattr(self, name) for i, name in self.owned.items())
 
 
 def fxhybrid_backend(
@@ -98,13 +64,3 @@ def fxhybrid_backend(
         return hybrid(*module.free_of(arguments))
 
     return run
-
-
-def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in graph.graph.nodes if node.op == "placeholder"]
-
-
-def _is_static(node: fx.Node) -> bool:
-    """Says whether Dynamo declares that the argument is a parameter or buffer of the user's module."""
-    tensor_dict = node.meta.get("tensor_dict") or {}
-    return "_dynamo_static_input_type" in tensor_dict

@@ -1,0 +1,149 @@
+"""One planning problem of a whole sequence of parts, for solvers that know nothing of parts.
+
+Forward halves follow each other, then the backward halves in their order. What Python holds between the parts becomes
+tensors that operators of no cost make and read; nothing is decided on them. Lifetimes are those of
+``sequence_peak`` or longer, so that a plan that fits here fits there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from fxhybrid.ir.plan import Action, Actions
+from fxhybrid.ir.problem import Op, Problem, Tensor
+from fxhybrid.ir.sequence import Part, PartSequence
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedProblem:
+    """Holds the problem of a sequence, and where in it each part's tensors are.
+
+    Attributes:
+        problem: of the whole step.
+        offsets: of each part's first tensor.
+        sizes: number of each part's tensors.
+    """
+
+    problem: Problem
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def by_part(self, actions: Actions) -> tuple[dict[int, Action], ...]:
+        """Splits actions of the whole step."""
+        return tuple(
+            {t - first: action for t, action in actions.items() if first <= t < first + size}
+            for first, size in zip(self.offsets, self.sizes, strict=True)
+        )
+
+
+def join_parts(sequence: PartSequence) -> JoinedProblem:
+    """Builds the problem of a sequence."""
+    return _Joining(sequence).run()
+
+
+class _Joining:
+    def __init__(self, sequence: PartSequence) -> None:
+        self.sequence = sequence
+        self.tensors: list[Tensor] = []
+        self.offsets: list[int] = []
+        self.op_offsets: list[int] = []
+        self.forward: list[Op] = []
+        self.backward: list[Op] = []
+        self.by_python: dict[int, int] = {}  # shared storage -> tensor that stands for what Python holds of it
+        self.carried: dict[int, list[int]] = {}  # shared storage -> gradients of it on their way
+
+    def run(self) -> JoinedProblem:
+        parts = self.sequence.parts
+        for k, part in enumerate(parts):
+            self._forward_half(k, part)
+        self._mark("end of the forward pass", self.by_python.values())
+        for k in self.sequence.backward:
+            self._backward_half(k, parts[k])
+        if self.sequence.update_bytes is not None:
+            self.backward.append(Op("optimizer.step", (), (), 0.0, self.sequence.update_bytes))
+        problem = Problem(
+            tensors=tuple(self.tensors),
+            forward=tuple(self.forward),
+            backward=tuple(self.backward),
+            outputs=tuple(t for key, t in self.by_python.items() if self.sequence.shared[key].held),
+            mutations=(),
+            gradients=tuple(self._gradients()),
+            resident_bytes=self._resident_bytes(),
+        )
+        return JoinedProblem(problem, tuple(self.offsets), tuple(len(part.problem.tensors) for part in parts))
+
+    def _forward_half(self, k: int, part: Part) -> None:
+        ending = [key for key in self.by_python if self.sequence.shared[key].last == k]
+        ending = [key for key in ending if not self.sequence.shared[key].held and key in part.arriving.values()]
+        self._mark(f"part {k} begins", [self.by_python[key] for key in ending])
+        for key in ending:
+            del self.by_python[key]
+        first = self._add_tensors(k, part.problem.tensors)
+        self.op_offsets.append(len(self.forward))
+        self.forward += (self._shifted(op, k, first) for op in part.problem.forward)
+        made = [t + first for t in part.problem.mutations]
+        leaving = [key for key in part.leaving.values() if self._outlives(key, k)]
+        outside = [key for key in (*part.arriving.values(), *part.taken) if self._outlives(key, k)]
+        new = [key for key in dict.fromkeys((*leaving, *outside)) if key not in self.by_python]
+        self.by_python |= {key: self._add_tensor(f"held by Python {key}.{k}", self._size(key)) for key in new}
+        self._mark(f"part {k} ends", made, [self.by_python[key] for key in new])
+
+    def _outlives(self, key: int, k: int) -> bool:
+        """Says whether Python still holds a storage when the forward half of a part is over."""
+        shared = self.sequence.shared[key]
+        return shared.held or shared.last > k
+
+    def _size(self, key: int) -> int:
+        return self.sequence.shared[key].size_bytes
+
+    def _backward_half(self, k: int, part: Part) -> None:
+        first = self.offsets[k]
+        arrived = [t for key in part.leaving.values() for t in self.carried.pop(key, [])]
+        tangents = self._add_tensor(f"gradients of the outputs of part {k}", part.problem.tangent_bytes)
+        self.backward.append(_free_op(f"backward {k} begins", arrived, (tangents,)))
+        self.backward += (self._shifted(op, k, first) for op in part.problem.backward)
+        ended = [tangents]
+        for t, key in part.input_gradients.items():
+            if self.sequence.shared[key].maker < k:
+                self.carried.setdefault(key, []).append(t + first)
+            ended.append(t + first)
+        for key in part.passing:
+            passed = self._add_tensor(f"gradient of {key} that part {k} hands on", self._size(key))
+            self.carried.setdefault(key, []).append(passed)
+        passing = [t for key in part.passing for t in self.carried[key][-1:]]
+        self.backward.append(_free_op(f"backward {k} ends", ended, passing))
+
+    def _add_tensors(self, k: int, tensors: Sequence[Tensor]) -> int:
+        self.offsets.append(len(self.tensors))
+        self.tensors += (replace(tensor, name=f"{k}/{tensor.name}") for tensor in tensors)
+        return self.offsets[-1]
+
+    def _add_tensor(self, name: str, size_bytes: int) -> int:
+        self.tensors.append(Tensor(name, size_bytes))
+        return len(self.tensors) - 1
+
+    def _mark(self, name: str, reads: Iterable[int], writes: Iterable[int] = ()) -> None:
+        self.forward.append(replace(_free_op(name, reads, writes), pinned=True))
+
+    def _shifted(self, op: Op, k: int, first: int) -> Op:
+        fusion = replace(op.fusion, op=op.fusion.op + self.op_offsets[k]) if op.fusion else None
+        inputs, outputs = (tuple(t + first for t in ts) for ts in (op.inputs, op.outputs))
+        return replace(op, name=f"{k}/{op.name}", inputs=inputs, outputs=outputs, fusion=fusion)
+
+    def _gradients(self) -> Iterator[int]:
+        """Yields the gradients that live to the end of the backward pass."""
+        for k in sorted(self.sequence.backward):
+            part = self.sequence.parts[k]
+            yield from (t + self.offsets[k] for t in part.problem.gradients if t not in part.input_gradients)
+
+    def _resident_bytes(self) -> int:
+        parts = self.sequence.parts
+        taken = frozenset(key for part in parts for key in part.taken)
+        beside = sum(part.beside_bytes for part in parts) + self.sequence.tail_bytes
+        roots = sum(shared.size_bytes for shared in self.sequence.shared if shared.held)
+        return self.sequence.resident_bytes + beside + roots + sum(map(self._size, taken))
+
+
+def _free_op(name: str, reads: Iterable[int], writes: Iterable[int] = ()) -> Op:
+    return Op(name, tuple(reads), tuple(writes), 0.0, 0, recomputable=False)

@@ -1,0 +1,220 @@
+"""A step of several graphs as plain numbers: parts with Python between them, simulated together.
+
+The forward halves of the parts run in order, the backward halves in an order of their own. Each part is a problem by
+itself, whose schedule is what runs; what the parts leave for each other is added up here. A storage that goes from part
+to part is counted once while any of them, or Python, holds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fxhybrid.ir.plan import Actions
+from fxhybrid.ir.problem import Problem
+from fxhybrid.ir.schedule import lower
+from fxhybrid.ir.simulator import simulate
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Describes a storage that goes from part to part, or to the caller.
+
+    Attributes:
+        size_bytes: what the allocator counts for it.
+        maker: the part that makes it; where Python makes it, the first part that takes it.
+        last: the last part in whose forward half Python still holds it; the number of parts where that is the end of
+            the whole forward pass.
+        held: whether the caller holds it through the backward pass, too.
+    """
+
+    size_bytes: int
+    maker: int
+    last: int
+    held: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Holds one part of the step.
+
+    Attributes:
+        problem: of the part alone. Storages that it takes from others, and its own outputs, are tensors that live to
+            the end of its forward half (``mutations``).
+        arriving: shared storages that it takes and decides on, by tensor.
+        taken: shared storages that it takes as they are, and keeps for its backward half.
+        leaving: shared storages that it makes, by tensor.
+        input_gradients: shared storages whose gradients it makes, by tensor.
+        passing: shared storages whose gradient is the very one of an output.
+        beside_bytes: what Python's own operators before the part keep for their backward pass.
+    """
+
+    problem: Problem
+    arriving: Mapping[int, int] = field(default_factory=dict)
+    taken: frozenset[int] = frozenset()
+    leaving: Mapping[int, int] = field(default_factory=dict)
+    input_gradients: Mapping[int, int] = field(default_factory=dict)
+    passing: frozenset[int] = frozenset()
+    beside_bytes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PartSequence:
+    """Holds the whole step.
+
+    Attributes:
+        parts: in the order of their forward halves.
+        backward: the parts, in the order of their backward halves; those that have none are left out.
+        shared: the storages that go from part to part.
+        resident_bytes: alive through the whole step.
+        update_bytes: how far memory rises above the gradients while the optimizer steps; None without one.
+        tail_bytes: what Python's own operators after the last part keep for their backward pass.
+    """
+
+    parts: tuple[Part, ...]
+    backward: tuple[int, ...]
+    shared: tuple[Shared, ...]
+    resident_bytes: int
+    update_bytes: int | None = None
+    tail_bytes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PartTimeline:
+    """Holds what one part needs by a plan.
+
+    Attributes:
+        forward_bytes: the highest point of its forward half, above what was alive before.
+        backward_bytes: likewise of its backward half; gradients of its outputs and what it stored itself are included.
+        stored_bytes: what it keeps between the halves, shared storages left out.
+        stored: shared storages that it keeps as they are.
+        gradient_bytes: gradients of parameters and of the step's own inputs that it leaves.
+        overhead_s: seconds beyond running every op once.
+    """
+
+    forward_bytes: int
+    backward_bytes: int
+    stored_bytes: int
+    stored: frozenset[int]
+    gradient_bytes: int
+    overhead_s: float
+
+
+@dataclass(frozen=True)
+class SequencePeak:
+    """Holds the peak of a sequence.
+
+    Attributes:
+        peak_bytes: highest point of the step.
+        forward_bytes: highest point in each part's forward half.
+        backward_bytes: highest point in each part's backward half; 0 where it has none.
+        before_bytes: alive before each part's forward half.
+        overhead_s: seconds beyond running every op once.
+    """
+
+    peak_bytes: int
+    forward_bytes: tuple[int, ...]
+    backward_bytes: tuple[int, ...]
+    before_bytes: tuple[int, ...]
+    overhead_s: float
+
+
+def part_timeline(part: Part, actions: Actions) -> PartTimeline:
+    """Simulates one part by its own actions."""
+    problem = part.problem
+    schedule = lower(problem, actions)
+    timeline = simulate(problem, schedule)
+    n = schedule.n_forward
+    during = timeline.during_bytes - problem.resident_bytes
+    crossing = [i for i in range(len(schedule.values)) if timeline.birth[i] < n <= timeline.death[i]]
+    keys = {**part.arriving, **part.leaving}
+    raw = {i: keys[v.tensor] for i in crossing if not (v := schedule.values[i]).encoded and v.tensor in keys}
+    gradients = {t for t in problem.gradients if t not in part.input_gradients}
+    return PartTimeline(
+        forward_bytes=int(during[:n].max(initial=0)),
+        backward_bytes=int(during[n:].max(initial=0)),
+        stored_bytes=sum(schedule.values[i].size_bytes for i in crossing if i not in raw),
+        stored=part.taken.union(raw.values()),
+        gradient_bytes=sum(problem.tensors[t].size_bytes for t in gradients),
+        overhead_s=timeline.overhead_s,
+    )
+
+
+def sequence_peak(sequence: PartSequence, needs: Sequence[PartTimeline]) -> SequencePeak:
+    """Adds up what the parts need, in the order in which their halves run."""
+    tally = _Tally(sequence, needs)
+    before, forward = [], []
+    for k in range(len(sequence.parts)):
+        alive = tally.before_forward(k)
+        before.append(alive)
+        forward.append(alive + needs[k].forward_bytes)
+    backward = [0] * len(sequence.parts)
+    for k in sequence.backward:
+        backward[k] = tally.run_backward(k) + sequence.tail_bytes
+    end = tally.end_bytes()
+    overhead_s = math.fsum(need.overhead_s for need in needs)
+    return SequencePeak(max(*forward, *backward, end), tuple(forward), tuple(backward), tuple(before), overhead_s)
+
+
+class _Tally:
+    """Keeps account of what lives between the halves."""
+
+    def __init__(self, sequence: PartSequence, needs: Sequence[PartTimeline]) -> None:
+        self.sequence = sequence
+        self.needs = needs
+        self.pending = set(range(len(needs)))  # parts whose backward half has not run
+        self.gradient_bytes = 0
+        self.carried: dict[int, int] = {}  # gradients of shared storages on their way to the storage's maker
+
+    def before_forward(self, k: int) -> int:
+        """Returns what is alive when a part's forward half begins, less what it takes from others."""
+        arriving = set(self.sequence.parts[k].arriving.values())
+        kept = {key for j in range(k) for key in self.needs[j].stored} - arriving
+        by_python = {i for i, s in enumerate(self.sequence.shared) if s.maker < k and (s.held or k <= s.last)}
+        return (
+            self.sequence.resident_bytes
+            + sum(self.needs[j].stored_bytes for j in range(k))
+            + sum(part.beside_bytes for part in self.sequence.parts[: k + 1])
+            + self._shared_bytes((kept | by_python | self.sequence.parts[k].taken) - arriving)
+        )
+
+    def run_backward(self, k: int) -> int:
+        """Returns the highest point of a part's backward half, and leaves its gradients behind."""
+        part, need = self.sequence.parts[k], self.needs[k]
+        self.pending.discard(k)
+        for key in part.leaving.values():
+            self.carried.pop(key, None)  # counted in the part itself from here on
+        kept = {key for j in self.pending for key in self.needs[j].stored}
+        kept |= {i for i, s in enumerate(self.sequence.shared) if s.held}
+        alive = (
+            self.sequence.resident_bytes
+            + sum(self.needs[j].stored_bytes for j in self.pending)
+            + sum(self.sequence.parts[j].beside_bytes for j in self.pending | {k})
+            + self._shared_bytes((kept - need.stored) | part.taken)
+            + sum(self.carried.values())
+            + self.gradient_bytes
+        )
+        self.gradient_bytes += need.gradient_bytes
+        # who holds an output may hold its gradient, too: ``backward()`` does
+        held = {key for key in part.leaving.values() if self.sequence.shared[key].held}
+        self.gradient_bytes += self._shared_bytes(held)
+        for t, key in part.input_gradients.items():
+            size = part.problem.tensors[t].size_bytes
+            self.carried[key] = self.carried.get(key, 0) + size
+        for key in part.passing:
+            self.carried[key] = self.carried.get(key, 0) + self.sequence.shared[key].size_bytes
+        return alive + need.backward_bytes
+
+    def end_bytes(self) -> int:
+        """Returns what is alive while the optimizer steps; 0 without one."""
+        if self.sequence.update_bytes is None:
+            return 0
+        held = {i for i, s in enumerate(self.sequence.shared) if s.held}
+        outside = sum(self.sequence.parts[j].beside_bytes for j in self.pending)
+        pending = sum(self.needs[j].stored_bytes for j in self.pending) + outside
+        alive = self.sequence.resident_bytes + self.gradient_bytes + self._shared_bytes(held) + pending
+        return alive + self.sequence.update_bytes
+
+    def _shared_bytes(self, keys: set[int] | frozenset[int]) -> int:
+        return sum(self.sequence.shared[key].size_bytes for key in keys)

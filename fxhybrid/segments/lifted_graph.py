@@ -1,0 +1,55 @@
+"""Makes a module of one of Dynamo's graphs, which owns the parameters and buffers that it takes as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+
+class LiftedGraph(nn.Module):
+    """Wraps a Dynamo graph so that its parameter and buffer arguments are the module's own again."""
+
+    def __init__(self, graph: fx.GraphModule, arguments: Sequence[Any]) -> None:
+        """Takes the graph and its first arguments."""
+        super().__init__()
+        self.graph = fx.GraphModule(graph, graph.graph)  # Dynamo's own kind compiles itself lazily: not traceable
+        self.owned: dict[int, str] = {}
+        for position, (node, value) in enumerate(zip(_placeholders(graph), arguments, strict=True)):
+            name = f"owned_{position}"
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor) and _is_static(node):
+                self.register_buffer(name, value)
+            else:
+                continue
+            self.owned[position] = name
+        self.n_arguments = len(arguments)
+
+    def forward(self, *free: Any) -> Any:
+        """Runs the graph on its own tensors and those that are given."""
+        return self.graph(*self.full(free))
+
+    def full(self, free: Sequence[Any]) -> list[Any]:
+        """Returns the graph's arguments: its own tensors and those that are given."""
+        rest = iter(free)
+        return [getattr(self, self.owned[i]) if i in self.owned else next(rest) for i in range(self.n_arguments)]
+
+    def free_of(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Returns the arguments that are not the module's own."""
+        return tuple(value for i, value in enumerate(arguments) if i not in self.owned)
+
+    def owns(self, arguments: Sequence[Any]) -> bool:
+        """Says whether parameters and buffers among ``arguments`` are still the module's own."""
+        return all(arguments[i] is getattr(self, name) for i, name in self.owned.items())
+
+
+def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def _is_static(node: fx.Node) -> bool:
+    """Says whether Dynamo declares that the argument is a parameter or buffer of the user's module."""
+    tensor_dict = node.meta.get("tensor_dict") or {}
+    return "_dynamo_static_input_type" in tensor_dict

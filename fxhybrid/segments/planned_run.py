@@ -1,0 +1,234 @@
+"""Runs one call of a step of several graphs: by its plan while it takes the path that was planned, else part by part.
+
+On another path each part takes the cheapest of its own plans that fits beside what is pending, and that leaves room for
+the smallest plan of what usually follows. Where none fits, the step is refused before that part runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fxhybrid.compiler.pending_calls import PendingCall, references
+from fxhybrid.errors import BackwardError, BudgetError
+from fxhybrid.ir.plan import Actions
+from fxhybrid.ir.sequence import PartTimeline
+from fxhybrid.pipeline import Prepared, build_graphs
+from fxhybrid.runtime import LateBackward, StepFunction
+from fxhybrid.segments.leaf_notes import NOTHING_NEW
+from fxhybrid.segments.segment import Segment, run_under_way
+from fxhybrid.units import format_bytes
+
+UNEXPECTED = (
+    "gradients arrive for outputs of a graph of the step which got none in the trial: its forward pass did not store "
+    "what they need. From now on they are planned for: zero the gradients and run the step again"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedPart:
+    """Holds a part by one plan.
+
+    Attributes:
+        segment: what is called.
+        prepared: for the form in which it is called.
+        needs: what it needs.
+        function: runs it.
+        stored_bytes: what it keeps between the halves, shared or not.
+    """
+
+    segment: Segment
+    prepared: Prepared
+    needs: PartTimeline
+    function: Callable[..., Any]
+
+    stored_bytes: int
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """What it returns."""
+        joint, layout, problem = self.prepared.joint, self.prepared.layout, self.prepared.problem
+        behind = {t for node in joint.output_nodes if node is not None for t in layout.storages_of.get(node, ())}
+        return sum(problem.tensors[t].size_bytes for t in behind if t in problem.producer)
+
+
+def planned_part(
+    segment: Segment, prepared: Prepared, actions: Actions, needs: PartTimeline, shared_bytes: int = 0
+) -> PlannedPart:
+    """Builds the graphs of a part.
+
+    Args:
+        segment: what is called.
+        prepared: for the form in which it is called.
+        actions: of the plan.
+        needs: what it needs by it.
+        shared_bytes: of the shared storages that it keeps.
+    """
+    graphs = build_graphs(prepared, actions)[1]
+    joint, metadata, absent = prepared.traced.joint, prepared.capture.metadata, prepared.expected.absent
+
+    def enter(saved: Sequence[Tensor], outputs: Sequence[Any], _: Sequence[Any]) -> _Opened:
+        run = run_under_way()
+        assert isinstance(run, PlannedRun), "a planned part runs within a planned step"
+        return run.entered(saved, [t for t in outputs if isinstance(t, Tensor)], absent)
+
+    function = prepared.capture.bind(StepFunction(graphs, joint, metadata, absent=absent, enter=enter))
+    return PlannedPart(segment, prepared, needs, function, needs.stored_bytes + shared_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """Says what a call may take.
+
+    Attributes:
+        limit_bytes: of the peak, less what stands beside the call.
+        resident_bytes: alive through the whole step.
+        gradient_bytes: of all parameters that get one on the planned path.
+        following_bytes: what the rest of the planned path takes at least, above what is alive before it, by part.
+    """
+
+    limit_bytes: int
+    resident_bytes: int
+    gradient_bytes: int
+    following_bytes: Sequence[int]
+
+
+class OfferedPlans(Protocol):
+    """Is the plans of a part by itself."""
+
+    @property
+    def needs(self) -> Sequence[PartTimeline]:
+        """What it needs by each, the cheapest plan first."""
+
+    def part(self, number: int) -> PlannedPart:
+        """Returns the part by one of the plans."""
+
+
+class Solo(Protocol):
+    """Gives the plans of parts by themselves."""
+
+    def plans(self, segment: Segment, arguments: Sequence[Any]) -> OfferedPlans:
+        """Returns the plans of a part for a call with these arguments."""
+
+
+@dataclass(eq=False)
+class PlannedRun:
+    """Runs the parts of one call.
+
+    Attributes:
+        parts: of the planned path.
+        room: what the call may take.
+        solo: gives the plans of single parts.
+        pending: stands for the call until its backward pass has run.
+        unexpected: is told of a part whose tangents were not expected.
+        path: the segments that ran.
+    """
+
+    parts: Sequence[PlannedPart]
+    room: Room
+    solo: Solo
+    pending: PendingCall
+    unexpected: Callable[[], None]
+    path: list[Segment] = field(default_factory=list)
+    is_on_path: bool = True
+    _stored_bytes: int = 0
+    _output_bytes: int = 0
+    _gradient_bytes: int = 0
+    _backward_bytes: list[int] = field(default_factory=list)  # heights of the backward halves to come
+    _made: dict[int, int] = field(default_factory=dict)  # storage -> part
+
+    def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
+        """Runs a graph."""
+        if segment.capture is None:
+            return segment.plain(arguments)
+        position = len(self.path)
+        expected = self.parts[position] if self.is_on_path and position < len(self.parts) else None
+        self.is_on_path = expected is not None and expected.segment is segment
+        part = expected if expected is not None and self.is_on_path else self._admitted(segment, arguments)
+        self.path.append(segment)
+        self._ran(part)
+        return tuple(part.function(None, segment.lifted.free_of(arguments), {}, ()))
+
+    def _admitted(self, segment: Segment, arguments: Sequence[Any]) -> PlannedPart:
+        """Returns a part beside those that ran already; what they returned is taken for held by Python."""
+        room, form = self.room, segment.form_of(arguments)
+        taken = sum(arguments[i].untyped_storage().nbytes() for i in form.boundaries)  # counted in the part itself
+        stored = room.resident_bytes + self._stored_bytes
+        before = stored + max(self._output_bytes - taken, 0)
+        following = max(room.following_bytes[len(self.path) + 1 :], default=0)
+        needed: list[int] = []
+
+        def fits(needs: PartTimeline, *, leaving: int) -> bool:
+            earlier = max(self._backward_bytes, default=0) + needs.gradient_bytes
+            usual = max(room.gradient_bytes - self._gradient_bytes - needs.gradient_bytes, 0) if leaving else 0
+            backward = max(stored + needs.backward_bytes, earlier) + usual
+            needed.append(max(before + max(needs.forward_bytes, needs.stored_bytes + leaving), backward))
+            return needed[-1] <= room.limit_bytes
+
+        for i in form.boundaries:  # its gradient lives through the backward halves in between
+            storage = arguments[i].untyped_storage()
+            for j in range(self._made.get(storage._cdata, -1) + 1, len(self.path)):
+                self._backward_bytes[j] += storage.nbytes()
+        offered = self.solo.plans(segment, arguments)
+        roomy = (n for n, needs in enumerate(offered.needs) if fits(needs, leaving=following))
+        chosen = next(roomy, None)
+        if chosen is None:  # then the one that leaves most
+            fitting = [n for n, needs in enumerate(offered.needs) if fits(needs, leaving=0)]
+            chosen = min(fitting, key=lambda n: (offered.needs[n].stored_bytes, n), default=None)
+        if chosen is None:
+            raise self._error(before, min(needed, default=before))
+        return offered.part(chosen)
+
+    def _ran(self, part: PlannedPart) -> None:
+        """Counts a part that runs: what it keeps, and what it adds to the backward halves of earlier ones."""
+        needs = part.needs
+        self._backward_bytes = [height + needs.gradient_bytes for height in self._backward_bytes]
+        self._backward_bytes.append(self.room.resident_bytes + self._stored_bytes + needs.backward_bytes)
+        self._stored_bytes += part.stored_bytes
+        self._output_bytes += part.output_bytes
+        self._gradient_bytes += needs.gradient_bytes
+
+    def _error(self, alive: int, needed: int) -> BudgetError:
+        limit = self.room.limit_bytes
+        return BudgetError(
+            f"the step takes another path than before, and the budget of {limit} bytes ({format_bytes(limit)}) cannot "
+            f"be met for its graph {len(self.path) + 1}: {alive} bytes ({format_bytes(alive)}) are pending, and by the "
+            f"smallest known plan the graph takes {needed} bytes ({format_bytes(needed)}) with them. Raise the budget, "
+            "or run the step again: the next path is planned as a whole",
+            budget_bytes=limit,
+            minimum_bytes=needed,
+            minimum_lower_bound_bytes=min(alive, needed),
+            holder="graphs whose backward pass is still to come",
+        )
+
+    def entered(self, saved: Sequence[Tensor], outputs: Sequence[Tensor], absent: frozenset[int]) -> _Opened:
+        """Counts what a part holds for a backward pass to come."""
+        returned = references(outputs)
+        self._made |= {reference.cdata: len(self.path) - 1 for reference, _ in returned}
+        self.pending.held = (*self.pending.held, *references(saved), *returned)
+        return _Opened(self.pending, absent, self.unexpected)
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """Keeps the call among the pending ones until the backward half of a part begins."""
+
+    pending: PendingCall
+    absent: frozenset[int]
+    unexpected: Callable[[], None]
+    leaf_notes = NOTHING_NEW
+
+    def begins(self, present: frozenset[int], _: frozenset[int]) -> LateBackward | None:
+        """Refuses tangents that were not expected.
+
+        Raises:
+            BackwardError: such tangents arrive; no gradient of this part has been computed.
+        """
+        if present & self.absent:
+            self.unexpected()
+            raise BackwardError(UNEXPECTED)
+        return None

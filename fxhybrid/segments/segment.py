@@ -1,0 +1,181 @@
+"""One graph of a step that takes several: captured when Dynamo hands it over, prepared for the calls that are made."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from fxhybrid.capture.capture import Capture
+from fxhybrid.capture.output_structure import output_structure
+from fxhybrid.capture.segment_capture import capture_segment, needs_gradient
+from fxhybrid.capture.step import Step, StepCall
+from fxhybrid.errors import CaptureError
+from fxhybrid.ops.hand_on import HAND_ON
+from fxhybrid.options import Options
+from fxhybrid.passes.boundaries import can_be_handed_on, with_boundaries
+from fxhybrid.passes.channels_last_choice import groups_that_pay
+from fxhybrid.passes.expected_backward import ExpectedBackward
+from fxhybrid.pipeline import Prepared, Traced, canonical, prepare_traced
+from fxhybrid.segments.lifted_graph import LiftedGraph
+
+NOTHING = "nothing in it needs a gradient"
+
+
+@dataclass(frozen=True)
+class Form:
+    """Says how a segment is called.
+
+    Attributes:
+        boundaries: positions of the graph's inputs that earlier graphs of the step made.
+        absent: positions of the tangents that do not arrive.
+    """
+
+    boundaries: frozenset[int]
+    absent: frozenset[int] = frozenset()
+
+
+class SegmentRun(Protocol):
+    """Is a step under way."""
+
+    def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
+        """Runs a graph of the step."""
+
+
+@dataclass(eq=False)
+class Segment:
+    """Holds one of Dynamo's graphs.
+
+    Attributes:
+        lifted: the graph as a module.
+        capture: of the graph; None where it is not planned.
+        refusal: why it is not planned, in words.
+        line: where in the user's code the graph ends.
+        options: what the user asked for.
+        prepared: up to the planning problem, by the form of the call.
+    """
+
+    lifted: LiftedGraph
+    capture: Capture | None
+    refusal: str
+    line: str
+    options: Options
+    prepared: dict[Form, Prepared] = field(default_factory=dict)
+    _traced: dict[frozenset[int], Traced] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, graph: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Segment:
+        """Captures a graph while Dynamo hands it over."""
+        lifted = LiftedGraph(graph, example_inputs)
+        line = _last_line(graph)
+        if not needs_gradient(graph):
+            return cls(lifted, None, NOTHING, line, options)
+        step = Step(lifted, None, False)
+        try:
+            captured = capture_segment(
+                step, graph, example_inputs, lambda _, args, *__: lifted.full(args), exact=not options.reordered
+            )
+        except CaptureError as error:
+            return cls(lifted, None, str(error), line, options)
+        return cls(lifted, captured, "", line, options)
+
+    @property
+    def step(self) -> Step:
+        """The graph as a step of its own."""
+        return Step(self.lifted, None, False)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the graph, as the step says that is under way."""
+        run = run_under_way()
+        if run is None or not torch.is_grad_enabled():
+            return self.plain(arguments)
+        return run.call(self, arguments)
+
+    def plain(self, arguments: Sequence[Any]) -> Any:
+        """Runs the graph as it is."""
+        return self.lifted.graph(*arguments)
+
+    def form_of(self, arguments: Sequence[Any]) -> Form:
+        """Returns the form of a call: tensors with a history come from earlier in the step."""
+        assert self.capture is not None
+        joint = self.capture.joint
+        made = (i for i, t in enumerate(arguments) if isinstance(t, Tensor) and t.grad_fn is not None)
+        return Form(frozenset(i for i in made if can_be_handed_on(joint, i)))
+
+    def call_of(self, arguments: Sequence[Any]) -> StepCall:
+        """Returns the arguments of a call of the graph as a step of its own, cut off from what computed them."""
+        return StepCall(self.lifted.free_of(arguments), {}, ()).detached()
+
+    def prepare(self, form: Form, call: StepCall) -> Prepared:
+        """Returns the segment up to the planning problem; its outputs live to the end of its forward half."""
+        known = self.prepared.get(form)
+        if known is None:
+            traced = self._trace(form.boundaries, call)
+            dropped = frozenset(range(traced.n_outputs))
+            known = _with_boundaries_alive(prepare_traced(traced, ExpectedBackward(form.absent, dropped)))
+            self.prepared[form] = known
+        return known
+
+    def _trace(self, boundaries: frozenset[int], call: StepCall) -> Traced:
+        if boundaries not in self._traced:
+            assert self.capture is not None
+            structure = output_structure(self.capture, self.step, call)
+            captured = replace(self.capture, joint=with_boundaries(self.capture.joint, boundaries))
+            options = replace(self.options, optimizer=None, step_in_backward=False)  # it steps after the backward halves of all segments
+            traced = canonical(captured, structure, self.step, call, options)
+            if options.reordered:
+                traced = traced.in_layout(groups_that_pay(captured.joint, traced.plain))
+            self._traced[boundaries] = traced
+        return self._traced[boundaries]
+
+
+class _UnderWay(threading.local):
+    run: SegmentRun | None = None
+
+
+_UNDER_WAY = _UnderWay()
+
+
+def run_under_way() -> SegmentRun | None:
+    """Returns the step that is under way in this thread."""
+    return _UNDER_WAY.run
+
+
+class under_way:
+    """Lets a step run the graphs that are called within the block."""
+
+    def __init__(self, run: SegmentRun) -> None:
+        self.run = run
+
+    def __enter__(self) -> None:
+        self.before = _UNDER_WAY.run
+        _UNDER_WAY.run = self.run
+
+    def __exit__(self, *_: object) -> None:
+        _UNDER_WAY.run = self.before
+
+
+def boundary_tensors(prepared: Prepared) -> dict[int, int]:
+    """Maps the positions of inputs that are handed on to the tensors of the problem that stand for them."""
+    joint, layout = prepared.joint, prepared.layout
+    positions = {node: i for i, node in enumerate(joint.placeholders)}
+    nodes = joint.module.graph.find_nodes(op="call_function", target=HAND_ON)
+    return {positions[node.args[0]]: layout.storages_of[node][0] for node in nodes}
+
+
+def _with_boundaries_alive(prepared: Prepared) -> Prepared:
+    """Lets what is handed on live to the end of the forward half, in which the caller holds it."""
+    problem = prepared.problem
+    alive = tuple(dict.fromkeys((*problem.mutations, *boundary_tensors(prepared).values())))
+    return replace(prepared, problem=replace(problem, mutations=alive))
+
+
+def _last_line(graph: fx.GraphModule) -> str:
+    reason: Any = getattr(graph, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break or not reason.user_stack:
+        return ""
+    return f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}"

@@ -1,0 +1,165 @@
+"""Plans of a whole sequence of parts: searched in the joined problem, judged by the timeline of the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from fxhybrid.compiler.planner import error_target
+from fxhybrid.errors import BudgetError
+from fxhybrid.ir.joined_problem import JoinedProblem, join_parts
+from fxhybrid.ir.plan import Action
+from fxhybrid.ir.sequence import PartSequence, PartTimeline, SequencePeak, part_timeline, sequence_peak
+from fxhybrid.options import Options
+from fxhybrid.solvers.portfolio.extend_plans import find_smallest_peak, frontier_plans
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, pareto
+from fxhybrid.solvers.portfolio.solvers import Portfolio
+from fxhybrid.units import format_bytes
+
+MAX_ROUNDS = 4
+RESCALE_MARGIN = 1.1  # errors are scaled up by this more than was measured
+
+PartActions = tuple[dict[int, Action], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SequencePlan:
+    """Holds a plan of the whole step.
+
+    Attributes:
+        actions: of each part.
+        known: what the solver knows of it.
+        needs: what each part needs by it.
+        peak: of the step.
+        measured_error: relative gradient error on the batch of the trial; None if it was not measured.
+    """
+
+    actions: PartActions
+    known: KnownPlan
+    needs: tuple[PartTimeline, ...]
+    peak: SequencePeak
+    measured_error: float | None = None
+
+    @property
+    def error(self) -> float:
+        """The gradient error, measured if it was."""
+        return self.known.point.error if self.measured_error is None else self.measured_error
+
+    @property
+    def held_bytes(self) -> int:
+        """What the parts keep together when the forward pass is over."""
+        return sum(need.stored_bytes for need in self.needs)
+
+
+Measure = Callable[[PartActions], float]
+
+
+class SequencePlans:
+    """Holds the plans that are known for one sequence, and searches for more.
+
+    Attributes:
+        sequence: the parts.
+        known: plans of the joined problem.
+    """
+
+    def __init__(self, sequence: PartSequence, options: Options, measure: Measure | None) -> None:
+        """Searches the frontier of plans.
+
+        Args:
+            sequence: the parts.
+            options: what the user asked for.
+            measure: runs a plan on the batch of the trial, and returns its gradient error; None where that is exact.
+        """
+        self.sequence, self.options, self.measure = sequence, options, measure
+        self.joined: JoinedProblem = join_parts(sequence)
+        self.known: KnownPlans = frontier_plans(self.joined.problem, max_error=error_target(options))
+        self._judged: dict[frozenset[tuple[int, Action]], SequencePlan] = {}
+        self._scale = 1.0  # by which measured errors exceed estimated ones
+
+    @cached_property
+    def save_all(self) -> SequencePlan:
+        """The plan that stores everything."""
+        plan = next((plan for plan in self.known.plans if not plan.point.actions), None)
+        assert plan is not None, "the frontier begins with the plan that stores everything"
+        return self._judge(plan)
+
+    @property
+    def smallest(self) -> SequencePlan:
+        """The plan with the smallest peak that can be found."""
+        self.known = find_smallest_peak(self.known)
+        return self.smallest_known
+
+    @property
+    def smallest_known(self) -> SequencePlan:
+        """The plan with the smallest peak that was found so far."""
+        plans = sorted(self._within_error(), key=lambda plan: plan.point.peak_bytes)
+        return min(map(self._judge, plans[:4]), key=lambda plan: plan.peak.peak_bytes)
+
+    def cheapest(self, limit_bytes: int) -> SequencePlan | None:
+        """Returns the cheapest plan within a limit, whose gradient error is within its own limit by measurement."""
+        for _ in range(MAX_ROUNDS):
+            plan = self._cheapest(limit_bytes)
+            measured = None if plan is None else self._measured(plan)
+            if measured is None or measured.error <= self.options.max_grad_error:
+                return measured
+            self._scale *= max(RESCALE_MARGIN * measured.error / self.options.max_grad_error, RESCALE_MARGIN)
+        return None
+
+    def _cheapest(self, limit_bytes: int) -> SequencePlan | None:
+        if self.save_all.peak.peak_bytes <= limit_bytes:
+            return self.save_all
+        self.known, _ = Portfolio(self.options.solver).extend(self.known, limit_bytes)
+        plan = self._first_fitting(limit_bytes)
+        if plan is None:
+            self.known = find_smallest_peak(self.known)
+            plan = self._first_fitting(limit_bytes)
+        return plan
+
+    def _first_fitting(self, limit_bytes: int) -> SequencePlan | None:
+        """Bisects the frontier: peaks fall as overheads rise, by the parts' timeline as by the joined problem's."""
+        plans = pareto(self._within_error())
+        low, high = 0, len(plans)
+        while low < high:
+            middle = (low + high) // 2
+            fits = self._judge(plans[middle]).peak.peak_bytes <= limit_bytes
+            low, high = (low, middle) if fits else (middle + 1, high)
+        fitting = (self._judge(plan) for plan in plans[low:])
+        return next((plan for plan in fitting if plan.peak.peak_bytes <= limit_bytes), None)
+
+    def _within_error(self) -> list[KnownPlan]:
+        limit = self.known.max_error / self._scale
+        return [plan for plan in self.known.plans if plan.point.error <= limit]
+
+    def _judge(self, plan: KnownPlan) -> SequencePlan:
+        key = frozenset(plan.point.actions.items())
+        if key not in self._judged:
+            actions = self.joined.by_part(plan.point.actions)
+            parts = self.sequence.parts
+            needs = tuple(part_timeline(part, chosen) for part, chosen in zip(parts, actions, strict=True))
+            self._judged[key] = SequencePlan(actions, plan, needs, sequence_peak(self.sequence, needs))
+        return self._judged[key]
+
+    def _measured(self, plan: SequencePlan) -> SequencePlan:
+        """Measures a plan's gradient error, unless it is exact or there is no batch at hand."""
+        if plan.known.point.error == 0 or self.measure is None or plan.measured_error is not None:
+            return plan
+        measured = replace(plan, measured_error=self.measure(plan.actions))
+        self._judged[frozenset(plan.known.point.actions.items())] = measured
+        return measured
+
+    def budget_error(self, budget_bytes: int, extra_bytes: int) -> BudgetError:
+        """Builds the error for a budget that no known plan meets."""
+        smallest = self.smallest
+        minimum = smallest.peak.peak_bytes + extra_bytes
+        beside = f" beside {extra_bytes} bytes of earlier gradients and calls" if extra_bytes else ""
+        return BudgetError(
+            f"the budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) cannot be met{beside}: the smallest "
+            f"known plan of the step, which is {len(self.sequence.parts)} graphs with Python between them, peaks at "
+            f"{minimum} bytes ({format_bytes(minimum)}). Raise the budget, shrink the batch, or allow more: "
+            'compression="auto", a larger max_grad_error',
+            budget_bytes=budget_bytes,
+            minimum_bytes=minimum,
+            minimum_lower_bound_bytes=min(self.known.lower_bound_bytes + extra_bytes, minimum),
+            holder="the step of several graphs",
+        )

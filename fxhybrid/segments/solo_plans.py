@@ -1,0 +1,60 @@
+"""Plans of single parts, for steps that take a path which is not planned as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fxhybrid.compiler.planner import error_target
+from fxhybrid.compiler.planning_lock import PLANNING
+from fxhybrid.ir.plan import Actions
+from fxhybrid.ir.sequence import PartTimeline, part_timeline
+from fxhybrid.options import Options
+from fxhybrid.pipeline import Prepared
+from fxhybrid.segments.parts import own_part
+from fxhybrid.segments.planned_run import PlannedPart, planned_part
+from fxhybrid.segments.segment import Segment
+from fxhybrid.segments.trial import calibrated
+from fxhybrid.solvers.portfolio.extend_plans import find_smallest_peak, frontier_plans
+from fxhybrid.solvers.portfolio.known_plans import pareto
+
+
+class OwnPlans:
+    """Holds the plans of one part.
+
+    Attributes:
+        needs: what it needs by each, the cheapest plan first.
+    """
+
+    def __init__(self, segment: Segment, prepared: Prepared, max_error: float) -> None:
+        """Searches them."""
+        self.segment, self.prepared = segment, prepared
+        known = find_smallest_peak(frontier_plans(prepared.problem, max_error=max_error))
+        self.actions: list[Actions] = [plan.point.actions for plan in pareto(known.plans)]
+        self.needs: list[PartTimeline] = [part_timeline(own_part(prepared), actions) for actions in self.actions]
+        self._parts: dict[int, PlannedPart] = {}
+
+    def part(self, number: int) -> PlannedPart:
+        """Returns the part by one of the plans; built when first needed."""
+        if number not in self._parts:
+            built = planned_part(self.segment, self.prepared, self.actions[number], self.needs[number])
+            self._parts[number] = built
+        return self._parts[number]
+
+
+class SoloPlans:
+    """Holds the plans of parts by themselves."""
+
+    def __init__(self, options: Options, prepared: dict[int, Prepared]) -> None:
+        """Takes what was prepared and calibrated so far, to which new parts are added."""
+        self.options, self.prepared = options, prepared
+        self._plans: dict[int, OwnPlans] = {}
+
+    def plans(self, segment: Segment, arguments: Sequence[Any]) -> OwnPlans:
+        """Returns the plans of a part; searched when first needed, with errors measured on these arguments."""
+        with PLANNING:
+            call = segment.call_of(arguments)
+            prepared = calibrated(segment, segment.form_of(arguments), call, self.options, self.prepared)
+            if id(prepared) not in self._plans:
+                self._plans[id(prepared)] = OwnPlans(segment, prepared, error_target(self.options))
+            return self._plans[id(prepared)]
