@@ -11,6 +11,7 @@ import torch
 
 from fxhybrid import torch_internals
 from fxhybrid.capture import intermediate_leaves
+from fxhybrid.segments import graph_runner
 from tests.test_layering import MODULES, ROOT
 
 PATCHED = (
@@ -18,6 +19,9 @@ PATCHED = (
     (torch_internals.SetAttrBuiltinVariable, intermediate_leaves._ASSIGN),
     (torch_internals.TorchInGraphFunctionVariable, "_get_handlers"),
     (torch_internals.builder, "process_automatic_dynamic"),
+    (torch_internals.InstructionTranslatorBase, graph_runner._LOOPS),
+    (torch_internals.convert_frame, "CatchErrorsWrapper"),
+    (torch_internals.convert_frame, "BackendInput"),
     (torch_internals.trace_rules, "MOD_INLINELIST"),
     (torch_internals.trace_rules, "get_mod_inlinelist"),
     (torch_internals.prims_common, "compute_elementwise_output_logical_to_physical_perm"),
@@ -33,6 +37,7 @@ SETTINGS = (
     (torch_internals.dynamo_config, "skip_nnmodule_hook_guards"),
     (torch_internals.dynamo_config, "trace_autograd_ops"),
     (torch_internals.dynamo_config, "allow_rnn"),
+    (torch_internals.dynamo_config, "accumulated_recompile_limit"),
     (torch_internals.dynamo_config, "ignore_logging_functions"),
     (torch_internals.dynamo_config, "enable_dynamo_decompositions"),
     (torch_internals.inductor_config, "fallback_random"),

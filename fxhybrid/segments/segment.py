@@ -125,7 +125,8 @@ class Segment:
             assert self.capture is not None
             structure = output_structure(self.capture, self.step, call)
             captured = replace(self.capture, joint=with_boundaries(self.capture.joint, boundaries))
-            options = replace(self.options, optimizer=None, step_in_backward=False)  # it steps after the backward halves of all segments
+            # the optimizer steps after the backward halves of all segments
+            options = replace(self.options, optimizer=None, step_in_backward=False)
             traced = canonical(captured, structure, self.step, call, options)
             if options.reordered:
                 traced = traced.in_layout(groups_that_pay(captured.joint, traced.plain))

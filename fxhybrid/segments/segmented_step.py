@@ -36,8 +36,8 @@ from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 from fxhybrid.units import Budget, NamedBudget, check_budget
 
 IN_BACKWARD = (
-    "step_in_backward=True updates parameters within the backward pass of one graph, and this step takes several; leave it "
-    "out, or leave out what Python decides by values in the model's forward pass"
+    "step_in_backward=True updates parameters within the backward pass of one graph, and this step takes several; "
+    "leave it out, or leave out what Python decides by values in the model's forward pass"
 )
 MOST_PATHS = 8  # through the model that are planned for one kind of call; others run part by part
 MOST_KINDS = 16  # kinds of calls whose paths are kept
