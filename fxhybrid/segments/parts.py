@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from fxhybrid.capture.joint_graph import InputKind, OutputKind
 from fxhybrid.ir.sequence import Part, PartSequence, Shared
 from fxhybrid.pipeline import Prepared
-from fxhybrid.segments.recording import RecordedCall
 from fxhybrid.segments.segment import boundary_tensors
+from fxhybrid.segments.step_recording import RecordedCall
 
 
 def sequence_of(

@@ -22,8 +22,8 @@ from fxhybrid.pipeline import Prepared
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
 from fxhybrid.profiling.state_bytes import storage_bytes
 from fxhybrid.segments.parts import sequence_of
-from fxhybrid.segments.recording import FirstRun, RecordedCall, SaveAllRun
 from fxhybrid.segments.segment import Form, Segment, under_way
+from fxhybrid.segments.step_recording import FirstRun, RecordedCall, SaveAllRun
 
 Run = Callable[..., Any]
 
