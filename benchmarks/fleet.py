@@ -27,6 +27,7 @@ from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.server.policies import Settings, policy_of
 from fxhybrid.federated.server.round_plans import Fleet
+from fxhybrid.federated.server.scheduler import Scheduler
 from fxhybrid.federated.simulation.scenarios import KINDS
 from fxhybrid.federated.tasks.captured_step import capture_step
 from fxhybrid.federated.tasks.tasks import Score, digits_task
@@ -99,12 +100,14 @@ def _bookkeeping(planner: FleetPlanner, count: int, rounds: int) -> None:
     arrays = {"w": np.zeros(1000, np.float32)}
     driver = Driver(
         InProcessTransport({p.name: _handler(p) for p in _profiles(count)}),
-        Fleet({1.0: planner}, {1.0: arrays}),
+        Scheduler(
+            Fleet({1.0: planner}, {1.0: arrays}),
+            policy=policy_of("fxhybrid"),
+            settings=Settings(rounds, devices_per_round=20),
+            forecaster=MemoryBudgetPredictor(),
+            selector=SELECTORS["utility"](0),
+        ),
         arrays,
-        policy=policy_of("fxhybrid"),
-        settings=Settings(rounds, devices_per_round=20),
-        forecaster=MemoryBudgetPredictor(),
-        selector=SELECTORS["utility"](0),
         evaluate=lambda _: Score(0.0, 0.0),
         of={},
     )

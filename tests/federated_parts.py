@@ -20,6 +20,7 @@ from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.server.policies import Policy, Settings
 from fxhybrid.federated.server.round_plans import Fleet
+from fxhybrid.federated.server.scheduler import Scheduler
 from fxhybrid.federated.tasks.data import ArrayData
 from fxhybrid.federated.tasks.tasks import Score, Task
 
@@ -103,12 +104,14 @@ def driver_of(
     chosen = {"devices_per_round": 2, "deadline_s": 100.0, "over_selection": 1.0, **settings}
     return Driver(
         InProcessTransport(handlers),
-        Fleet({1.0: planner}, {1.0: arrays}),
+        Scheduler(
+            Fleet({1.0: planner}, {1.0: arrays}),
+            policy=policy or Policy("test", forecast="last"),
+            settings=Settings(rounds, **chosen),
+            forecaster=LastReading(),
+            selector=InOrder(),
+        ),
         arrays,
-        policy=policy or Policy("test", forecast="last"),
-        settings=Settings(rounds, **chosen),
-        forecaster=LastReading(),
-        selector=InOrder(),
         evaluate=lambda model: Score(0.0, float(model["w"][0])),
         of={},
         log=log,

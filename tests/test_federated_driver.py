@@ -99,7 +99,7 @@ def test_a_round_waits_only_for_as_many_as_it_needs(planner: FleetPlanner) -> No
     driver = driver_of(planner, {"a": device(slow), "b": device(), "c": device()}, rounds=1, over_selection=1.5)
     driver.run()
     assert driver.clock_s == 10.0
-    assert driver.registry.records["a"].times_selected == 1
+    assert driver.scheduler.registry.records["a"].times_selected == 1
 
 
 def test_devices_get_plans_for_their_own_memory(planner: FleetPlanner) -> None:
@@ -130,7 +130,7 @@ def test_misses_are_told_to_the_forecaster(planner: FleetPlanner) -> None:
 
     driver = driver_of(planner, {"a": device(dying), "b": device()}, rounds=1)
     told = []
-    driver.forecaster.report_miss = lambda device, t_s: told.append((device, t_s))  # type: ignore[method-assign]
+    driver.scheduler.forecaster.report_miss = lambda device, t_s: told.append((device, t_s))  # type: ignore[method-assign]
     driver.run()
     assert told == [("a", 4.0)]
 

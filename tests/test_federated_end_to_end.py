@@ -54,9 +54,9 @@ def test_narrow_models_train_a_slice_of_the_wide_one(experiment: Experiment) -> 
     driver = experiment.driver(SCENARIO, policy, settings)
     before = dict(driver.arrays)
     driver.run()
-    part = leading_slice(before, driver.fleet.parts[0.5])
+    part = leading_slice(before, driver.scheduler.fleet.parts[0.5])
     assert {name: array.shape for name, array in part.items()} == {
-        name: array.shape for name, array in driver.fleet.parts[0.5].items()
+        name: array.shape for name, array in driver.scheduler.fleet.parts[0.5].items()
     }
     assert driver.outcomes["ok"] > 0
     assert not np.array_equal(driver.arrays["head.weight"], before["head.weight"])

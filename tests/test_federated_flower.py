@@ -15,7 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
-from fxhybrid.federated.flower.apps import FlowerTransport, decode_request, encode_request
+from fxhybrid.federated.flower.grid_transport import FlowerTransport
+from fxhybrid.federated.flower.records import decode_request, encode_request
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.server.policies import Policy

@@ -12,6 +12,7 @@ import pytest
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.client.local_steps import LocalWork, local_steps
+from fxhybrid.federated.client.trainer import packed
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.server.aggregation import rebased
 from fxhybrid.federated.server.driver import Driver
@@ -58,7 +59,7 @@ def test_a_device_that_never_answers_is_asked_ever_less(planner: FleetPlanner) -
     asked = [record.round for record in driver.run() if "silent" in record.outcomes]
     assert asked == [1, 2, 4, 8, 16, 32]  # after the first failure at once, then 1, 3, 7, 15, 31 rounds' rest
     driver.transport.handlers["silent"] = device()  # type: ignore[attr-defined]
-    driver.settings = dataclasses.replace(driver.settings, rounds=66)
+    driver.scheduler.settings = dataclasses.replace(driver.scheduler.settings, rounds=66)
     assert ["silent" in record.outcomes for record in driver.run()] == [False] * 3 + [True] * 3
 
 
@@ -66,27 +67,29 @@ def test_answers_correct_speed_and_link(planner: FleetPlanner) -> None:
     # told: 1e6 bytes/s, slowdown 1. Measured: 10 s of which 4 s were training; 24 bytes in the other 6 s: 4 bytes/s
     driver = driver_of(planner, {"a": after(10.0, busy_s=4.0, slowdown=3.0)}, rounds=1)
     driver.run()
-    record = driver.registry.records["a"]
+    record = driver.scheduler.registry.records["a"]
     assert record.correction == 3.0
     assert record.bytes_per_s == pytest.approx(math.sqrt(1e6 * 4))  # half-way between both, as ratios
-    plan = driver.fleet.round_plans(driver.registry, driver.policy, driver.settings, driver._forecast, ["a"])[0]
+    plan = driver.scheduler.round_plans(["a"], 0.0)[0]
     untold = dataclasses.replace(record, slowdown=None)
-    driver.registry.records["a"] = untold
-    other = driver.fleet.round_plans(driver.registry, driver.policy, driver.settings, driver._forecast, ["a"])[0]
+    driver.scheduler.registry.records["a"] = untold
+    other = driver.scheduler.round_plans(["a"], 0.0)[0]
     assert plan.candidate.predicted_step_s == pytest.approx(3 * other.candidate.predicted_step_s)
 
 
 def test_impossible_measurements_are_left_out(planner: FleetPlanner) -> None:
     driver = driver_of(planner, {"a": after(10.0, busy_s=-4.0, slowdown=math.inf)}, rounds=1)
     driver.run()
-    assert (driver.registry.records["a"].correction, driver.registry.records["a"].bytes_per_s) == (1.0, 1e6)
+    assert (driver.scheduler.registry.records["a"].correction, driver.scheduler.registry.records["a"].bytes_per_s) == (
+        1.0,
+        1e6,
+    )
 
 
 def test_the_deadline_is_twice_the_mean_prediction(planner: FleetPlanner) -> None:
     driver = driver_of(planner, {"a": after(1.0, slowdown=1e4), "b": after(1.0, slowdown=9e4)}, deadline_s=None)
     driver.run()
-    settings, forecast = driver.settings, driver._forecast
-    plans = driver.fleet.round_plans(driver.registry, driver.policy, settings, forecast, ["a", "b"])
+    plans = driver.scheduler.round_plans(["a", "b"], 0.0)
     a_s, b_s = (plan.candidate.predicted_round_s for plan in plans)
     assert b_s > 8 * a_s
     assert driver.run_round().deadline_s == pytest.approx(a_s + b_s)  # 2 x (a + b) / 2
@@ -95,7 +98,7 @@ def test_the_deadline_is_twice_the_mean_prediction(planner: FleetPlanner) -> Non
 def test_who_is_late_is_slower_than_was_thought(planner: FleetPlanner) -> None:
     driver = driver_of(planner, {"a": after(70.0)}, rounds=2, deadline_s=60.0)
     driver.run()
-    assert (driver.outcomes["late"], driver.registry.records["a"].correction) == (2, 4.0)
+    assert (driver.outcomes["late"], driver.scheduler.registry.records["a"].correction) == (2, 4.0)
 
 
 def test_slow_devices_get_fewer_steps(planner: FleetPlanner) -> None:
@@ -226,6 +229,18 @@ def test_statistics_of_stale_models_are_the_devices_own() -> None:
     assert (found["w"], found["n"], found["variance"]) == (3.0, 22, 0.2)  # by its difference it would be -0.7
 
 
+def test_devices_are_asked_for_updates_in_8_bits(planner: FleetPlanner) -> None:
+    def packing(request: Request) -> Reply:
+        done = adds_one(request)
+        return dataclasses.replace(done, arrays=packed(request, done.arrays))
+
+    driver = driver_of(planner, {"a": device(packing), "b": device()}, rounds=1, update_bits=8)
+    assert driver.run()[0].outcomes == {"a": "ok", "b": "invalid"}
+    assert driver.arrays["w"] == pytest.approx([1, 1, 1])
+    with pytest.raises(InvalidArgument, match="update_bits"):
+        Settings(1, 1, update_bits=4)
+
+
 def test_policies_run_asynchronously_by_name() -> None:
     assert policy_of("random-async") == dataclasses.replace(policy_of("random"), name="random-async", is_async=True)
     settings = Settings(1, devices_per_round=5)
@@ -241,7 +256,7 @@ def test_a_killed_process_teaches_the_forecaster(planner: FleetPlanner) -> None:
 
     driver = driver_of(planner, {"a": device(killed), "b": device()}, rounds=1)
     told = []
-    driver.forecaster.report_miss = lambda device, t_s: told.append(device)  # type: ignore[method-assign]
+    driver.scheduler.forecaster.report_miss = lambda device, t_s: told.append(device)  # type: ignore[method-assign]
     driver.run()
     assert told == ["a"]
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
+from fxhybrid.federated.protocol.compact_updates import pack_update, unpack_update
 from fxhybrid.federated.protocol.messages import Arrays, Kind, Outcome, Reply, Request
 from fxhybrid.federated.protocol.model_arrays import leading_slice, load_arrays, to_arrays
 from fxhybrid.federated.protocol.transport import Handler, InProcessTransport
@@ -149,6 +150,31 @@ def test_bfloat16_is_widened_on_the_wire_and_narrowed_back() -> None:
     load_arrays(other, arrays)
     assert torch.equal(other.weight, model.weight)
     assert other.weight.dtype is torch.bfloat16
+
+
+def test_updates_travel_in_bytes_and_come_back_within_half_a_step() -> None:
+    random = np.random.default_rng(0)
+    base = {"w": random.normal(size=(4, 30)).astype(np.float32), "n": np.array(5), "s": np.float32(2.0) * np.ones(())}
+    rows = np.array([[1e-6], [1.0], [100.0], [0.0]])
+    trained = {"w": (base["w"] + rows * random.normal(size=(4, 30))).astype(np.float32), "n": np.array(7)}
+    trained["s"] = np.asarray(base["s"] + 1, base["s"].dtype)
+    packed = pack_update(trained, base)
+    assert packed["w"].nbytes + packed["w//scale"].nbytes == 4 * 30 + 4 * 4  # a byte a number, a scale a row
+    found = unpack_update(packed, base)
+    step = np.abs(trained["w"] - base["w"]).max(1, keepdims=True) / 127
+    assert (np.abs(found["w"] - trained["w"]) <= 0.5 * step + 1e-6 * np.abs(trained["w"])).all()
+    assert (found["n"], found["s"], found["s"].shape) == (7, pytest.approx(3.0), ())
+    assert why_invalid(reply(found), base, shapes_of(base)) == ""
+
+
+def test_malformed_packed_updates_are_refused() -> None:
+    base = {"w": np.zeros((2, 3), np.float32)}
+    good = pack_update({"w": np.ones((2, 3), np.float32)}, base)
+    for bad in ({"w": good["w"]}, {**good, "w": good["w"][:1]}, {**good, "w//scale": np.ones(3, np.float32)}):
+        with pytest.raises(InvalidArgument, match="packed update"):
+            unpack_update(bad, base)
+    infinite = np.array([[1, np.inf, 1], [1, 1, 1]], np.float32)
+    assert not np.isfinite(unpack_update(pack_update({"w": infinite}, base), base)["w"][0]).any()
 
 
 def test_a_narrow_models_part_is_the_leading_slice() -> None:

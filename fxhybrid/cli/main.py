@@ -123,7 +123,10 @@ def _add_federated(parser: argparse.ArgumentParser) -> None:
         "Trains one model on simulated devices, most of which cannot hold the unmodified training step. Training is "
         "real; clock and memory are the devices' own."
     )
-    parser.add_argument("--task", choices=("digits", "text"), default="digits", help="default: %(default)s")
+    parser.add_argument(
+        "what", nargs="?", choices=("app-path",), help="print the folder of the Flower app, for `flwr run`"
+    )
+    parser.add_argument("--task", default="digits", help="digits, text or lora (default: %(default)s)")
     parser.add_argument("--policies", default="fxhybrid,exclude", metavar="LIST", help="default: %(default)s")
     parser.add_argument("--devices", type=int, default=20, metavar="N", help="default: %(default)s")
     parser.add_argument("--capable-share", type=float, default=0.2, metavar="X", help="default: %(default)s")
@@ -224,7 +227,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _federated(arguments: argparse.Namespace) -> None:
     from fxhybrid.federated.simulation.cli import run
 
-    run(arguments)
+    if arguments.what == "app-path":
+        print(Path(__file__).parents[1] / "federated" / "flower_app")
+    else:
+        run(arguments)
 
 
 def _console() -> Console:

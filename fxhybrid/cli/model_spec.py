@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +11,7 @@ from torch import nn
 
 from fxhybrid import suite
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.optional_imports import load_function
 
 _RETURNS = "(model, inputs), (model, inputs, loss_fn) or (model, inputs, loss_fn, loss_args)"
 
@@ -51,7 +49,7 @@ def load_model_spec(text: str, size: suite.Size = "full") -> ModelSpec:
                 f"no model {text!r}: give package.module:factory, or one of the suite: {', '.join(suite.names())}"
             )
         return suite_spec(suite.load(text, size))
-    return _made_spec(text, _factory(text)())
+    return _made_spec(text, load_function(text)())
 
 
 def suite_spec(case: suite.SuiteCase) -> ModelSpec:
@@ -60,21 +58,6 @@ def suite_spec(case: suite.SuiteCase) -> ModelSpec:
     if case.kwargs:
         inputs = dict(inspect.signature(case.model.forward).bind(*case.inputs, **case.kwargs).arguments)
     return ModelSpec(case.model, inputs, case.loss_fn, case.loss_args)
-
-
-def _factory(text: str) -> Callable[[], Any]:
-    module_name, _, name = text.partition(":")
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise InvalidArgument(f"cannot import {module_name!r}: {error}") from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise InvalidArgument(f"module {module_name!r} has no function {name!r}")
-    return factory  # type: ignore[no-any-return]
 
 
 def _made_spec(text: str, made: Any) -> ModelSpec:

@@ -9,10 +9,10 @@ from typing import Any
 
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.client.local_steps import LocalWork
-from fxhybrid.federated.client.trainer import Trainer, training_payload
+from fxhybrid.federated.client.trainer import Trainer, packed, training_payload
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.protocol.transport import is_out_of_memory
-from fxhybrid.federated.tasks.tasks import Task, digits_task, text_task
+from fxhybrid.federated.tasks.named_tasks import load_task
 from fxhybrid.ir.plan import Plan
 from fxhybrid.profiling.system_memory import available_bytes, data_limit
 
@@ -20,10 +20,12 @@ GUARD_SLACK_BYTES = 64 << 20  # what libraries and the C library take in additio
 ASSUMED_BYTES_PER_S = 1e6
 
 
-def task_of(config: Mapping[str, Any], n_clients: int) -> Task:
-    """Makes the task that a run's configuration names, on server and devices alike."""
-    make = text_task if config["task"] == "text" else digits_task
-    return make(n_clients, seed=int(config["seed"]))
+def introduction(request: Request, free_bytes: int, n_examples: int) -> dict[str, Any]:
+    """Makes the payload of a device's report; the first one has what the server assumes until it is measured."""
+    payload: dict[str, Any] = {"n_examples": n_examples, "readings": [[request.now_s, free_bytes]]}
+    if request.payload["introduce"]:
+        payload |= {"bytes_per_s": ASSUMED_BYTES_PER_S, "profile": DeviceProfile().to_json()}
+    return payload
 
 
 class ProcessMemoryMonitor:
@@ -43,6 +45,12 @@ class ProcessMemoryMonitor:
         self.start_s = time.monotonic()
         self.steps_s = 0.0
         self.readings: list[tuple[float, int]] = []
+
+    @classmethod
+    def of(cls, node_config: Mapping[str, Any]) -> ProcessMemoryMonitor:
+        """Makes the monitor of a node: its ``budget-bytes`` is the limit, ``hard-guard`` 1 guards every step."""
+        limit = node_config.get("budget-bytes")
+        return cls(None if limit is None else int(limit), is_guarded=bool(node_config.get("hard-guard", 0)))
 
     def available_bytes(self) -> int:
         """Returns the bytes that a training step may take now; keeps the reading, by the seconds since the start."""
@@ -80,20 +88,15 @@ class Node:
         """Reads the configuration; loads nothing yet."""
         self.node_config = node_config
         self.run_config = run_config
-        limit = node_config.get("budget-bytes")
-        is_guarded = bool(node_config.get("hard-guard", 0))
-        self.monitor = ProcessMemoryMonitor(None if limit is None else int(limit), is_guarded=is_guarded)
+        self.monitor = ProcessMemoryMonitor.of(node_config)
 
     def answer(self, request: Request) -> Reply:
         """Answers with a reply, also where memory runs out."""
         monitor = self.monitor
-        task = task_of(self.run_config, int(self.node_config["num-partitions"]))
+        task = load_task(str(self.run_config["task"]), int(self.node_config["num-partitions"]), self.run_config["seed"])
         data = list(task.clients.values())[int(self.node_config["partition-id"])]
         if request.kind is Kind.REPORT:
-            readings = [[request.now_s, monitor.available_bytes()]]
-            payload: dict[str, Any] = {"n_examples": data.n_examples, "readings": readings}
-            if request.payload["introduce"]:
-                payload |= {"bytes_per_s": ASSUMED_BYTES_PER_S, "profile": DeviceProfile().to_json()}
+            payload = introduction(request, monitor.available_bytes(), data.n_examples)
             return Reply(request.device, request.round, Outcome.OK, monitor.elapsed_s(), payload)
         work = LocalWork.from_payload(request.payload)
         try:
@@ -104,5 +107,5 @@ class Node:
             return failed(request, Outcome.OOM, monitor.elapsed_s(), str(error))
         readings = [[request.now_s + t_s, free] for t_s, free in monitor.readings]
         busy_s = monitor.elapsed_s()
-        payload = training_payload(result, data, steps_s=monitor.steps_s, busy_s=busy_s, readings=readings)
-        return Reply(request.device, request.round, Outcome.OK, busy_s, payload, result.arrays)
+        payload = training_payload(result, data.n_examples, steps_s=monitor.steps_s, busy_s=busy_s, readings=readings)
+        return Reply(request.device, request.round, Outcome.OK, busy_s, payload, packed(request, result.arrays))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fxhybrid.federated.client.local_steps import LocalWork, MemoryMonitor, local_steps
-from fxhybrid.federated.protocol.messages import Arrays
+from fxhybrid.federated.protocol.compact_updates import BITS, pack_update
+from fxhybrid.federated.protocol.messages import Arrays, Request
 from fxhybrid.federated.protocol.model_arrays import load_arrays, to_arrays
 from fxhybrid.federated.tasks.captured_step import capture_step, make_optimizer
 from fxhybrid.federated.tasks.data import ClientData
@@ -35,6 +36,12 @@ class LocalResult:
     loss: float
     squared_loss: float
     plans: tuple[Plan, ...]
+
+    @classmethod
+    def of(cls, arrays: Arrays, losses: Sequence[float], plans: Sequence[Plan]) -> LocalResult:
+        """Makes the result of steps with these losses, by these plans."""
+        squared = sum(loss * loss for loss in losses) / len(losses)
+        return cls(arrays, sum(losses) / len(losses), squared, tuple(plans))
 
     @property
     def peak_bytes(self) -> int:
@@ -102,8 +109,7 @@ class Trainer:
             losses.append(run_step(lambda x=inputs, y=targets: self._gradients(x, y), plan))  # type: ignore[misc]
             self._update(optimizer, start, work.mu)
             used.append(plan)
-        squared = sum(loss * loss for loss in losses) / len(losses)
-        return LocalResult(to_arrays(self.model), sum(losses) / len(losses), squared, tuple(used))
+        return LocalResult.of(to_arrays(self.model), losses, used)
 
     def _gradients(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         self.model.zero_grad(set_to_none=True)
@@ -120,20 +126,25 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
 
 
+def packed(request: Request, arrays: Arrays) -> Arrays:
+    """Packs a trained model as the request asks for it."""
+    return pack_update(arrays, request.arrays) if request.payload.get("update_bits") == BITS else arrays
+
+
 def training_payload(
-    result: LocalResult, data: ClientData, *, steps_s: float, busy_s: float, readings: Sequence[Sequence[float]]
+    result: LocalResult, n_examples: int, *, steps_s: float, busy_s: float, readings: Sequence[Sequence[float]]
 ) -> dict[str, Any]:
     """Makes what a device reports about its training in addition to the model.
 
     Args:
         result: of the training.
-        data: it trained on.
+        n_examples: that the device holds.
         steps_s: that the steps took.
         busy_s: from the request's arrival to the reply's sending.
         readings: of memory since the request, as times on the server's clock and bytes.
     """
     return {
-        "n_examples": data.n_examples,
+        "n_examples": n_examples,
         "loss": result.loss,
         "squared_loss": result.squared_loss,
         "peak_bytes": result.peak_bytes,

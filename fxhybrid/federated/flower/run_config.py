@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fxhybrid.federated.client.node import task_of
-from fxhybrid.federated.client.trainer import Trainer
 from fxhybrid.federated.protocol.transport import Transport
-from fxhybrid.federated.server.build_driver import build_driver
+from fxhybrid.federated.server.build_driver import build_driver, planners_of
 from fxhybrid.federated.server.driver import Driver
-from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.server.policies import Settings, policy_of
+from fxhybrid.federated.tasks.named_tasks import load_task
 
 
 def driver_from_config(transport: Transport, config: Mapping[str, Any]) -> Driver:
@@ -26,11 +24,7 @@ def driver_from_config(transport: Transport, config: Mapping[str, Any]) -> Drive
         InvalidArgument: a value cannot be used.
     """
     policy = policy_of(str(config["policy"]))
-    task = task_of(config, int(config["num-partitions"]))
-    planners = {}
-    for width in policy.widths:
-        trainer = Trainer(task, width)
-        planners[width] = FleetPlanner.of(trainer.hybrid, technique=policy.technique)
+    task = load_task(str(config["task"]), int(config["num-partitions"]), int(config["seed"]))
     settings = Settings(
         int(config["num-server-rounds"]),
         int(config["devices-per-round"]),
@@ -40,8 +34,9 @@ def driver_from_config(transport: Transport, config: Mapping[str, Any]) -> Drive
         report_every=int(config["report-every"]),
         seed=int(config["seed"]),
         overhead_bytes=int(config["overhead-bytes"]),
+        update_bits=int(config["update-bits"]),
     )
     folder = Path(str(config["folder"])) if config["folder"] else None
     files = {"log": folder / "rounds.jsonl", "checkpoint": folder / "checkpoint.npz"} if folder else {}
     of = {name: config[name] for name in ("task", "num-partitions")}
-    return build_driver(transport, task, planners, policy, settings, of=of, **files)
+    return build_driver(transport, task, planners_of(task, policy), policy, settings, of=of, **files)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fxhybrid.federated.memory.forecast import Forecaster, LastReading
+from fxhybrid.federated.memory.forecast import LastReading
 from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
 from fxhybrid.federated.protocol.messages import Arrays
 from fxhybrid.federated.protocol.model_arrays import load_arrays, to_arrays
@@ -16,6 +16,8 @@ from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.server.policies import Policy, Settings
 from fxhybrid.federated.server.round_plans import Fleet
+from fxhybrid.federated.server.scheduler import Scheduler
+from fxhybrid.federated.tasks.captured_step import capture_step
 from fxhybrid.federated.tasks.tasks import Score, Task, score_model
 
 
@@ -50,12 +52,8 @@ def build_driver(
 
     return Driver(
         transport,
-        Fleet(planners, {width: to_arrays(task.make_model(width)) for width in planners}),
+        build_scheduler(task, planners, policy, settings),
         to_arrays(model),
-        policy=policy,
-        settings=settings,
-        forecaster=make_forecaster(policy),
-        selector=SELECTORS[policy.selector](settings.seed),
         evaluate=score,
         of=of,
         statistics=[name for name, _ in model.named_buffers()],
@@ -64,6 +62,20 @@ def build_driver(
     )
 
 
-def make_forecaster(policy: Policy) -> Forecaster:
-    """Makes the policy's forecaster, without readings yet."""
-    return LastReading() if policy.forecast == "last" else MemoryBudgetPredictor()
+def planners_of(task: Task, policy: Policy) -> dict[float, FleetPlanner]:
+    """Captures the task's step for each of the policy's widths, for planning."""
+    captured = {width: capture_step(task, width)[1] for width in policy.widths}
+    return {width: FleetPlanner.of(hybrid, technique=policy.technique) for width, hybrid in captured.items()}
+
+
+def build_scheduler(
+    task: Task, planners: Mapping[float, FleetPlanner], policy: Policy, settings: Settings
+) -> Scheduler:
+    """Builds the scheduler of a run, which knows no device yet."""
+    return Scheduler(
+        Fleet(planners, {width: to_arrays(task.make_model(width)) for width in planners}),
+        policy=policy,
+        settings=settings,
+        forecaster=LastReading() if policy.forecast == "last" else MemoryBudgetPredictor(),
+        selector=SELECTORS[policy.selector](settings.seed),
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,42 +17,27 @@ from typing import Any
 from rich.progress import Progress
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.memory.forecast import UNLIMITED_BYTES, Forecaster
-from fxhybrid.federated.protocol.messages import DEATHS, Arrays, Kind, Outcome, Reply, Request, failed, n_bytes
+from fxhybrid.federated.protocol.messages import Arrays, Outcome, Reply, Request, failed
 from fxhybrid.federated.protocol.transport import Transport
-from fxhybrid.federated.selection.candidates import ClientSelector, Selection
-from fxhybrid.federated.server.aggregation import (
-    Update,
-    average,
-    rebased,
-    shapes_of,
-    staleness_weight,
-    weight_of,
-    why_invalid,
-)
+from fxhybrid.federated.selection.candidates import Selection
+from fxhybrid.federated.server.aggregation import Update, average, rebased, staleness_weight, weight_of
 from fxhybrid.federated.server.checkpoint import Checkpoint
-from fxhybrid.federated.server.device_registry import DeviceRegistry, readings_of
-from fxhybrid.federated.server.policies import Policy, Settings
-from fxhybrid.federated.server.round_plans import Fleet, RoundPlan, deadline_of
 from fxhybrid.federated.server.run_log import RoundRecord, RunLog, log_entry
+from fxhybrid.federated.server.scheduler import Scheduler
 from fxhybrid.federated.tasks.tasks import Score
 
 _log = logging.getLogger(__name__)
 
 
 class Driver:
-    """Runs one federated job. The only random draws are seeded by run, selection and device."""
+    """Runs one federated job."""
 
     def __init__(
         self,
         transport: Transport,
-        fleet: Fleet,
+        scheduler: Scheduler,
         arrays: Arrays,
         *,
-        policy: Policy,
-        settings: Settings,
-        forecaster: Forecaster,
-        selector: ClientSelector,
         evaluate: Callable[[Arrays], Score],
         of: Mapping[str, Any],
         statistics: Collection[str] = (),
@@ -64,39 +48,32 @@ class Driver:
 
         Args:
             transport: reaches the devices.
-            fleet: plans for them.
+            scheduler: says who is asked for what.
             arrays: the initial model.
-            policy: method or baseline.
-            settings: of the run.
-            forecaster: of the devices' memory.
-            selector: of the devices.
             evaluate: scores a model.
             of: what is trained by whom, as JSON values; a checkpoint of anything else is refused.
             statistics: names of arrays that are no parameters, see ``rebased``.
             log: JSON lines of every round go here.
             checkpoint: written after each round.
         """
-        self.transport, self.fleet, self.arrays = transport, fleet, arrays
-        self.policy, self.settings, self.of = policy, settings, dict(of)
-        self.forecaster, self.selector = forecaster, selector
+        self.transport, self.scheduler, self.arrays = transport, scheduler, arrays
+        self.policy, self.of = scheduler.policy, dict(of)
         self.evaluate = evaluate
         self.statistics = frozenset(statistics)
         self.log = RunLog(log) if log else None
         self.checkpoint = checkpoint
-        self.registry = DeviceRegistry()
-        self.round = self.n_selections = 0
+        self.round = 0
         self.clock_s = 0.0
         self.outcomes: Counter[str] = Counter()
-        self._open: dict[str, Request] = {}
 
     # -- running ------------------------------------------------------------------------------------------
 
     def run(self, progress: Progress | None = None) -> list[RoundRecord]:
         """Runs all rounds that are left; returns their records."""
-        total, name = self.settings.rounds, self.policy.name
+        total, name = self.scheduler.settings.rounds, self.policy.name
         bar = progress.add_task(name, total=total, completed=self.round) if progress else None
         records = []
-        while self.round < self.settings.rounds and self.clock_s < self.settings.until_s:
+        while self.round < self.scheduler.settings.rounds and self.clock_s < self.scheduler.settings.until_s:
             records.append(self.run_round())
             _log.info("%s", records[-1])
             if progress and bar is not None:
@@ -108,7 +85,7 @@ class Driver:
     def run_round(self) -> RoundRecord:
         """Runs one round to its end, whatever devices do."""
         self.round += 1
-        start_s, wanted = self.clock_s, self.settings.updates_wanted(self.policy)
+        start_s, wanted = self.clock_s, self.scheduler.settings.updates_wanted(self.policy)
         refused = self._reports()
         deadline_s, selection = self._launch()
         selections, replies = [selection], []
@@ -134,107 +111,43 @@ class Driver:
         return record
 
     def _is_scored(self) -> bool:
-        return self.round % self.settings.evaluate_every == 0 or self.round == self.settings.rounds
+        return self.round % self.scheduler.settings.evaluate_every == 0 or self.round == self.scheduler.settings.rounds
 
     def _reports(self) -> list[str]:
-        """Asks devices for their memory, new ones in every round; returns the reports that were refused, in words."""
-        requests = []
-        is_due = (self.round - 1) % self.settings.report_every == 0
-        for device in self.transport.devices():
-            record = self.registry.records.get(device)
-            if record is None or (is_due and device not in self._open):
-                payload = {"introduce": record is None, "since_s": record.last_report_s if record else 0.0}
-                deadline_s = self.settings.report_deadline_s
-                requests.append(Request(device, Kind.REPORT, self.round, self.clock_s, deadline_s, payload))
-        refused = []
+        """Asks devices for their memory; returns the reports that were refused, in words."""
+        requests = self.scheduler.report_requests(self.transport.devices(), self.round, self.clock_s)
         replies = self.transport.ask(requests) if requests else []
-        for reply in (r for r in replies if r.outcome is Outcome.OK):
-            try:
-                for t_s, available_bytes in self.registry.record_report(reply, self.clock_s):
-                    self.forecaster.observe(reply.device, t_s, available_bytes)
-            except InvalidArgument as error:
-                refused.append(str(error))
-        self.clock_s += max((r.elapsed_s for r in replies), default=0.0)
+        refused = self.scheduler.take_reports(replies, self.clock_s)
+        self.clock_s += max((reply.elapsed_s for reply in replies), default=0.0)
         return refused
 
-    def _forecast(self, device: str, horizon_s: float) -> int:
-        if self.policy.forecast == "none":
-            return UNLIMITED_BYTES
-        found = self.forecaster.predict(device, now_s=self.clock_s, horizon_s=horizon_s)
-        return max(found - self.settings.overhead_bytes, 0)
-
-    # -- requests -----------------------------------------------------------------------------------------
-
     def _launch(self) -> tuple[float, Selection]:
-        """Selects devices for all free places and has them train; returns their deadline, too."""
-        self.n_selections += 1
-        idle = [device for device in self.transport.devices() if device not in self._open]
-        plans = self.fleet.round_plans(self.registry, self.policy, self.settings, self._forecast, idle)
-        deadline_s = deadline_of(plans, self.settings)
-        usable = {plan.candidate.client: plan for plan in plans if self._can_take_part(plan, deadline_s)}
-        places = self.settings.n_asked - len(self._open)
-        candidates = [plan.candidate for plan in usable.values()]
-        selection = self.selector.select(candidates, places, round_index=self.n_selections)
-        chosen = [usable[name] for name in selection.chosen]
-        durations_s = [request.payload["predicted_s"] for request in self._open.values()]
-        durations_s += [plan.candidate.predicted_round_s for plan in chosen]
-        requests = [self._request(plan, deadline_s, statistics.median(durations_s)) for plan in chosen]
-        self._open |= {request.device: request for request in requests}
-        self.transport.send(requests)
-        return deadline_s, selection
-
-    def _can_take_part(self, plan: RoundPlan, deadline_s: float) -> bool:
-        """Returns whether a device can train and does not rest; without the gate anybody may."""
-        is_rested = self.registry.records[plan.candidate.client].rests_until < self.round
-        return not self.policy.gate or (is_rested and plan.is_usable(deadline_s))
-
-    def _request(self, plan: RoundPlan, deadline_s: float, typical_s: float) -> Request:
-        device = plan.candidate.client
-        self.registry.record_selection(device, self.n_selections)
-        payload = {
-            **plan.work(self.policy, deadline_s, typical_s),
-            "seed": [self.settings.seed, self.n_selections, *device.encode()],
-        }
-        arrays = self.fleet.part(self.arrays, plan.width)
-        return Request(device, Kind.TRAIN, self.round, self.clock_s, deadline_s, payload, arrays)
-
-    # -- replies ------------------------------------------------------------------------------------------
+        """Has devices train wherever there is a free place; returns their deadline, too."""
+        found = self.scheduler.launch(self.transport.devices(), self.arrays, self.round, self.clock_s)
+        self.transport.send(found.requests)
+        return found.deadline_s, found.selection
 
     def _receive(self) -> tuple[Reply, Request] | None:
         """Waits for the next reply, moves the clock to it and learns from it."""
         reply = self.transport.receive()
         if reply is None:
             return None
-        request = self._open.pop(reply.device)
-        self.clock_s = max(self.clock_s, request.now_s + reply.elapsed_s)
-        if reply.outcome is Outcome.OK:
-            why = why_invalid(reply, self.arrays, shapes_of(request.arrays))
-            reply = dataclasses.replace(reply, outcome=Outcome.INVALID, arrays={}, detail=why) if why else reply
-        self._learn(reply, request)
-        return reply, request
-
-    def _learn(self, reply: Reply, request: Request) -> None:
-        if reply.outcome is not Outcome.OK:
-            self.registry.record_failure(reply, self.round)
-            if reply.outcome in DEATHS and self.policy.forecast != "none":
-                self.forecaster.report_miss(reply.device, request.now_s + reply.elapsed_s)
-            return
-        self.registry.record_answer(reply, n_bytes(request.arrays))
-        for t_s, available_bytes in readings_of(reply.payload):
-            self.forecaster.observe(reply.device, t_s, available_bytes)
+        arrival_s = self.scheduler.open[reply.device].now_s + reply.elapsed_s
+        self.clock_s = max(self.clock_s, arrival_s)
+        return self.scheduler.take_reply(reply, self.arrays, self.round)
 
     def _update(self, reply: Reply, request: Request) -> Update:
         weight, age = weight_of(reply, self.policy.weighting), self.round - request.round
         if not age:
             return Update(reply.device, reply.arrays, weight)
-        current = self.fleet.part(self.arrays, request.payload["width"])
+        current = self.scheduler.fleet.part(self.arrays, request.payload["width"])
         arrays = rebased(reply, request.arrays, current, self.statistics)
         return Update(reply.device, arrays, weight * staleness_weight(age))
 
     def _drop(self) -> list[Reply]:
         """Lets go of devices that still train."""
-        unused = [failed(request, Outcome.UNUSED, 0.0, "") for request in self._open.values()]
-        self._open.clear()
+        unused = [failed(request, Outcome.UNUSED, 0.0, "") for request in self.scheduler.open.values()]
+        self.scheduler.open.clear()
         self.transport.drop()
         return unused
 
@@ -257,25 +170,22 @@ class Driver:
             }
             self.log.append(line)
         if self.checkpoint is not None:
-            Checkpoint(self.arrays, self._state(), list(self._open.values())).save(self.checkpoint)
+            Checkpoint(self.arrays, self._state(), list(self.scheduler.open.values())).save(self.checkpoint)
 
     def _state(self) -> dict[str, Any]:
         return {
             "identity": self._identity(),
             "round": self.round,
-            "n_selections": self.n_selections,
             "clock_s": self.clock_s,
             "outcomes": dict(self.outcomes),
-            "registry": self.registry.to_json(),
-            "forecaster": self.forecaster.to_state(),
-            "selector": self.selector.state,
+            "scheduler": self.scheduler.to_state(),
         }
 
     def _identity(self) -> dict[str, Any]:
         """Returns what must be equal for a run to go on; it may get longer."""
-        settings = dataclasses.asdict(self.settings)
+        settings = dataclasses.asdict(self.scheduler.settings)
         del settings["rounds"], settings["until_s"]
-        of = {"policy": self.policy.name, "settings": settings, "fingerprint": self.fleet.fingerprint}
+        of = {"policy": self.policy.name, "settings": settings, "fingerprint": self.scheduler.fleet.fingerprint}
         return {**of, "of": self.of}
 
     def resume(self) -> None:
@@ -291,11 +201,8 @@ class Driver:
         found = Checkpoint.load(self.checkpoint, self._identity())
         state = found.state
         self.arrays, self.round, self.clock_s = found.arrays, state["round"], state["clock_s"]
-        self.n_selections = state["n_selections"]
-        self.registry, self.outcomes = DeviceRegistry.from_json(state["registry"]), Counter(state["outcomes"])
-        self.forecaster = self.forecaster.from_state(state["forecaster"])
-        self.selector.state = state["selector"]
-        self._open = {request.device: request for request in found.requests}
+        self.outcomes = Counter(state["outcomes"])
+        self.scheduler.restore(state["scheduler"], found.requests)
         self.transport.send(found.requests)
         if self.log is not None:
             self.log.drop_after(self.round)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.federated.protocol.compact_updates import BITS, FULL_BITS
 from fxhybrid.federated.server.fleet_planner import Technique
 
 DEADLINE = 2.0
@@ -65,6 +66,7 @@ class Settings:
         seed: of everything random.
         evaluate_every: rounds from one evaluation to the next.
         overhead_bytes: that runtime and transport of a device take in addition to training.
+        update_bits: of a number in a device's update, 32 or 8; the latter with a scale for each row.
         until_s: no round begins later on the run's clock.
     """
 
@@ -78,6 +80,7 @@ class Settings:
     seed: int = 0
     evaluate_every: int = 1
     overhead_bytes: int = 0
+    update_bits: int = FULL_BITS
     until_s: float = math.inf
 
     @property
@@ -98,6 +101,8 @@ class Settings:
         for name in ("rounds", "devices_per_round", "local_steps", "evaluate_every", "report_every", "over_selection"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.update_bits not in (BITS, FULL_BITS):
+            raise InvalidArgument(f"update_bits is {self.update_bits}; it must be {BITS} or {FULL_BITS}")
         if self.overhead_bytes < 0 or (self.deadline_s is not None and not self.deadline_s > 0):
             raise InvalidArgument("overhead_bytes is at least 0, deadline_s above 0 or None")
 

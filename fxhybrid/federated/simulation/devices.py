@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.client.local_steps import LocalWork, local_steps
-from fxhybrid.federated.client.trainer import Trainer, training_payload
+from fxhybrid.federated.client.trainer import Trainer, packed, training_payload
 from fxhybrid.federated.memory.forecast import UNLIMITED_BYTES
+from fxhybrid.federated.protocol.compact_updates import BITS, FULL_BITS
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed, n_bytes
 from fxhybrid.federated.protocol.transport import Deferred, Handler
 from fxhybrid.federated.simulation.failures import FAILURES
@@ -106,11 +107,12 @@ class SimulatedDevice:
             result = trainers[work.width].train_by(plans, request.arrays, work, self.data)
             readings = self._readings(start_s, monitor.now_s)
             payload = training_payload(
-                result, self.data, steps_s=monitor.steps_s, busy_s=monitor.now_s - start_s, readings=readings
+                result, self.data.n_examples, steps_s=monitor.steps_s, busy_s=monitor.now_s - start_s, readings=readings
             )
-            return Reply(self.name, request.round, Outcome.OK, elapsed_s, payload, result.arrays)
+            return Reply(self.name, request.round, Outcome.OK, elapsed_s, payload, packed(request, result.arrays))
 
-        elapsed_s = trained_s + n_bytes(request.arrays) / self.bytes_per_s
+        share = BITS / FULL_BITS if request.payload.get("update_bits") == BITS else 1.0
+        elapsed_s = trained_s + share * n_bytes(request.arrays) / self.bytes_per_s
         return Deferred(elapsed_s, finish)
 
     def _dead(self, request: Request, outcome: Outcome, died_s: float, detail: str) -> Reply:

@@ -14,7 +14,8 @@ from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.memory.trace_generator import POPULATIONS, generate_fleet
 from fxhybrid.federated.simulation.devices import SimulatedDevice, SimulatedMemory
 from fxhybrid.federated.simulation.failures import FAILURES
-from fxhybrid.federated.tasks.tasks import Task, digits_task, text_task
+from fxhybrid.federated.tasks.named_tasks import TASKS, load_task
+from fxhybrid.federated.tasks.tasks import Task, digits_task
 
 TRACE_S, TRACE_INTERVAL_S = 24 * 3600.0, 10.0
 # Tasks are tiny so that many runs can be made; these devices are slowed down in proportion, so that a round lasts
@@ -35,7 +36,7 @@ class Scenario:
     """Describes one population.
 
     Attributes:
-        task: ``"digits"`` or ``"text"``.
+        task: name in ``TASKS``.
         n_devices: how many.
         capable_share: of devices that usually can hold the unmodified step.
         skew: how much the classes that weak devices hold are missing on strong ones (digits only), see
@@ -65,7 +66,7 @@ class Scenario:
             InvalidArgument: one cannot be used.
         """
         choices: dict[str, Iterable[str]] = {
-            "task": ("digits", "text"),
+            "task": TASKS,
             "contention": POPULATIONS,
             "fleet": FLEETS,
             "failures": FAILURES,
@@ -84,8 +85,8 @@ class Scenario:
 
     def make_task(self) -> Task:
         """Makes model and data."""
-        if self.task == "text":
-            return text_task(self.n_devices, seed=self.seed)
+        if self.task != "digits":
+            return load_task(self.task, self.n_devices, self.seed)
         return digits_task(self.n_devices, seed=self.seed, is_capable=self.is_capable(), skew=self.skew)
 
 

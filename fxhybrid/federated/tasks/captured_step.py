@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxhybrid.api import compile
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.tasks.tasks import Task
 from fxhybrid.ir.plan import Plan
 from fxhybrid.module import HybridModule
+from fxhybrid.suite.sample_data import Batch
 
 
 def capture_step(task: Task, width: float = 1.0, *, plan: Plan | None = None) -> tuple[nn.Module, HybridModule]:
-    """Makes the task's model at a width, and compiles it without a limit: what plans are made from and run on.
+    """Makes the task's model at a width, and compiles it; see ``capture_model``."""
+    model = task.make_model(width)
+    return model, capture_model(model, task.loss_fn, make_optimizer(task, model), task.example(), plan=plan)
+
+
+def capture_model(
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    plan: Plan | None = None,
+) -> HybridModule:
+    """Compiles a training step without a limit: what plans are made from and run on.
 
     Args:
-        task: model, loss and an example batch.
-        width: of the model.
+        model: to train.
+        loss_fn: ``loss_fn(output, target)``.
+        optimizer: whose state counts.
+        batch: inputs and targets, of the shape that every step has.
         plan: to carry out; without one, all plans for this device are made.
     """
-    model = task.make_model(width)
-    inputs, targets = task.example()
-    hybrid = compile(
+    return compile(
         model,
         budget=1.0,
-        example_inputs=(inputs,),
-        loss_fn=task.loss_fn,
-        loss_args=(targets,),
-        optimizer=make_optimizer(task, model),
+        example_inputs=(batch[0],),
+        loss_fn=loss_fn,
+        loss_args=(batch[1],),
+        optimizer=optimizer,
         solver="mps",
         plan=plan,
     )
-    return model, hybrid
 
 
 def make_optimizer(task: Task, model: nn.Module) -> torch.optim.Optimizer:
