@@ -50,11 +50,12 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch._prims_common import compute_required_storage_length, suggest_memory_format
 from torch._subclasses import FakeTensor, FakeTensorMode, fake_impls
 from torch._subclasses.fake_tensor import _BypassDispatchCache as BypassDispatchCache
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
@@ -67,6 +68,8 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FrameStateSizeEntry",
+    "FunctionalTensor",
+    "FunctionalTensorMode",
     "Hooks",
     "InstructionTranslatorBase",
     "LazyGraphModule",
@@ -121,6 +124,7 @@ __all__ = [
     "tracing",
     "transform_stack",
     "tree_leaves",
+    "tree_map",
     "upsample_compute_output_size",
     "with_effects",
 ]

@@ -51,7 +51,7 @@ def chosen_outputs(case: Case, outputs: list[Any]) -> list[Tensor]:
 def tangents(outputs: list[Tensor]) -> list[Tensor]:
     """Random gradients in the outputs' layout: sums over gradients in another layout are rounded in another way."""
     generator = torch.Generator().manual_seed(2)
-    return [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in outputs]
+    return [torch.empty_like(t).copy_(torch.randn(t.shape, dtype=t.dtype, generator=generator)) for t in outputs]
 
 
 def backward(case: Case, results: list[Any]) -> None:

@@ -39,6 +39,16 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logit_backward": lambda a, b: aten.logit_backward(a, b, None),
     "rrelu_with_noise_backward": lambda a, b: aten.rrelu_with_noise_backward(a, b, b, 0.1, 0.3, True, False),
     "xlogy": torch.xlogy,
+    "log_sigmoid_forward": lambda a, b: aten.log_sigmoid_forward(a)[0],
+    "nll_loss2d_forward": lambda a, b: aten.nll_loss2d_forward(a, b[:, 0].long(), None, 0, -100)[0],
+    "channel_shuffle": lambda a, b: F.channel_shuffle(a, 3),
+    "max_unpool2d": lambda a, b: aten.max_unpool2d(a, b.long(), (8, 10)),
+    "reflection_pad2d_backward": lambda a, b: aten.reflection_pad2d_backward(a, b[:, :, :2, :3], (1, 1, 1, 1)),
+    "replication_pad2d_backward": lambda a, b: aten.replication_pad2d_backward(a, b[:, :, :2, :3], (1, 1, 1, 1)),
+    "copysign": lambda a, b: a.copysign(b[0]),
+    "rounding division": lambda a, b: torch.div(a, b[0], rounding_mode="floor"),
+    "ldexp": lambda a, b: torch.ldexp(a, b[0]),
+    "logaddexp": lambda a, b: torch.logaddexp(a[:, :, :1], b[0]),
     "binary_cross_entropy": lambda a, b: aten.binary_cross_entropy(a.clamp(0.1, 0.9), b.clamp(0.1, 0.9), None, 0),
 }
 
@@ -64,3 +74,41 @@ def test_reshapes_behind_them() -> None:
         return lost + torch.stack([t.reshape(-1, N).square().mean() for t in found]).sum()
 
     check(Head(function), rows(4, 4, N), rows(4, N, 4))
+
+
+CHOSEN = torch.tensor([0, 2])
+IN_PLACE: dict[str, Callable[[Tensor], object]] = {
+    "masked_fill": lambda t: t.masked_fill_(t > 0.5, 0.1),
+    "masked_fill of a slice": lambda t: t[:, :, 1:].masked_fill_(t[:, :, 1:] > 0.5, 0.1),
+    "masked_scatter": lambda t: t.masked_scatter_(t > 0.5, t * 2),
+    "scatter": lambda t: t.scatter_(1, CHOSEN.expand(4, 6, 2).movedim(-1, 1), 0.5),
+    "scatter_add": lambda t: t.scatter_add_(1, CHOSEN.expand(4, 6, 2).movedim(-1, 1), t[:, :2] * 2),
+    "index_add": lambda t: t.index_add_(1, CHOSEN, t[:, :2] * 2),
+    "index_copy": lambda t: t.index_copy_(1, CHOSEN, t[:, :2] * 2),
+    "cumsum": lambda t: t.cumsum_(1),
+    "cumprod": lambda t: t.cumprod_(1),
+    "tril": lambda t: t.tril_(),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_is_changed_in_place_keeps_its_strides(name: str) -> None:
+    def function(h: Tensor) -> tuple[Tensor, Tensor]:
+        turned = h.transpose(1, 2).clone()
+        IN_PLACE[name](turned)
+        return turned * 2, turned.transpose(1, 2).reshape(-1, N).mean(0)
+
+    model = Head(function)
+    expected = model(rows(4, 6, N))[0]
+    assert not expected.is_contiguous()
+    check(model, rows(4, 6, N))
+
+
+def test_gradients_that_autograd_fills_in_place() -> None:
+    """The gradient of a maximum is filled in place, in the layout of its operands."""
+
+    def function(h: Tensor) -> Tensor:
+        turned = h.transpose(1, 2)
+        return torch.maximum(turned, turned.flip(2))
+
+    check(Head(function), rows(4, 6, N))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxhybrid.capture.fake_tensor_fixes import replaced_entries
-from fxhybrid.torch_internals import fake_impls, meta_table, suggest_memory_format
+from fxhybrid.torch_internals import fake_impls, meta_table, suggest_memory_format, tree_map
 
 aten = torch.ops.aten
 Layout = Callable[[Tensor, tuple[Any, ...]], Tensor]
@@ -23,8 +23,13 @@ def _contiguous(result: Tensor, _: tuple[Any, ...]) -> Tensor:
     return torch.empty_like(result, memory_format=torch.contiguous_format)
 
 
-def _memory_format(result: Tensor, args: tuple[Any, ...]) -> Tensor:
-    return torch.empty_like(result, memory_format=suggest_memory_format(args[0]))
+def _format_of(position: int) -> Layout:
+    """The memory format of an operand."""
+
+    def layout(result: Tensor, args: tuple[Any, ...]) -> Tensor:
+        return torch.empty_like(result, memory_format=suggest_memory_format(args[position]))
+
+    return layout
 
 
 def _as_sum_of(*positions: int) -> Layout:
@@ -39,6 +44,7 @@ def _as_sum_of(*positions: int) -> Layout:
 
 
 _FIRST_TWO, _RRELU = _as_sum_of(0, 1), _as_sum_of(2, 0)
+_FORMAT, _FORMAT_OF_INPUT = _format_of(0), _format_of(1)
 _LAYOUTS: dict[Any, Layout] = {
     aten.mse_loss_backward.default: _contiguous,
     aten.smooth_l1_loss_backward.default: _contiguous,
@@ -46,9 +52,20 @@ _LAYOUTS: dict[Any, Layout] = {
     aten._log_softmax_backward_data.default: _contiguous,
     aten.glu_backward.default: _contiguous,
     aten.pow.Scalar: _contiguous,
-    aten.roll.default: _memory_format,
-    aten.pixel_shuffle.default: _memory_format,
-    aten.pixel_unshuffle.default: _memory_format,
+    aten.log_sigmoid_forward.default: _contiguous,
+    aten.nll_loss2d_forward.default: _contiguous,
+    aten.normal.Tensor_Tensor: _contiguous,
+    aten.roll.default: _FORMAT,
+    aten.pixel_shuffle.default: _FORMAT,
+    aten.pixel_unshuffle.default: _FORMAT,
+    aten.channel_shuffle.default: _FORMAT,
+    aten.max_unpool2d.default: _FORMAT,
+    aten.reflection_pad2d_backward.default: _FORMAT_OF_INPUT,
+    aten.replication_pad2d_backward.default: _FORMAT_OF_INPUT,
+    aten.reflection_pad3d.default: _FORMAT,
+    aten.reflection_pad3d_backward.default: _FORMAT_OF_INPUT,
+    aten.replication_pad3d.default: _FORMAT,
+    aten.replication_pad3d_backward.default: _FORMAT_OF_INPUT,
     aten.native_dropout_backward.default: _FIRST_TWO,
     aten.elu_backward.default: _as_sum_of(0, 5),
     aten.hardtanh_backward.default: _FIRST_TWO,
@@ -58,6 +75,10 @@ _LAYOUTS: dict[Any, Layout] = {
     aten.logit_backward.default: _FIRST_TWO,
     aten.rrelu_with_noise_backward.default: _RRELU,
     aten.xlogy.Tensor: _FIRST_TWO,
+    aten.copysign.Tensor: _FIRST_TWO,
+    aten.div.Tensor_mode: _FIRST_TWO,
+    aten.ldexp.Tensor: _FIRST_TWO,
+    aten.logaddexp.default: _FIRST_TWO,
     aten.binary_cross_entropy.default: _FIRST_TWO,
 }
 _TORCHS_OWN = {op: fake_impls.op_implementations_dict.get(op) for op in _LAYOUTS}
@@ -72,17 +93,19 @@ def kernel_layouts() -> Iterator[None]:
         yield
 
 
-def _fake(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Computes an operator's fake result, and gives it the kernel's strides."""
+def _fake(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Computes an operator's fake results, and gives them the kernel's strides."""
     own = replaced_entries(fake_impls.op_implementations_dict, {op: _TORCHS_OWN[op]})
     with fake_mode:
         with own, replaced_entries(meta_table, {op: None}):
-            result: Tensor = op(*args, **kwargs)
+            results: Any = op(*args, **kwargs)
         tensors = [a for a in args if isinstance(a, Tensor) and a.dim() > 0]
-        if result.dim() < 2 or any(t.device.type != "cpu" for t in tensors) or _same_layout([result, *tensors]):
-            return result
-        return _LAYOUTS[op](result, args)
+        if any(t.device.type != "cpu" for t in tensors):
+            return results
+        return tree_map(lambda result: _laid_out(op, result, tensors, args), results)
 
 
-def _same_layout(tensors: list[Tensor]) -> bool:
-    return all(t.is_contiguous() for t in tensors)
+def _laid_out(op: Any, result: Tensor, tensors: list[Tensor], args: tuple[Any, ...]) -> Tensor:
+    if result.dim() < 2 or all(t.is_contiguous() for t in (result, *tensors)):
+        return result
+    return _LAYOUTS[op](result, args)

@@ -12,6 +12,7 @@ from typing import Any
 from torch.distributions import Distribution, kl
 
 from fxhybrid.capture.fake_tensor_fixes import contiguous_first, kernel_norms, own_fake_tensors
+from fxhybrid.capture.in_place_layouts import in_place_layouts
 from fxhybrid.capture.intermediate_leaves import intermediate_leaves
 from fxhybrid.capture.kernel_layouts import kernel_layouts
 from fxhybrid.capture.native_operators import native_operators
@@ -44,7 +45,7 @@ def tracing_settings() -> Iterator[None]:
     # Random operators whose result nobody reads stay: all later random numbers depend on them.
     inductor: Any = inductor_config.patch(fallback_random=True)
     aot: Any = functorch_config.patch(backward_pass_autocast="off")
-    values = (without_value_checks(), kernel_norms(), contiguous_first(), own_fake_tensors())
+    values = (without_value_checks(), kernel_norms(), contiguous_first(), own_fake_tensors(), in_place_layouts())
     code = (native_operators(), kernel_layouts(), traceable_batch_norm(), traceable_observers(), intermediate_leaves())
     with contextlib.ExitStack() as stack:
         for setting in (dynamo, inductor, aot, set_enable_dynamic(False), *values, *code):
