@@ -12,8 +12,13 @@ WIDENED = (torch.bfloat16,)  # numpy has no such type; float32 holds every one o
 
 
 def to_arrays(model: nn.Module) -> dict[str, Array]:
-    """Copies all parameters and buffers that are part of the state."""
-    return {name: _array(tensor) for name, tensor in model.state_dict().items()}
+    """Copies all buffers and trained parameters that are part of the state; what is frozen everybody has already."""
+    return {name: _array(tensor) for name, tensor in _shared(model).items()}
+
+
+def _shared(model: nn.Module) -> dict[str, torch.Tensor]:
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def _array(tensor: torch.Tensor) -> Array:
@@ -24,7 +29,7 @@ def _array(tensor: torch.Tensor) -> Array:
 def load_arrays(model: nn.Module, arrays: Arrays) -> None:
     """Writes arrays into the model in place; types are narrowed back to the model's own."""
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        for name, tensor in _shared(model).items():
             tensor.copy_(torch.from_numpy(np.array(arrays[name], copy=True)))
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fxhybrid.api import compile
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.federated.tasks.adam8bit import Adam8bit
 from fxhybrid.federated.tasks.tasks import Task
 from fxhybrid.ir.plan import Plan
 from fxhybrid.module import HybridModule
 from fxhybrid.suite.sample_data import Batch
+
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adam8bit": Adam8bit,
+}
 
 
 def capture_step(task: Task, width: float = 1.0, *, plan: Plan | None = None) -> tuple[nn.Module, HybridModule]:
@@ -56,8 +63,8 @@ def make_optimizer(task: Task, model: nn.Module) -> torch.optim.Optimizer:
     Raises:
         InvalidArgument: the task names another one.
     """
-    if task.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=task.learning_rate)
-    if task.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=task.learning_rate)
-    raise InvalidArgument(f'optimizer of task {task.name!r} is {task.optimizer!r}; it must be "sgd" or "adam"')
+    if task.optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise InvalidArgument(f"optimizer of task {task.name!r} is {task.optimizer!r}; there are {known}")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return OPTIMIZERS[task.optimizer](trained, lr=task.learning_rate)

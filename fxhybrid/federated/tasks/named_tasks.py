@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.federated.tasks.lora import lora_task
 from fxhybrid.federated.tasks.tasks import Task, digits_task, text_task
 from fxhybrid.optional_imports import load_function
 
-TASKS: Mapping[str, Callable[..., Task]] = {"digits": digits_task, "text": text_task}
+TASKS: Mapping[str, Callable[..., Task]] = {"digits": digits_task, "text": text_task, "lora": lora_task}
 
 
 def load_task(name: str, n_clients: int, seed: int) -> Task:

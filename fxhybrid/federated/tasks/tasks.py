@@ -35,7 +35,7 @@ class Task:
         loss_fn: ``loss_fn(output, target)``: the mean over the batch.
         batch_size: examples of one local step.
         learning_rate: of the local steps.
-        optimizer: ``"sgd"`` or ``"adam"``; its state is fresh in each round.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adam8bit"``; its state is fresh in each round.
         clients: data by client.
         held_out: a batch that nobody trains on.
     """
@@ -102,13 +102,7 @@ def text_task(n_clients: int, *, seed: int = 0, batch_size: int = 16) -> Task:
 
     The last fifth of each package is held out.
     """
-    clients, held_out = {}, []
-    for name, text in library_packages(n_clients, PACKAGE_BYTES).items():
-        cut = int(len(text) * (1 - HELD_OUT_SHARE))
-        clients[name] = ArrayData(*consecutive_windows(text[:cut], TEXT_LENGTH))
-        held_out.append(consecutive_windows(text[cut:], TEXT_LENGTH))
-    inputs, targets = (torch.cat(part) for part in zip(*held_out, strict=True))
-    chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:N_HELD_OUT_WINDOWS]
+    clients, held_out = held_out_windows(library_packages(n_clients, PACKAGE_BYTES), TEXT_LENGTH)
     return Task(
         "text",
         lambda width: seeded(lambda: nested_transformer(width, length=TEXT_LENGTH), seed),
@@ -117,8 +111,21 @@ def text_task(n_clients: int, *, seed: int = 0, batch_size: int = 16) -> Task:
         5e-3,
         "adam",
         clients,
-        (inputs[chosen], targets[chosen]),
+        held_out,
     )
+
+
+def held_out_windows(texts: Mapping[str, bytes], length: int) -> tuple[dict[str, ClientData], Batch]:
+    """Cuts each client's text into windows; the last fifth of each text is held out, and some windows of it kept."""
+    clients: dict[str, ClientData] = {}
+    held_out = []
+    for name, text in texts.items():
+        cut = int(len(text) * (1 - HELD_OUT_SHARE))
+        clients[name] = ArrayData(*consecutive_windows(text[:cut], length))
+        held_out.append(consecutive_windows(text[cut:], length))
+    inputs, targets = (torch.cat(part) for part in zip(*held_out, strict=True))
+    chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:N_HELD_OUT_WINDOWS]
+    return clients, (inputs[chosen], targets[chosen])
 
 
 @dataclass(frozen=True)
