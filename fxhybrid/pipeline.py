@@ -32,6 +32,7 @@ from fxhybrid.passes.prune_tangents import prune_tangents
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.passes.storages import Layout, layout_of
+from fxhybrid.profiling.collector import paused_collector
 from fxhybrid.profiling.op_profiler import Profile, profile_calls
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
 from fxhybrid.profiling.parameter_update import ParameterUpdates, updates_of
@@ -48,7 +49,6 @@ class Traced:
         plain: the same with eager's layout everywhere.
         channels_last: numbers of the groups of operators of ``joint`` that run in channels_last instead.
         structure: where the graph's outputs are in what a call returns.
-        fingerprint: hash of ``plain``.
         resident_bytes: everything that is alive through the whole step.
         update_rise_bytes: how far memory rises while the optimizer steps; None without one, or where that is done in
             the backward pass.
@@ -62,12 +62,16 @@ class Traced:
     plain: JointGraph
     channels_last: tuple[int, ...]
     structure: OutputStructure
-    fingerprint: str
     resident_bytes: int
     update_rise_bytes: int | None
     updates: ParameterUpdates | None
     lossy: bool
     lossless: bool
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of ``plain``."""
+        return fingerprint(self.plain)
 
     @cached_property
     def tangents(self) -> Mapping[int, int]:
@@ -237,7 +241,7 @@ def trace(step: Step, call: StepCall, options: Options) -> Traced:
 
 def trace_plain(step: Step, call: StepCall, options: Options) -> Traced:
     """Captures a step and rewrites it to its canonical form, in eager's layouts; times nothing."""
-    with stage("capture"):
+    with stage("capture"), paused_collector():
         captured = capture(step, tuple(call), exact=not options.reordered)
     return canonical(captured, output_structure(captured, step, call), step, call, options)
 
@@ -248,10 +252,7 @@ def canonical(captured: Capture, structure: OutputStructure, step: Step, call: S
     resident_bytes = _resident_bytes(step, call, options) + captured.float_bytes
     lossless = options.compression != "off"
     rise_bytes, updates = _update(captured, step, options)
-    graph = fingerprint(joint)
-    return Traced(
-        captured, joint, joint, (), structure, graph, resident_bytes, rise_bytes, updates, options.lossy, lossless
-    )
+    return Traced(captured, joint, joint, (), structure, resident_bytes, rise_bytes, updates, options.lossy, lossless)
 
 
 def _update(captured: Capture, step: Step, options: Options) -> tuple[int | None, ParameterUpdates | None]:
@@ -330,6 +331,6 @@ def _resident_bytes(step: Step, call: StepCall, options: Options) -> int:
 
 def build_graphs(prepared: Prepared, actions: Actions) -> tuple[JointGraph, SplitGraphs]:
     """Builds the rewritten joint graph of ``actions`` and its halves."""
-    with stage("rewrite"):
+    with stage("rewrite"), paused_collector():
         joint = rewrite(prepared.joint, prepared.layout, lower(prepared.problem, actions))
         return joint, split(joint)

@@ -18,6 +18,7 @@ from fxhybrid.passes.gradient_takes import TAKE
 from fxhybrid.passes.storages import Layout, OpCall, fused_form
 from fxhybrid.profiling.cost_cache import OpCost
 from fxhybrid.profiling.op_profiler import Call, Profile, call_of
+from fxhybrid.torch_internals import FakeTensor
 
 CodecChoices = Mapping[int, tuple[str, ...]]
 UPDATE = "optimizer.step"
@@ -140,9 +141,15 @@ def _base_value(layout: Layout, storage: int) -> torch.Tensor:
 def _codec_calls(value: torch.Tensor, codec: str) -> tuple[Call, Call]:
     encode = _by_kernels(call_of(torch.ops.fxhybrid.compress.default, (value, codec)), codec)
     qdata_bytes, header_bytes = get_codec(codec).encoded_bytes(TensorMeta.of(value))
-    parts = [value.new_empty(n, dtype=torch.uint8) for n in (qdata_bytes, header_bytes)]
+    parts = [_bytes_like(value, n) for n in (qdata_bytes, header_bytes)]
     shape: tuple[Any, ...] = (list(value.shape), list(value.stride()), value.dtype)
     return encode, _by_kernels(call_of(torch.ops.fxhybrid.decompress.default, (*parts, codec, *shape)), codec)
+
+
+def _bytes_like(value: torch.Tensor, n_bytes: int) -> torch.Tensor:
+    """Makes a fake tensor of bytes on the device of another fake one; dispatch would take ten times as long."""
+    plain = torch.empty(n_bytes, dtype=torch.uint8, device="meta")
+    return FakeTensor(value.fake_mode, plain, value.device) if isinstance(value, FakeTensor) else plain
 
 
 def _codec_costs(profile: Profile, value: torch.Tensor, codec: str) -> tuple[OpCost, OpCost]:

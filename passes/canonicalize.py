@@ -15,7 +15,7 @@ from torch import fx
 
 import fxhybrid.ops.masks  # noqa: F401  (registers keep_mask and apply_mask)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
-from fxhybrid.passes.graph_edit import backward_nodes, call, joint_module, tangent_free
+from fxhybrid.passes.graph_edit import PlainGraph, backward_nodes, call, joint_module, tangent_free
 from fxhybrid.passes.low_memory_backward import chunk_batch_norm, parameter_gradients_first, split_convolution_gradients
 from fxhybrid.passes.storages import is_random
 
@@ -25,11 +25,12 @@ Pass = Callable[[JointGraph], None]
 
 def canonicalize(joint: JointGraph) -> JointGraph:
     """A new joint graph after all lossless rewrites; ``joint`` stays as it is."""
-    graph = fx.Graph()
+    graph = PlainGraph()
     twins: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(joint.module.graph, twins))
     for node, twin in twins.items():
-        twin.meta = {"val": node.meta.get("val"), TAG: node.meta[TAG]}
+        twin.meta.clear()
+        twin.meta.update({"val": node.meta.get("val"), TAG: node.meta[TAG]})
     graph.output_node().meta = {TAG: NodeTag(Phase.BACKWARD)}
     result = JointGraph(joint_module(joint.module, graph), joint.inputs, joint.outputs)
     for rewrite in PASSES:

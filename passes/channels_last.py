@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxhybrid.capture.fake_tensor_fixes import contiguous_first, kernel_norms, own_fake_tensors
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, phase_of
 from fxhybrid.capture.kernel_layouts import kernel_layouts
-from fxhybrid.passes.graph_edit import joint_module
+from fxhybrid.passes.graph_edit import PlainGraph, joint_module
 from fxhybrid.passes.storages import is_random
 from fxhybrid.torch_internals import OpOverload
 
@@ -160,7 +160,7 @@ class _Converter:
 
     def __init__(self, joint: JointGraph, members: frozenset[fx.Node]) -> None:
         self.joint, self.members = joint, members
-        self.graph = fx.Graph()
+        self.graph = PlainGraph()
         self.new: dict[fx.Node, fx.Node] = {}
         self.converted: dict[tuple[fx.Node, torch.memory_format], fx.Node] = {}
 

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 from fxhybrid.capture.joint_graph import JointGraph, storages
 from fxhybrid.errors import CaptureError
-from fxhybrid.passes.graph_edit import joint_module
+from fxhybrid.passes.graph_edit import PlainGraph, joint_module
 from fxhybrid.torch_internals import FakeTensor, FakeTensorMode, PythonPrinter
 
 Sizes = Mapping[str, int]  # by the symbol's name
@@ -97,7 +97,7 @@ class SymbolicGraph:
         Raises:
             KeyError: a symbol of the graph has no size.
         """
-        values, fakes, graph = self._evaluate(sizes), _FakeTensors(), fx.Graph()
+        values, fakes, graph = self._evaluate(sizes), _FakeTensors(), PlainGraph()
         new: dict[fx.Node, Any] = {}
 
         def argument(value: Any) -> Any:
@@ -120,7 +120,7 @@ class SymbolicGraph:
                 args = (tuple(None if isinstance(n, _NUMBERS) else n for n in args[0]),)  # a size's gradient is itself
             kwargs: Any = fx.node.map_aggregate(node.kwargs, argument)
             twin = graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
-            twin.meta = {**node.meta, "val": value}
+            twin.meta.update(node.meta, val=value)
             new[node] = value if is_number else twin
         return JointGraph(joint_module(self.joint.module, graph), self.joint.inputs, self.joint.outputs)
 

@@ -12,7 +12,7 @@ from torch.fx.graph import _BoxedCodeGen
 
 import fxhybrid.ops.take_gradient  # noqa: F401  (registers the operator)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
-from fxhybrid.passes.graph_edit import call, graph_module, joint_module
+from fxhybrid.passes.graph_edit import PlainGraph, call, graph_module, joint_module
 
 TAKE = torch.ops.fxhybrid.take_gradient.default
 
@@ -24,7 +24,7 @@ def taking_gradients(backward: fx.GraphModule, positions: AbstractSet[int]) -> f
         backward: takes arguments boxed; returns the gradients.
         positions: among the gradients; those that are None stay so.
     """
-    graph = fx.Graph()
+    graph = PlainGraph()
     graph.set_codegen(_BoxedCodeGen())
     results: list[fx.Node | None] = list(graph.graph_copy(backward.graph, {}))  # type: ignore[arg-type]
     for position in sorted(positions):
@@ -47,7 +47,7 @@ def updating_parameters(joint: JointGraph, positions: AbstractSet[int]) -> Joint
         joint: its plan is not made yet.
         positions: of the parameters among the graph's inputs; those without a gradient count for nothing.
     """
-    graph = fx.Graph()
+    graph = PlainGraph()
     new: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(joint.module.graph, new)).meta = dict(joint.module.graph.output_node().meta)
     copied = JointGraph(joint_module(joint.module, graph), joint.inputs, joint.outputs)

@@ -19,7 +19,7 @@ import fxhybrid.ops.take_gradient  # noqa: F401  (likewise)
 from fxhybrid.capture.fake_tensor_fixes import kernel_norms
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of
 from fxhybrid.capture.kernel_layouts import kernel_layouts
-from fxhybrid.passes.graph_edit import joint_module
+from fxhybrid.passes.graph_edit import PlainGraph, joint_module
 from fxhybrid.torch_internals import OpOverload
 
 aten = torch.ops.aten
@@ -86,7 +86,7 @@ class _Pruner:
         self.joint = joint
         behind = tangents_behind(joint)
         self.missing = {node for node, tangents in behind.items() if tangents and tangents <= absent}
-        self.graph = fx.Graph()
+        self.graph = PlainGraph()
         self.new: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> JointGraph:

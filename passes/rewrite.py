@@ -15,7 +15,7 @@ from torch import fx
 import fxhybrid.codecs  # noqa: F401  (registers the compress and decompress operators)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase
 from fxhybrid.ir.schedule import Instruction, Kind, Schedule, without_mask
-from fxhybrid.passes.graph_edit import joint_module
+from fxhybrid.passes.graph_edit import PlainGraph, joint_module
 from fxhybrid.passes.storages import Layout, OpCall, fused_form, recompute_form
 
 
@@ -28,7 +28,7 @@ class _Rewriter:
     def __init__(self, joint: JointGraph, layout: Layout) -> None:
         self.joint = joint
         self.layout = layout
-        self.graph = fx.Graph()
+        self.graph = PlainGraph()
         self.phase = Phase.FORWARD
         self.returned = frozenset((*layout.outputs, *layout.mutations, *layout.gradients))
         self.resident: dict[fx.Node, fx.Node] = {}
@@ -155,5 +155,6 @@ class _Rewriter:
         return f"{kind}_{self.counts[kind] - 1}"
 
     def _tag(self, node: fx.Node, value: Any) -> fx.Node:
-        node.meta = {"val": value, TAG: NodeTag(self.phase)}
+        node.meta.clear()
+        node.meta.update({"val": value, TAG: NodeTag(self.phase)})
         return node

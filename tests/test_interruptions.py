@@ -109,7 +109,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "calibration": (calibration, "_groups_at_4_bits"),
     "solve": (planner.PlanMaker, "__call__"),
     "rewrite": (pipeline, "rewrite"),
-    "graphs": (active_graphs, "describe"),
+    "graphs": (active_graphs, "plan_bytes"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from fxhybrid.capture.joint_graph import JointGraph
@@ -15,6 +16,7 @@ from fxhybrid.compiler.planning_state import PlanningState, choose, describe
 from fxhybrid.ir.plan import Actions, Plan
 from fxhybrid.pipeline import build_graphs
 from fxhybrid.runtime import StepFunction
+from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.portfolio.limited_plans import plan_bytes
 
 MAX_STATES = 24  # states of the call whose graphs are kept; they share graphs where plans are the same
@@ -28,18 +30,28 @@ class ActiveGraph:
     """Holds a plan at work.
 
     Attributes:
-        plan: what is carried out.
-        actions: the same by tensor index.
+        point: what is carried out, with its figures.
+        describe: makes the plan that a user sees.
         joint: the rewritten joint graph.
         function: the step over the graph's flat inputs.
         call: the step over the module's own arguments.
     """
 
-    plan: Plan
-    actions: Actions
+    point: FrontierPoint
+    describe: Callable[[], Plan]
     joint: JointGraph
     function: StepFunction
     call: Callable[..., Any]
+
+    @property
+    def actions(self) -> Actions:
+        """What is carried out, by tensor index."""
+        return self.point.actions
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What is carried out, by tensor name."""
+        return self.describe()
 
 
 def build_active(
@@ -68,7 +80,8 @@ def build_active(
         updates=prepared.traced.updates,
         enter=watch.opened if watch else None,
     )
-    return ActiveGraph(describe(state, known, call), actions, joint, function, captured.bind(function))
+    bound = captured.bind(function)
+    return ActiveGraph(known.point, partial(describe, state, known, call), joint, function, bound)
 
 
 def _planned_call(state: PlanningState, call: CallState, actions: Actions) -> PlannedCall | None:

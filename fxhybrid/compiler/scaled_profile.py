@@ -6,8 +6,9 @@ operator takes beyond its results follow no such rule, so they are measured agai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,15 +21,26 @@ from fxhybrid.profiling.cost_estimate import count_bytes, count_flops
 from fxhybrid.profiling.op_profiler import Call, Profile, measure_alloc_peaks, profile_calls
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepCalls:
     """Holds what a profile is made for: a layout, and the codecs offered to its storages."""
 
     layout: Layout
     choices: CodecChoices
 
+    @cached_property
+    def sized(self) -> Sequence[_SizedCall]:
+        """Every call with what it makes."""
+        sizes = zip(calls_of(self.layout, self.choices), _results(self), strict=True)
+        return [_SizedCall(call, result, made_bytes) for call, (result, made_bytes) in sizes]
 
-@dataclass(frozen=True)
+    @cached_property
+    def names(self) -> list[tuple[str, Any]]:
+        """Names and targets of all operators."""
+        return [(op.name, op.node.target) for op in self.layout.forward + self.layout.backward]
+
+
+@dataclass(frozen=True, eq=False)
 class _SizedCall:
     """Holds a call, its fake result where there is one, and the bytes that it leaves allocated."""
 
@@ -36,7 +48,12 @@ class _SizedCall:
     result: Any
     made_bytes: int
 
-    @property
+    @cached_property
+    def flops(self) -> int:
+        """Counts the operations of a matrix product or convolution; 0 for others."""
+        return count_flops(self.call.target, self.call.args, self.result)
+
+    @cached_property
     def moved_bytes(self) -> int:
         """Counts the bytes of inputs and results."""
         return count_bytes((self.call.args, dict(self.call.kwargs))) + self.made_bytes
@@ -54,11 +71,11 @@ def scaled_profile(measured: Profile, at: StepCalls, wanted: StepCalls) -> Profi
     Raises:
         ProfileError: a call cannot be measured.
     """
-    if _names(at.layout) != _names(wanted.layout):
+    if at.names != wanted.names:
         return profile_calls(calls_of(wanted.layout, wanted.choices))
     costs: dict[str, OpCost] = {}
     open_calls: dict[str, tuple[Call, float]] = {}
-    for old, new in zip(_sized_calls(at), _sized_calls(wanted), strict=True):
+    for old, new in zip(at.sized, wanted.sized, strict=True):
         cost, key = measured.cost(old.call), new.call.key
         if key == old.call.key:
             costs[key] = cost
@@ -71,15 +88,6 @@ def scaled_profile(measured: Profile, at: StepCalls, wanted: StepCalls) -> Profi
     peaks = measure_alloc_peaks(call for call, _ in open_calls.values())
     costs |= {key: OpCost(seconds, peaks[key]) for key, (_, seconds) in open_calls.items()}
     return Profile(measured.device, costs)
-
-
-def _names(layout: Layout) -> list[tuple[str, Any]]:
-    return [(op.name, op.node.target) for op in layout.forward + layout.backward]
-
-
-def _sized_calls(step: StepCalls) -> Iterator[_SizedCall]:
-    sizes = zip(calls_of(step.layout, step.choices), _results(step), strict=True)
-    return (_SizedCall(call, result, made_bytes) for call, (result, made_bytes) in sizes)
 
 
 def _results(step: StepCalls) -> Iterable[tuple[Any, int]]:
@@ -100,8 +108,7 @@ def _results(step: StepCalls) -> Iterable[tuple[Any, int]]:
 
 
 def _work_ratio(old: _SizedCall, new: _SizedCall) -> float:
-    flops = [count_flops(sized.call.target, sized.call.args, sized.result) for sized in (old, new)]
-    before, after = flops if all(flops) else (old.moved_bytes, new.moved_bytes)
+    before, after = (old.flops, new.flops) if old.flops and new.flops else (old.moved_bytes, new.moved_bytes)
     return after / before if before else 1.0
 
 

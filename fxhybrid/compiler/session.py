@@ -36,6 +36,7 @@ from fxhybrid.errors import BudgetError, InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.options import Options
 from fxhybrid.passes.expected_backward import ExpectedBackward
+from fxhybrid.profiling.collector import paused_collector
 from fxhybrid.units import Budget, NamedBudget, check_budget
 
 MANY_SIGNATURES = 32  # more than a real model has shapes; a Python counter makes one a step
@@ -117,7 +118,8 @@ class Session:
         """Plans a call of a new kind or size, by what is known of other sizes if that is possible."""
         derived = None
         if self.transferred is None and self.budget_bytes is not None:
-            derived = self.cache.derive(self.step, call, self.budget_bytes)
+            with paused_collector():
+                derived = self.cache.derive(self.step, call, self.budget_bytes)
         if derived is not None:
             return derived
         given = call.detached(), self.options, self.budget_bytes, self.transferred

@@ -75,7 +75,7 @@ class Signature:
     def _is_free(self) -> bool:
         """Whether the plan for fresh gradients adds no time."""
         graph = self.graphs.active.get(FRESH)
-        return graph is not None and graph.plan.added_s == 0
+        return graph is not None and graph.point.overhead_s == 0
 
     def expecting(self, expected: ExpectedBackward, step: Step, call: StepCall | None = None) -> Signature:
         """Returns the signature planned for an expected backward pass.

@@ -7,7 +7,8 @@ plans that were found at the reference's sizes are simulated. Only where none of
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 from fxhybrid.accuracy.replan_loop import MeasuredErrors
 from fxhybrid.accuracy.verifier import CaptureCheck
@@ -42,12 +43,14 @@ class SizeFamily:
         symbolic: the capture.
         graph: its joint graph, ready to be made concrete.
         reference: a state of the same step at some sizes.
+        measured: calls at sizes of references, by their layout.
     """
 
     kind: Hashable
     symbolic: SymbolicCapture
     graph: SymbolicGraph
     reference: PlanningState
+    measured: WeakKeyDictionary[Layout, StepCalls] = field(default_factory=WeakKeyDictionary)
 
     def sizes_of(self, step: Step, call: StepCall) -> Sizes | None:
         """Returns the sizes of a call; None where the capture does not hold for it."""
@@ -90,7 +93,7 @@ class SizeFamily:
         specs = _resized_specs(old, layout, initial)
         choices = _choices(specs, old.choices)
         measured = {t: tuple(spec for spec in old.choices[t] if (t, spec) in specs) for t in choices}
-        profile = scaled_profile(old.profile, StepCalls(old.layout, measured), StepCalls(layout, choices))
+        profile = scaled_profile(old.profile, self._calls_at(old, measured), StepCalls(layout, choices))
         errors = {
             (t, specs[t, option.codec]): option.error
             for t, tensor in enumerate(old.problem.tensors)
@@ -99,6 +102,13 @@ class SizeFamily:
         }
         prepared = prepared_for(traced, old.expected, joint, layout, profile, choices, old.refusals, errors)
         return prepared, initial, specs
+
+    def _calls_at(self, reference: Prepared, measured: CodecChoices) -> StepCalls:
+        """Returns what was measured at the reference's sizes; most sizes ask for the same."""
+        known = self.measured.get(reference.layout)
+        if known is None or known.choices != measured:
+            known = self.measured[reference.layout] = StepCalls(reference.layout, measured)
+        return known
 
     def _capture_at(self, sizes: Sizes) -> Capture:
         """Returns the capture at some sizes, which holds for calls of these only."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.profiling.collector import paused_collector
 from fxhybrid.profiling.recording import recording, walk
 from fxhybrid.torch_internals import tree_leaves
 from fxhybrid.units import format_bytes
@@ -149,14 +150,9 @@ def memory_rises(fns: Sequence[Callable[[], object]], *, device: torch.device | 
 @contextmanager
 def _collected() -> Iterator[None]:
     """Collects garbage, then leaves it alone until the block ends."""
-    was_enabled = gc.isenabled()
     gc.collect()
-    gc.disable()
-    try:
+    with paused_collector():
         yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _cuda_rise(fn: Callable[[], object], device: torch.device) -> MemoryRise:
