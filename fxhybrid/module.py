@@ -57,16 +57,19 @@ def segments_for(hybrid: HybridModule, call: StepCall) -> SegmentedStep | None:
     """Returns what runs a call that traces into several graphs only; None for one graph, which is planned then."""
     session = hybrid._fxhybrid_session
     with PLANNING:
-        if hybrid._fxhybrid_segments is not None:
-            return None if session.knows(call) else hybrid._fxhybrid_segments
+        segments = hybrid._fxhybrid_segments
+        if segments is not None and segments.is_planned:
+            return None if session.knows(call) else segments
+        object.__setattr__(hybrid, "_fxhybrid_segments", None)  # what is left of a first call that failed
         try:
             session.find(call)
-        except GraphBreakError:
+        except GraphBreakError as error:
             if session.transferred is not None:
                 raise
+            reason = error
         else:
             return None
-        segments = SegmentedStep(session.step, session.options, session.budget_bytes)
+        segments = SegmentedStep(session.step, session.options, session.budget_bytes, reason)
         object.__setattr__(hybrid, "_fxhybrid_segments", segments)
         return segments
 

@@ -19,7 +19,7 @@ from fxhybrid.compiler.call_shape import CallShape
 from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall, pending_calls, storages_of
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.report import Report
-from fxhybrid.errors import BudgetError, InvalidArgument
+from fxhybrid.errors import BudgetError, FxHybridError, GraphBreakError, InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.options import Options
 from fxhybrid.pipeline import Prepared
@@ -31,7 +31,7 @@ from fxhybrid.segments.planned_run import PlannedPart, PlannedRun, Room
 from fxhybrid.segments.segment import NOTHING, Segment, under_way
 from fxhybrid.segments.sequence_plans import PartActions, SequencePlan, SequencePlans
 from fxhybrid.segments.solo_plans import SoloPlans
-from fxhybrid.segments.trial import record
+from fxhybrid.segments.trial import NothingToPlan, record
 from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 from fxhybrid.units import Budget, NamedBudget, check_budget
 
@@ -53,10 +53,17 @@ class SegmentedStep:
         segments: all graphs, in the order in which they were traced.
         paths: those that are planned, by kind of call, the last one taken first.
         last: kind of the last call.
+        reason: why the model does not trace into one graph.
     """
 
-    def __init__(self, step: Step, options: Options, budget_bytes: int | None) -> None:
+    def __init__(self, step: Step, options: Options, budget_bytes: int | None, reason: GraphBreakError) -> None:
         """Prepares; nothing is traced before the first call.
+
+        Args:
+            step: model and loss.
+            options: what the user asked for.
+            budget_bytes: limit of the peak; None while it is not resolved.
+            reason: why it does not trace into one graph.
 
         Raises:
             InvalidArgument: an option that needs one graph.
@@ -64,6 +71,7 @@ class SegmentedStep:
         if options.step_in_backward:
             raise InvalidArgument(IN_BACKWARD)
         self.step, self.options, self.budget_bytes = step, options, budget_bytes
+        self.reason = reason
         self.segments: list[Segment] = []
         self.paths: dict[Hashable, list[Path]] = {}
         self.last: Hashable = None
@@ -78,6 +86,11 @@ class SegmentedStep:
         segment = Segment.of(graph, example_inputs, self.options)
         self.segments.append(segment)
         return segment
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether any path is planned."""
+        return any(self.paths.values())
 
     @property
     def path(self) -> Path:
@@ -153,9 +166,16 @@ class SegmentedStep:
 
     def _planned(self, call: StepCall) -> Path:
         """Records a call and plans it; gradient errors are measured now, while the batch is at hand."""
-        trial, result = record(
-            self._run, self.step, call, self.options, self._calibrated, all_outputs=self._all_outputs
-        )
+        try:
+            trial, result = record(
+                self._run, self.step, call, self.options, self._calibrated, all_outputs=self._all_outputs
+            )
+        except NothingToPlan as error:
+            raise self.reason from error
+        except FxHybridError:
+            raise
+        except Exception as error:  # the model's own, which may be of any kind: it does not run in eager mode either
+            raise self.reason from error
         path: Path
 
         def measure(actions: PartActions) -> float:

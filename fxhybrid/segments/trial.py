@@ -28,6 +28,10 @@ from fxhybrid.segments.step_recording import FirstRun, RecordedCall, SaveAllRun
 Run = Callable[..., Any]
 
 
+class NothingToPlan(CaptureError):
+    """None of the step's graphs can be captured."""
+
+
 @dataclass(frozen=True, eq=False)
 class Trial:
     """Holds what trial runs of a step showed.
@@ -64,6 +68,7 @@ def record(
         What was recorded, and what the save-all step left behind.
 
     Raises:
+        NothingToPlan: no graph can be planned.
         CaptureError: the graphs compute something else than the model, or differ from run to run.
     """
     call = call.detached()
@@ -76,7 +81,7 @@ def record(
             weighed = None if all_outputs else _loss_position(step, result)
             del result
     if not first.calls:
-        raise CaptureError("no part of the step can be planned: none of its graphs has a gradient")
+        raise NothingToPlan("no part of the step can be planned: none of its graphs has a gradient")
     second = SaveAllRun(first.calls, existing)
     observed = partial(observe_step, model=step.model, has_loss=step.loss_fn is not None, weighed=weighed, seed=None)
 
