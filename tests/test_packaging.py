@@ -22,6 +22,7 @@ TOP = {
     "benchmarks",
     "tests",
     "docs",
+    "examples",
     "setup.cfg",
     "pyproject.toml",
     "README.md",
