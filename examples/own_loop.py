@@ -14,7 +14,6 @@ labels = torch.tensor(data.target)
 train_images, train_labels = images[:1536].split(256), labels[:1536].split(256)
 
 
-
 def block(n_in: int, n_out: int) -> list[nn.Module]:
     """Lists the layers of one block."""
     return [nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU()]
