@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def _run_planned(
     """Runs a call in training mode, by the plan if something needs a gradient."""
     session, call = hybrid._fxhybrid_session, StepCall(args, kwargs, loss_args)
     tensors = call.tensors
-    if not any(t.requires_grad for t in (*session.model.parameters(), *tensors)):
+    if not any(t.requires_grad for t in chain(tensors, session.model.parameters())):
         return session.step(*call)  # a frozen half of a model pair: there is no backward pass to plan
     refuse_transforms(tensors)
     call = call.unmarked(tensors)

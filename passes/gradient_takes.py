@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import _BoxedCodeGen
 
 import fxhybrid.ops.take_gradient  # noqa: F401  (registers the operator)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
+from fxhybrid.passes.direct_calls import DirectCalls
 from fxhybrid.passes.graph_edit import PlainGraph, call, graph_module, joint_module
 
 TAKE = torch.ops.fxhybrid.take_gradient.default
@@ -25,7 +25,7 @@ def taking_gradients(backward: fx.GraphModule, positions: AbstractSet[int]) -> f
         positions: among the gradients; those that are None stay so.
     """
     graph = PlainGraph()
-    graph.set_codegen(_BoxedCodeGen())
+    graph.set_codegen(DirectCalls())
     results: list[fx.Node | None] = list(graph.graph_copy(backward.graph, {}))  # type: ignore[arg-type]
     for position in sorted(positions):
         gradient = results[position]

@@ -10,9 +10,9 @@ import copy
 from dataclasses import dataclass
 
 from torch import fx
-from torch.fx.graph import _BoxedCodeGen
 
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phase, phase_of
+from fxhybrid.passes.direct_calls import DirectCalls
 from fxhybrid.passes.graph_edit import PlainGraph, graph_module
 from fxhybrid.passes.prune_tangents import prune_tangents
 
@@ -107,7 +107,7 @@ def _crossing(joint: JointGraph, gradients: list[fx.Node | None]) -> list[fx.Nod
 
 def _extract(joint: JointGraph, phase: Phase, inputs: list[fx.Node], results: list[fx.Node | None]) -> fx.GraphModule:
     graph = PlainGraph()
-    graph.set_codegen(_BoxedCodeGen())
+    graph.set_codegen(DirectCalls())
     new: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         new[node] = graph.placeholder(node.name)

@@ -69,7 +69,7 @@ _FOLLOWING: WeakKeyDictionary[Capture, dict[int, Following]] = WeakKeyDictionary
 
 
 def admit(
-    state: PlanningState, model: nn.Module, tensors: Sequence[Tensor], added: frozenset[int]
+    state: PlanningState, model: nn.Module, tensors: Sequence[Tensor], call: CallState
 ) -> tuple[PlanningState, CallState]:
     """Reads the state of a call that is about to be made, and makes sure that a plan for it is known.
 
@@ -77,7 +77,7 @@ def admit(
         state: of the call's signature.
         model: the user's.
         tensors: the call's arguments.
-        added: positions of the graph's inputs whose gradients can be added to older ones as soon as they are made.
+        call: what the plan depends on if no other call is pending.
 
     Returns:
         The state, with plans that were searched for; and what the plan depends on.
@@ -85,7 +85,6 @@ def admit(
     Raises:
         BudgetError: with what pending calls hold, no known plan fits.
     """
-    call = CallState(any(p.grad is not None for p in model.parameters()), added=added)
     calls = pending_calls(next((p.device for p in model.parameters()), None))
     follows = _followed(state.prepared.capture, len(calls))
     unit = max(state.budget_bytes // STEPS, 1)

@@ -6,6 +6,7 @@ import gc
 import warnings
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 from torch import nn
 
@@ -67,6 +68,7 @@ class Session:
         self.monitor = DriftMonitor(options.check_error_every, options.max_grad_error)
         self.cache = SignatureCache()
         self.base: PlanningState | None = None
+        self._found: ref[StepCall] | None = None  # the call that the first signature was found for
 
     @property
     def signatures(self) -> list[Signature]:
@@ -86,15 +88,17 @@ class Session:
 
     def knows(self, call: StepCall) -> bool:
         """Says whether there is a signature for ``call``, which becomes the first one."""
-        return self.cache.find(self.step, call)
+        is_known = self.cache.find(self.step, call)
+        self._found = ref(call) if is_known else None
+        return is_known
 
     def find(self, call: StepCall) -> None:
         """Makes the signature that holds for ``call`` the first one; captures and plans if there is none yet."""
-        if self.cache.find(self.step, call):
+        if self.knows(call):
             return
         if self.options.dynamic is not None and self.base is None:
             self._plan(largest_call(call, self.model, self.options.dynamic))
-            if self.cache.find(self.step, call):
+            if self.knows(call):
                 return
         self._plan(call)
 
@@ -135,7 +139,8 @@ class Session:
         with PLANNING:  # of two threads, each must run what it has found
             if self.options.step_in_backward:
                 refuse_parallel()
-            self.find(call)
+            if self._found is None or self._found() is not call:  # guards take long beside a short step
+                self.find(call)
             self.monitor.before_step(self, call)
             active = self._active_for(call)
         return self.step.check_result(active.call(self.step, *call))
@@ -161,8 +166,9 @@ class Session:
 
     def _active_expecting(self, expected: ExpectedBackward, call: StepCall) -> ActiveGraph:
         self.signatures[0] = self.first.expecting(expected, self.step, call)
-        added = addable_inputs(self.step, self.first.state.prepared, self.first.observed)
-        state, found = admit(self.first.state, self.model, call.tensors, added)
+        older = any(p.grad is not None for p in self.model.parameters())
+        added = addable_inputs(self.step, self.first.state.prepared, self.first.observed) if older else frozenset()
+        state, found = admit(self.first.state, self.model, call.tensors, CallState(older, added=added))
         self.signatures[0] = replace(self.first, state=state)
         return self.active(found)
 

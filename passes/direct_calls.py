@@ -1,0 +1,32 @@
+"""Generates the Python code of a half of a step: boxed, with each operator called without its Python wrapper."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx.graph import PythonCode, _BoxedCodeGen
+
+_OPERATOR = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.(\w+)\(")
+
+
+class DirectCalls(_BoxedCodeGen):
+    """Looks operators up when the code is generated, and not at each call.
+
+    A step of small operators is made of such calls: five attributes to look up and a Python frame each.
+    """
+
+    def _gen_python_code(self, *args: Any, **kwargs: Any) -> PythonCode:
+        code = super()._gen_python_code(*args, **kwargs)
+        names = dict(code.globals)
+
+        def direct(match: re.Match[str]) -> str:
+            namespace, name, overload = match.groups()
+            operator = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+            short = f"{namespace}_{name}_{overload}"
+            names[short] = operator._op  # noqa: SLF001  (no public name)
+            return f"{short}("
+
+        return replace(code, src=_OPERATOR.sub(direct, code.src), globals=names)
