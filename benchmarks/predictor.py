@@ -28,8 +28,8 @@ from benchmarks.lib.common import add_record_files, names_of, records_of, wide_c
 from benchmarks.lib.fixed_forecasts import Floats, Rounds, methods, rounds_of, score, tuned
 from benchmarks.lib.results import Record
 from fxhybrid.federated.memory.predictor import MemoryBudgetPredictor
-from fxhybrid.federated.memory.trace_generator import POPULATIONS, generate_fleet
 from fxhybrid.federated.memory.traces import MemoryTrace
+from fxhybrid.federated.simulation.trace_generator import POPULATIONS, generate_fleet
 from fxhybrid.optional_imports import require
 
 MINUTES = 30

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.lib.fixed_forecasts import Rounds, methods, rounds_of, score, tuned
 from benchmarks.predictor import compare, forecasts_of, judge, table_of
-from fxhybrid.federated.memory.trace_generator import MIB, POPULATIONS, generate_fleet
 from fxhybrid.federated.memory.traces import MemoryTrace
+from fxhybrid.federated.simulation.trace_generator import MIB, POPULATIONS, generate_fleet
 
 
 def test_rounds_are_cut_back_to_back() -> None:

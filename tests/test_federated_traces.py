@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.memory.recorder import main, record_trace
-from fxhybrid.federated.memory.trace_generator import POPULATIONS, Population, generate_fleet, generate_trace
 from fxhybrid.federated.memory.traces import MemoryTrace
+from fxhybrid.federated.simulation.trace_generator import POPULATIONS, Population, generate_fleet, generate_trace
 from fxhybrid.profiling.system_memory import MemoryReading
 
 HOUR_S = 3600.0

@@ -16,8 +16,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from fxhybrid.federated.memory.predictor import pinball
-from fxhybrid.federated.memory.trace_generator import MIB
 from fxhybrid.federated.memory.traces import MemoryTrace
+from fxhybrid.federated.simulation.trace_generator import MIB
 
 Floats = NDArray[np.float64]
 Method = Callable[[float], Floats]

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.memory.trace_generator import POPULATIONS, generate_fleet
 from fxhybrid.federated.simulation.devices import SimulatedDevice, SimulatedMemory
 from fxhybrid.federated.simulation.failures import FAILURES
+from fxhybrid.federated.simulation.trace_generator import POPULATIONS, generate_fleet
 from fxhybrid.federated.tasks.named_tasks import TASKS, load_task
 from fxhybrid.federated.tasks.tasks import Task, digits_task
 
