@@ -1,10 +1,12 @@
-"""The fixed methods that the memory forecast is compared with, and how forecasts are scored."""
+"""How forecasts and federated runs are scored."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from benchmarks.federated import TARGETS, mean_over, runs, time_to
+from benchmarks.lib.federated_tables import failure_rows, ratio_rows, time_rows
 from benchmarks.lib.fixed_forecasts import Rounds, methods, rounds_of, score, tuned
 from benchmarks.predictor import compare, forecasts_of, judge, table_of
 from fxhybrid.federated.memory.traces import MemoryTrace
@@ -53,3 +55,42 @@ def test_a_comparison_has_what_tables_and_checks_need() -> None:
     record = {"model": "calm", "part": "predictor", "key": "0/60", "round_s": 60, **compare(fleet, 60.0)}
     assert table_of([record]).row_count == 1
     assert {check.name for check in judge([record])} >= {"missed at most", "missed at least", "memory used"}
+
+
+def test_times_to_targets_are_those_of_three_evaluations() -> None:
+    clock_s, accuracies = [60.0, 120.0, 180.0, 240.0], [0.9, 0.0, 0.6, 0.9]
+    assert time_to(clock_s, accuracies, 0.5) == 180  # (0.9 + 0 + 0.6) / 3; the first two evaluations alone do not count
+    assert time_to(clock_s, accuracies, 0.6) is None
+    # nothing for a minute, then 0.9, 0, 0.6 for a minute each, and 0.9 for the last of five
+    assert mean_over(clock_s, accuracies, 300.0) == pytest.approx((0.9 + 0.0 + 0.6 + 0.9) / 5)
+    assert mean_over(clock_s, accuracies, 150.0) == pytest.approx((60 * 0.9 + 30 * 0.0) / 150)
+
+
+def test_rows_say_who_never_got_there() -> None:
+    def record(policy: str, seed: int, minutes: list[int | None], hours: float = 2.0) -> dict[str, object]:
+        reached_s = [None if m is None else 60 * m for m in minutes]
+        models = dict.fromkeys(("at-once", "heartbeat", "deadline"), reached_s)
+        shared = {"task": "phones", "cell": "few-skewed", "policy": policy, "seed": seed, "hours": hours}
+        return {**shared, "reached_s": models, "mean": 0.5, "end": 0.9, "outcomes": {"ok": 9, "oom": 1, "unused": 5}}
+
+    assert len(TARGETS) == 6
+    records = [
+        record("fxhybrid", 0, [10, 20, 30, 40, 60, None]),
+        record("fxhybrid", 1, [10, 20, 30, 40, 60, 60]),
+        record("random", 0, [20, 60, None, None, None, None], hours=4.0),
+        record("random", 1, [10, 60, 90, None, None, None], hours=4.0),
+    ]
+    ours, theirs = time_rows(records)
+    assert ours[:2] == ("phones-few-skewed", "`fxhybrid`")
+    assert ours[7:] == ("60 (1 of 2)", "50.0", "90.0", "10.0%")  # one death of ten answers; who was not used is none
+    assert theirs[4:6] == ("90 (1 of 2)", "never")
+    ratios = next(iter(ratio_rows(records)))
+    assert ratios[2:4] == ("1.5 (1.0, 2.0)", "3.0 (3.0, 3.0)")
+    assert ratios[4] == "> 5.5 (3.0, 8.0)"  # 90 / 30, and at least 240 / 30
+    assert ratios[7] == "> 4.0, 1 of 2"
+    assert next(iter(failure_rows(records)))[2:] == ("40", "40", "40", "-")
+
+
+def test_every_population_is_run_by_every_policy() -> None:
+    found = list(runs())
+    assert len(set(found)) == len(found) == 2 * 3 * (6 * 8 + 2)  # fleets, seeds, cells by policies, two that swap

@@ -34,14 +34,15 @@ def time_rows(records: Sequence[Record]) -> Iterator[Row]:
 
 
 def failure_rows(records: Sequence[Record]) -> Iterator[Row]:
-    """Yields minutes to 80 % under each model of failure, in the populations that swapping was tried in, too."""
-    place, cells = TARGETS.index(0.8), _cells(records)
-    for name, cell in cells.items():
-        for policy in (p for p in MAIN if p in cell and name + SWAP in cells):
+    """Yields minutes to 80 % under each model of failure in the first population, and where devices swap."""
+    place, cells, first = TARGETS.index(0.8), _cells(records), next(iter(GRID))
+    for name in (f"phones-{first}", first):
+        cell, swapping = cells.get(name, {}), cells.get(name + SWAP, {})
+        for policy in (p for p in MAIN if p in cell):
             own = cell[policy].values()
             times = (_minutes([run["reached_s"][model][place] for run in own]) for model in FAILURES)
-            swapped = cells[name + SWAP].get(policy, {}).values()
-            yield name, f"`{policy}`", *times, _minutes([run["reached_s"][ASSUMED][place] for run in swapped])
+            swapped = [run["reached_s"][ASSUMED][place] for run in swapping.get(policy, {}).values()]
+            yield name, f"`{policy}`", *times, _minutes(swapped)
 
 
 def ratio_rows(records: Sequence[Record]) -> Iterator[Row]:
@@ -87,15 +88,20 @@ def _minutes(times_s: Sequence[float | None]) -> str:
 
 
 def _ratio(both: Sequence[tuple[Record, Record]], place: int) -> str:
-    """Returns the mean ratio of times and its spread; who never got there counts with the whole run, marked by ">"."""
-    ratios, is_bound = [], False
-    for run, against in both:
-        own_s, other_s = (r["reached_s"][ASSUMED][place] for r in (run, against))
-        if own_s is None:
-            return NEVER if other_s is None else "slower"
-        is_bound |= other_s is None
-        ratios.append((3600 * against["hours"] if other_s is None else other_s) / own_s)
-    return f"{'> ' if is_bound else ''}{_spread(ratios)}"
+    """Returns the mean ratio of times, its spread, and of how many seeds if not all.
+
+    Where the other never got there it counts with its whole run, marked by ">".
+    """
+    times = [[r["reached_s"][ASSUMED][place] for r in pair] for pair in both]
+    if any(own_s is None and other_s is not None for own_s, other_s in times):
+        return "slower"
+    ends_s = [3600 * against["hours"] for _, against in both]
+    got_there = [(own_s, other_s or end_s) for (own_s, other_s), end_s in zip(times, ends_s, strict=True) if own_s]
+    if not got_there:
+        return NEVER
+    mark = "> " if any(own_s and not other_s for own_s, other_s in times) else ""
+    seeds = "" if len(got_there) == len(both) else f", {len(got_there)} of {len(both)}"
+    return f"{mark}{_spread([other_s / own_s for own_s, other_s in got_there])}{seeds}"
 
 
 def _spread(values: Sequence[float]) -> str:
