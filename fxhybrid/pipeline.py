@@ -87,7 +87,8 @@ class Traced:
         """Returns the same with these groups of operators in channels_last."""
         if channels_last == self.channels_last:
             return self
-        joint = canonicalize(with_groups(self.capture.joint, channels_last)) if channels_last else self.plain
+        laid_out = with_groups(self.capture.joint, channels_last)
+        joint = canonicalize(laid_out, reordered=True) if channels_last else self.plain
         return dataclasses.replace(self, joint=joint, channels_last=channels_last)
 
     @property

@@ -16,15 +16,25 @@ from torch import fx
 import fxhybrid.ops.masks  # noqa: F401  (registers keep_mask and apply_mask)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
 from fxhybrid.passes.graph_edit import PlainGraph, backward_nodes, call, joint_module, tangent_free
-from fxhybrid.passes.low_memory_backward import chunk_batch_norm, parameter_gradients_first, split_convolution_gradients
+from fxhybrid.passes.low_memory_backward import (
+    chunk_batch_norm,
+    chunk_batch_norm_by_pixels,
+    parameter_gradients_first,
+    split_convolution_gradients,
+)
 from fxhybrid.passes.storages import is_random
 
 aten = torch.ops.aten
 Pass = Callable[[JointGraph], None]
 
 
-def canonicalize(joint: JointGraph) -> JointGraph:
-    """A new joint graph after all lossless rewrites; ``joint`` stays as it is."""
+def canonicalize(joint: JointGraph, *, reordered: bool = False) -> JointGraph:
+    """Returns a new joint graph after all rewrites; ``joint`` stays as it is.
+
+    Args:
+        joint: as captured, or in other layouts.
+        reordered: whether sums may be taken in another order; without, every rewrite is lossless.
+    """
     graph = PlainGraph()
     twins: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(joint.module.graph, twins))
@@ -33,7 +43,7 @@ def canonicalize(joint: JointGraph) -> JointGraph:
         twin.meta.update({"val": node.meta.get("val"), TAG: node.meta[TAG]})
     graph.output_node().meta = {TAG: NodeTag(Phase.BACKWARD)}
     result = JointGraph(joint_module(joint.module, graph), joint.inputs, joint.outputs)
-    for rewrite in PASSES:
+    for rewrite in (chunk_batch_norm_by_pixels, *PASSES) if reordered else PASSES:
         rewrite(result)
     _erase_unused(result)
     graph.lint()

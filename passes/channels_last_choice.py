@@ -48,7 +48,7 @@ def groups_that_pay(joint: JointGraph, canonical: JointGraph) -> tuple[int, ...]
     if not kinds:
         return ()
     plain = _timed_calls(canonical)
-    laid_out = [_timed_calls(canonicalize(in_channels_last(joint, kind))) for kind in kinds]
+    laid_out = [_timed_calls(canonicalize(in_channels_last(joint, kind), reordered=True)) for kind in kinds]
     with stage("profile"):
         costs = profile_calls([*plain, *(call for calls in laid_out for call in calls)])
 

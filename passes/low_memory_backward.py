@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -68,14 +68,22 @@ def chunk_batch_norm(joint: JointGraph) -> None:
 
     It takes up to twice as long, and only the largest ones can hold the peak of the step.
     """
+    _chunk_batch_norm(joint, lambda t: t.is_contiguous())
+
+
+def chunk_batch_norm_by_pixels(joint: JointGraph) -> None:
+    """Does the same for images in channels_last, some pixels at a time: sums are taken in another order than ATen's."""
+    _chunk_batch_norm(joint, _is_in_channels_last)
+
+
+def _chunk_batch_norm(joint: JointGraph, fits: Callable[[torch.Tensor], bool]) -> None:
     nodes = [n for n in backward_nodes(joint) if n.target is aten.native_batch_norm_backward.default]
     largest = max((n.args[1].meta["val"].nbytes for n in nodes), default=0)
     for node in nodes:
         if node.args[7] is not True or node.args[1].meta["val"].nbytes * LARGE < largest:
             continue
         gradient, x, weight, _, _, mean, invstd, _, eps, mask = node.args
-        tensors = [n.meta["val"] for n in (gradient, x)]
-        if not _in_one_format(tensors) or any(t.device.type != "cpu" or t.dim() < 3 for t in tensors):
+        if not all(t.device.type == "cpu" and t.dim() >= 3 and fits(t) for t in (gradient.meta["val"], x.meta["val"])):
             continue
         with joint.module.graph.inserting_before(node):
             target = torch.ops.fxhybrid.batch_norm_backward.default
@@ -85,12 +93,9 @@ def chunk_batch_norm(joint: JointGraph) -> None:
         joint.module.graph.erase_node(node)
 
 
-def _in_one_format(tensors: Sequence[torch.Tensor]) -> bool:
-    """Tells whether all are contiguous, or all float32 images in channels_last."""
-    images = all(t.dim() == 4 and t.dtype is torch.float32 for t in tensors)
-    return all(t.is_contiguous() for t in tensors) or (
-        images and all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
-    )
+def _is_in_channels_last(image: torch.Tensor) -> bool:
+    is_image = image.dim() == 4 and image.dtype is torch.float32 and not image.is_contiguous()
+    return is_image and image.is_contiguous(memory_format=torch.channels_last)
 
 
 def parameter_gradients_first(joint: JointGraph) -> None:

@@ -19,6 +19,7 @@ from fxhybrid.options import Options
 from fxhybrid.passes.channels_last import channels_last_groups, is_channels_last
 from fxhybrid.pipeline import Traced, trace_plain
 from fxhybrid.profiling.allocator import measure_step
+from tests.compare import same_at_both_budgets, twins
 
 IMAGES = torch.rand(4, 3, 24, 24)
 CHANNELS_LAST = torch.channels_last
@@ -138,6 +139,20 @@ def test_lossless_keeps_the_layout(plan: fxhybrid.Plan) -> None:
 def test_models_in_channels_last_have_no_groups() -> None:
     model = Mixed().to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
     assert all_laid_out(model, IMAGES.contiguous(memory_format=CHANNELS_LAST)).channels_last == ()
+
+
+def test_lossless_models_in_channels_last_keep_eagers_bits() -> None:
+    plain = Mixed().to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
+    x = IMAGES.contiguous(memory_format=CHANNELS_LAST)
+    pair = twins(plain)
+
+    def step(model: nn.Module) -> Tensor:
+        model.zero_grad()
+        output: Tensor = model(x)
+        output.square().mean().backward()
+        return output
+
+    same_at_both_budgets(pair, lambda: pair.same(step))
 
 
 def test_batch_norm_some_pixels_at_a_time() -> None:
