@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fxhybrid.ir.sequence import PartTimeline
 from fxhybrid.segments.planned_run import PlannedPart, planned_part
 from fxhybrid.segments.segment import Segment
 from fxhybrid.segments.sequence_plans import PartActions, SequencePlan, SequencePlans
 from fxhybrid.segments.trial import Trial
+
+
+def parts_of(trial: Trial, actions: PartActions, needs: Sequence[PartTimeline]) -> list[PlannedPart]:
+    """Builds the graphs of a plan; the same graph by the same actions is built once.
+
+    Args:
+        trial: of the path.
+        actions: of each part.
+        needs: what each part needs by them.
+    """
+    built: dict[tuple[int, frozenset[Any]], PlannedPart] = {}
+    parts = []
+    for call, prepared, chosen, need in zip(trial.calls, trial.prepared, actions, needs, strict=True):
+        key = id(prepared), frozenset(chosen.items())
+        if key not in built:
+            shared = sum(trial.sequence.shared[i].size_bytes for i in need.stored)
+            built[key] = planned_part(call.segment, prepared, chosen, need, shared)
+        parts.append(built[key])
+    return parts
 
 
 @dataclass(eq=False)
@@ -41,21 +62,14 @@ class Path:
             if plan is None:
                 return None
             twin = next((parts for other, parts in self.chosen.values() if other.actions == plan.actions), None)
-            self.chosen[limit_bytes] = plan, twin or self.parts_of(plan.actions, plan)
+            self.chosen[limit_bytes] = plan, twin or parts_of(self.trial, plan.actions, plan.needs)
         return self.chosen[limit_bytes]
 
-    def parts_of(self, actions: PartActions, plan: SequencePlan) -> list[PlannedPart]:
-        """Builds the graphs of a plan; the same graph by the same actions is built once."""
-        built: dict[tuple[int, frozenset[Any]], PlannedPart] = {}
-        parts = []
-        calls = zip(self.trial.calls, self.trial.prepared, actions, plan.needs, strict=True)
-        for call, prepared, chosen, needs in calls:
-            key = id(prepared), frozenset(chosen.items())
-            if key not in built:
-                shared = sum(self.trial.sequence.shared[i].size_bytes for i in needs.stored)
-                built[key] = planned_part(call.segment, prepared, chosen, needs, shared)
-            parts.append(built[key])
-        return parts
+    def least_bytes(self) -> list[int]:
+        """Returns what each part takes by the smallest known plan, above what is alive before it."""
+        peak = self.plans.smallest_known.peak
+        pairs = zip(peak.before_bytes, peak.forward_bytes, peak.backward_bytes, strict=True)
+        return [max(forward, backward) - before for before, forward, backward in pairs]
 
     def boundary_bytes(self, k: int) -> int:
         """Counts what a part leaves to later ones, which Python holds for some time."""

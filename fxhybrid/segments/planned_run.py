@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fxhybrid.compiler.pending_calls import PendingCall, references
+from fxhybrid.compiler.pending_calls import PendingCall, References, references
 from fxhybrid.errors import BackwardError, BudgetError
 from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.sequence import PartTimeline
@@ -88,13 +88,20 @@ class Room:
         limit_bytes: of the peak, less what stands beside the call.
         resident_bytes: alive through the whole step.
         gradient_bytes: of all parameters that get one on the planned path.
-        following_bytes: what the rest of the planned path takes at least, above what is alive before it, by part.
+        least_bytes: returns what each part of the planned path takes at least, above what is alive before it.
     """
 
     limit_bytes: int
     resident_bytes: int
     gradient_bytes: int
-    following_bytes: Sequence[int]
+    least_bytes: Callable[[], Sequence[int]]
+
+
+@dataclass(eq=False)
+class NothingPending:
+    """Stands for a trial run, which nobody waits for."""
+
+    held: References = ()
 
 
 class OfferedPlans(Protocol):
@@ -131,7 +138,7 @@ class PlannedRun:
     parts: Sequence[PlannedPart]
     room: Room
     solo: Solo
-    pending: PendingCall
+    pending: PendingCall | NothingPending
     unexpected: Callable[[], None]
     path: list[Segment] = field(default_factory=list)
     is_on_path: bool = True
@@ -159,7 +166,7 @@ class PlannedRun:
         taken = sum(arguments[i].untyped_storage().nbytes() for i in form.boundaries)  # counted in the part itself
         stored = room.resident_bytes + self._stored_bytes
         before = stored + max(self._output_bytes - taken, 0)
-        following = max(room.following_bytes[len(self.path) + 1 :], default=0)
+        following = max(room.least_bytes()[len(self.path) + 1 :], default=0)
         needed: list[int] = []
 
         def fits(needs: PartTimeline, *, leaving: int) -> bool:
@@ -217,7 +224,7 @@ class PlannedRun:
 class _Opened:
     """Keeps the call among the pending ones until the backward half of a part begins."""
 
-    pending: PendingCall
+    pending: PendingCall | NothingPending
     absent: frozenset[int]
     unexpected: Callable[[], None]
     leaf_notes = NOTHING_NEW

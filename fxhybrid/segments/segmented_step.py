@@ -21,17 +21,18 @@ from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.report import Report
 from fxhybrid.errors import BudgetError, FxHybridError, GraphBreakError, InvalidArgument
 from fxhybrid.ir.plan import Plan
+from fxhybrid.ir.sequence import part_timeline
 from fxhybrid.options import Options
 from fxhybrid.pipeline import Prepared
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.segments.describe import plan_of, report_of
 from fxhybrid.segments.graph_runner import in_graphs
-from fxhybrid.segments.path import Path
-from fxhybrid.segments.planned_run import PlannedPart, PlannedRun, Room
+from fxhybrid.segments.path import Path, parts_of
+from fxhybrid.segments.planned_run import NothingPending, PlannedPart, PlannedRun, Room
 from fxhybrid.segments.segment import NOTHING, Segment, under_way
-from fxhybrid.segments.sequence_plans import PartActions, SequencePlan, SequencePlans
+from fxhybrid.segments.sequence_plans import PartActions, SequencePlan, SequencePlans, measured_plans
 from fxhybrid.segments.solo_plans import SoloPlans
-from fxhybrid.segments.trial import NothingToPlan, record
+from fxhybrid.segments.trial import NothingToPlan, Trial, record
 from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 from fxhybrid.units import Budget, NamedBudget, check_budget
 
@@ -176,12 +177,14 @@ class SegmentedStep:
             raise
         except Exception as error:  # the model's own, which may be of any kind: it does not run in eager mode either
             raise self.reason from error
-        path: Path
 
         def measure(actions: PartActions) -> float:
-            return relative_difference(self._trial_run(path, actions, call).gradients, result.gradients)
+            return relative_difference(self._trial_run(trial, actions, call).gradients, result.gradients)
 
-        plans = SequencePlans(trial.sequence, self.options, measure if self.options.lossy else None)
+        if self.options.lossy:
+            plans = measured_plans(trial.sequence, self.options, measure)
+        else:
+            plans = SequencePlans(trial.sequence, self.options, None)
         path = Path(trial, plans, _inputs_text(call), self.step.loss_fn is not None)
         if self.budget_bytes is None:
             self.budget_bytes = self._resolved(check_budget(self.options.budget), path)
@@ -196,10 +199,10 @@ class SegmentedStep:
             return auto_bytes(self.step.model, self.options.optimizer)
         return budget if isinstance(budget, int) else int(budget * path.plans.save_all.peak.peak_bytes)
 
-    def _trial_run(self, path: Path, actions: PartActions, call: StepCall) -> StepResult:
-        """Runs a plan on the batch of its trial, from the same state of the generator; the model stays as it was."""
-        parts = path.parts_of(actions, path.plans.save_all)
-        run = PlannedRun(parts, _ENDLESS, self._solo, self._pending_call(path, path.plans.save_all, 0, []), _ignore)
+    def _trial_run(self, trial: Trial, actions: PartActions, call: StepCall) -> StepResult:
+        """Runs a plan on a batch, from the present state of the generator; the model stays as it was."""
+        needs = [part_timeline(part, chosen) for part, chosen in zip(trial.sequence.parts, actions, strict=True)]
+        run = PlannedRun(parts_of(trial, actions, needs), _ENDLESS, self._solo, NothingPending(), _ignore)
         call = call.detached()
 
         def forward() -> Any:
@@ -207,7 +210,7 @@ class SegmentedStep:
                 return self.step.check_result(self._run(*call))
 
         has_loss = self.step.loss_fn is not None
-        return observe_step(forward, self.step.model, has_loss=has_loss, weighed=path.trial.weighed, seed=None)
+        return observe_step(forward, self.step.model, has_loss=has_loss, weighed=trial.weighed, seed=None)
 
     def fitting(self, path: Path, extra_bytes: int) -> tuple[SequencePlan, list[PlannedPart]]:
         """Returns the plan of a path beside what else is alive.
@@ -239,12 +242,9 @@ class SegmentedStep:
             extra += beside_bytes(Participant(model, model_storages(model) | storages_of(call.tensors)), others)
         plan, parts = self.fitting(path, extra)
         assert self.budget_bytes is not None
-        peak = path.plans.smallest_known.peak
-        pairs = zip(peak.before_bytes, peak.forward_bytes, peak.backward_bytes, strict=True)
-        following = [max(forward, backward) - before for before, forward, backward in pairs]
         resident = path.trial.sequence.resident_bytes
         gradients = sum(needs.gradient_bytes for needs in plan.needs)
-        room = Room(self.budget_bytes - extra, resident, gradients, following)
+        room = Room(self.budget_bytes - extra, resident, gradients, path.least_bytes)
         pending = self._pending_call(path, plan, extra, call.tensors)
         return PlannedRun(parts, room, self._solo, pending, self._expect_all)
 
@@ -315,7 +315,7 @@ class SegmentedStep:
         save_all: PartActions = tuple({} for _ in actions)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            found, expected = (self._trial_run(path, each, call).gradients for each in (actions, save_all))
+            found, expected = (self._trial_run(path.trial, each, call).gradients for each in (actions, save_all))
         return relative_difference(found, expected)
 
 
@@ -324,7 +324,7 @@ def _inputs_text(call: StepCall) -> str:
     return ", ".join(shapes) or "no tensors"
 
 
-_ENDLESS = Room(1 << 62, 0, 0, ())
+_ENDLESS = Room(1 << 62, 0, 0, list)
 
 
 def _ignore() -> None:

@@ -10,6 +10,7 @@ from fxhybrid.compiler.planner import error_target
 from fxhybrid.errors import BudgetError
 from fxhybrid.ir.joined_problem import JoinedProblem, join_parts
 from fxhybrid.ir.plan import Action
+from fxhybrid.ir.problem import Problem, Tensor
 from fxhybrid.ir.sequence import PartSequence, PartTimeline, SequencePeak, part_timeline, sequence_peak
 from fxhybrid.options import Options
 from fxhybrid.solvers.portfolio.extend_plans import find_smallest_peak, frontier_plans
@@ -18,6 +19,7 @@ from fxhybrid.solvers.portfolio.solvers import Portfolio
 from fxhybrid.units import format_bytes
 
 MAX_ROUNDS = 4
+BINDING = 0.7  # share of the limit from which on estimated errors decide which plans are found
 RESCALE_MARGIN = 1.1  # errors are scaled up by this more than was measured
 
 PartActions = tuple[dict[int, Action], ...]
@@ -53,6 +55,33 @@ class SequencePlan:
 
 
 Measure = Callable[[PartActions], float]
+
+
+def measured_plans(sequence: PartSequence, options: Options, measure: Measure) -> SequencePlans:
+    """Searches plans by the gradient errors of the whole step.
+
+    Each part's errors are relative to its own gradients, so that together they look larger than they are. Where that is
+    what ends the search, the smallest plan is run, and all errors are scaled by what it shows.
+    """
+    plans = SequencePlans(sequence, options, measure)
+    plans.cheapest(plans.smallest.peak.peak_bytes)
+    estimated = plans.smallest.known.point.error
+    if estimated < BINDING * plans.known.max_error:
+        return plans
+    scale = RESCALE_MARGIN * plans.smallest.error / estimated
+    if scale >= BINDING:
+        return plans
+    parts = tuple(replace(part, problem=_with_errors_scaled(part.problem, scale)) for part in sequence.parts)
+    plans = SequencePlans(replace(sequence, parts=parts), options, measure)
+    plans.cheapest(plans.smallest.peak.peak_bytes)
+    return plans
+
+
+def _with_errors_scaled(problem: Problem, scale: float) -> Problem:
+    def scaled(tensor: Tensor) -> Tensor:
+        return replace(tensor, codecs=tuple(replace(codec, error=codec.error * scale) for codec in tensor.codecs))
+
+    return replace(problem, tensors=tuple(map(scaled, problem.tensors)))
 
 
 class SequencePlans:
