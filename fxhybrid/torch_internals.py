@@ -36,8 +36,7 @@ from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic
 from torch._dynamo.source import RandomValueSource
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase, TensorifyState
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
-from torch._dynamo.variables import builder
-from torch._dynamo.variables.builtin import SetAttrBuiltinVariable
+from torch._dynamo.variables import builder, builtin
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.runtime_wrappers import make_output_handler
@@ -59,6 +58,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
+    "SET_ATTRIBUTE",
     "BypassDispatchCache",
     "DisableAutocast",
     "DispatchKey",
@@ -84,7 +84,7 @@ __all__ = [
     "PythonPrinter",
     "RandomValueSource",
     "RecordScope",
-    "SetAttrBuiltinVariable",
+    "SetAttribute",
     "ShortenTraceback",
     "TensorAlias",
     "TensorifyState",
@@ -129,6 +129,9 @@ __all__ = [
     "with_effects",
 ]
 
+# Dynamo's method for ``setattr``, and its class; torch 2.12 has it among all builtins.
+SetAttribute: Any = getattr(builtin, "SetAttrBuiltinVariable", builtin.BuiltinVariable)
+SET_ATTRIBUTE = "_call_setattr" if hasattr(SetAttribute, "_call_setattr") else "call_setattr"
 DisableAutocast: Any = torch._C._DisableAutocast
 ExcludeDispatchKey: Any = torch._C._SetExcludeDispatchKeyGuard
 graph_is_kept: Any = profiler._get_current_graph_task_keep_graph
