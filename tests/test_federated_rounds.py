@@ -192,6 +192,17 @@ def test_the_older_an_update_the_less_it_weighs(planner: FleetPlanner) -> None:
     assert driver.arrays["w"].tolist() == [pytest.approx(1 + (1 + 3 * old) / (1 + old))] * 3
 
 
+def test_an_asynchronous_round_ends_where_all_fail(planner: FleetPlanner) -> None:
+    def dying(request: Request) -> Reply:
+        return failed(request, Outcome.OOM, 5.0, "")
+
+    open_policy = dataclasses.replace(BUFFERED, gate=False)  # nobody rests
+    driver = driver_of(planner, {name: device(dying) for name in "ab"}, rounds=1, policy=open_policy)
+    driver.run()
+    # four times two answers, then that of whoever was still at work
+    assert (driver.outcomes, driver.arrays["w"].tolist()) == ({"oom": 9}, [0, 0, 0])
+
+
 def test_an_asynchronous_run_goes_on_where_it_was_cut_off(planner: FleetPlanner, tmp_path: Path) -> None:
     def noisy(request: Request) -> Reply:
         random = np.random.default_rng(request.payload["seed"])

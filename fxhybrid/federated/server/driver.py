@@ -26,6 +26,7 @@ from fxhybrid.federated.server.run_log import RoundRecord, RunLog, log_entry
 from fxhybrid.federated.server.scheduler import Scheduler
 from fxhybrid.federated.tasks.tasks import Score
 
+MOST_ANSWERS = 4  # of an asynchronous round, times the devices at work: it must end even if all of them fail
 _log = logging.getLogger(__name__)
 
 
@@ -88,6 +89,7 @@ class Driver:
         start_s, wanted = self.clock_s, self.scheduler.settings.updates_wanted(self.policy)
         refused = self._reports()
         deadline_s, selection = self._launch()
+        most = MOST_ANSWERS * self.scheduler.settings.n_asked
         selections, replies = [selection], []
         updates: list[Update] = []
         while len(updates) < wanted and (found := self._receive()) is not None:
@@ -95,7 +97,7 @@ class Driver:
             replies.append(reply)
             if reply.outcome is Outcome.OK:
                 updates.append(self._update(reply, request))
-            if self.policy.is_async and len(updates) < wanted:
+            if self.policy.is_async and len(updates) < wanted and len(replies) < most:
                 selections.append(self._launch()[1])
         if not replies:
             self.clock_s += deadline_s  # nobody can take part; look again later
