@@ -20,7 +20,7 @@ from fxhybrid.federated.protocol.messages import Kind, Outcome, Request
 from fxhybrid.federated.protocol.model_arrays import to_arrays
 from fxhybrid.federated.protocol.transport import InProcessTransport
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
-from fxhybrid.federated.simulation.devices import SimulatedDevice, SimulatedMemory
+from fxhybrid.federated.simulation.devices import SWAP_SHARE, SimulatedDevice, SimulatedMemory
 from fxhybrid.ir.plan import Plan
 from fxhybrid.profiling.allocator import measure_step
 from tests.federated_parts import PLENTY, tiny_task
@@ -189,6 +189,20 @@ def test_a_simulated_device_dies_where_memory_falls_under_the_plan(trainer: Trai
     outcome, elapsed_s = simulated(trainer, plans, [0] * 3 + [low] * 9, elastic=True, patience_s=4000.0)
     assert (outcome, elapsed_s >= 7000.0) == ("ok", True)
     assert simulated(trainer, plans, [low] * 9, elastic=True)[0] == "ok"
+
+
+def test_a_simulated_device_may_swap_and_sends_what_it_has_at_the_deadline(
+    trainer: Trainer, plans: tuple[Plan, ...]
+) -> None:
+    high, low = plans[0].peak_bytes, plans[-1].peak_bytes
+    outcome, elapsed_s = simulated(trainer, plans, [low] * 9, elastic=False, swaps=True)
+    profile = DeviceProfile(slowdown=1000.0 / (plans[0].step_s + plans[0].added_s))
+    # each of 4 steps takes its 1,000 s, and what does not fit goes out and in at the device's share for swapping
+    swap_s = profile.slowdown * 2 * (high - low) / (SWAP_SHARE * profile.moved_bytes_per_s)
+    assert (outcome, elapsed_s) == ("ok", pytest.approx(4 * (1000.0 + swap_s), rel=0.01))
+    # a third step would end after 3,000 s
+    outcome, elapsed_s = simulated(trainer, plans, [high] * 9, elastic=False, limit_s=2900.0)
+    assert (outcome, elapsed_s) == ("ok", pytest.approx(2000.0, rel=0.01))
 
 
 def test_simulated_memory_repeats_itself() -> None:

@@ -74,6 +74,8 @@ def test_the_command_runs_and_writes(
     assert "exclude" in capsys.readouterr().out
     assert json.loads((tmp_path / "exclude.jsonl").read_text())["policy"] == "exclude"
     assert main([*arguments, "--resume"]) == 0
+    for other in (["--skew", "0.3"], ["--contention", "crowded"], ["--capable-share", "0.5"], ["--fleet", "phones"]):
+        assert main([*arguments, "--resume", *other]) == 2
     assert main(["federated", "--policies", "none"]) == 2
     assert main(["federated", "--resume"]) == 2
 
