@@ -5,7 +5,7 @@ model = fxhybrid.compile(model, budget="512MiB", loss_fn=loss_fn)
 model(x, loss_args=(y,)).backward()
 """
 
-from fxhybrid.api import compile, plan
+from fxhybrid.api import compile, largest_batch, plan
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.errors import (
     BackwardError,
@@ -44,6 +44,7 @@ __all__ = [
     "__version__",
     "compile",
     "frontier",
+    "largest_batch",
     "measure_step",
     "plan",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxhybrid.capture.step import Loss, StepCall
+from fxhybrid.capture.step import Loss, Step, StepCall
+from fxhybrid.compiler.largest_batch import largest_samples
 from fxhybrid.compiler.planner import error_target
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.devices.device_profile import DeviceProfile
@@ -19,9 +20,10 @@ from fxhybrid.ir.plan import Plan
 from fxhybrid.module import HybridModule, one_graph, segments_for, wrap
 from fxhybrid.options import OPTIONS, Options
 from fxhybrid.solvers.base import Solver
-from fxhybrid.units import Budget
+from fxhybrid.units import Budget, NamedBudget
 
 Inputs = tuple[Any, ...] | dict[str, Any]
+EVALUATING = "the model is in evaluation mode, which is not planned; call model.train() first"
 
 
 def compile(
@@ -108,6 +110,39 @@ def plan(
     return plan_for_device(problem, work, here, device_profile, state.budget_bytes, max_error=limit)
 
 
+def largest_batch(make_batch: Callable[[int], Any], model: nn.Module, budget: Budget, **options: Any) -> int:
+    """Finds the largest number of samples for which a plan keeps the budget, without running a step of that size.
+
+    The step is captured and planned for a few samples, and captured once more with symbolic sizes; from that, larger
+    batches are predicted and simulated.
+
+    Args:
+        make_batch: ``make_batch(n)`` returns the model's arguments for n samples, a tuple or a dict; with a ``loss_fn``
+            a pair of those and the tuple of ``loss_args``. It is called for 4 and 6 samples, and for the result.
+        model: as for ``compile``.
+        budget: in bytes, text such as ``"2GiB"``, or ``"auto"``.
+        options: further ones of ``compile``: ``loss_fn``, ``optimizer``, ``compression`` and so on.
+
+    Raises:
+        InvalidArgument: the budget is relative to a step, or the step depends on the number of samples.
+        BudgetError: not even one sample fits.
+    """
+    checked = Options.checked(budget=budget, **options)
+    if isinstance(checked.budget, float) or checked.budget is NamedBudget.SMALLEST:
+        raise InvalidArgument(f'budget is {budget!r}, which depends on the batch; pass bytes or "auto"')
+    if not model.training:
+        raise InvalidArgument(EVALUATING)
+
+    def make_call(samples: int) -> StepCall:
+        made = make_batch(samples)
+        inputs, loss_args = made if checked.loss_fn is not None else (made, ())
+        return _step_call(inputs, loss_args)
+
+    step = Step(model, checked.loss_fn, checked.return_outputs)
+    with PLANNING, torch.enable_grad():
+        return largest_samples(step, make_call, checked)
+
+
 def _wrap(
     model: nn.Module, options: Options, plan: Any, example_inputs: Inputs | None, loss_args: tuple[Any, ...]
 ) -> HybridModule:
@@ -125,17 +160,20 @@ def plan_now(hybrid: HybridModule, example_inputs: Inputs, loss_args: tuple[Any,
     Raises:
         InvalidArgument: the arguments are neither a tuple nor a dict, or the model is in evaluation mode.
     """
-    if isinstance(example_inputs, dict):
-        call = StepCall((), example_inputs, tuple(loss_args))
-    elif isinstance(example_inputs, (tuple, list)):
-        call = StepCall(tuple(example_inputs), {}, tuple(loss_args))
-    else:
-        kind = type(example_inputs).__name__
-        raise InvalidArgument(f"example_inputs is a {kind}; pass a tuple of positional or a dict of keyword arguments")
+    call = _step_call(example_inputs, loss_args)
     session = hybrid._fxhybrid_session
     if not session.model.training:
-        raise InvalidArgument("the model is in evaluation mode, which is not planned; call model.train() first")
+        raise InvalidArgument(EVALUATING)
     with PLANNING, torch.enable_grad():
         segments = segments_for(hybrid, call)
         if segments is not None:
             segments.find(call)
+
+
+def _step_call(inputs: Inputs, loss_args: tuple[Any, ...]) -> StepCall:
+    if isinstance(inputs, dict):
+        return StepCall((), inputs, tuple(loss_args))
+    if isinstance(inputs, (tuple, list)):
+        return StepCall(tuple(inputs), {}, tuple(loss_args))
+    kind = type(inputs).__name__
+    raise InvalidArgument(f"example_inputs is a {kind}; pass a tuple of positional or a dict of keyword arguments")

@@ -83,6 +83,20 @@ class SizeFamily:
             return state
         return search(replace(state, plans=PlanMaker(state.options, budget_bytes)(prepared.problem)), FRESH)
 
+    def plans_at(self, step: Step, call: StepCall, sizes: Sizes) -> tuple[Prepared, KnownPlans]:
+        """Returns the step at some sizes, and the reference's plans for it; searches none.
+
+        Args:
+            step: model and loss.
+            call: of any sizes; its own bytes count.
+            sizes: by the symbol's name.
+
+        Raises:
+            ProfileError: memory does not suffice for an operator.
+        """
+        prepared, _, specs = self._prepared(step, call, sizes)
+        return prepared, _known_plans(self.reference.plans, prepared.problem, specs)
+
     def _prepared(self, step: Step, call: StepCall, sizes: Sizes) -> tuple[Prepared, CodecChoices, Specs]:
         old = self.reference.prepared
         traced = canonical(self._capture_at(sizes), old.traced.structure, step, call, self.reference.options)
