@@ -29,7 +29,7 @@ from torch._decomp.decompositions import upsample_compute_output_size
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, maybe_mark_dynamic, trace_rules
 from torch._dynamo.eval_frame import OptimizeContext, set_enable_dynamic
-from torch._dynamo.exc import ShortenTraceback, TorchDynamoException, Unsupported, UserError
+from torch._dynamo.exc import FailOnRecompileLimitHit, ShortenTraceback, TorchDynamoException, Unsupported, UserError
 from torch._dynamo.hooks import Hooks
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic
@@ -65,6 +65,7 @@ __all__ = [
     "EventType",
     "ExcludeDispatchKey",
     "ExperimentalConfig",
+    "FailOnRecompileLimitHit",
     "FakeTensor",
     "FakeTensorMode",
     "FrameStateSizeEntry",

@@ -38,6 +38,7 @@ SETTINGS = (
     (torch_internals.dynamo_config, "trace_autograd_ops"),
     (torch_internals.dynamo_config, "allow_rnn"),
     (torch_internals.dynamo_config, "accumulated_recompile_limit"),
+    (torch_internals.dynamo_config, "fail_on_recompile_limit_hit"),
     (torch_internals.dynamo_config, "ignore_logging_functions"),
     (torch_internals.dynamo_config, "enable_dynamo_decompositions"),
     (torch_internals.inductor_config, "fallback_random"),

@@ -14,7 +14,9 @@ from typing import Any
 from torch import fx, nn
 
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
+from fxhybrid.errors import CaptureError
 from fxhybrid.torch_internals import (
+    FailOnRecompileLimitHit,
     FrameStateSizeEntry,
     Hooks,
     InstructionTranslatorBase,
@@ -26,7 +28,11 @@ from fxhybrid.torch_internals import (
     dynamo_config,
 )
 
-MOST_VARIANTS = 256  # graphs of one function, each for other sizes or Python values; then its operators run unplanned
+MOST_VARIANTS = 256  # graphs of one function, each for other sizes or Python values
+TOO_MANY = (
+    f"a function of the model was traced {MOST_VARIANTS} times, each for other sizes or other values of Python's: it "
+    "would run outside of any plan from now on. Pad what changes its size, or pass numbers as tensors"
+)
 _LOOPS = "maybe_has_backedge"
 _ATTRIBUTE = "L['self']"  # a module's: a rate, which operators take as a constant
 _BUILDER: Any = builder
@@ -40,6 +46,8 @@ def in_graphs(function: Callable[..., Any], backend: Backend) -> Callable[..., A
     Args:
         function: plain Python.
         backend: takes each graph when it is traced first, with example inputs; returns what runs it.
+
+    The function raises ``CaptureError`` where one of its parts is traced too often.
     """
     hooks = Hooks()
     converted = _Converted(convert_frame.convert_frame(backend, hooks, recompile_limit=MOST_VARIANTS))
@@ -49,8 +57,12 @@ def in_graphs(function: Callable[..., Any], backend: Backend) -> Callable[..., A
     compiled = context(function)
 
     def run(*args: Any) -> Any:
-        with without_value_checks(), dynamo_config.patch(accumulated_recompile_limit=MOST_VARIANTS * 16):
-            return compiled(*args)
+        limits = {"accumulated_recompile_limit": MOST_VARIANTS * 16, "fail_on_recompile_limit_hit": True}
+        with without_value_checks(), dynamo_config.patch(limits):
+            try:
+                return compiled(*args)
+            except FailOnRecompileLimitHit as error:
+                raise CaptureError(TOO_MANY) from error
 
     return run
 
