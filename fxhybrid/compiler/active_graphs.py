@@ -10,9 +10,10 @@ from typing import Any
 from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.compiler.backward_watch import BackwardWatch
 from fxhybrid.compiler.call_state import CallState
+from fxhybrid.compiler.described_plan import describe
 from fxhybrid.compiler.observed_backward import ObservedBackward
 from fxhybrid.compiler.pending_calls import PlannedCall
-from fxhybrid.compiler.planning_state import PlanningState, choose, describe
+from fxhybrid.compiler.planning_state import PlanningState, choose
 from fxhybrid.ir.plan import Actions, Plan
 from fxhybrid.pipeline import build_graphs
 from fxhybrid.runtime import StepFunction

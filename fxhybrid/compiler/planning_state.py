@@ -21,20 +21,17 @@ from fxhybrid.compiler.observed_backward import first_expected
 from fxhybrid.compiler.plan_transfer import (
     bind_actions,
     expected_by,
-    named_actions,
     simulate_transferred,
     trace_for,
-    versions,
 )
 from fxhybrid.errors import InvalidArgument, PlanMismatchError
-from fxhybrid.ir.plan import GradientError, Plan, Tier
+from fxhybrid.ir.plan import Plan
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
 from fxhybrid.passes.build_problem import CodecChoices
 from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.pipeline import Prepared, prepare_traced, trace
 from fxhybrid.profiling.state_bytes import gradient_bytes
-from fxhybrid.solvers.base import FrontierPoint
 from fxhybrid.solvers.portfolio.extend_plans import ensure, find_smallest_peak, polish_for
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, judged_again
 from fxhybrid.solvers.portfolio.limited_plans import Limits, cheapest_within, ensure_within
@@ -292,30 +289,6 @@ def _chosen(state: PlanningState, call: CallState) -> KnownPlan | None:
     return next((known for known in found if known is not None), None)
 
 
-def describe(state: PlanningState, known: KnownPlan, call: CallState) -> Plan:
-    """Returns the plan that a user sees."""
-    problem, point = state.prepared.problem, known.point
-    return Plan(
-        budget_bytes=state.budget_bytes,
-        peak_bytes=point.peak_bytes + state.extra_bytes(call),
-        added_s=point.overhead_s,
-        lower_bound_s=known.lower_bound_s,
-        step_s=problem.step_s,
-        gradient_error=_error_of(state, point),
-        status=known.status.value,
-        solver=known.solver,
-        solve_s=known.solve_s,
-        actions=named_actions(problem, point.actions),
-        graph_fingerprint=state.prepared.fingerprint,
-        versions=versions(),
-        device=state.prepared.profile.device,
-        without_gradient=state.prepared.without_gradient,
-        dropped=tuple(sorted(state.prepared.expected.dropped)),
-        channels_last=state.prepared.traced.channels_last,
-        exactness=_tier_of(state, point),
-    )
-
-
 def measure_error(state: PlanningState, step: Step, call: StepCall, graphs: SplitGraphs) -> tuple[PlanningState, float]:
     """Measures the relative gradient error of a plan's graphs on another batch.
 
@@ -335,16 +308,3 @@ def _reference(state: PlanningState, step: Step, call: StepCall) -> tuple[Planni
     if state.capture_check.difference is None:
         state = replace(state, capture_check=check_capture(compared))
     return state, compared
-
-
-def _tier_of(state: PlanningState, point: FrontierPoint) -> Tier:
-    if point.error > 0:
-        return Tier.LOSSY
-    return Tier.REORDERED if state.prepared.traced.reordered else Tier.LOSSLESS
-
-
-def _error_of(state: PlanningState, point: FrontierPoint) -> GradientError:
-    if point.error == 0:
-        return GradientError(0.0, "exact")
-    measured = state.errors.error_of(point.actions)
-    return GradientError(point.error, "estimated") if measured is None else GradientError(measured, "measured")
