@@ -92,7 +92,8 @@ def test_candidates() -> None:
         (torch.zeros(4, 128, 1, 1), (128, 128)),
         (torch.zeros(3, 5, 768), (768, 768)),
         (torch.zeros(6, 768).t(), (768, 768)),
-        (torch.zeros(2, 96, 8, 8).contiguous(memory_format=torch.channels_last), (96, 96)),
+        (torch.zeros(2, 96, 8, 8).contiguous(memory_format=torch.channels_last), (384, 384)),  # 4 pixels
+        (torch.zeros(2, 2048, 2, 2).contiguous(memory_format=torch.channels_last), (512, 512)),  # a quarter of a pixel
         (torch.zeros(100_003), (256, 256)),  # prime: the rest goes into the header
     ],
 )

@@ -19,6 +19,7 @@ from fxhybrid.codecs.kernels.storage import TensorMeta
 aten = torch.ops.aten
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_ROW = 64  # shorter rows pack several times slower and spend more on scales
+_MIN_MIXED_ROW = 256  # of all channels of some pixels: ranges differ by channel more than from pixel to pixel
 _MAX_ROW = 4096  # longer rows gain nothing
 _ROW_WITHOUT_DIVISOR = 256
 _ROWS = {False: (("rowwise8", 8), ("rowwise4", 4)), True: (("sqrt8", 8), ("sqrt4", 4))}
@@ -67,15 +68,18 @@ def row_length(meta: TensorMeta, bits: int, *, planes: bool = True) -> int:
 
     A row is a natural channel: the plane of one sample and channel where the layout is N, C, ... (unless ``planes``
     is False), and else the innermost dimension in storage. Planes too short, or not of whole bytes, are merged with
-    their neighbours; long ones are halved.
+    their neighbours; long ones are halved. In channels_last a row is all channels of a few
+    pixels, or some of those of one.
     """
     per_byte = 8 // bits
     row = _natural_row(meta, planes)
-    while row > _MAX_ROW and row % (2 * per_byte) == 0:
+    mixed = planes and _is_channels_last(meta)
+    shortest, longest = (_MIN_MIXED_ROW, 2 * _MIN_MIXED_ROW) if mixed else (_MIN_ROW, _MAX_ROW)
+    while row > longest and row % (2 * per_byte) == 0:
         row //= 2
     if row > _MAX_ROW:
         return _ROW_WITHOUT_DIVISOR
-    first = -(-_MIN_ROW // row)
+    first = -(-shortest // row)
     merged = [row * count for count in range(first, first + per_byte * 8) if row * count % per_byte == 0]
     return next((length for length in merged if meta.numel % length == 0), merged[0])
 
@@ -86,6 +90,10 @@ def _natural_row(meta: TensorMeta, planes: bool) -> int:
     if planes and len(order) > 3 and list(order) == sorted(order) and plane > 1:
         return plane
     return next((meta.shape[dim] for dim in reversed(order) if meta.shape[dim] > 1), 1)
+
+
+def _is_channels_last(meta: TensorMeta) -> bool:
+    return len(meta.shape) == 4 and meta.storage_order == (0, 2, 3, 1) and math.prod(meta.shape[2:]) > 1
 
 
 def _holds_softmax(base: fx.Node) -> bool:
