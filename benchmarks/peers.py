@@ -1,178 +1,33 @@
-"""Compares memory, error and step time with common memory-saving recipes.
+"""Compares memory, gradient error and step time with all other common ways to train in less memory or time.
 
-Each recipe runs on the suite's models at its own settings; fxhybrid then gets the recipe's measured peak as
-its budget, and its gradient error as the limit if that is below the default, so that the two are compared at the same
-memory.
+Each way runs in a process of its own, and all of a model run their steps in turn, so that what else the machine does
+falls on all alike. fxhybrid runs at the measured peak of each other way, where the two are compared by time.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.table import Table
-from torch import Tensor
 
 from benchmarks.lib.checks import Check, checks_table
-from benchmarks.lib.common import Bench, Step, median_ratio, names_of, wide_console
-from benchmarks.lib.results import Record, append_record
-from fxhybrid import BudgetError, suite
-from fxhybrid.accuracy.step_result import relative_difference
-from fxhybrid.torch_internals import functorch_config
+from benchmarks.lib.common import add_record_files, names_of, records_of, wide_console
+from benchmarks.lib.peer_methods import EAGER, INT8, METHODS, OURS
+from benchmarks.lib.peer_process import Case, Peer
+from benchmarks.lib.results import Record
+from fxhybrid import suite
+from fxhybrid.optional_imports import require
 
-MINUTES = 60
+MINUTES = 120
 NEEDS = "transformers"
 
-RATIOS = (0.75, 0.5, 0.25)
-SMALLEST = 4096  # elements below which int8 is not worth it
-INT8 = "int8 saved-tensor hooks"
-MAX_GRAD_ERROR = 0.1  # unless the recipe's own error is smaller
-LOSSY = 1e-5  # below, a recipe only adds in another order
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A way to save memory; ``loss`` gives the loss of a case under it."""
-
-    name: str
-    setting: str
-    loss: Callable[[], Tensor]
-
-
-def int8_hooks(bench: Bench) -> Recipe:
-    """Every large saved float tensor as int8 with one scale, ten lines."""
-    parameters = {p.untyped_storage().data_ptr() for p in bench.case.model.parameters()}
-
-    def pack(x: Tensor) -> Any:
-        own = x.untyped_storage().data_ptr() in parameters
-        if own or x.dtype != torch.float32 or x.numel() < SMALLEST:
-            return x
-        scale = x.abs().amax().clamp_min(1e-12) / 127
-        return (x / scale).round_().to(torch.int8), scale
-
-    def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed[0].float().mul_(packed[1])
-
-    def loss() -> Tensor:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return bench.case.loss()
-
-    return Recipe(INT8, "", loss)
-
-
-def activation_budget(bench: Bench, ratio: float) -> Recipe:
-    """PyTorch's partitioner with its own memory budget, a ratio of its estimate."""
-    torch.compiler.reset()
-    compiled = torch.compile(bench.case.loss, backend="aot_eager", fullgraph=True, dynamic=False)
-
-    def loss() -> Tensor:
-        with functorch_config.patch(activation_memory_budget=ratio):
-            return compiled()
-
-    return Recipe("activation_memory_budget", f"{ratio}", loss)
-
-
-MAKERS: dict[str, Callable[[Bench], Recipe]] = {
-    "int8": int8_hooks,
-    **{f"budget-{ratio}": partial(activation_budget, ratio=ratio) for ratio in RATIOS},
-}
-
-
-def compare(bench: Bench, recipes: Sequence[str], pairs: int) -> Iterator[Record]:
-    """One record per recipe and setting."""
-    expected = gradients(bench, bench.eager_step)
-    for name in recipes:
-        recipe = MAKERS[name](bench)
-        loss = recipe.loss
-
-        def step(loss: Callable[[], Tensor] = loss) -> None:
-            bench.step_with(loss)
-
-        record: Record = {
-            "model": bench.name,
-            "part": "peers",
-            "key": f"{recipe.name} {recipe.setting}".strip(),
-        }
-        try:
-            error = relative_difference(gradients(bench, step), expected)
-            peak_bytes = bench.measure(step).peak_bytes
-            record |= {
-                "eager_peak_bytes": bench.eager.peak_bytes,
-                "peak_bytes": peak_bytes,
-                "gradient_error": error,
-                "ratio": median_ratio(bench.eager_step, step, pairs),
-            }
-            record |= _ours(bench, peak_bytes, min(error, MAX_GRAD_ERROR) if error > LOSSY else MAX_GRAD_ERROR, pairs)
-        except Exception as error:  # noqa: BLE001  a recipe that does not work on a model is a result too
-            record["error"] = f"{type(error).__name__}: {error}"
-        yield record
-
-
-def _ours(bench: Bench, budget_bytes: int, max_grad_error: float, pairs: int) -> Record:
-    try:
-        hybrid = bench.compile(budget_bytes, max_grad_error=max_grad_error)
-    except BudgetError as error:
-        return {"ours_minimum_bytes": error.minimum_bytes}
-    step = bench.step_of(hybrid)
-    return {
-        "ours_peak_bytes": bench.measure(step).peak_bytes,
-        "ours_gradient_error": bench.gradient_error(hybrid),
-        "ours_ratio": median_ratio(bench.eager_step, step, pairs),
-    }
-
-
-def gradients(bench: Bench, step: Step) -> dict[str, Tensor | None]:
-    """All parameter gradients of one step at a fixed seed; buffers are put back."""
-    buffers = [(b, b.clone()) for b in bench.case.model.buffers()]
-    torch.manual_seed(0)
-    step()
-    found = {name: p.grad for name, p in bench.case.model.named_parameters()}
-    bench.zero_grad()
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    return found
-
-
-def peers_table(records: Sequence[Record]) -> Table:
-    """One row per recipe, with ours at the same peak."""
-    table = Table(title="Peers, and fxhybrid with their measured peak as its budget")
-    for name in ("model", "recipe"):
-        table.add_column(name)
-    for name in ("peak share", "grad error", "step ratio", "ours: share", "grad error", "step ratio"):
-        table.add_column(name, justify="right")
-    for r in records:
-        if "error" in r:
-            table.add_row(r["model"], r["key"], r["error"].splitlines()[0][:60])
-            continue
-        eager = r["eager_peak_bytes"]
-        ours = ("out of reach", "", "")
-        if "ours_ratio" in r:
-            share = f"{r['ours_peak_bytes'] / eager:.2f}"
-            ours = (share, f"{r['ours_gradient_error']:.3f}", f"{r['ours_ratio']:.2f}")
-        own = (f"{r['peak_bytes'] / eager:.2f}", f"{r['gradient_error']:.3f}", f"{r['ratio']:.2f}")
-        table.add_row(r["model"], r["key"], *own, *ours)
-    return table
-
-
-def judge(records: Sequence[Record]) -> list[Check]:
-    """Against the int8 recipe: a smaller gradient error at no larger peak and in no more time."""
-    own = [r for r in records if r["key"] == INT8 and "ours_ratio" in r]
-    checks = []
-    for what, asked, ours, theirs in (
-        ("gradient error", "below the recipe's", "ours_gradient_error", "gradient_error"),
-        ("peak", "at most the recipe's", "ours_peak_bytes", "peak_bytes"),
-        ("step time", "at most the recipe's", "ours_ratio", "ratio"),
-    ):
-        shares = {r["model"]: r[ours] / r[theirs] for r in own}
-        found = ", ".join(f"{name} {share:.2f} x" for name, share in shares.items())
-        checks.append(Check(f"int8 hooks: {what}", asked, found, max(shares.values()) <= 1 if shares else None))
-    return checks
+SETTINGS = {"activation_memory_budget": ("0.5", "0.25", "0.0")}
+SHARES = (0.75, 0.5)  # of the eager peak, where fxhybrid runs in any case
+SAME_PEAK = 0.02  # peaks nearer than that are one
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -180,20 +35,146 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.peers", description=__doc__)
     known = suite.names()
     parser.add_argument("--models", metavar="LIST", help=f"default: all of {','.join(known)}")
-    parser.add_argument("--recipes", metavar="LIST", help=f"default: all of {','.join(MAKERS)}")
+    parser.add_argument("--methods", metavar="LIST", help=f"default: all of {','.join(METHODS)}")
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--pairs", type=int, default=11, help="interleaved pairs per timing (default: 11)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
+    parser.add_argument("--rounds", type=int, default=31, help="steps of each way, in turn (default: 31)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw peak against time, a panel for each model")
+    add_record_files(parser)
     arguments = parser.parse_args(argv)
-    console, records = wide_console(), []
-    recipes = names_of(arguments.recipes, MAKERS, "recipe")
-    for name in names_of(arguments.models, known, "model"):
-        for record in compare(Bench(name, arguments.size), recipes, arguments.pairs):
-            records.append(record)
-            append_record(arguments.json, record)
-            console.print(f"{record['model']}: {record['key']}", highlight=False)
+    methods = names_of(arguments.methods, METHODS, "method")
+    models = names_of(arguments.models, known, "model")
+
+    def run() -> Iterator[Record]:
+        return chain.from_iterable(compare(m, arguments.size, methods, arguments.rounds) for m in models)
+
+    records = records_of(arguments, run, lambda record: f"{record['model']}: {record['key']}")
+    if arguments.plot:
+        draw(records, arguments.plot)
+    console = wide_console()
     console.print(peers_table(records))
     console.print(checks_table(judge(records)))
+
+
+def compare(model: str, size: suite.Size, methods: Sequence[str], rounds: int) -> Iterator[Record]:
+    """Yields a record for each way to train a model."""
+    cases = [
+        Case(model, size, name, setting)
+        for name in dict.fromkeys((EAGER, *methods))
+        if name != OURS and model in (METHODS[name].models or (model,))
+        for setting in SETTINGS.get(name, ("",))
+    ]
+    peers: list[Peer] = []
+    try:
+        peers += [Peer(case) for case in cases]
+        if OURS in methods:
+            peers += [Peer(Case(model, size, OURS, str(n))) for n in _budgets(peers)]
+        running = [peer for peer in peers if "error" not in peer.found]
+        seconds = interleaved(running, rounds)
+    finally:
+        for peer in peers:
+            peer.close()
+    eager_peak_bytes = peers[0].found["peak_bytes"]
+    for peer in peers:
+        record: Record = {"model": model, "part": "peers", "key": peer.case.key, "method": peer.case.method}
+        record |= {"eager_peak_bytes": eager_peak_bytes, **peer.found}
+        if peer in seconds:
+            record |= {"ratio": ratio(seconds, peer, peers[0], 0), "cpu_ratio": ratio(seconds, peer, peers[0], 1)}
+        yield record | {"rounds": rounds}
+
+
+def _budgets(peers: Sequence[Peer]) -> list[int]:
+    """Returns the peaks of other ways, and some shares of eager's, the largest first, each once."""
+    eager_bytes = peers[0].found["peak_bytes"]
+    peaks = [peer.found["peak_bytes"] for peer in peers if "error" not in peer.found]
+    found: list[int] = []
+    for n in sorted((*peaks, *(int(share * eager_bytes) for share in SHARES)), reverse=True):
+        if n <= eager_bytes and (not found or n < found[-1] * (1 - SAME_PEAK)):
+            found.append(n)
+    return found
+
+
+def interleaved(peers: Sequence[Peer], rounds: int) -> dict[Peer, list[tuple[float, float]]]:
+    """Runs steps of all peers in turn, and each round from another one on; returns their seconds."""
+    found: dict[Peer, list[tuple[float, float]]] = {peer: [] for peer in peers}
+    for i in range(rounds):
+        for k in range(len(peers)):
+            peer = peers[(i + k) % len(peers)]
+            found[peer].append(peer.step())
+    return found
+
+
+def ratio(seconds: dict[Peer, list[tuple[float, float]]], peer: Peer, eager: Peer, clock: int) -> float:
+    """Returns the median over all rounds of a peer's time over eager's in the same round."""
+    pairs = zip(seconds[peer], seconds[eager], strict=True)
+    return statistics.median(own[clock] / usual[clock] for own, usual in pairs)
+
+
+def ours_at(record: Record, records: Sequence[Record]) -> Record | None:
+    """Returns the fastest run of fxhybrid at no higher a peak than a record's, on the same model."""
+    fits = [
+        r
+        for r in records
+        if r["model"] == record["model"]
+        and r["method"] == OURS
+        and "ratio" in r
+        and r["peak_bytes"] <= record["peak_bytes"]
+    ]
+    return min(fits, key=lambda r: r["ratio"], default=None)
+
+
+def peers_table(records: Sequence[Record]) -> Table:
+    """Builds a table of one row per way, with fxhybrid at no higher a peak."""
+    table = Table(title="Peers, and fxhybrid at no higher a peak")
+    for name in ("model", "way"):
+        table.add_column(name)
+    for name in ("peak", "grad error", "time", "CPU time", "first step", "ours: time", "grad error"):
+        table.add_column(name, justify="right")
+    for r in records:
+        if "ratio" not in r:
+            table.add_row(r["model"], r["key"], r.get("error", "")[:60])
+            continue
+        ours = ours_at(r, records) if r["method"] != OURS else None
+        same = (f"{ours['ratio']:.2f}", f"{ours['gradient_error']:.1e}") if ours else ("", "")
+        figures = f"{r['peak_bytes'] / r['eager_peak_bytes']:.2f}", f"{r['gradient_error']:.1e}", f"{r['ratio']:.2f}"
+        table.add_row(r["model"], r["key"], *figures, f"{r['cpu_ratio']:.2f}", f"{r['compile_s']:.0f} s", *same)
+    return table
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Draws peak against time, a panel for each model, with a line through the points of fxhybrid."""
+    plt = require("matplotlib.pyplot", "a plot")
+    timed = [r for r in records if "ratio" in r]
+    models = list(dict.fromkeys(r["model"] for r in timed))
+    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 4), squeeze=False, layout="constrained")
+    for axis, model in zip(axes[0], models, strict=True):
+        own = [r for r in timed if r["model"] == model]
+        ours = sorted((r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"]) for r in own if r["method"] == OURS)
+        axis.plot(*zip(*ours, strict=True), "o-", label=OURS) if ours else None
+        for r in own:
+            if r["method"] != OURS:
+                axis.plot(r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"], "x", label=r["key"])
+        axis.set(title=model, xlabel="peak, share of eager's", ylabel="step time over eager's")
+        axis.legend(fontsize="x-small")
+    figure.savefig(path)
+
+
+def judge(records: Sequence[Record]) -> list[Check]:
+    """Checks where another way is faster at the same peak, and the gradient error against the int8 recipe's."""
+    others = [r for r in records if r["method"] != OURS and "ratio" in r]
+    compared = [(r, ours) for r in others if (ours := ours_at(r, records)) is not None]
+    faster = [
+        f"{r['model']}, {r['key']}: {r['ratio']:.2f}, ours {ours['ratio']:.2f}"
+        for r, ours in compared
+        if r["ratio"] < ours["ratio"]
+    ]
+    int8 = [(r, ours) for r, ours in compared if r["method"] == INT8]
+    worse = [r["model"] for r, ours in int8 if ours["gradient_error"] > r["gradient_error"]]
+    return [
+        Check("faster ways at the same peak", "none", "; ".join(faster) or "none", not faster if compared else None),
+        Check(
+            "int8 hooks: gradient error", "below the recipe's", ", ".join(worse) or "all", not worse if int8 else None
+        ),
+    ]
 
 
 if __name__ == "__main__":
