@@ -43,13 +43,22 @@ def reason_of(message: str) -> str:
 def count_rows(records: Sequence[Record]) -> Iterator[Row]:
     """Yields a row for each family of architectures, and their sum."""
     counts: dict[str, Counter[str]] = {}
+    several: Counter[str] = Counter()
     for name, record in _listed(records):
-        counts.setdefault(ARCHITECTURES[name].family, Counter())[record["verdict"]] += 1
-    for family, found in (*counts.items(), ("all", sum(counts.values(), Counter()))):
+        family = ARCHITECTURES[name].family
+        counts.setdefault(family, Counter())[record["verdict"]] += 1
+        several[family] += record["verdict"] == BREAK or n_graphs(record) > 1
+    rows = [(found, several[family]) for family, found in counts.items()]
+    rows.append((sum(counts.values(), Counter()), several.total()))
+    for family, (found, n_several) in zip((*counts, "all"), rows, strict=True):
         faults = sum(found[verdict] for verdict in FAULTS)
-        n_traced = found.total() - found[BREAK]
-        cells = (found.total(), n_traced, found[WORKS], found[REFUSED], found[BREAK], faults)
+        cells = (found.total(), found.total() - n_several, found[WORKS], found[REFUSED], n_several, faults)
         yield family, *map(str, cells)
+
+
+def n_graphs(record: Record) -> int:
+    """Returns how many graphs the step takes, as far as it was planned; of records from before that was noted, one."""
+    return int(record.get("lossless", {}).get("graphs", 1))
 
 
 def model_rows(records: Sequence[Record]) -> Iterator[Row]:

@@ -204,7 +204,8 @@ def _verdict(trainee: Trainee, *, right: bool) -> Record:
     hybrid: Any = trainee.model
     budget_bytes, peak_bytes = hybrid.plan.budget_bytes, trainee.peak_bytes()
     verdict = WRONG if not right else OVER if peak_bytes > budget_bytes else WORKS
-    return {"verdict": verdict, "peak_bytes": peak_bytes, "budget_bytes": budget_bytes}
+    graphs = len(hybrid.report().parts) or 1
+    return {"verdict": verdict, "peak_bytes": peak_bytes, "budget_bytes": budget_bytes, "graphs": graphs}
 
 
 PARTS: dict[str, Callable[[nn.Module, Batch], Record]] = {"lossless": lossless, "smallest": smallest}
