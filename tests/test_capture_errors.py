@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -295,3 +296,25 @@ def test_a_layer_of_torchs_names_its_line_where_no_line_is_the_users() -> None:
     loss = nn.AdaptiveLogSoftmaxWithLoss(N, 10, [4])
     with pytest.raises(GraphBreakError, match=r"  at .*adaptive\.py:\d+, in forward"):
         in_one_graph(model, rows(), loss_fn=loss, loss_args=(torch.tensor([1, 5, 2, 9]),))
+
+
+def test_what_is_changed_in_place_behind_another_output() -> None:
+    """Eager trains the first output, and fails only where the second one gets a gradient."""
+
+    def function(h: Tensor, *, detached: bool = False) -> tuple[Tensor, Tensor]:
+        y = h.exp()
+        other = y.square()
+        y = y.add_(1) * 2
+        return h.sin() * y.detach(), other.detach() if detached else other
+
+    with pytest.raises(
+        fxhybrid.CaptureError, match=r"changes in place what the gradient of an output needs[\s\S]*detach"
+    ):
+        fxhybrid.compile(model_of(function), budget=1.0, example_inputs=(rows(),), solver="mps")
+    pair = twins(model_of(partial(function, detached=True)))
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad()
+        model(rows())[0].sum().backward()
+
+    pair.same(step)

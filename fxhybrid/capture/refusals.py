@@ -37,6 +37,10 @@ DRAW_BEFORE = RANDOM[0].upper() + RANDOM[1:]
 GENERATOR = "Make the generator outside of forward, as an attribute of the model, or use torch.manual_seed"
 FIRST_CALL = "If that block sets the model up at its first call, call the model once before; else leave the block out"
 VALUES = f"A graph holds no Python number that depends on values: {OTHER}"
+IN_PLACE = (
+    "In eager this is an error only where that output gets a gradient; a plan has the gradients of all outputs. Return "
+    "it detached, y.detach(), or use the operator that gives a new tensor: x = torch.relu(x) in place of torch.relu_(x)"
+)
 # What Dynamo's reason contains, and the way out.
 WAYS_OUT = {
     "Data-dependent branching": CONTROL_FLOW,
@@ -144,6 +148,10 @@ def differentiated_error(error: Exception) -> CaptureError:
         name = re.search(r"target=(?:torch\.)?(?P<name>[\w.]+)", trace)
         what = name["name"] if name else "an operator"
         return GraphBreakError(f"{what} needs a size or a Python number that depends on values{where}\n{VALUES}.")
+    if "modified by an inplace operation" in text:
+        return CaptureError(
+            f"the model changes in place what the gradient of an output needs{where}\n{text}\n{IN_PLACE}"
+        )
     return CaptureError(
         f"tracing the step fails with {type(error).__name__}: {text.strip()}{where}\n"
         "Does the plain model run forward and backward with these arguments?"
