@@ -250,7 +250,7 @@ def trace_plain(step: Step, call: StepCall, options: Options) -> Traced:
 def canonical(captured: Capture, structure: OutputStructure, step: Step, call: StepCall, options: Options) -> Traced:
     """Rewrites a captured step to its canonical form, in eager's layouts."""
     joint = canonicalize(captured.joint)
-    resident_bytes = _resident_bytes(step, call, options) + captured.float_bytes
+    resident_bytes = resident_bytes_of(step, call, options) + captured.float_bytes
     lossless = options.compression != "off"
     rise_bytes, updates = _update(captured, step, options)
     return Traced(captured, joint, joint, (), structure, resident_bytes, rise_bytes, updates, options.lossy, lossless)
@@ -325,7 +325,8 @@ def _held_and_dropped(
     return kept, tuple(dict.fromkeys([*layout.mutations, *gone]))
 
 
-def _resident_bytes(step: Step, call: StepCall, options: Options) -> int:
+def resident_bytes_of(step: Step, call: StepCall, options: Options) -> int:
+    """Counts what is alive through the whole step, however many graphs it takes."""
     tensors: list[Tensor] = [*step.parameters(), *step.buffers(), *call.tensors]
     return storage_bytes(tensors) + optimizer_bytes(options.optimizer).state_bytes + options.reserve_bytes
 

@@ -18,9 +18,8 @@ from fxhybrid.console import stage
 from fxhybrid.errors import CaptureError
 from fxhybrid.ir.sequence import PartSequence
 from fxhybrid.options import Options
-from fxhybrid.pipeline import Prepared
+from fxhybrid.pipeline import Prepared, resident_bytes_of
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
-from fxhybrid.profiling.state_bytes import storage_bytes
 from fxhybrid.segments.parts import sequence_of
 from fxhybrid.segments.segment import Form, Segment, under_way
 from fxhybrid.segments.step_recording import FirstRun, RecordedCall, SaveAllRun
@@ -93,9 +92,8 @@ def record(
     eager = partial(observed, lambda: step.check_result(step(*call)))
     check = compare_with_eager(found, eager, is_low_precision=runs_in_low_precision(step))
     prepared = tuple(_prepared(recorded, options, known) for recorded in first.calls)
-    optimizer = optimizer_bytes(options.optimizer)
-    resident = storage_bytes(existing) + optimizer.state_bytes + options.reserve_bytes
-    update = optimizer.rise_bytes if options.optimizer is not None else None
+    resident = resident_bytes_of(step, call, options)
+    update = optimizer_bytes(options.optimizer).rise_bytes if options.optimizer is not None else None
     sequence = sequence_of(first.calls, prepared, second.backward, shared, resident, update)
     for recorded in first.calls:
         recorded.call = None
