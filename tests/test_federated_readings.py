@@ -105,11 +105,15 @@ def test_this_machine_can_be_read() -> None:
 
 
 def test_own_memory_does_not_lower_the_reading(tmp_path: Path) -> None:
-    before = read_memory()
-    block = np.ones(256 * MIB, dtype=np.uint8)
-    after = read_memory()
-    assert after.own_bytes - before.own_bytes > 0.9 * block.nbytes
-    assert before.available_bytes - after.available_bytes < 0.5 * block.nbytes
+    lost_bytes = []
+    for _ in range(5):  # other processes take memory meanwhile, but not each time
+        before = read_memory()
+        block = np.ones(256 * MIB, dtype=np.uint8)
+        after = read_memory()
+        assert after.own_bytes - before.own_bytes > 0.9 * block.nbytes
+        lost_bytes.append(before.available_bytes - after.available_bytes)
+        del block
+    assert min(lost_bytes) < 0.5 * 256 * MIB
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda"])
