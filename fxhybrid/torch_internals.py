@@ -1,4 +1,4 @@
-"""Gathers what torch does not call public and this project builds on, for torch 2.12 to 2.14.
+"""Gathers what torch 2.13 does not call public and this project builds on; 2.12 and 2.14 have it, too.
 
 No other file reaches into torch's private modules, so a torch release that moves something is met here, and by
 ``tests/test_torch_internals.py``.

@@ -45,7 +45,6 @@ class PlannedPart:
     prepared: Prepared
     needs: PartTimeline
     function: Callable[..., Any]
-
     stored_bytes: int
 
     @cached_property
