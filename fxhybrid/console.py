@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import random
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -46,9 +47,15 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Logs a stage of planning and its seconds when it is over: logger ``"fxhybrid"``, level INFO."""
-    start = time.perf_counter()
-    yield
+    """Logs a stage of planning and its seconds when it is over: logger ``"fxhybrid"``, level INFO.
+
+    Python's random numbers go on from where they were: libraries that a stage imports first draw some (``rich`` does).
+    """
+    start, generator = time.perf_counter(), random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(generator)
     LOG.info("%s: %.2f s", name, time.perf_counter() - start)
 
 

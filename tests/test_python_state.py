@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import fxhybrid
 from fxhybrid.capture.python_state import unchanged_python_state
+from fxhybrid.console import stage
 
 
 class History:
@@ -121,6 +124,16 @@ class Recurrent(nn.Module):
         before = torch.zeros_like(h) if self.memory is None else self.memory
         self.memory = h.detach()
         return torch.as_tensor(self.outer(torch.cat([h, before], 1)).square().mean())
+
+
+def test_libraries_that_planning_imports_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    before = random.getstate()
+    with stage("import"):
+        importlib.import_module("rich.style")
+        assert random.getstate() != before, "rich numbers its styles from a random number on"
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize("compression", ["lossless", "auto"])
