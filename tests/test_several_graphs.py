@@ -174,6 +174,41 @@ def test_too_many_traces_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
         hybrid(torch.ones(6, 4))
 
 
+def test_numbers_that_loops_make_stay_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop over NumPy's numbers would be traced anew at each turn, as soon as one of them decides a branch."""
+    monkeypatch.setattr(graph_runner, "MOST_VARIANTS", 8)
+
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.rows = nn.Linear(WIDTH, WIDTH), 8
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return h[:, torch.tensor(np.stack(self.chosen()))].square().mean()
+
+        def chosen(self) -> list[np.ndarray]:
+            found: list[list[int]] = [[] for _ in range(self.rows)]
+            for i in range(self.rows):
+                shuffled = np.random.permutation(self.rows)  # noqa: NPY002
+                for k in range(self.rows):
+                    if shuffled[k] != i and len(found[i]) < 2:
+                        found[i].append(int(shuffled[k]))
+            return [np.array(row) for row in found]
+
+    pair = twins(Shuffled().train(), budget="1MiB")
+
+    def run(model: nn.Module) -> Tensor:
+        np.random.seed(1)  # noqa: NPY002
+        model.zero_grad()
+        loss: Tensor = model(X)
+        loss.backward()
+        return loss.detach()
+
+    pair.same(run)
+    assert pair.hybrid.report().unplanned == ()
+
+
 def test_parts_add_up() -> None:
     """Two parts, each one op forward and one backward; sizes in bytes.
 

@@ -1,7 +1,8 @@
 """Runs a function by Dynamo, with as many graphs as it takes, and Python between them as it is.
 
 ``torch.compile`` leaves a function alone in which a graph would end within a loop, and PyTorch's own modules where such
-a function calls them. Here both become graphs, so that no more than must be runs outside of a plan.
+a function calls them. Here both become graphs, so that no more than must be runs outside of a plan. What gets no tensor
+and makes none before its loop stays Python, and so does NumPy: each turn of the loop would be traced by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
 from fxhybrid.errors import CaptureError
@@ -77,7 +79,8 @@ class _Converted:
         self._floats: dict[tuple[CodeType, str], set[float]] = {}  # seen, by the function that they come into
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with tracing_settings(), _graphs_within_loops(), self._numbers_as_inputs():
+        numpy: Any = dynamo_config.patch(trace_numpy=False)
+        with tracing_settings(), numpy, _graphs_within_loops(), self._numbers_as_inputs():
             return self.inner(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -116,9 +119,15 @@ class _Frames(convert_frame.CatchErrorsWrapper):
 
 @contextlib.contextmanager
 def _graphs_within_loops() -> Iterator[None]:
-    before = getattr(InstructionTranslatorBase, _LOOPS)
-    setattr(InstructionTranslatorBase, _LOOPS, lambda _: False)
+    torchs_own = getattr(InstructionTranslatorBase, _LOOPS)
+    setattr(InstructionTranslatorBase, _LOOPS, lambda frame: torchs_own(frame) and _has_no_tensor(frame))
     try:
         yield
     finally:
-        setattr(InstructionTranslatorBase, _LOOPS, before)
+        setattr(InstructionTranslatorBase, _LOOPS, torchs_own)
+
+
+def _has_no_tensor(frame: Any) -> bool:
+    """Says whether a function was given no tensor and has computed none so far."""
+    given = pytree.tree_leaves(frame.f_locals)
+    return frame.output.count_calls() == 0 and not any(isinstance(value, Tensor) for value in given)
