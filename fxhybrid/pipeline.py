@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 from torch import Tensor, fx
 
@@ -17,7 +18,7 @@ from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.console import stage
 from fxhybrid.ir.plan import Actions, Compress
 from fxhybrid.ir.problem import Problem
-from fxhybrid.ir.schedule import lower
+from fxhybrid.ir.schedule import Schedule, lower
 from fxhybrid.ops.recurrent import runs_in_segments
 from fxhybrid.options import Options
 from fxhybrid.passes.build_problem import CodecChoices, calls_of, problem_of, with_codec_options, with_update
@@ -25,7 +26,7 @@ from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.channels_last_choice import groups_that_pay, with_groups
 from fxhybrid.passes.codec_choices import codec_choices, codec_refusals
 from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
-from fxhybrid.passes.expected_backward import ALL_ARRIVE, ExpectedBackward
+from fxhybrid.passes.expected_backward import ALL_ARRIVE, ExpectedBackward, held_and_dropped
 from fxhybrid.passes.fingerprint import fingerprint
 from fxhybrid.passes.gradient_takes import take_nodes, updating_parameters
 from fxhybrid.passes.prune_tangents import prune_tangents
@@ -37,6 +38,7 @@ from fxhybrid.profiling.op_profiler import Profile, profile_calls
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
 from fxhybrid.profiling.parameter_update import ParameterUpdates, updates_of
 from fxhybrid.profiling.state_bytes import storage_bytes
+from fxhybrid.runtime import StepInterface
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,7 @@ class Traced:
         updates: what updates parameters in the backward pass; None where that comes after it.
         lossy: whether lossy codecs may be offered.
         lossless: the same of lossless ones.
+        known_interface: that of ``joint``, where it is known without.
     """
 
     capture: Capture
@@ -67,11 +70,17 @@ class Traced:
     updates: ParameterUpdates | None
     lossy: bool
     lossless: bool
+    known_interface: StepInterface | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of ``plain``."""
         return fingerprint(self.plain)
+
+    @cached_property
+    def interface(self) -> StepInterface:
+        """What goes into ``joint`` and comes out."""
+        return self.known_interface or StepInterface.of(self.joint)
 
     @cached_property
     def tangents(self) -> Mapping[int, int]:
@@ -89,7 +98,7 @@ class Traced:
             return self
         laid_out = with_groups(self.capture.joint, channels_last)
         joint = canonicalize(laid_out, reordered=True) if channels_last else self.plain
-        return dataclasses.replace(self, joint=joint, channels_last=channels_last)
+        return dataclasses.replace(self, joint=joint, channels_last=channels_last, known_interface=None)
 
     @property
     def n_outputs(self) -> int:
@@ -120,12 +129,20 @@ class Traced:
         return frozenset(j for j, output in enumerate(self.structure.leaves) if output in present)
 
 
+class GraphSharing(Protocol):
+    """Shares the halves of plans between sizes of a call."""
+
+    def graphs(self, schedule: Schedule, build: Callable[[], SplitGraphs]) -> SplitGraphs:
+        """Returns the halves of a schedule; ``build`` makes those for one size alone."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """Holds a captured signature up to the planning problem.
 
     ``joint`` is without the branches of the tangents that are not expected. ``refusals`` holds, by name, the rule by
-    which a tensor was offered no codec from the start.
+    which a tensor was offered no codec from the start; ``sharing`` gives the halves of plans where other sizes have the
+    same.
     """
 
     traced: Traced
@@ -136,6 +153,7 @@ class Prepared:
     choices: CodecChoices
     refusals: Mapping[str, str]
     problem: Problem
+    sharing: GraphSharing | None = None
 
     @property
     def capture(self) -> Capture:
@@ -173,7 +191,7 @@ class Prepared:
     @cached_property
     def save_all_graphs(self) -> SplitGraphs:
         """The halves of the save-all step."""
-        return build_graphs(self, {})[1]
+        return build_graphs(self, {})
 
     def with_choices(self, choices: CodecChoices) -> Prepared:
         """Returns the same with other codecs offered, their times measured; ``with_errors`` makes a problem of it."""
@@ -199,7 +217,7 @@ class Prepared:
 
     def expecting_drops(self, dropped: frozenset[int]) -> Prepared:
         """Returns the same where other outputs are dropped before the backward pass."""
-        outputs, mutations = _held_and_dropped(self.joint, self.layout, dropped)
+        outputs, mutations = held_and_dropped(self.joint, self.layout, dropped)
         problem = dataclasses.replace(self.problem, outputs=outputs, mutations=mutations)
         expected = dataclasses.replace(self.expected, dropped=dropped)
         return dataclasses.replace(self, expected=expected, problem=problem)
@@ -252,11 +270,11 @@ def canonical(captured: Capture, structure: OutputStructure, step: Step, call: S
     joint = canonicalize(captured.joint)
     resident_bytes = resident_bytes_of(step, call, options) + captured.float_bytes
     lossless = options.compression != "off"
-    rise_bytes, updates = _update(captured, step, options)
+    rise_bytes, updates = update_of(captured, step, options)
     return Traced(captured, joint, joint, (), structure, resident_bytes, rise_bytes, updates, options.lossy, lossless)
 
 
-def _update(captured: Capture, step: Step, options: Options) -> tuple[int | None, ParameterUpdates | None]:
+def update_of(captured: Capture, step: Step, options: Options) -> tuple[int | None, ParameterUpdates | None]:
     """Returns how far memory rises while the optimizer steps, or what does that within the backward pass."""
     if options.optimizer is None:
         return None, None
@@ -269,7 +287,7 @@ def _update(captured: Capture, step: Step, options: Options) -> tuple[int | None
 
 def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
     """Measures the operators of a step, with the backward pass that is expected."""
-    joint = pruned_joint(traced, expected)
+    joint = pruned_joint(traced.joint, traced.updates, expected)
     layout = layout_of(joint)
     choices = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)
     refusals = codec_refusals(layout, lossy=traced.lossy, lossless=traced.lossless)
@@ -279,10 +297,10 @@ def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
     return prepared_for(traced, expected, joint, layout, profile, choices, refusals, errors)
 
 
-def pruned_joint(traced: Traced, expected: ExpectedBackward) -> JointGraph:
+def pruned_joint(joint: JointGraph, updates: ParameterUpdates | None, expected: ExpectedBackward) -> JointGraph:
     """Returns the joint graph of an expected backward pass, which updates parameters if it is to."""
-    joint = prune_tangents(traced.joint, expected.absent) if expected.absent else traced.joint
-    return joint if traced.updates is None else updating_parameters(joint, traced.updates.rise_bytes.keys())
+    joint = prune_tangents(joint, expected.absent) if expected.absent else joint
+    return joint if updates is None else updating_parameters(joint, updates.rise_bytes.keys())
 
 
 def prepared_for(
@@ -305,34 +323,18 @@ def prepared_for(
     return prepared.expecting_drops(expected.dropped) if expected.dropped else prepared
 
 
-def _held_and_dropped(
-    joint: JointGraph, layout: Layout, dropped: frozenset[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the storages of outputs that are held, and those that live to the end of the forward pass only."""
-    outputs = [
-        node
-        for node, role in zip(joint.output_nodes, joint.outputs, strict=True)
-        if role.kind is OutputKind.USER_OUTPUT
-    ]
-    held = {
-        t
-        for i, node in enumerate(outputs)
-        if node is not None and i not in dropped
-        for t in layout.storages_of.get(node, ())
-    }
-    kept = tuple(t for t in layout.outputs if t in held)
-    gone = (t for t in layout.outputs if t not in held)
-    return kept, tuple(dict.fromkeys([*layout.mutations, *gone]))
-
-
 def resident_bytes_of(step: Step, call: StepCall, options: Options) -> int:
     """Counts what is alive through the whole step, however many graphs it takes."""
     tensors: list[Tensor] = [*step.parameters(), *step.buffers(), *call.tensors]
     return storage_bytes(tensors) + optimizer_bytes(options.optimizer).state_bytes + options.reserve_bytes
 
 
-def build_graphs(prepared: Prepared, actions: Actions) -> tuple[JointGraph, SplitGraphs]:
-    """Builds the rewritten joint graph of ``actions`` and its halves."""
-    with stage("rewrite"), paused_collector():
-        joint = rewrite(prepared.joint, prepared.layout, lower(prepared.problem, actions))
-        return joint, split(joint)
+def build_graphs(prepared: Prepared, actions: Actions) -> SplitGraphs:
+    """Builds the halves of a step by a plan, or takes those that other sizes have."""
+    schedule = lower(prepared.problem, actions)
+
+    def build() -> SplitGraphs:
+        with stage("rewrite"), paused_collector():
+            return split(rewrite(prepared.joint, prepared.layout, schedule))
+
+    return build() if prepared.sharing is None else prepared.sharing.graphs(schedule, build)

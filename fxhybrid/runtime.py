@@ -72,6 +72,39 @@ class Opened(Protocol):
 Enter = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Any]], Opened]
 
 
+@dataclass(frozen=True, eq=False)
+class StepInterface:
+    """Describes what goes into a joint graph and comes out, whatever plan carries it out.
+
+    Attributes:
+        gradient_tangents: for each primal, the tangents that its gradient depends on.
+        gradient_values: for each primal, the fake value of its gradient; None where it has none.
+        tangent_values: the fake value of each tangent.
+        tensor_inputs: positions of the primals that are tensors.
+    """
+
+    gradient_tangents: tuple[frozenset[int], ...]
+    gradient_values: tuple[Tensor | None, ...]
+    tangent_values: tuple[Tensor, ...]
+    tensor_inputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, joint: JointGraph) -> StepInterface:
+        """Reads the interface off a joint graph that has the branches of all tangents."""
+        inputs = list(zip(joint.placeholders, joint.inputs, strict=True))
+        tensors = (
+            i
+            for i, (node, role) in enumerate(inputs)
+            if role.kind is not InputKind.TANGENT and isinstance(node.meta["val"], Tensor)
+        )
+        return cls(
+            gradient_tangents(joint),
+            _gradient_values(joint),
+            tuple(n.meta["val"] for n, role in inputs if role.kind is InputKind.TANGENT),
+            tuple(tensors),
+        )
+
+
 class StepFunction:
     """A split step as a function over the graph's flat inputs.
 
@@ -82,7 +115,7 @@ class StepFunction:
     def __init__(
         self,
         graphs: SplitGraphs,
-        joint: JointGraph,
+        interface: StepInterface,
         metadata: Any,
         *,
         absent: frozenset[int] = frozenset(),
@@ -90,11 +123,11 @@ class StepFunction:
         updates: Updates | None = None,
         enter: Enter | None = None,
     ) -> None:
-        """Prepares a step from its halves, the joint graph and AOTAutograd's metadata of the capture.
+        """Prepares a step from its halves, its joint graph's interface and AOTAutograd's metadata of the capture.
 
         Args:
             graphs: the halves.
-            joint: the graph with the branches of all tangents.
+            interface: of the graph with the branches of all tangents.
             metadata: of the capture.
             absent: positions of the tangents whose branches the halves leave out.
             adding: positions of the inputs whose gradients are added to those that exist as soon as they are made.
@@ -104,22 +137,13 @@ class StepFunction:
         """
         self.graphs = graphs
         self.absent = absent
-        self.leaves = LeafTakers(adding, _gradient_values(joint), updates)
+        self.leaves = LeafTakers(adding, interface.gradient_values, updates)
         self.enter = enter
         self._parts: WeakKeyDictionary[SplitGraphs, dict[frozenset[int], PartialBackward]] = WeakKeyDictionary()
         self.mutated: tuple[int, ...] = tuple(metadata.mutated_inp_runtime_indices)
-        self.gradient_tangents = gradient_tangents(joint)
-        self.tangent_values: tuple[Tensor, ...] = tuple(
-            n.meta["val"]
-            for n, role in zip(joint.placeholders, joint.inputs, strict=True)
-            if role.kind is InputKind.TANGENT
-        )
-        inputs = zip(joint.placeholders, joint.inputs, strict=True)
-        self.tensor_inputs = tuple(
-            i
-            for i, (node, role) in enumerate(inputs)
-            if role.kind is not InputKind.TANGENT and isinstance(node.meta["val"], Tensor)
-        )
+        self.gradient_tangents = interface.gradient_tangents
+        self.tangent_values = interface.tangent_values
+        self.tensor_inputs = interface.tensor_inputs
         self.aliased = frozenset(metadata.aliased_out_indices)
         self.fresh_views = frozenset(metadata.unsafe_view_out_indices)
         infos = metadata.output_info
@@ -174,7 +198,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, step: StepFunction, *flat_inputs: Any) -> tuple[Any, ...]:
         graphs = step.graphs
         with DisableAutocast():
-            results = list(graphs.forward.forward(list(flat_inputs)))
+            results = list(graphs.run_forward(list(flat_inputs)))
         saved = results[graphs.n_forward_outputs :]
         del results[graphs.n_forward_outputs :]
         for position, value in zip(step.mutated, results, strict=False):
@@ -219,12 +243,12 @@ class _Step(torch.autograd.Function):
         arguments += [_tangent(t, like) for t, like in zip(arrived, step.tangent_values, strict=True)]
         absent = frozenset(range(len(arrived))) - present - step.absent
         del arrived
-        backward = ctx.graphs.backward if late is None else late.module
+        run = ctx.graphs.run_backward if late is None else late.module.forward
         if late is None and (absent or step.leaves.adding):
             part = step.part(ctx.graphs, absent)
-            arguments, backward = [arguments[i] for i in part.reads], part.module
+            arguments, run = [arguments[i] for i in part.reads], part.module.forward
         with DisableAutocast(), taking({} if late else takers) as kept:
-            made = backward.forward(arguments)
+            made = run(arguments)
         gradients = [
             (kept.get(i) if g is None else g) if sources & present else None
             for i, (g, sources) in enumerate(zip(made, step.gradient_tangents, strict=True))

@@ -1,13 +1,14 @@
 """Decides which codecs each storage is offered, and says why one is offered none.
 
 ``codecs/candidate_codecs.py`` finds the codecs that fit a tensor's shape, type and maker; the rules here, all of them
-in ``_OfferRules``, ask what the step does with the tensor.
+in ``OfferRules``, ask what the step does with the tensor.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -63,25 +64,41 @@ SMALLEST_BYTES = 4096
 
 def codec_choices(layout: Layout, *, lossy: bool, lossless: bool) -> CodecChoices:
     """Returns the specs of the codecs offered per storage; storages that are offered none are left out."""
-    rules = _OfferRules(layout, lossy, lossless)
-    offered = {t: tuple(codec.spec for codec in rules.offered(t)) for t in range(len(layout.storages))}
-    return {t: specs for t, specs in offered.items() if specs}
+    return OfferRules(layout, lossy, lossless).choices()
 
 
 def codec_refusals(layout: Layout, *, lossy: bool, lossless: bool) -> Mapping[str, str]:
     """Returns, by name, why each forward storage that ``codec_choices`` leaves out is offered no codec, in words."""
-    rules = _OfferRules(layout, lossy, lossless)
+    rules = OfferRules(layout, lossy, lossless)
     return {layout.storages[t].name: rules.refusal(t) for t in sorted(rules.forward) if not rules.offered(t)}
 
 
-class _OfferRules:
+class OfferRules:
     """Holds the rules by which codecs are offered: each ``yield`` is one, in words, and the first that hits decides."""
 
     def __init__(self, layout: Layout, lossy: bool, lossless: bool) -> None:
         self.layout, self.lossy, self.lossless = layout, lossy, lossless
+        self.sizes = [storage.size_bytes for storage in layout.storages]
+        self.metas: Mapping[int, TensorMeta] | None = None
         self.forward = frozenset(t for op in layout.forward for t in op.outputs)
         self.readers = _backward_readers(layout)
         self.drifting = _drifting(layout)
+
+    def resized(self, sizes: Sequence[int], metas: Mapping[int, TensorMeta]) -> OfferRules:
+        """Returns the rules of the same step at other sizes.
+
+        Args:
+            sizes: bytes of each storage.
+            metas: by storage, for those that some node reads whole.
+        """
+        rules = copy.copy(self)
+        rules.sizes, rules.metas = list(sizes), metas
+        return rules
+
+    def choices(self) -> CodecChoices:
+        """Returns the specs of the codecs offered per storage; storages that are offered none are left out."""
+        offered = {t: tuple(codec.spec for codec in self.offered(t)) for t in range(len(self.sizes))}
+        return {t: specs for t, specs in offered.items() if specs}
 
     def offered(self, t: int) -> list[Codec]:
         """Returns the codecs that no rule forbids."""
@@ -97,7 +114,7 @@ class _OfferRules:
 
     def _against_storage(self, t: int) -> Iterator[str]:
         """Yields why a storage is offered no codec at all."""
-        size_bytes, base = self.layout.storages[t].size_bytes, self.layout.storages[t].base
+        size_bytes = self.sizes[t]
         if not (self.lossy or self.lossless):
             yield "compression is off"
         if t not in self.forward:
@@ -106,9 +123,10 @@ class _OfferRules:
             yield "it is an output, which the caller holds as it is until the step ends"
         if size_bytes < SMALLEST_BYTES:
             yield f"it has {size_bytes} bytes; below {SMALLEST_BYTES} a codec's calls cost more than they save"
-        if base is None:
+        meta = self._meta(t)
+        if meta is None:
             yield "no op reads it"
-        elif (meta := TensorMeta.of(base.meta["val"])).nbytes != size_bytes:
+        elif meta.nbytes != size_bytes:
             yield f"its values take {meta.nbytes} of the {size_bytes} bytes of its storage"
         elif not self._candidates(t):
             yield f"no codec makes shape {meta.shape}, strides {meta.stride} of {meta.dtype} smaller"
@@ -128,8 +146,14 @@ class _OfferRules:
             yield f"its error drifts in training (ADR 14); {codec.spec} has noise {codec.noise:g}, not below 1"
 
     def _candidates(self, t: int) -> tuple[Codec, ...]:
+        meta = self._meta(t)
+        return () if meta is None else candidate_codecs(meta, self.layout.storages[t].base)
+
+    def _meta(self, t: int) -> TensorMeta | None:
+        if self.metas is not None:
+            return self.metas.get(t)
         base = self.layout.storages[t].base
-        return () if base is None else candidate_codecs(TensorMeta.of(base.meta["val"]), base)
+        return None if base is None else TensorMeta.of(base.meta["val"])
 
     def _in_its_place(self, t: int) -> str:
         """Names the mask that backward ops read instead, if there is one."""

@@ -7,25 +7,20 @@ their readers, as in a graph that was traced with these sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-import sympy
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 from fxhybrid.capture.joint_graph import JointGraph, storages
-from fxhybrid.errors import CaptureError
 from fxhybrid.passes.graph_edit import PlainGraph, joint_module
-from fxhybrid.torch_internals import FakeTensor, FakeTensorMode, PythonPrinter
+from fxhybrid.passes.size_program import SYMBOLIC, SizeProgram, Sizes, Values
+from fxhybrid.torch_internals import FakeTensor, FakeTensorMode
 
-Sizes = Mapping[str, int]  # by the symbol's name
-Values = Sequence[Any]  # what each expression of a program comes to
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 # Where sizes are known, a trace has no slice of all of its input, or an alias in its place.
 _SLICES = (torch.ops.aten.slice.Tensor, torch.ops.aten.slice_backward.default, torch.ops.aten.alias.default)
-_NUMBERS = (*_SYMBOLIC, int, float)
+_NUMBERS = (*SYMBOLIC, int, float)
 
 
 def concretize(joint: JointGraph, sizes: Sizes) -> JointGraph:
@@ -35,33 +30,6 @@ def concretize(joint: JointGraph, sizes: Sizes) -> JointGraph:
         KeyError: a symbol of the graph has no size.
     """
     return SymbolicGraph(joint).at(sizes)
-
-
-class SizeProgram:
-    """Collects expressions over size symbols, and compiles them into one function that evaluates all."""
-
-    def __init__(self) -> None:
-        self._places: dict[sympy.Basic, int] = {}
-
-    def place(self, value: Any) -> int:
-        """Returns the position of a number, symbolic or not, among the evaluated ones; adds it if it is new."""
-        expression = value.node.expr if isinstance(value, _SYMBOLIC) else sympy.sympify(value)
-        return self._places.setdefault(expression, len(self._places))
-
-    def compiled(self) -> Callable[[Sizes], Values]:
-        """Compiles all expressions; calling the result raises ``KeyError`` if a symbol has no size.
-
-        Raises:
-            CaptureError: an expression has no form in Python.
-        """
-        symbols = sorted({str(symbol) for expression in self._places for symbol in expression.free_symbols})
-        printer = PythonPrinter()
-        try:
-            results = "".join(f"{printer.doprint(expression)}, " for expression in self._places)
-            evaluate = eval(f"lambda {', '.join(symbols)}: ({results})", dict(SYMPY_INTERP))
-        except (NotImplementedError, SyntaxError) as error:
-            raise CaptureError(f"a size of the step cannot be written as Python: {error}") from error
-        return lambda sizes: evaluate(*(sizes[name] for name in symbols))
 
 
 class SymbolicGraph:
@@ -76,18 +44,19 @@ class SymbolicGraph:
         self.joint = joint
         program = SizeProgram()
         nodes = joint.module.graph.nodes
-        self._values = {node: _recipe(node.meta.get("val"), program) for node in nodes}
+        self._values = {node: value_recipe(node.meta.get("val"), program) for node in nodes}
         self._literals: dict[int, int] = {}
         self._layouts: dict[fx.Node, Layout] = {}
         for node in nodes:
             if node.target in _SLICES:
                 self._layouts |= {n: _layout(n.meta["val"], program) for n in (node, node.args[0])}
             fx.node.map_aggregate((node.args, node.kwargs), lambda value: self._enter(value, program))
+        self._numbers: Values = program.numbers
         self._evaluate = program.compiled()
 
     def _enter(self, value: Any, program: SizeProgram) -> Any:
         """Notes a symbolic number that stands in a call's arguments."""
-        if isinstance(value, _SYMBOLIC):
+        if isinstance(value, SYMBOLIC):
             self._literals[id(value)] = program.place(value)
         return value
 
@@ -97,13 +66,31 @@ class SymbolicGraph:
         Raises:
             KeyError: a symbol of the graph has no size.
         """
-        values, fakes, graph = self._evaluate(sizes), _FakeTensors(), PlainGraph()
+        values = self._evaluate(sizes)
+        return self._built(values, values, ConcreteTensors())
+
+    def symbolic_at(self, sizes: Sizes) -> JointGraph:
+        """Builds the same graph with sizes that stay symbolic; it is the one of all sizes that leave out the same.
+
+        Raises:
+            KeyError: a symbol of the graph has no size.
+        """
+        return self._built(self._evaluate(sizes), self._numbers, _SymbolicTensors())
+
+    def left_out(self, sizes: Sizes) -> tuple[bool, ...]:
+        """Tells of each call that may give its input whether it does so at these sizes."""
+        values = self._evaluate(sizes)
+        return tuple(self._unchanged(node, values) is not None for node in self._layouts if node.target in _SLICES)
+
+    def _built(self, values: Values, numbers: Values, fakes: _Fakes) -> JointGraph:
+        """Builds the graph that has calls left out as the values say, and these numbers in it."""
+        graph = PlainGraph()
         new: dict[fx.Node, Any] = {}
 
         def argument(value: Any) -> Any:
             if isinstance(value, fx.Node):
                 return new[value]
-            return values[self._literals[id(value)]] if isinstance(value, _SYMBOLIC) else value
+            return numbers[self._literals[id(value)]] if isinstance(value, SYMBOLIC) else value
 
         for node in self.joint.module.graph.nodes:
             source = self._unchanged(node, values)
@@ -111,7 +98,7 @@ class SymbolicGraph:
                 fakes.merge(node.meta["val"], source.meta["val"])
                 new[node] = new[source]
                 continue
-            value = new[node] = self._values[node](values, fakes)
+            value = new[node] = self._values[node](numbers, fakes)
             is_number = isinstance(value, _NUMBERS)
             if is_number and node.op != "placeholder":
                 continue
@@ -133,7 +120,37 @@ class SymbolicGraph:
         return source if same else None
 
 
-class _FakeTensors:
+class _Fakes(Protocol):
+    """Makes the values of a graph's nodes."""
+
+    def merge(self, like: Tensor, source: Tensor) -> None:
+        """Lets what was made of ``like`` be made of ``source``."""
+
+    def tensor(self, like: Tensor, n_bytes: int, offset: int, size: Sequence[int], stride: Sequence[int], /) -> Tensor:
+        """Makes a tensor of the type and device of ``like`` in the storage that stands for that of ``like``."""
+
+
+class _SymbolicTensors:
+    """Gives the symbolic tensors themselves, or views of what stands for them where calls are left out."""
+
+    def __init__(self) -> None:
+        self.sources: dict[int, Tensor] = {}
+
+    def merge(self, like: Tensor, source: Tensor) -> None:
+        (key,), (behind,) = storages(like), storages(source)
+        if key != behind:
+            self.sources[key] = self.sources.get(behind, source)
+
+    def tensor(self, like: Tensor, _: int, offset: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+        source: Any = self.sources.get(storages(like)[0])
+        if source is None:
+            return like
+        with source.fake_mode, torch.no_grad():
+            view: Tensor = source.as_strided(size, stride, offset)
+        return view
+
+
+class ConcreteTensors:
     """Makes fake tensors of one mode, which share storages as those of the symbolic graph do."""
 
     def __init__(self) -> None:
@@ -153,16 +170,16 @@ class _FakeTensors:
         return FakeTensor(self.mode, plain, like.device)
 
 
-Recipe = Callable[[Values, _FakeTensors], Any]
+Recipe = Callable[[Values, _Fakes], Any]
 Layout = Callable[[Values], tuple[Any, ...]]
 
 
-def _recipe(value: Any, program: SizeProgram) -> Recipe:
-    """Returns what makes the concrete form of a node's value."""
+def value_recipe(value: Any, program: SizeProgram) -> Recipe:
+    """Returns what makes the form of a node's value that numbers of the program give it."""
     if isinstance(value, Tensor):
         return _tensor_recipe(value, program)
     if isinstance(value, (list, tuple)):
-        items, kind = [_recipe(item, program) for item in value], type(value)
+        items, kind = [value_recipe(item, program) for item in value], type(value)
         return lambda values, fakes: kind(item(values, fakes) for item in items)
     if isinstance(value, _NUMBERS):
         place = program.place(value)

@@ -109,7 +109,7 @@ class _Rewriter:
         new = self.graph.create_node(
             "call_function", compress, (source, instruction.codec), name=self._name("compress")
         )
-        made = compress(source.meta["val"], instruction.codec)
+        made = _encoded(source.meta["val"], instruction.codec)
         self._tag(new, made)
         qdata, header = (self._tag(self.graph.call_function(operator.getitem, (new, i)), made[i]) for i in range(2))
         self.encoded[instruction.writes[0]] = (qdata, header)
@@ -158,3 +158,11 @@ class _Rewriter:
         node.meta.clear()
         node.meta.update({"val": value, TAG: NodeTag(self.phase)})
         return node
+
+
+def _encoded(value: torch.Tensor, codec: str) -> tuple[Any, Any]:
+    """Returns the fake values that encoding makes; None where sizes are symbolic: codecs count with numbers."""
+    if any(isinstance(size, torch.SymInt) for size in value.shape):
+        return None, None
+    made: tuple[Any, Any] = torch.ops.fxhybrid.compress.default(value, codec)
+    return made

@@ -7,7 +7,9 @@ empties, so that a saved tensor dies at its last use and not when the call retur
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -36,6 +38,16 @@ class SplitGraphs:
     n_saved: int
     resident_inputs: tuple[int, ...]
     joint: JointGraph
+
+    def run_forward(self, arguments: list[Any]) -> Sequence[Any]:
+        """Runs the forward half; takes the arguments out of their list."""
+        results: Sequence[Any] = self.forward.forward(arguments)
+        return results
+
+    def run_backward(self, arguments: list[Any]) -> Sequence[Any]:
+        """Runs the backward half; takes the arguments out of their list."""
+        results: Sequence[Any] = self.backward.forward(arguments)
+        return results
 
 
 def split(joint: JointGraph) -> SplitGraphs:

@@ -15,7 +15,7 @@ from fxhybrid.options import Options
 from fxhybrid.passes.expected_backward import ALL_ARRIVE
 from fxhybrid.pipeline import Prepared, build_graphs, prepare_traced, trace_plain
 from fxhybrid.profiling.allocator import StepMeasurement, measure_step
-from fxhybrid.runtime import StepFunction
+from fxhybrid.runtime import StepFunction, StepInterface
 from fxhybrid.suite import SuiteCase, load
 
 
@@ -69,9 +69,9 @@ class Subject:
 
     def run(self, actions: dict[int, Action], *, accumulating: bool) -> Trial:
         """Carries out ``actions`` and measures; ``accumulating`` keeps the gradients of the step before."""
-        _, graphs = build_graphs(self.prepared, actions)
+        graphs = build_graphs(self.prepared, actions)
         captured = self.prepared.capture
-        function = captured.bind(StepFunction(graphs, self.prepared.joint, captured.metadata))
+        function = captured.bind(StepFunction(graphs, StepInterface.of(self.prepared.joint), captured.metadata))
         model = self.case.model
         model.load_state_dict(self.start)
         result = observe_step(lambda: function(self.step, *self.call), model, has_loss=True)

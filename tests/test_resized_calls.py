@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxhybrid
+from fxhybrid.capture.step import StepCall
 from fxhybrid.compiler import signature_cache
 from fxhybrid.compiler.signature_cache import SignatureCache
+from fxhybrid.passes.sized_halves import SharedGraphs
 from fxhybrid.profiling.allocator import measure_step
 from fxhybrid.suite.small_models import CausalBlock
 
@@ -114,6 +116,29 @@ def test_new_sizes_need_one_more_capture_in_all(lossless: Compared, size: tuple[
     assert lossless.n_captures == 2
 
 
+def test_new_sizes_need_no_graph_of_their_own(lossless: Compared) -> None:
+    for length in (41, 43):
+        lossless.check(*words(8, length))
+    session = lossless.hybrid._fxhybrid_session
+    first, second = (signature.active().function.graphs for signature in session.signatures[:2])
+    assert isinstance(first, SharedGraphs)
+    assert isinstance(second, SharedGraphs)
+    assert first.halves is second.halves
+    states = [signature.state for signature in session.signatures[:2]]
+    assert not any("module" in vars(state.prepared.joint) for state in states)
+    batch = words(8, 43)
+    call = StepCall(batch[:1], {}, batch[1:])
+    family = session.cache.families[0]
+    sizes = family.sizes_of(session.step, call)
+    (shared, *choices), (alone, *expected) = (
+        prepare(session.step, call, sizes) for prepare in (family._prepared_at, family._prepared_alone)
+    )
+    assert shared.problem == alone.problem
+    assert choices == expected
+    assert shared.fingerprint == alone.fingerprint
+    assert [s.name for s in shared.layout.storages] == [s.name for s in alone.layout.storages]
+
+
 def test_a_larger_size_than_planned_uses_other_known_plans(lossless: Compared) -> None:
     lossless.check(*words(8, 63))
     assert lossless.hybrid.plan.counts().get("recompute", 0) > 0  # 0.85 of the save-all peak at length 56
@@ -150,7 +175,7 @@ def test_another_budget_holds_at_sizes_seen_before(lossless: Compared) -> None:
 
 
 def test_signatures_called_longest_ago_are_dropped(lossless: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signature_cache, "KEPT_NODES", 1)
+    monkeypatch.setattr(signature_cache, "KEPT_OPS", 1)
     monkeypatch.setattr(signature_cache, "LEAST_KEPT", 2)
     for length in (30, 31, 32, 33):
         lossless.check(*words(8, length))

@@ -32,7 +32,7 @@ from fxhybrid.options import Options
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.pipeline import Prepared, prepare
-from fxhybrid.runtime import StepFunction
+from fxhybrid.runtime import StepFunction, StepInterface
 
 MINUTES = 30
 NEEDS = "scikit-learn"
@@ -102,7 +102,7 @@ def train(task: Task, bits: int, rounding: str) -> Record:
         prepared = prepare(step, call, Options.checked(budget=1.0, loss_fn=task.loss_fn))
         made = graphs(prepared, bits, rounding)
         record["error"] = reference(prepared, step, call).gradient_error(made)
-        bound = prepared.capture.bind(StepFunction(made, prepared.joint, prepared.capture.metadata))
+        bound = prepared.capture.bind(StepFunction(made, StepInterface.of(prepared.joint), prepared.capture.metadata))
         function = partial(bound, step)
     _run(task, model, function, itertools.chain([example], batches))
     return record | evaluated(model, task)

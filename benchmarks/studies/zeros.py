@@ -95,7 +95,7 @@ def saved_tensors(name: str, size: suite.Size) -> Iterator[Kept]:
     prepared = prepare(step, call, Options.checked(budget=1.0, loss_fn=target.loss_fn))
     problem, layout = prepared.problem, prepared.layout
     masks: dict[int, Action] = {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
-    graphs = build_graphs(prepared, masks)[1]
+    graphs = build_graphs(prepared, masks)
     makers = {t: op for op in layout.forward for t in op.outputs}
     storages = {id(s.base.meta["val"]): t for t, s in enumerate(layout.storages) if s.base is not None and t in makers}
     found: list[Kept] = []

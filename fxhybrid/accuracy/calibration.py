@@ -66,7 +66,7 @@ class Calibration:
 
 def measured_error(prepared: Prepared, reference: Reference, actions: Actions) -> float:
     """Runs ``actions`` on the reference's batch, and returns the relative gradient error."""
-    return reference.gradient_error(build_graphs(prepared, actions)[1])
+    return reference.gradient_error(build_graphs(prepared, actions))
 
 
 def calibrate(prepared: Prepared, reference: Reference) -> Calibration:

@@ -27,7 +27,7 @@ class LossyStep:
         self.specs: Mapping[int, str] = {}
         problem = prepared.problem
         masks: dict[int, Action] = {t: SAVE for i in problem.deferrable for t in problem.forward[i].outputs}
-        self.graphs = build_graphs(prepared, masks)[1]
+        self.graphs = build_graphs(prepared, masks)
         self.watch = ChannelWatch(prepared.layout, self.graphs)
         bases = {t: prepared.layout.storages[t].base for t in prepared.choices}
         self._pass_through({id(base.meta["val"]): t for t, base in bases.items() if base is not None})

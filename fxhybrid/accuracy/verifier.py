@@ -62,7 +62,9 @@ class Verifier:
         """
         captured = self.prepared.capture
         function = captured.bind(
-            StepFunction(graphs, self.prepared.traced.joint, captured.metadata, absent=self.prepared.expected.absent)
+            StepFunction(
+                graphs, self.prepared.traced.interface, captured.metadata, absent=self.prepared.expected.absent
+            )
         )
         return self._observe(lambda: function(self.step, *self.call))
 

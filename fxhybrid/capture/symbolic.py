@@ -6,7 +6,8 @@ model may still fix some, by what it computes or decides; Dynamo's guards then s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +32,12 @@ class SymbolicCapture:
     Attributes:
         capture: its joint graph has symbolic sizes in ``meta["val"]`` and operators that compute sizes.
         dims: what was made symbolic.
+        decisions: what is decided by sizes after the trace.
     """
 
     capture: Capture
     dims: Dims
+    decisions: SizeDecisions
     _read: Callable[[Mapping[str, Any]], Sizes]
     _parameters: tuple[str, ...]
 
@@ -44,6 +47,30 @@ class SymbolicCapture:
             return self._read(dict(zip(self._parameters, call, strict=True)))
         except (LookupError, AttributeError, TypeError, ValueError):
             return None
+
+
+class SizeDecisions:
+    """Collects what Python code decides by symbolic sizes after the trace, which its guards know nothing of."""
+
+    def __init__(self, shape_env: Any) -> None:
+        """Begins to collect; so far everything that was decided is in the guards."""
+        self._env = shape_env
+        self._n_guards, self._fixed = len(shape_env.guards), dict(shape_env.replacements)
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Lets code decide without a warning."""
+        frozen, self._env.frozen = self._env.frozen, False
+        try:
+            yield
+        finally:
+            self._env.frozen = frozen
+
+    def taken(self) -> list[sympy.Basic] | None:
+        """Returns the conditions under which everything is decided alike; None where that fixes a size."""
+        if dict(self._env.replacements) != self._fixed:
+            return None
+        return [guard.expr for guard in self._env.guards[self._n_guards :]]
 
 
 def capture_symbolic(module: nn.Module, args: tuple[Any, ...], dims: Dims, *, exact: bool = True) -> SymbolicCapture:
@@ -63,7 +90,8 @@ def capture_symbolic(module: nn.Module, args: tuple[Any, ...], dims: Dims, *, ex
     try:
         captured = capture(module, marked, exact=exact)
         _check_supported(captured.joint)
-        read = _reader(_shape_env(captured.joint), captured.joint)
+        env = _shape_env(captured.joint)
+        read = _reader(env, captured.joint)
         holds = captured.holds(module, *args)
     except FxHybridError:
         raise
@@ -73,7 +101,7 @@ def capture_symbolic(module: nn.Module, args: tuple[Any, ...], dims: Dims, *, ex
         raise CaptureError("a capture with symbolic sizes does not hold for the call that it was traced with")
     code = type(module).forward.__code__
     parameters = code.co_varnames[: code.co_argcount]
-    return SymbolicCapture(captured, dims, read, parameters)
+    return SymbolicCapture(captured, dims, SizeDecisions(env), read, parameters)
 
 
 def _marked(args: tuple[Any, ...], dims: Dims) -> tuple[Any, ...]:

@@ -33,14 +33,12 @@ class ActiveGraph:
     Attributes:
         point: what is carried out, with its figures.
         describe: makes the plan that a user sees.
-        joint: the rewritten joint graph.
         function: the step over the graph's flat inputs.
         call: the step over the module's own arguments.
     """
 
     point: FrontierPoint
     describe: Callable[[], Plan]
-    joint: JointGraph
     function: StepFunction
     call: Callable[..., Any]
 
@@ -48,6 +46,11 @@ class ActiveGraph:
     def actions(self) -> Actions:
         """What is carried out, by tensor index."""
         return self.point.actions
+
+    @property
+    def joint(self) -> JointGraph:
+        """The rewritten joint graph."""
+        return self.function.graphs.joint
 
     @cached_property
     def plan(self) -> Plan:
@@ -66,7 +69,7 @@ def build_active(
     known = choose(state, call)
     actions = known.point.actions
     twin = next((graph for graph in built if graph.actions == actions), None)
-    joint, graphs = (twin.joint, twin.function.graphs) if twin else build_graphs(state.prepared, actions)
+    graphs = twin.function.graphs if twin else build_graphs(state.prepared, actions)
     prepared, captured = state.prepared, state.prepared.capture
     planned = _planned_call(state, call, actions)
     watch = None
@@ -74,7 +77,7 @@ def build_active(
         watch = BackwardWatch(prepared, actions, graphs, planned, observed, call.added, state.extra_bytes(call))
     function = StepFunction(
         graphs,
-        prepared.traced.joint,
+        prepared.traced.interface,
         captured.metadata,
         absent=prepared.expected.absent,
         adding=call.added,
@@ -82,7 +85,7 @@ def build_active(
         enter=watch.opened if watch else None,
     )
     bound = captured.bind(function)
-    return ActiveGraph(known.point, partial(describe, state, known, call), joint, function, bound)
+    return ActiveGraph(known.point, partial(describe, state, known, call), function, bound)
 
 
 def _planned_call(state: PlanningState, call: CallState, actions: Actions) -> PlannedCall | None:

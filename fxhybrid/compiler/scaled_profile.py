@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,13 +31,38 @@ class StepCalls:
     @cached_property
     def sized(self) -> Sequence[_SizedCall]:
         """Every call with what it makes."""
-        sizes = zip(calls_of(self.layout, self.choices), _results(self), strict=True)
+        sizes = zip(calls_of(self.layout, self.choices), self.results, strict=True)
         return [_SizedCall(call, result, made_bytes) for call, (result, made_bytes) in sizes]
+
+    @property
+    def results(self) -> Iterable[tuple[Any, int]]:
+        """Result and bytes of each call."""
+        return _results(self)
 
     @cached_property
     def names(self) -> list[tuple[str, Any]]:
         """Names and targets of all operators."""
         return [(op.name, op.node.target) for op in self.layout.forward + self.layout.backward]
+
+
+class Work(NamedTuple):
+    """Holds what a call computes and moves.
+
+    Attributes:
+        flops: operations of a matrix product or convolution; 0 for others.
+        moved_bytes: bytes of inputs and results.
+        made_bytes: what it leaves allocated.
+    """
+
+    flops: int
+    moved_bytes: int
+    made_bytes: int
+
+    @classmethod
+    def of(cls, call: Call, result: Any, made_bytes: int) -> Work:
+        """Counts the work of a call, from its fake result where there is one."""
+        moved_bytes = count_bytes((call.args, dict(call.kwargs))) + made_bytes
+        return cls(count_flops(call.target, call.args, result), moved_bytes, made_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +74,9 @@ class _SizedCall:
     made_bytes: int
 
     @cached_property
-    def flops(self) -> int:
-        """Counts the operations of a matrix product or convolution; 0 for others."""
-        return count_flops(self.call.target, self.call.args, self.result)
-
-    @cached_property
-    def moved_bytes(self) -> int:
-        """Counts the bytes of inputs and results."""
-        return count_bytes((self.call.args, dict(self.call.kwargs))) + self.made_bytes
+    def work(self) -> Work:
+        """What the call computes and moves."""
+        return Work.of(self.call, self.result, self.made_bytes)
 
 
 def scaled_profile(measured: Profile, at: StepCalls, wanted: StepCalls) -> Profile:
@@ -80,11 +100,11 @@ def scaled_profile(measured: Profile, at: StepCalls, wanted: StepCalls) -> Profi
         if key == old.call.key:
             costs[key] = cost
             continue
-        seconds = cost.seconds * _work_ratio(old, new)
-        if _has_workspace(cost, old, new):
-            open_calls[key] = new.call, seconds
+        scaled = scaled_cost(cost, old.work, new.work, new.call.target)
+        if scaled.alloc_peak_bytes < 0:
+            open_calls[key] = new.call, scaled.seconds
         else:
-            costs[key] = OpCost(seconds, new.made_bytes)
+            costs[key] = scaled
     peaks = measure_alloc_peaks(call for call, _ in open_calls.values())
     costs |= {key: OpCost(seconds, peaks[key]) for key, (_, seconds) in open_calls.items()}
     return Profile(measured.device, costs)
@@ -107,17 +127,19 @@ def _results(step: StepCalls) -> Iterable[tuple[Any, int]]:
             yield None, meta.nbytes
 
 
-def _work_ratio(old: _SizedCall, new: _SizedCall) -> float:
+def scaled_cost(cost: OpCost, old: Work, new: Work, target: Any) -> OpCost:
+    """Returns the cost of a call that has other work now; its bytes are -1 where they are to be measured."""
     before, after = (old.flops, new.flops) if old.flops and new.flops else (old.moved_bytes, new.moved_bytes)
-    return after / before if before else 1.0
+    seconds = cost.seconds * (after / before if before else 1.0)
+    return OpCost(seconds, -1 if _has_workspace(cost, old, new, target) else new.made_bytes)
 
 
-def _has_workspace(cost: OpCost, old: _SizedCall, new: _SizedCall) -> bool:
+def _has_workspace(cost: OpCost, old: Work, new: Work, target: Any) -> bool:
     """Tells whether the call may take bytes beyond its results.
 
     What took none at some size takes none at a smaller one; elementwise kernels take none at larger ones either.
     """
     if cost.estimated or cost.alloc_peak_bytes > old.made_bytes:
         return True
-    tags = getattr(new.call.target, "tags", ())
+    tags = getattr(target, "tags", ())
     return new.moved_bytes > old.moved_bytes and torch.Tag.pointwise not in tags

@@ -20,11 +20,14 @@ from fxhybrid.compiler.observed_backward import ObservedBackward
 from fxhybrid.compiler.planning_state import PlanningState
 from fxhybrid.compiler.signature import Signature
 from fxhybrid.compiler.size_family import SizeFamily
+from fxhybrid.compiler.size_template import sized_step
 from fxhybrid.errors import FxHybridError
-from fxhybrid.passes.concretize import SymbolicGraph
+from fxhybrid.passes.concretize import SymbolicGraph, concretize
+from fxhybrid.passes.fingerprint import fingerprint
 
-# Derived signatures are kept up to so many nodes of their graphs, each some 10 KiB, and at least so many signatures.
-KEPT_NODES, LEAST_KEPT = 16_000, 4
+# Derived signatures are kept up to so many ops of their steps, and at least so many signatures. An op takes some KiB,
+# and ten times that where graphs for one size alone are built.
+KEPT_OPS, LEAST_KEPT = 10_000, 4
 MOST_TRIES = 3  # symbolic captures of one kind of call, before every new shape is captured as it is
 
 
@@ -62,10 +65,11 @@ class SignatureCache:
         self.signatures.insert(0, signature)
         captured = self.captured
         derived = [s for s in self.signatures if s not in captured and s.state.adopted is None]
-        n_nodes = 0
+        n_ops = 0
         for kept, other in enumerate(derived):
-            n_nodes += len(other.state.prepared.joint.module.graph.nodes)
-            if n_nodes > KEPT_NODES and kept >= LEAST_KEPT:
+            problem = other.state.prepared.problem
+            n_ops += len(problem.forward) + len(problem.backward)
+            if n_ops > KEPT_OPS and kept >= LEAST_KEPT:
                 self.signatures.remove(other)
 
     def without_derived(self) -> list[Signature]:
@@ -143,8 +147,10 @@ def _captured_family(
     """Captures a call symbolically; None unless that is what the static capture of an earlier call of its kind is."""
     try:
         symbolic = capture_symbolic(step, tuple(call.detached()), dims, exact=not state.options.reordered)
-        family = SizeFamily(earlier.kind, symbolic, SymbolicGraph(symbolic.capture.joint), state)
-        sizes = symbolic.sizes(step, *earlier.call())
-        return family if sizes and family.traces_the_same(state.prepared.capture, sizes) else None
+        graph, sizes = SymbolicGraph(symbolic.capture.joint), symbolic.sizes(step, *earlier.call())
+        static = state.prepared.capture.joint
+        if not sizes or fingerprint(graph.at(sizes)) != fingerprint(concretize(static, {})):
+            return None
+        return SizeFamily(earlier.kind, symbolic, graph, state, sized_step(symbolic, graph, sizes))
     except (FxHybridError, LookupError, ArithmeticError):
         return None  # a static capture says what is wrong, if anything is

@@ -6,29 +6,43 @@ plans that were found at the reference's sizes are simulated. Only where none of
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 from fxhybrid.accuracy.replan_loop import MeasuredErrors
 from fxhybrid.accuracy.verifier import CaptureCheck
 from fxhybrid.capture.capture import Capture
+from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.capture.symbolic import Sizes, SymbolicCapture
-from fxhybrid.codecs import codec_kind, get_codec
+from fxhybrid.codecs import TensorMeta, codec_kind, get_codec
 from fxhybrid.compiler.call_state import FRESH
+from fxhybrid.compiler.later_graphs import LaterCosts, LaterJointGraph, LaterLayout
 from fxhybrid.compiler.planner import PlanMaker
 from fxhybrid.compiler.planning_state import PlanningState, search
 from fxhybrid.compiler.scaled_profile import StepCalls, scaled_profile
+from fxhybrid.compiler.size_template import SizedFigures, SizedStep, SizeTemplate, template_of
 from fxhybrid.ir.plan import SAVE, Action, Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.passes.build_problem import CodecChoices
+from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.codec_choices import codec_choices
-from fxhybrid.passes.concretize import SymbolicGraph, concretize
-from fxhybrid.passes.fingerprint import fingerprint
+from fxhybrid.passes.concretize import SymbolicGraph
+from fxhybrid.passes.error_prior import ErrorTable
 from fxhybrid.passes.storages import Layout, layout_of
-from fxhybrid.pipeline import Prepared, canonical, prepared_for, pruned_joint
+from fxhybrid.pipeline import (
+    Prepared,
+    Traced,
+    canonical,
+    prepared_for,
+    pruned_joint,
+    resident_bytes_of,
+    update_of,
+)
+from fxhybrid.profiling.op_profiler import Profile
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, judged_again, pareto, plans_of
 
 Specs = dict[tuple[int, str], str]  # codec by storage and the codec that stands for it at other sizes
@@ -43,28 +57,28 @@ class SizeFamily:
         symbolic: the capture.
         graph: its joint graph, ready to be made concrete.
         reference: a state of the same step at some sizes.
+        sized: its canonical form for many sizes; None where that depends on them.
         measured: calls at sizes of references, by their layout.
+        templates: the same step for many sizes, by the layouts of references.
     """
 
     kind: Hashable
     symbolic: SymbolicCapture
     graph: SymbolicGraph
     reference: PlanningState
+    sized: SizedStep | None
     measured: WeakKeyDictionary[Layout, StepCalls] = field(default_factory=WeakKeyDictionary)
+    templates: WeakKeyDictionary[Layout, SizeTemplate | None] = field(default_factory=WeakKeyDictionary)
 
     def sizes_of(self, step: Step, call: StepCall) -> Sizes | None:
         """Returns the sizes of a call; None where the capture does not hold for it."""
         sizes = self.symbolic.sizes(step, *call)
         return sizes if sizes is not None and self.symbolic.capture.holds(step, *call) else None
 
-    def traces_the_same(self, capture: Capture, sizes: Sizes) -> bool:
-        """Tells whether a static capture at some sizes is what the symbolic one becomes there."""
-        return fingerprint(self.graph.at(sizes)) == fingerprint(concretize(capture.joint, {}))
-
     def state_at(self, step: Step, call: StepCall, sizes: Sizes, budget_bytes: int) -> PlanningState:
         """Plans a call of new sizes by what is known of the reference."""
         reference = self.reference
-        prepared, initial_choices, specs = self._prepared(step, call, sizes)
+        prepared, initial_choices, specs = self._prepared_at(step, call, sizes)
         save_all_bytes = simulate_actions(prepared.problem, {}).peak_bytes
         check = reference.capture_check
         state = replace(
@@ -94,28 +108,73 @@ class SizeFamily:
         Raises:
             ProfileError: memory does not suffice for an operator.
         """
-        prepared, _, specs = self._prepared(step, call, sizes)
+        prepared, _, specs = self._prepared_at(step, call, sizes)
         return prepared, _known_plans(self.reference.plans, prepared.problem, specs)
 
-    def _prepared(self, step: Step, call: StepCall, sizes: Sizes) -> tuple[Prepared, CodecChoices, Specs]:
+    def _prepared_at(self, step: Step, call: StepCall, sizes: Sizes) -> tuple[Prepared, CodecChoices, Specs]:
+        """Prepares a call from the template of all sizes where that holds for it."""
         old = self.reference.prepared
-        traced = canonical(self._capture_at(sizes), old.traced.structure, step, call, self.reference.options)
+        if old.layout not in self.templates:
+            self.templates[old.layout] = template_of(self.sized, old, StepCalls(old.layout, old.choices))
+        template = self.templates[old.layout]
+        figures = None if template is None else template.figures(sizes)
+        if template is None or figures is None:
+            return self._prepared_alone(step, call, sizes)
+        initial = template.offered(figures)
+        specs = _resized_specs(old, template.names, figures.metas, initial)
+        choices = _choices(specs, old.choices)
+        later = _LaterGraphs(self.graph, old, sizes)
+        traced = self._traced_later(step, call, figures, later)
+        errors = _resized_errors(old, specs)
+        problem = template.problem(figures, specs, choices, errors, traced.resident_bytes, traced.update_rise_bytes)
+        roles = self.graph.joint
+        joint = LaterJointGraph(lambda: later.pruned, inputs=roles.inputs, outputs=roles.outputs)
+        costs = LaterCosts(lambda: self._scaled(old, specs, later.layout, choices).costs)
+        profile = Profile(old.profile.device, costs)
+        layout = LaterLayout(lambda: later.layout)
+        sharing = template.sharing_at(sizes)
+        prepared = Prepared(traced, old.expected, joint, layout, profile, choices, old.refusals, problem, sharing)
+        return prepared, initial, specs
+
+    def _traced_later(self, step: Step, call: StepCall, figures: SizedFigures, later: _LaterGraphs) -> Traced:
+        """Returns the traced form of a call whose graphs are built when they are read."""
+        old, options, roles = self.reference.prepared.traced, self.reference.options, self.graph.joint
+        captured = self._capture_at(
+            figures.sizes, LaterJointGraph(lambda: later.captured, inputs=roles.inputs, outputs=roles.outputs)
+        )
+        joint = LaterJointGraph(lambda: later.canonical, inputs=roles.inputs, outputs=roles.outputs)
+        rise_bytes, updates = update_of(captured, step, options)
+        return replace(
+            old,
+            capture=captured,
+            joint=joint,
+            plain=joint,
+            resident_bytes=resident_bytes_of(step, call, options) + captured.float_bytes,
+            update_rise_bytes=rise_bytes,
+            updates=updates,
+            known_interface=figures.interface,
+        )
+
+    def _prepared_alone(self, step: Step, call: StepCall, sizes: Sizes) -> tuple[Prepared, CodecChoices, Specs]:
+        """Prepares a call from graphs of its own sizes."""
+        old = self.reference.prepared
+        captured = self._capture_at(sizes, self.graph.at(sizes))
+        traced = canonical(captured, old.traced.structure, step, call, self.reference.options)
         traced = traced.in_layout(old.traced.channels_last)
-        joint = pruned_joint(traced, old.expected)
+        joint = pruned_joint(traced.joint, traced.updates, old.expected)
         layout = layout_of(joint)
         initial = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)
-        specs = _resized_specs(old, layout, initial)
+        metas = {t: TensorMeta.of(s.base.meta["val"]) for t, s in enumerate(layout.storages) if s.base is not None}
+        specs = _resized_specs(old, [s.name for s in layout.storages], metas, initial)
         choices = _choices(specs, old.choices)
-        measured = {t: tuple(spec for spec in old.choices[t] if (t, spec) in specs) for t in choices}
-        profile = scaled_profile(old.profile, self._calls_at(old, measured), StepCalls(layout, choices))
-        errors = {
-            (t, specs[t, option.codec]): option.error
-            for t, tensor in enumerate(old.problem.tensors)
-            for option in tensor.codecs
-            if not option.lossless and (t, option.codec) in specs
-        }
+        profile, errors = self._scaled(old, specs, layout, choices), _resized_errors(old, specs)
         prepared = prepared_for(traced, old.expected, joint, layout, profile, choices, old.refusals, errors)
         return prepared, initial, specs
+
+    def _scaled(self, old: Prepared, specs: Specs, layout: Layout, choices: CodecChoices) -> Profile:
+        """Returns the profile of a layout at new sizes."""
+        measured = {t: tuple(spec for spec in old.choices[t] if (t, spec) in specs) for t in choices}
+        return scaled_profile(old.profile, self._calls_at(old, measured), StepCalls(layout, choices))
 
     def _calls_at(self, reference: Prepared, measured: CodecChoices) -> StepCalls:
         """Returns what was measured at the reference's sizes; most sizes ask for the same."""
@@ -124,22 +183,57 @@ class SizeFamily:
             known = self.measured[reference.layout] = StepCalls(reference.layout, measured)
         return known
 
-    def _capture_at(self, sizes: Sizes) -> Capture:
+    def _capture_at(self, sizes: Mapping[str, int], joint: JointGraph) -> Capture:
         """Returns the capture at some sizes, which holds for calls of these only."""
         symbolic, fixed = self.symbolic, dict(sizes)
 
         def holds(*call: object) -> bool:
             return symbolic.sizes(*call) == fixed and symbolic.capture.holds(*call)
 
-        return replace(symbolic.capture, joint=self.graph.at(sizes), holds=holds)
+        return replace(symbolic.capture, joint=joint, holds=holds)
 
 
-def _resized_specs(old: Prepared, layout: Layout, offered: CodecChoices) -> Specs:
+class _LaterGraphs:
+    """Builds the graphs of some sizes when they are read."""
+
+    def __init__(self, graph: SymbolicGraph, old: Prepared, sizes: Sizes) -> None:
+        self._graph, self._old, self._sizes = graph, old, dict(sizes)
+
+    @cached_property
+    def captured(self) -> JointGraph:
+        return self._graph.at(self._sizes)
+
+    @cached_property
+    def canonical(self) -> JointGraph:
+        return canonicalize(self.captured)
+
+    @cached_property
+    def pruned(self) -> JointGraph:
+        return pruned_joint(self.canonical, self._old.traced.updates, self._old.expected)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return layout_of(self.pruned)
+
+
+def _resized_errors(old: Prepared, specs: Specs) -> ErrorTable:
+    """Returns the errors of codecs as those that they stand for have at other sizes."""
+    return {
+        (t, specs[t, option.codec]): option.error
+        for t, tensor in enumerate(old.problem.tensors)
+        for option in tensor.codecs
+        if not option.lossless and (t, option.codec) in specs
+    }
+
+
+def _resized_specs(
+    old: Prepared, names: Sequence[str], metas: Mapping[int, TensorMeta], offered: CodecChoices
+) -> Specs:
     """Finds, for each codec of the reference, the one of the same kind that the same storage is offered now.
 
     Where storages are others, since a rewrite depends on sizes, there is none.
     """
-    if [s.name for s in old.layout.storages] != [s.name for s in layout.storages]:
+    if [s.name for s in old.layout.storages] != names:
         return {}
     found: Specs = {}
     for t, specs in old.choices.items():
@@ -148,16 +242,9 @@ def _resized_specs(old: Prepared, layout: Layout, offered: CodecChoices) -> Spec
             kind = codec_kind(spec)
             if kind in kinds:
                 found[t, spec] = kinds[kind]
-            elif kind == "channelwise" and kinds and _same_channels(old, layout, t):
-                found[t, spec] = spec
+            elif kind == "channelwise" and kinds and old.meta(t).shape[1:] == metas[t].shape[1:]:
+                found[t, spec] = spec  # only the number of samples differs: widths are chosen for channels
     return found
-
-
-def _same_channels(old: Prepared, layout: Layout, t: int) -> bool:
-    """Tells whether only the number of samples differs: widths are chosen for channels."""
-    base = layout.storages[t].base
-    assert base is not None, "codecs are offered only for storages that are read"
-    return old.meta(t).shape[1:] == tuple(base.meta["val"].shape[1:])
 
 
 def _choices(specs: Specs, old: CodecChoices) -> CodecChoices:

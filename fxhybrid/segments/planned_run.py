@@ -67,15 +67,15 @@ def planned_part(
         needs: what it needs by it.
         shared_bytes: of the shared storages that it keeps.
     """
-    graphs = build_graphs(prepared, actions)[1]
-    joint, metadata, absent = prepared.traced.joint, prepared.capture.metadata, prepared.expected.absent
+    graphs = build_graphs(prepared, actions)
+    traced, metadata, absent = prepared.traced, prepared.capture.metadata, prepared.expected.absent
 
     def enter(saved: Sequence[Tensor], outputs: Sequence[Any], _: Sequence[Any]) -> _Opened:
         run = run_under_way()
         assert isinstance(run, PlannedRun), "a planned part runs within a planned step"
         return run.entered(saved, [t for t in outputs if isinstance(t, Tensor)], absent)
 
-    function = prepared.capture.bind(StepFunction(graphs, joint, metadata, absent=absent, enter=enter))
+    function = prepared.capture.bind(StepFunction(graphs, traced.interface, metadata, absent=absent, enter=enter))
     return PlannedPart(segment, prepared, needs, function, needs.stored_bytes + shared_bytes)
 
 

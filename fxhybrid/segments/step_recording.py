@@ -19,7 +19,7 @@ from fxhybrid.capture.step import StepCall
 from fxhybrid.errors import CaptureError
 from fxhybrid.ir.sequence import Shared
 from fxhybrid.passes.split import forward_only
-from fxhybrid.runtime import LateBackward, StepFunction
+from fxhybrid.runtime import LateBackward, StepFunction, StepInterface
 from fxhybrid.segments.leaf_notes import NOTHING_NEW
 from fxhybrid.segments.segment import Form, Segment
 
@@ -109,7 +109,7 @@ class FirstRun:
         self.calls.append(recorded)
         recorded.inputs = self._keys(arguments, now)
         capture = segment.capture
-        step = StepFunction(forward_only(capture.joint), capture.joint, capture.metadata)
+        step = StepFunction(forward_only(capture.joint), StepInterface.of(capture.joint), capture.metadata)
         outputs = capture.bind(step)(segment.step, segment.lifted.free_of(arguments), {}, ())
         recorded.outputs = self._keys(outputs, now)
         return tuple(outputs)
@@ -160,7 +160,10 @@ class SaveAllRun:
             recorded.present = (recorded.present or frozenset()) | present
 
         step = StepFunction(
-            prepared.save_all_graphs, prepared.traced.joint, prepared.capture.metadata, enter=lambda *_: _Noting(noted)
+            prepared.save_all_graphs,
+            prepared.traced.interface,
+            prepared.capture.metadata,
+            enter=lambda *_: _Noting(noted),
         )
         self._within = True
         try:
