@@ -125,6 +125,25 @@ def test_other_paths_keep_the_budget_or_are_refused_before_they_run() -> None:
         assert fxhybrid.measure_step(run, modules=pair.hybrid, tensors=X, repeats=0).peak_bytes <= budget
 
 
+def test_layers_that_run_by_the_same_code_keep_their_own_parameters() -> None:
+    """Nothing that Dynamo's guards look at tells the turns of the loop apart."""
+
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                if not torch.rand([]) < 0.25:
+                    x = x + layer(x).tanh()
+            return x
+
+    pair = twins(Alike().train(), budget="1MiB", loss_fn=loss_of, example_inputs=(X,))
+    for seed in range(3):
+        pair.same(step, seed=seed)
+
+
 BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "boolean mask": lambda h: h[h.sum(1) > 0].square().mean(),
     "numbers": lambda h: (h[random.sample(range(4), 3)] * np.random.beta(1, 1)).square().mean(),  # noqa: NPY002

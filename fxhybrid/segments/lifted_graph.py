@@ -17,15 +17,27 @@ class LiftedGraph(nn.Module):
         self.graph = fx.GraphModule(graph, graph.graph)  # Dynamo's own kind compiles itself lazily: not traceable
         self.owned: dict[int, str] = {}
         for position, (node, value) in enumerate(zip(_placeholders(graph), arguments, strict=True)):
-            name = f"owned_{position}"
+            if isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and _is_static(node)):
+                self.owned[position] = f"owned_{position}"
+        self.take(arguments)
+        self.n_arguments = len(arguments)
+
+    def take(self, arguments: Sequence[Any]) -> None:
+        """Makes the parameters and buffers among ``arguments`` its own."""
+        for position, name in self.owned.items():
+            value = arguments[position]
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
-            elif isinstance(value, Tensor) and _is_static(node):
-                self.register_buffer(name, value)
             else:
-                continue
-            self.owned[position] = name
-        self.n_arguments = len(arguments)
+                self.register_buffer(name, value)
+
+    def twin(self, arguments: Sequence[Any]) -> LiftedGraph:
+        """Returns the same graph with the parameters and buffers of other arguments: those of another layer."""
+        twin = LiftedGraph.__new__(LiftedGraph)
+        nn.Module.__init__(twin)
+        twin.graph, twin.owned, twin.n_arguments = self.graph, self.owned, self.n_arguments
+        twin.take(arguments)
+        return twin
 
     def forward(self, *free: Any) -> Any:
         """Runs the graph on its own tensors and those that are given."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from fxhybrid.capture.capture import Capture
+from fxhybrid.capture.capture import Capture, FlatFunction
 from fxhybrid.capture.output_structure import output_structure
 from fxhybrid.capture.segment_capture import capture_segment, needs_gradient
 from fxhybrid.capture.step import Step, StepCall
@@ -57,6 +57,7 @@ class Segment:
         line: where in the user's code the graph ends.
         options: what the user asked for.
         prepared: up to the planning problem, by the form of the call.
+        twins: the same graph with the parameters of other layers, which Dynamo runs by the same code.
     """
 
     lifted: LiftedGraph
@@ -65,6 +66,8 @@ class Segment:
     line: str
     options: Options
     prepared: dict[Form, Prepared] = field(default_factory=dict)
+    twins: list[Segment] = field(default_factory=list)
+    _captured: Capture | None = None  # takes what owns the tensors with each call
     _traced: dict[frozenset[int], Traced] = field(default_factory=dict)
 
     @classmethod
@@ -77,11 +80,11 @@ class Segment:
         step = Step(lifted, None, False)
         try:
             captured = capture_segment(
-                step, graph, example_inputs, lambda _, args, *__: lifted.full(args), exact=not options.reordered
+                step, graph, example_inputs, lambda owner, args, *_: owner.full(args), exact=not options.reordered
             )
         except CaptureError as error:
             return cls(lifted, None, str(error), line, options)
-        return cls(lifted, captured, "", line, options)
+        return cls(lifted, _owned_by(lifted, captured), "", line, options, _captured=captured)
 
     @property
     def step(self) -> Step:
@@ -93,7 +96,17 @@ class Segment:
         run = run_under_way()
         if run is None or not torch.is_grad_enabled():
             return self.plain(arguments)
-        return run.call(self, arguments)
+        return run.call(self.twin_for(arguments), arguments)
+
+    def twin_for(self, arguments: Sequence[Any]) -> Segment:
+        """Returns the segment that owns the parameters and buffers among ``arguments``."""
+        captured = self._captured
+        known = next((each for each in (self, *self.twins) if each.lifted.owns(arguments)), None)
+        if known is None and captured is not None:
+            lifted = self.lifted.twin(arguments)
+            known = Segment(lifted, _owned_by(lifted, captured), "", self.line, self.options)
+            self.twins.append(known)
+        return known or self
 
     def plain(self, arguments: Sequence[Any]) -> Any:
         """Runs the graph as it is."""
@@ -132,6 +145,16 @@ class Segment:
                 traced = traced.in_layout(groups_that_pay(captured.joint, traced.plain))
             self._traced[boundaries] = traced
         return self._traced[boundaries]
+
+
+def _owned_by(lifted: LiftedGraph, captured: Capture) -> Capture:
+    """Returns a capture whose functions take their parameters and buffers from a module."""
+
+    def bind(flat: FlatFunction) -> Callable[..., Any]:
+        run = captured.bind(flat)
+        return lambda _, *call: run(lifted, *call)
+
+    return replace(captured, bind=bind)
 
 
 class _UnderWay(threading.local):
