@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -86,8 +89,8 @@ class Trainee:
         """Runs two steps of SGD, each at a seed of its own."""
         gradients = []
         for seed in range(2):
-            torch.manual_seed(seed)
-            self.step()
+            with seeded(seed):
+                self.step()
             named = list(self.model.named_parameters())
             gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in named})
             with torch.no_grad():
@@ -100,6 +103,16 @@ class Trainee:
         """Measures the largest number of bytes that live at a time in a step."""
         inputs = (self.batch.args, self.batch.kwargs, self.batch.loss_args)
         return fxhybrid.measure_step(self.step, modules=self.model, tensors=inputs, repeats=0).peak_bytes
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Starts all generators that models draw from at a seed; ``torch.seed()``, which draws one, gives that."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  the generator that models draw from
+    with mock.patch("torch.seed", return_value=seed):
+        yield
 
 
 def record_of(name: str) -> Record:
