@@ -171,10 +171,6 @@ _TABLES: dict[str, tuple[tuple[str, ...], Row]] = {
     ),
 }
 
-if __name__ == "__main__":
-    main()
-
-
 REACH = {"mobilenetv2": 0.30, "bert": 0.45, "resnet50": 0.55, "vit": 0.40, "gpt2": 0.40}
 NOT_TIMED = ("gru",)
 MEAN_RATIO, EACH_RATIO = 1.10, 1.25
@@ -305,3 +301,7 @@ def _order_check(orders: dict[str, Record]) -> Check:
     against = [name for name, order in orders.items() if order.get("p_value", 1.0) > SIGNIFICANT]
     found = ", ".join(against) if against else f"all {len(orders)} cases"
     return Check("measured order", asked, found, not against)
+
+
+if __name__ == "__main__":
+    main()

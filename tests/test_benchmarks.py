@@ -24,6 +24,12 @@ def test_every_module_with_a_main_is_listed(capsys: pytest.CaptureFixture[str]) 
     assert names <= set(re.findall(r"benchmarks\.[\w.]+", capsys.readouterr().out))
 
 
+def test_commands_begin_once_all_is_defined() -> None:
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "\ndef " not in text.partition('\nif __name__ == "__main__":')[2], path.name
+
+
 def test_studies_say_which_decision_they_made() -> None:
     for command in commands():
         number = re.match(r"Decides ADR (\d+): ", command.shows)
