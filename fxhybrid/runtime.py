@@ -258,6 +258,11 @@ class _Step(torch.autograd.Function):
         return (None, *gradients)
 
 
+def step_of(node: Any) -> StepFunction | None:
+    """Returns the step that a node of autograd's graph belongs to; None for nodes of other functions."""
+    return node.step if getattr(type(node), "_forward_cls", None) is _Step else None
+
+
 def _take_saved(ctx: Any, step: StepFunction) -> list[Tensor]:
     """The saved tensors, no longer held by autograd unless the graph is retained."""
     try:

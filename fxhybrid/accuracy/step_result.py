@@ -99,7 +99,7 @@ def observe_step(
 @contextlib.contextmanager
 def trial_run(model: nn.Module, changed: Iterable[Tensor] = (), *, seed: int | None = 0) -> Iterator[None]:
     """Lets a step run at a fixed seed, if any; model, generators and ``changed`` tensors are put back afterwards."""
-    with _restored([*model.buffers(), *changed]), unchanged_python_state(model), torch.random.fork_rng(devices=[]):
+    with _restored([*model.buffers(), *changed]), unchanged_python_state(model):
         if seed is not None:
             torch.manual_seed(seed)
         yield

@@ -6,7 +6,8 @@ import contextlib
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -23,8 +24,8 @@ def unchanged_python_state(module: nn.Module) -> Iterator[None]:
 
     Restored are the attributes of all submodules and of plain objects that they hold, the contents of lists, dicts,
     sets, deques and arrays among them (and of those that hooks and other functions close over), tensors kept as
-    attributes, and the generators of ``random`` and NumPy. Parameters and registered buffers keep their identity; their
-    values are the caller's business.
+    attributes, and the generators of ``random``, NumPy and torch's CPU. Parameters and registered buffers keep their
+    identity; their values are the caller's business.
     """
     undo = undo_of_runs(module)
     try:
@@ -33,22 +34,49 @@ def unchanged_python_state(module: nn.Module) -> Iterator[None]:
         undo()
 
 
-def undo_of_runs(module: nn.Module) -> Undo:
-    """Returns what undoes, when called, all that runs of ``module`` leave in Python from now on."""
+@dataclass(frozen=True, eq=False)
+class UndoOfRuns:
+    """Undoes, when called, what runs have left since it was made.
+
+    Attributes:
+        undo_all: one function for each thing that may have changed.
+        n_bytes: of the tensors that are copied for that.
+    """
+
+    undo_all: Sequence[Undo]
+    n_bytes: int
+
+    def __call__(self) -> None:
+        """Puts everything back."""
+        for undo in self.undo_all:
+            undo()
+
+
+def undo_of_runs(module: nn.Module) -> UndoOfRuns:
+    """Returns what undoes all that runs of ``module`` leave in Python from now on."""
     snapshot = _Snapshot([*module.parameters(), *module.buffers()])
     for part in module.modules():
         snapshot.take(part)
-    undo_all = [*_generators(), *snapshot.undo_all]
+    return UndoOfRuns((*_generators(), *snapshot.undo_all), snapshot.n_bytes)
 
-    def undo_runs() -> None:
-        for undo in undo_all:
-            undo()
 
-    return undo_runs
+def undo_of_step(module: nn.Module) -> UndoOfRuns:
+    """Returns what undoes all that a forward pass of ``module`` leaves, in its buffers, too."""
+    undo_runs = undo_of_runs(module)
+    kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+
+    def undo() -> None:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+    n_bytes = undo_runs.n_bytes + sum(value.untyped_storage().nbytes() for _, value in kept)
+    return UndoOfRuns((*undo_runs.undo_all, undo), n_bytes)
 
 
 def _generators() -> Iterator[Undo]:
     """Snapshots of the process-wide generators; NumPy's only if something has loaded it."""
+    yield partial(_set_generator, torch.default_generator, torch.default_generator.clone_state())
     yield partial(random.setstate, random.getstate())
     if "numpy" in sys.modules:
         legacy = sys.modules["numpy"].random
@@ -60,10 +88,12 @@ class _Snapshot:
 
     Attributes:
         undo_all: one function for each object that can change in place.
+        n_bytes: of the tensors that were copied.
     """
 
     def __init__(self, apart: Iterable[object]) -> None:
         self.undo_all: list[Undo] = []
+        self.n_bytes = 0
         self._seen: dict[int, object] = {id(value): value for value in apart}  # keeps them alive, so ids stay theirs
 
     def take(self, value: object) -> None:
@@ -93,6 +123,7 @@ class _Snapshot:
 
     def _note_tensor(self, value: Tensor) -> Iterable[object]:
         kept = value.detach().clone()
+        self.n_bytes += kept.untyped_storage().nbytes() if kept.layout is torch.strided else 0
 
         def undo() -> None:
             if not torch.equal(value, kept):  # writing bumps the version that a pending backward pass looks at
@@ -117,7 +148,7 @@ class _Snapshot:
             self.undo_all.append(partial(value.setstate, value.getstate()))
             return ()
         if isinstance(value, torch.Generator):
-            self.undo_all.append(partial(_set_generator, value, value.get_state()))
+            self.undo_all.append(partial(_set_generator, value, value.clone_state()))
             return ()
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(value, numpy.ndarray):
@@ -134,9 +165,9 @@ class _Snapshot:
         return self._note_container(attributes)
 
 
-def _set_generator(generator: torch.Generator, state: Tensor) -> None:
-    """Sets a generator back to a state."""
-    generator.set_state(state)
+def _set_generator(generator: torch.Generator, kept: torch.Generator) -> None:
+    """Sets a generator back to the state of a copy, which is no tensor."""
+    generator.set_state(kept.get_state())
 
 
 def _is_filled(cell: Any) -> bool:

@@ -62,7 +62,7 @@ def report_of(path: Path, found: SequencePlan, budget_bytes: int, more_bytes: in
         plan=plan_of(path, found, budget_bytes),
         save_all_bytes=path.plans.save_all.peak.peak_bytes,
         minimum_bytes=path.plans.smallest_known.peak.peak_bytes,
-        capture_check=path.trial.check.note,
+        capture_check=path.check.note,
         accumulating=f"{fits} while older gradients exist",
         loss="planned with the model"
         if path.has_loss

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fxhybrid.accuracy.verifier import CaptureCheck
 from fxhybrid.ir.sequence import PartTimeline
 from fxhybrid.segments.planned_run import PlannedPart, planned_part
 from fxhybrid.segments.segment import Segment
@@ -39,6 +40,7 @@ class Path:
     Attributes:
         trial: what was recorded on it.
         plans: of the whole.
+        check: how its save-all step compares with eager.
         inputs: shapes and types of the call's tensors, in words.
         has_loss: whether the loss is part of the step.
         chosen: by the bytes that it may take, the plan and its parts.
@@ -46,6 +48,7 @@ class Path:
 
     trial: Trial
     plans: SequencePlans
+    check: CaptureCheck
     inputs: str
     has_loss: bool
     chosen: dict[int, tuple[SequencePlan, list[PlannedPart]]] = field(default_factory=dict)

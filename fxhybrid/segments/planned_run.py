@@ -117,8 +117,8 @@ class OfferedPlans(Protocol):
 class Solo(Protocol):
     """Gives the plans of parts by themselves."""
 
-    def plans(self, segment: Segment, arguments: Sequence[Any]) -> OfferedPlans:
-        """Returns the plans of a part for a call with these arguments."""
+    def plans(self, segment: Segment, arguments: Sequence[Any], room_bytes: int) -> OfferedPlans:
+        """Returns the plans of a part for a call with these arguments; to find them may take some bytes."""
 
 
 @dataclass(eq=False)
@@ -179,7 +179,7 @@ class PlannedRun:
             storage = arguments[i].untyped_storage()
             for j in range(self._made.get(storage._cdata, -1) + 1, len(self.path)):
                 self._backward_bytes[j] += storage.nbytes()
-        offered = self.solo.plans(segment, arguments)
+        offered = self.solo.plans(segment, arguments, room.limit_bytes - before - taken)
         roomy = (n for n, needs in enumerate(offered.needs) if fits(needs, leaving=following))
         chosen = next(roomy, None)
         if chosen is None:  # then the one that leaves most

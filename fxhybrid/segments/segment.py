@@ -58,6 +58,7 @@ class Segment:
         options: what the user asked for.
         prepared: up to the planning problem, by the form of the call.
         twins: the same graph with the parameters of other layers, which Dynamo runs by the same code.
+        is_compared: whether the graph has been compared with eager.
     """
 
     lifted: LiftedGraph
@@ -68,6 +69,7 @@ class Segment:
     prepared: dict[Form, Prepared] = field(default_factory=dict)
     twins: list[Segment] = field(default_factory=list)
     _captured: Capture | None = None  # takes what owns the tensors with each call
+    is_compared: bool = False
     _traced: dict[frozenset[int], Traced] = field(default_factory=dict)
 
     @classmethod

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, fx
 
-from fxhybrid.accuracy.step_result import StepResult, observe_step, relative_difference
-from fxhybrid.capture.python_state import undo_of_runs
+from fxhybrid.accuracy.step_result import relative_difference
+from fxhybrid.capture.python_state import UndoOfRuns, undo_of_step
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.budgets import auto_bytes
 from fxhybrid.compiler.bytes_beside import Participant, beside_bytes, model_storages
@@ -19,20 +19,17 @@ from fxhybrid.compiler.call_shape import CallShape
 from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall, pending_calls, storages_of
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.report import Report
-from fxhybrid.errors import BudgetError, FxHybridError, GraphBreakError, InvalidArgument
+from fxhybrid.errors import BudgetError, GraphBreakError, InvalidArgument
 from fxhybrid.ir.plan import Plan
-from fxhybrid.ir.sequence import part_timeline
 from fxhybrid.options import Options
-from fxhybrid.pipeline import Prepared
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.segments.describe import plan_of, report_of
 from fxhybrid.segments.graph_runner import in_graphs
-from fxhybrid.segments.path import Path, parts_of
-from fxhybrid.segments.planned_run import NothingPending, PlannedPart, PlannedRun, Room
+from fxhybrid.segments.path import Path
+from fxhybrid.segments.path_planner import PathPlanner
+from fxhybrid.segments.planned_run import PlannedPart, PlannedRun, Room
 from fxhybrid.segments.segment import NOTHING, Segment, under_way
-from fxhybrid.segments.sequence_plans import PartActions, SequencePlan, SequencePlans, measured_plans
-from fxhybrid.segments.solo_plans import SoloPlans
-from fxhybrid.segments.trial import NothingToPlan, Trial, record
+from fxhybrid.segments.sequence_plans import PartActions, SequencePlan
 from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 from fxhybrid.units import Budget, NamedBudget, check_budget
 
@@ -42,6 +39,7 @@ IN_BACKWARD = (
 )
 MOST_PATHS = 8  # through the model that are planned for one kind of call; others run part by part
 MOST_KINDS = 16  # kinds of calls whose paths are kept
+STRAIGHT = 4  # calls in a row on a planned path, after which no copies are kept to begin a step again
 
 
 class SegmentedStep:
@@ -77,11 +75,10 @@ class SegmentedStep:
         self.paths: dict[Hashable, list[Path]] = {}
         self.last: Hashable = None
         self._run = in_graphs(step.forward, self._traced)
-        self._calibrated: dict[int, Prepared] = {}
+        self._planner = PathPlanner(self._run, step, options, reason)
+        self._is_compared = False  # whether a path has been compared with eager as a whole
         self._left: set[Hashable] = set()  # kinds of calls whose last one left all planned paths
-        self._branching: set[Hashable] = set()  # kinds of calls with more than one path
-        self._all_outputs = False
-        self._solo = SoloPlans(options, self._calibrated)
+        self._straight: dict[Hashable, int] = {}  # how many calls of a kind have stayed on the planned path in a row
 
     def _traced(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Segment:
         segment = Segment.of(graph, example_inputs, self.options)
@@ -108,42 +105,37 @@ class SegmentedStep:
         """Runs the forward pass of a training step; where a new path finds no room, it is planned and begun again."""
         with PLANNING:
             self.find(call)
-            undo = self._undo() if self.last in self._branching else None
+            undo = self._undo(call)
         try:
-            return self._forward(call)
+            return self._forward(call, undo)
         except BudgetError:
-            self._branching.add(self.last)
+            self._straight[self.last] = 0
             self._left.add(self.last)
             if undo is None:
                 raise
         undo()
+        undo = None  # it holds copies
         with PLANNING:
             self.find(call)
-        return self._forward(call)
+        return self._forward(call, None)
 
-    def _forward(self, call: StepCall) -> Any:
+    def _undo(self, call: StepCall) -> UndoOfRuns | None:
+        """Returns what puts the model back to where it is now, if the call may take a new path and has room for it."""
+        if self._straight.get(self.last, 0) >= STRAIGHT:
+            return None
+        assert self.budget_bytes is not None
+        undo = undo_of_step(self.step.model)
+        fits = self.path.within(self.budget_bytes - self._beside(call) - undo.n_bytes) is not None
+        return undo if fits else None
+
+    def _forward(self, call: StepCall, undo: UndoOfRuns | None) -> Any:
         with PLANNING:
             path = self.path
-            run = self._admitted(path, call)
+            run = self._admitted(path, call, 0 if undo is None else undo.n_bytes)
         with under_way(run):
             result = self.step.check_result(self._run(*call))
         self._note(path, run)
         return result
-
-    def _undo(self) -> Callable[[], None]:
-        """Returns what puts buffers, generators and Python state back to where they are now."""
-        model = self.step.model
-        undo_runs, generator = undo_of_runs(model), torch.get_rng_state()
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-
-        def undo() -> None:
-            undo_runs()
-            torch.set_rng_state(generator)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-
-        return undo
 
     def find(self, call: StepCall) -> None:
         """Makes sure that a path is planned for a kind of call.
@@ -158,38 +150,27 @@ class SegmentedStep:
         if not known or self.last in self._left:
             self._left.discard(self.last)
             check_call(call, self.step.model)
-            path = self._planned(call)
-            known.insert(0, path)
-            del known[MOST_PATHS:]
+            path = self._planned(call.detached(), known)
+            known[:] = [path, *(other for other in known if other is not path)][:MOST_PATHS]
             while len(self.paths) > MOST_KINDS:
-                del self.paths[next(iter(self.paths))]
-            self.fitting(path, 0)
+                kind = next(iter(self.paths))
+                self.paths.pop(kind)
+                self._straight.pop(kind, None)
+            try:
+                self.fitting(path, 0)
+            except BudgetError:
+                known[:] = [*known[1:], path]  # calls that take one of the others are planned
+                raise
 
-    def _planned(self, call: StepCall) -> Path:
-        """Records a call and plans it; gradient errors are measured now, while the batch is at hand."""
-        try:
-            trial, result = record(
-                self._run, self.step, call, self.options, self._calibrated, all_outputs=self._all_outputs
-            )
-        except NothingToPlan as error:
-            raise self.reason from error
-        except FxHybridError:
-            raise
-        except Exception as error:  # the model's own, which may be of any kind: it does not run in eager mode either
-            raise self.reason from error
-
-        def measure(actions: PartActions) -> float:
-            return relative_difference(self._trial_run(trial, actions, call).gradients, result.gradients)
-
-        if self.options.lossy:
-            plans = measured_plans(trial.sequence, self.options, measure)
-        else:
-            plans = SequencePlans(trial.sequence, self.options, None)
-        path = Path(trial, plans, _inputs_text(call), self.step.loss_fn is not None)
+    def _planned(self, call: StepCall, known: Sequence[Path]) -> Path:
+        """Returns the path of a call, planned if it is new."""
+        if self.budget_bytes is not None and self._is_compared:
+            return self._planner.another(call, known, self.budget_bytes - self._beside(call))
+        path = self._planner.first(call)
         if self.budget_bytes is None:
             self.budget_bytes = self._resolved(check_budget(self.options.budget), path)
         path.within(self.budget_bytes)
-        path.plans.measure = None
+        path.plans.measure, self._is_compared = None, True
         return path
 
     def _resolved(self, budget: Any, path: Path) -> int:
@@ -198,19 +179,6 @@ class SegmentedStep:
         if budget is NamedBudget.AUTO:
             return auto_bytes(self.step.model, self.options.optimizer)
         return budget if isinstance(budget, int) else int(budget * path.plans.save_all.peak.peak_bytes)
-
-    def _trial_run(self, trial: Trial, actions: PartActions, call: StepCall) -> StepResult:
-        """Runs a plan on a batch, from the present state of the generator; the model stays as it was."""
-        needs = [part_timeline(part, chosen) for part, chosen in zip(trial.sequence.parts, actions, strict=True)]
-        run = PlannedRun(parts_of(trial, actions, needs), _ENDLESS, self._solo, NothingPending(), _ignore)
-        call = call.detached()
-
-        def forward() -> Any:
-            with under_way(run):
-                return self.step.check_result(self._run(*call))
-
-        has_loss = self.step.loss_fn is not None
-        return observe_step(forward, self.step.model, has_loss=has_loss, weighed=trial.weighed, seed=None)
 
     def fitting(self, path: Path, extra_bytes: int) -> tuple[SequencePlan, list[PlannedPart]]:
         """Returns the plan of a path beside what else is alive.
@@ -224,29 +192,34 @@ class SegmentedStep:
             raise path.plans.budget_error(self.budget_bytes, extra_bytes)
         return found
 
-    def _admitted(self, path: Path, call: StepCall) -> PlannedRun:
+    def _admitted(self, path: Path, call: StepCall, undo_bytes: int) -> PlannedRun:
         """Chooses a plan beside what is pending; a step that broke off may be held by a cycle."""
         try:
-            return self._planned_run(path, call)
+            return self._planned_run(path, call, undo_bytes)
         except BudgetError:
             if not pending_calls():
                 raise
         gc.collect()
-        return self._planned_run(path, call)
+        return self._planned_run(path, call, undo_bytes)
 
-    def _planned_run(self, path: Path, call: StepCall) -> PlannedRun:
+    def _beside(self, call: StepCall) -> int:
+        """Counts what stands beside a call: older gradients, and what other calls hold."""
         model = self.step.model
         extra = gradient_bytes(model) if any(p.grad is not None for p in model.parameters()) else 0
         others = pending_calls(next((p.device for p in model.parameters()), None))
         if others:
             extra += beside_bytes(Participant(model, model_storages(model) | storages_of(call.tensors)), others)
+        return extra
+
+    def _planned_run(self, path: Path, call: StepCall, undo_bytes: int) -> PlannedRun:
+        extra = self._beside(call) + undo_bytes
         plan, parts = self.fitting(path, extra)
         assert self.budget_bytes is not None
         resident = path.trial.sequence.resident_bytes
         gradients = sum(needs.gradient_bytes for needs in plan.needs)
         room = Room(self.budget_bytes - extra, resident, gradients, path.least_bytes)
         pending = self._pending_call(path, plan, extra, call.tensors)
-        return PlannedRun(parts, room, self._solo, pending, self._expect_all)
+        return PlannedRun(parts, room, self._planner.solo, pending, self._expect_all)
 
     def _pending_call(self, path: Path, plan: SequencePlan, extra: int, tensors: Sequence[Tensor]) -> PendingCall:
         assert self.budget_bytes is not None
@@ -265,16 +238,17 @@ class SegmentedStep:
 
     def _expect_all(self) -> None:
         """Plans for gradients of all outputs from now on."""
-        self._all_outputs = True
+        self._planner.recorder.all_outputs = True
         self.paths.clear()
 
     def _note(self, path: Path, run: PlannedRun) -> None:
         """Remembers which path was taken."""
         if run.path == path.segments:
+            self._straight[self.last] = self._straight.get(self.last, 0) + 1
             return
         known = self.paths.get(self.last, [])
         taken = next((other for other in known if other.segments == run.path), None)
-        self._branching.add(self.last)
+        self._straight[self.last] = 0
         if taken is None and len(known) < MOST_PATHS:
             self._left.add(self.last)
         elif taken is not None and taken is not known[0]:
@@ -315,17 +289,7 @@ class SegmentedStep:
         save_all: PartActions = tuple({} for _ in actions)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            found, expected = (self._trial_run(path.trial, each, call).gradients for each in (actions, save_all))
+            found, expected = (
+                self._planner.trial_run(path.trial, each, call).gradients for each in (actions, save_all)
+            )
         return relative_difference(found, expected)
-
-
-def _inputs_text(call: StepCall) -> str:
-    shapes = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in call.tensors)
-    return ", ".join(shapes) or "no tensors"
-
-
-_ENDLESS = Room(1 << 62, 0, 0, list)
-
-
-def _ignore() -> None:
-    """Stands for what a trial run is not told."""

@@ -71,13 +71,23 @@ def measured_plans(sequence: PartSequence, options: Options, measure: Measure) -
     scale = RESCALE_MARGIN * plans.smallest.error / estimated
     if scale >= BINDING:
         return plans
-    parts = tuple(replace(part, problem=_with_errors_scaled(part.problem, scale)) for part in sequence.parts)
-    plans = SequencePlans(replace(sequence, parts=parts), options, measure)
+    plans = SequencePlans(_with_scaled_errors(sequence, scale), options, measure, scale)
     plans.cheapest(plans.smallest.peak.peak_bytes)
     return plans
 
 
-def _with_errors_scaled(problem: Problem, scale: float) -> Problem:
+def estimated_plans(sequence: PartSequence, options: Options, error_scale: float) -> SequencePlans:
+    """Searches plans by estimated errors: those of the parts, scaled by what another path has shown."""
+    return SequencePlans(_with_scaled_errors(sequence, error_scale), options, None, error_scale)
+
+
+def _with_scaled_errors(sequence: PartSequence, scale: float) -> PartSequence:
+    if scale == 1:
+        return sequence
+    return replace(sequence, parts=tuple(replace(p, problem=_scaled(p.problem, scale)) for p in sequence.parts))
+
+
+def _scaled(problem: Problem, scale: float) -> Problem:
     def scaled(tensor: Tensor) -> Tensor:
         return replace(tensor, codecs=tuple(replace(codec, error=codec.error * scale) for codec in tensor.codecs))
 
@@ -90,16 +100,21 @@ class SequencePlans:
     Attributes:
         sequence: the parts.
         known: plans of the joined problem.
+        error_scale: of the parts' errors, as one run of the whole step has shown.
     """
 
-    def __init__(self, sequence: PartSequence, options: Options, measure: Measure | None) -> None:
+    def __init__(
+        self, sequence: PartSequence, options: Options, measure: Measure | None, error_scale: float = 1.0
+    ) -> None:
         """Searches the frontier of plans.
 
         Args:
             sequence: the parts.
             options: what the user asked for.
             measure: runs a plan on the batch of the trial, and returns its gradient error; None where that is exact.
+            error_scale: by which the errors of the parts are scaled.
         """
+        self.error_scale = error_scale
         self.sequence, self.options, self.measure = sequence, options, measure
         self.joined: JoinedProblem = join_parts(sequence)
         self.known: KnownPlans = frontier_plans(self.joined.problem, max_error=error_target(options))

@@ -14,7 +14,7 @@ from fxhybrid.pipeline import Prepared
 from fxhybrid.segments.parts import own_part
 from fxhybrid.segments.planned_run import PlannedPart, planned_part
 from fxhybrid.segments.segment import Segment
-from fxhybrid.segments.trial import calibrated
+from fxhybrid.segments.trial import PartCalibration
 from fxhybrid.solvers.portfolio.extend_plans import find_smallest_peak, frontier_plans
 from fxhybrid.solvers.portfolio.known_plans import pareto
 
@@ -45,16 +45,22 @@ class OwnPlans:
 class SoloPlans:
     """Holds the plans of parts by themselves."""
 
-    def __init__(self, options: Options, prepared: dict[int, Prepared]) -> None:
-        """Takes what was prepared and calibrated so far, to which new parts are added."""
-        self.options, self.prepared = options, prepared
+    def __init__(self, options: Options, calibration: PartCalibration) -> None:
+        """Takes what measures errors, which keeps what it measured."""
+        self.options, self.calibration = options, calibration
         self._plans: dict[int, OwnPlans] = {}
 
-    def plans(self, segment: Segment, arguments: Sequence[Any]) -> OwnPlans:
-        """Returns the plans of a part; searched when first needed, with errors measured on these arguments."""
+    def plans(self, segment: Segment, arguments: Sequence[Any], room_bytes: int) -> OwnPlans:
+        """Returns the plans of a part; searched when first needed, with errors measured on these arguments.
+
+        Args:
+            segment: the part.
+            arguments: of the call.
+            room_bytes: what measuring may take.
+        """
         with PLANNING:
             call = segment.call_of(arguments)
-            prepared = calibrated(segment, segment.form_of(arguments), call, self.options, self.prepared)
+            prepared = self.calibration.of(segment, segment.form_of(arguments), call, room_bytes)
             if id(prepared) not in self._plans:
                 self._plans[id(prepared)] = OwnPlans(segment, prepared, error_target(self.options))
             return self._plans[id(prepared)]

@@ -1,12 +1,13 @@
-"""Trial runs of a step of several graphs: which are called, what they hand to each other, and for how long it lives.
+"""Records a step of several graphs: which are called, what they hand to each other, and for how long it lives.
 
-A first run stores nothing for a backward pass, so that whatever of a graph's outputs is still alive when a later graph
-begins is held by Python. A second one runs by save-all graphs and goes back, too.
+The forward pass is run so that graphs store nothing. Whatever of their outputs is still alive when a later graph begins
+is then held by Python, and no more memory is taken than by any plan. What the backward pass will run is read from
+autograd's graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,29 +15,24 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fxhybrid.capture.joint_graph import InputKind
-from fxhybrid.capture.step import StepCall
-from fxhybrid.errors import CaptureError
+from fxhybrid.capture.output_structure import output_tensors
 from fxhybrid.ir.sequence import Shared
 from fxhybrid.passes.split import forward_only
-from fxhybrid.runtime import LateBackward, StepFunction, StepInterface
-from fxhybrid.segments.leaf_notes import NOTHING_NEW
+from fxhybrid.runtime import StepFunction, StepInterface
+from fxhybrid.segments.backward_order import halves_behind
 from fxhybrid.segments.segment import Form, Segment
-
-CHANGES = "the model takes another path each time it runs on the same batch and seed; no step of it can be planned"
 
 
 @dataclass(eq=False)
 class RecordedCall:
-    """Holds one call of a segment in a trial run.
+    """Holds one call of a segment.
 
     Attributes:
         segment: what was called.
         form: how.
         inputs: position and shared storage of each input that was made within the step.
         outputs: the same of each output of the graph.
-        call: the arguments; None in a first run.
-        present: positions of the tangents that arrived; None where there was no backward pass.
+        present: positions of the tangents that arrive; None where there is no backward pass.
         beside_bytes: what Python's own operators before the call keep for their backward pass.
     """
 
@@ -44,7 +40,6 @@ class RecordedCall:
     form: Form
     inputs: dict[int, int] = field(default_factory=dict)
     outputs: dict[int, int] = field(default_factory=dict)
-    call: StepCall | None = None
     present: frozenset[int] | None = None
     beside_bytes: int = 0
 
@@ -70,6 +65,10 @@ class _Storages:
             self.shared.append(Shared(storage.nbytes(), maker, maker))
         return self.keys[identity]
 
+    def knows(self, tensor: Tensor) -> bool:
+        """Says whether a tensor's storage exists through the whole step, or is handed from graph to graph."""
+        return _identity(tensor) in self.existing or _identity(tensor) in self.keys
+
     def look(self, now: int) -> None:
         """Notes what is alive when a call begins."""
         for key, reference in enumerate(self.references):
@@ -87,133 +86,92 @@ def _identity(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class FirstRun:
-    """Runs a step's forward pass, and stores nothing.
+class ForwardRecording:
+    """Runs a step's forward pass by graphs that store nothing, and records it.
 
     Attributes:
         calls: in order.
-        storages: those that were made within the step.
+        shared: storages that were made within the step; complete at the end of ``forward``.
+        backward: the calls in the order in which their backward halves will run; likewise.
+        weighed: positions of the results that get gradients, among the tensors that a call returns; likewise.
+        tail_bytes: what Python's operators after the last call keep.
     """
 
     def __init__(self, existing: Sequence[Tensor]) -> None:
         self.calls: list[RecordedCall] = []
-        self.storages = _Storages(existing)
+        self.shared: tuple[Shared, ...] = ()
+        self.backward: tuple[int, ...] = ()
+        self.weighed: Collection[int] | None = None
+        self.tail_bytes = 0
+        self._storages = _Storages(existing)
+        self._steps: list[StepFunction] = []
+        self._within = False
+        self._counted: set[int] = set()
+        self._beside_bytes = 0
+
+    def forward(self, run: Callable[[], Any], weighed: Callable[[Any], Collection[int] | None]) -> None:
+        """Runs the forward pass.
+
+        Args:
+            run: does it.
+            weighed: returns the positions of a result's tensors that get gradients; None for all.
+
+        Raises:
+            CaptureError: a custom autograd function runs between the graphs.
+        """
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _as_it_is):
+            result = run()
+        self._storages.look_at_end(len(self.calls))
+        self.shared, self.tail_bytes = tuple(self._storages.shared), self._beside_bytes
+        self.weighed = weighed(result)
+        results = (t for i, t in enumerate(output_tensors(result)) if self.weighed is None or i in self.weighed)
+        halves = halves_behind(results, self._steps)
+        self.backward = tuple(position for position, _ in halves)
+        for position, present in halves:
+            self.calls[position].present = present
 
     def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
         """Runs a graph."""
         if segment.capture is None:
             return segment.plain(arguments)
         now = len(self.calls)
-        self.storages.look(now)
-        recorded = RecordedCall(segment, segment.form_of(arguments))
+        self._storages.look(now)
+        recorded = RecordedCall(segment, segment.form_of(arguments), beside_bytes=self._beside_bytes)
+        self._beside_bytes = 0
         self.calls.append(recorded)
         recorded.inputs = self._keys(arguments, now)
-        capture = segment.capture
-        step = StepFunction(forward_only(capture.joint), StepInterface.of(capture.joint), capture.metadata)
-        outputs = capture.bind(step)(segment.step, segment.lifted.free_of(arguments), {}, ())
+        self._within = True
+        try:
+            step, outputs = run_forward(segment, arguments)
+        finally:
+            self._within = False
+        self._steps.append(step)
         recorded.outputs = self._keys(outputs, now)
-        return tuple(outputs)
-
-    def finish(self) -> tuple[Shared, ...]:
-        """Returns the storages that were made; what is still alive is held by the caller."""
-        self.storages.look_at_end(len(self.calls))
-        return tuple(self.storages.shared)
+        return outputs
 
     def _keys(self, values: Sequence[Any], now: int) -> dict[int, int]:
         strided = {i: t for i, t in enumerate(values) if isinstance(t, Tensor) and t.layout is torch.strided}
-        keys = {i: self.storages.key(t, now) for i, t in strided.items()}
+        keys = {i: self._storages.key(t, now) for i, t in strided.items()}
         return {i: key for i, key in keys.items() if key is not None}
 
-
-class SaveAllRun:
-    """Runs the same step by save-all graphs, forward and backward, and completes the records.
-
-    Attributes:
-        calls: of the first run.
-        backward: the calls in the order in which their backward halves ran.
-        tail_bytes: what Python's operators after the last call keep.
-    """
-
-    def __init__(self, calls: Sequence[RecordedCall], existing: Sequence[Tensor]) -> None:
-        self.calls = calls
-        self.backward: list[int] = []
-        self.tail_bytes = 0
-        self._next = 0
-        self._within = False
-        self._counted = {_identity(t) for t in existing}
-        self._beside_bytes = 0
-
-    def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
-        """Runs a graph."""
-        if segment.capture is None:
-            return segment.plain(arguments)
-        position, self._next = self._next, self._next + 1
-        recorded = self.calls[position] if position < len(self.calls) else None
-        if recorded is None or recorded.segment is not segment:
-            raise CaptureError(CHANGES)
-        recorded.beside_bytes, self._beside_bytes = self._beside_bytes, 0
-        recorded.call = _kept(segment.call_of(arguments), segment)
-        prepared = segment.prepare(recorded.form, recorded.call)
-
-        def noted(present: frozenset[int]) -> None:
-            self.backward.append(position)
-            recorded.present = (recorded.present or frozenset()) | present
-
-        step = StepFunction(
-            prepared.save_all_graphs,
-            prepared.traced.interface,
-            prepared.capture.metadata,
-            enter=lambda *_: _Noting(noted),
-        )
-        self._within = True
-        try:
-            outputs = prepared.capture.bind(step)(segment.step, segment.lifted.free_of(arguments), {}, ())
-        finally:
-            self._within = False
-        return tuple(outputs)
-
-    def forward(self, run: Callable[[], Any]) -> Any:
-        """Runs the forward pass, and counts what operators outside of the graphs keep for their backward pass."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _as_it_is):
-            result = run()
-        self.tail_bytes = self._beside_bytes
-        if self._next != len(self.calls):
-            raise CaptureError(CHANGES)
-        return result
-
     def _pack(self, tensor: Tensor) -> Tensor:
-        if not self._within and tensor.layout is torch.strided and _identity(tensor) not in self._counted:
+        """Counts what operators between graphs keep, unless it is handed from graph to graph and counted there."""
+        if self._within:
+            return tensor
+        if tensor.layout is torch.strided and _identity(tensor) not in self._counted:
             self._counted.add(_identity(tensor))
-            self._beside_bytes += tensor.untyped_storage().nbytes()
-        return tensor.detach() if not self._within else tensor
+            if not self._storages.knows(tensor):
+                self._beside_bytes += tensor.untyped_storage().nbytes()
+        return tensor.detach()
 
 
-@dataclass(frozen=True, eq=False)
-class _Noting:
-    """Stands for a call whose backward pass has not begun."""
-
-    noted: Callable[[frozenset[int]], None]
-
-    leaf_notes = NOTHING_NEW
-
-    def begins(self, present: frozenset[int], _: frozenset[int]) -> LateBackward | None:
-        """Notes the tangents that arrive."""
-        self.noted(present)
-        return None
+def run_forward(segment: Segment, arguments: Sequence[Any]) -> tuple[StepFunction, tuple[Any, ...]]:
+    """Runs the forward half of a segment so that nothing is stored; returns what ran it, and its outputs."""
+    capture = segment.capture
+    assert capture is not None
+    step = StepFunction(forward_only(capture.joint), StepInterface.of(capture.joint), capture.metadata)
+    return step, tuple(capture.bind(step)(segment.step, segment.lifted.free_of(arguments), {}, ()))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _kept(call: StepCall, segment: Segment) -> StepCall:
-    """Returns arguments that later calls do not change: copies of those that the graph itself writes to."""
-    assert segment.capture is not None
-    roles = segment.capture.joint.inputs
-    if not any(role.mutated and role.kind is InputKind.USER_INPUT for role in roles):
-        return call
-
-    def copied(value: Any) -> Any:
-        return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-
-    return StepCall(tuple(map(copied, call.args)), {}, ())

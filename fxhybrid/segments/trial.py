@@ -1,30 +1,35 @@
-"""Records a step of several graphs on a batch and prepares its parts for planning; the model is left as it was."""
+"""Records a step of several graphs on a batch and prepares its parts for planning; the model is left as it was.
+
+No more is taken than a forward pass that stores nothing, and, within a limit, single graphs one after the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from fxhybrid.accuracy.calibration import calibrate
-from fxhybrid.accuracy.step_result import StepResult, observe_step, trial_run
-from fxhybrid.accuracy.verifier import CaptureCheck, compare_with_eager, reference, runs_in_low_precision
+from fxhybrid.accuracy.calibration import Calibration, calibrate
+from fxhybrid.accuracy.step_result import trial_run
+from fxhybrid.accuracy.verifier import check_capture, reference
 from fxhybrid.capture.output_structure import output_tensors
 from fxhybrid.capture.step import Step, StepCall
+from fxhybrid.codecs import get_codec
 from fxhybrid.console import stage
 from fxhybrid.errors import CaptureError
-from fxhybrid.ir.sequence import PartSequence
+from fxhybrid.ir.sequence import PartSequence, part_timeline
 from fxhybrid.options import Options
+from fxhybrid.passes.build_problem import CodecChoices
 from fxhybrid.pipeline import Prepared, resident_bytes_of
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
-from fxhybrid.segments.parts import sequence_of
+from fxhybrid.segments.parts import own_part, sequence_of
 from fxhybrid.segments.segment import Form, Segment, under_way
-from fxhybrid.segments.step_recording import FirstRun, RecordedCall, SaveAllRun
+from fxhybrid.segments.step_recording import ForwardRecording, RecordedCall, run_forward
 
 Run = Callable[..., Any]
+CHANGES = "the model takes another path each time it runs on the same batch and seed; no step of it can be planned"
 
 
 class NothingToPlan(CaptureError):
@@ -33,113 +38,185 @@ class NothingToPlan(CaptureError):
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """Holds what trial runs of a step showed.
+    """Holds what forward passes of a step showed.
 
     Attributes:
         calls: of segments, in order.
         prepared: each one up to the planning problem.
         sequence: the same as numbers.
-        check: how its save-all step compares with eager.
-        weighed: positions of the outputs that got gradients, among the tensors that a call returns; None for all.
+        weighed: positions of the outputs that get gradients, among the tensors that a call returns; None for all.
     """
 
     calls: tuple[RecordedCall, ...]
     prepared: tuple[Prepared, ...]
     sequence: PartSequence
-    check: CaptureCheck
     weighed: Collection[int] | None
 
 
-def record(
-    run: Run, step: Step, call: StepCall, options: Options, known: dict[int, Prepared], *, all_outputs: bool
-) -> tuple[Trial, StepResult]:
-    """Runs a step three times: for what Python holds, by save-all graphs, and in eager mode.
+@dataclass(eq=False)
+class PartCalibration:
+    """Measures the gradient errors of parts, and compares them with eager, each by itself.
 
-    Args:
+    Attributes:
+        options: what the user asked for.
+        known: parts with errors measured, by the identity of what they were prepared from.
+    """
+
+    options: Options
+    known: dict[int, Prepared] = field(default_factory=dict)
+    _measured: dict[tuple[str, frozenset[int]], Calibration] = field(default_factory=dict)  # by graph and form
+
+    def of(self, segment: Segment, form: Form, call: StepCall, room_bytes: int | None) -> Prepared:
+        """Returns a part up to the planning problem.
+
+        Within a limit, errors are taken from a part with the same graph where there is one; lossy codecs are left out
+        where errors are neither known nor can be measured.
+
+        Args:
+            segment: the part.
+            form: how it is called.
+            call: its arguments.
+            room_bytes: what measuring may take; None where the whole step is compared with eager anyway.
+
+        Raises:
+            CaptureError: the graph computes something else than the model.
+        """
+        prepared = segment.prepare(form, call)
+        if id(prepared) in self.known:
+            return self.known[id(prepared)]
+        has_gradient = bool(prepared.traced.without(prepared.expected.absent))
+        has_room = room_bytes is None or _trial_bytes(prepared) <= room_bytes
+        if room_bytes is None:
+            segment.is_compared = True
+        elif has_room and has_gradient and not segment.is_compared:
+            check_capture(reference(prepared, segment.step, call, with_inputs=True))
+            segment.is_compared = True
+        found = prepared
+        if self.options.lossy and has_gradient and any(prepared.choices.values()):
+            key = prepared.fingerprint, prepared.expected.absent
+            measured = None if room_bytes is None else self._measured.get(key)
+            if measured is None and has_room:
+                measured = calibrate(prepared, reference(prepared, segment.step, call, with_inputs=True))
+                self._measured[key] = measured
+            choices, errors = (_exact(prepared), {}) if measured is None else (measured.choices, measured.errors)
+            found = prepared.with_choices(choices).with_errors(errors)
+        self.known[id(prepared)] = found
+        return found
+
+
+def _exact(prepared: Prepared) -> CodecChoices:
+    return {t: tuple(s for s in specs if get_codec(s).lossless) for t, specs in prepared.choices.items()}
+
+
+def _trial_bytes(prepared: Prepared) -> int:
+    """Estimates what comparing a part takes: a save-all step of its own beside the results of two others."""
+    needs = part_timeline(own_part(prepared), {})
+    return 3 * max(needs.forward_bytes, needs.backward_bytes)
+
+
+@dataclass(eq=False)
+class _Preparation:
+    """Runs a recorded forward pass again, and prepares each part when it is reached.
+
+    Attributes:
+        calls: as recorded.
+        calibration: of parts by themselves.
+        room_bytes: returns what preparing the part at a position may take; None where that is not limited.
+        prepared: those reached so far.
+    """
+
+    calls: Sequence[RecordedCall]
+    calibration: PartCalibration
+    room_bytes: Callable[[int], int | None]
+    prepared: list[Prepared] = field(default_factory=list)
+
+    def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
+        """Runs a graph."""
+        if segment.capture is None:
+            return segment.plain(arguments)
+        position = len(self.prepared)
+        recorded = self.calls[position] if position < len(self.calls) else None
+        if recorded is None or recorded.segment is not segment:
+            raise CaptureError(CHANGES)
+        call = segment.call_of(arguments)
+        absent = segment.prepare(recorded.form, call).traced.without(recorded.present or ())
+        recorded.form = replace(recorded.form, absent=absent)
+        self.prepared.append(self.calibration.of(segment, recorded.form, call, self.room_bytes(position)))
+        return run_forward(segment, arguments)[1]
+
+
+class Recorder:
+    """Records steps.
+
+    Attributes:
         run: runs the step by graphs.
         step: model and loss.
-        call: the batch.
         options: what the user asked for.
-        known: calibrated parts, by the identity of what they were prepared from; new ones are added.
+        calibration: of parts by themselves.
         all_outputs: whether all outputs get gradients, even beside a loss.
-
-    Returns:
-        What was recorded, and what the save-all step left behind.
-
-    Raises:
-        NothingToPlan: no graph can be planned.
-        CaptureError: the graphs compute something else than the model, or differ from run to run.
     """
-    call = call.detached()
-    existing = [*step.parameters(), *step.buffers(), *call.tensors]
-    for _ in range(2):  # tracing holds tensors for longer than running does
-        first = FirstRun(existing)
-        with stage("record"), trial_run(step.model, seed=None), under_way(first):
-            result = run(*call)
-            shared = first.finish()
-            weighed = None if all_outputs else _loss_position(step, result)
-            del result
-    if not first.calls:
-        raise NothingToPlan("no part of the step can be planned: none of its graphs has a gradient")
-    second = SaveAllRun(first.calls, existing)
-    observed = partial(observe_step, model=step.model, has_loss=step.loss_fn is not None, weighed=weighed, seed=None)
 
-    def save_all() -> Any:
-        with under_way(second):
-            return step.check_result(second.forward(lambda: run(*call)))
+    def __init__(self, run: Run, step: Step, options: Options) -> None:
+        self.run, self.step, self.options = run, step, options
+        self.calibration = PartCalibration(options)
+        self.all_outputs = False
 
-    found = observed(save_all)
-    eager = partial(observed, lambda: step.check_result(step(*call)))
-    check = compare_with_eager(found, eager, is_low_precision=runs_in_low_precision(step))
-    prepared = tuple(_prepared(recorded, options, known) for recorded in first.calls)
-    resident = resident_bytes_of(step, call, options)
-    update = optimizer_bytes(options.optimizer).rise_bytes if options.optimizer is not None else None
-    sequence = sequence_of(first.calls, prepared, second.backward, shared, resident, update)
-    for recorded in first.calls:
-        recorded.call = None
-    sequence = replace(sequence, tail_bytes=second.tail_bytes)
-    return Trial(tuple(first.calls), prepared, sequence, check, weighed), found
+    def record(self, call: StepCall) -> ForwardRecording:
+        """Records the graphs of a step.
+
+        Args:
+            call: the batch, cut off from what computed it.
+
+        Raises:
+            NothingToPlan: no graph can be planned.
+            CaptureError: a graph cannot be traced, or a custom autograd function runs between the graphs.
+        """
+        existing = [*self.step.parameters(), *self.step.buffers(), *call.tensors]
+        for _ in range(2):  # tracing holds tensors for longer than running does
+            recording = ForwardRecording(existing)
+            with stage("record"), trial_run(self.step.model, seed=None), under_way(recording):
+                recording.forward(lambda: self.run(*call), self._weighed)
+        if not recording.calls:
+            raise NothingToPlan("no part of the step can be planned: none of its graphs has a gradient")
+        return recording
+
+    def prepare(self, recording: ForwardRecording, call: StepCall, limit_bytes: int | None) -> Trial:
+        """Prepares the parts of a recorded step for planning.
+
+        Args:
+            recording: of the step.
+            call: its batch.
+            limit_bytes: what memory may rise to; None where the whole step is compared with eager anyway.
+
+        Raises:
+            CaptureError: a graph computes something else than the model, or the step differs from run to run.
+        """
+        resident = resident_bytes_of(self.step, call, self.options)
+
+        def room_bytes(position: int) -> int | None:
+            alive = sum(s.size_bytes for s in recording.shared if s.maker < position <= s.last)
+            return None if limit_bytes is None else limit_bytes - resident - alive
+
+        preparation = _Preparation(recording.calls, self.calibration, room_bytes)
+        with trial_run(self.step.model, seed=None), under_way(preparation):
+            self.run(*call)
+        calls, prepared = tuple(recording.calls), tuple(preparation.prepared)
+        if len(prepared) != len(calls):
+            raise CaptureError(CHANGES)
+        optimizer = self.options.optimizer
+        update = optimizer_bytes(optimizer).rise_bytes if optimizer is not None else None
+        sequence = sequence_of(calls, prepared, recording.backward, recording.shared, resident, update)
+        return Trial(calls, prepared, replace(sequence, tail_bytes=recording.tail_bytes), recording.weighed)
+
+    def _weighed(self, result: Any) -> Collection[int] | None:
+        if self.step.loss_fn is not None:
+            return (0,)
+        return None if self.all_outputs else _loss_position(result)
 
 
-def _loss_position(step: Step, result: Any) -> Collection[int] | None:
+def _loss_position(result: Any) -> Collection[int] | None:
     """Returns the position of an output called ``loss``, among the tensors of what a call returns."""
-    if step.loss_fn is not None:
-        return None
     loss = result.get("loss") if isinstance(result, dict) else getattr(result, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         return None
     return [i for i, t in enumerate(output_tensors(result)) if t is loss]
-
-
-def _prepared(recorded: RecordedCall, options: Options, known: dict[int, Prepared]) -> Prepared:
-    """Prepares a call for the tangents that arrive."""
-    segment, call = recorded.segment, recorded.call
-    assert call is not None
-    absent = segment.prepare(recorded.form, call).traced.without(recorded.present or ())
-    recorded.form = replace(recorded.form, absent=absent)
-    return calibrated(segment, recorded.form, call, options, known)
-
-
-def calibrated(segment: Segment, form: Form, call: StepCall, options: Options, known: dict[int, Prepared]) -> Prepared:
-    """Returns a part up to the planning problem, with gradient errors measured on a call's own inputs.
-
-    Args:
-        segment: the part.
-        form: how it is called.
-        call: its arguments.
-        options: what the user asked for.
-        known: what was calibrated before, by the identity of what it was made from.
-    """
-    prepared = segment.prepare(form, call)
-    if id(prepared) not in known:
-        known[id(prepared)] = _calibrated(prepared, segment, call) if options.lossy else prepared
-    return known[id(prepared)]
-
-
-def _calibrated(prepared: Prepared, segment: Segment, call: StepCall) -> Prepared:
-    all_absent = not prepared.traced.without(prepared.expected.absent)
-    if not any(prepared.choices.values()) or all_absent:
-        return prepared
-    compared = reference(prepared, segment.step, call, with_inputs=True)
-    calibration = calibrate(prepared, compared)
-    return prepared.with_choices(calibration.choices).with_errors(calibration.errors)

@@ -1,0 +1,125 @@
+"""Plans paths through a model of several graphs: the first one by trial steps, others within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from fxhybrid.accuracy.step_result import StepResult, observe_step, relative_difference
+from fxhybrid.accuracy.verifier import CaptureCheck, compare_with_eager, runs_in_low_precision
+from fxhybrid.capture.step import Step, StepCall
+from fxhybrid.errors import FxHybridError, GraphBreakError
+from fxhybrid.ir.sequence import part_timeline
+from fxhybrid.options import Options
+from fxhybrid.segments.path import Path, parts_of
+from fxhybrid.segments.planned_run import NothingPending, PlannedRun, Room
+from fxhybrid.segments.segment import under_way
+from fxhybrid.segments.sequence_plans import PartActions, SequencePlans, estimated_plans, measured_plans
+from fxhybrid.segments.solo_plans import SoloPlans
+from fxhybrid.segments.trial import NothingToPlan, Recorder, Run, Trial
+
+_ENDLESS = Room(1 << 62, 0, 0, list)
+
+
+class PathPlanner:
+    """Plans paths.
+
+    Attributes:
+        run: runs the step by graphs.
+        step: model and loss.
+        options: what the user asked for.
+        reason: why the model does not trace into one graph.
+        recorder: records steps.
+        solo: plans of single parts.
+    """
+
+    def __init__(self, run: Run, step: Step, options: Options, reason: GraphBreakError) -> None:
+        self.run, self.step, self.options, self.reason = run, step, options, reason
+        self.recorder = Recorder(run, step, options)
+        self.solo = SoloPlans(options, self.recorder.calibration)
+        self._error_scale = 1.0
+
+    def first(self, call: StepCall) -> Path:
+        """Records a call, compares it with eager and plans it; gradient errors are measured by trial steps.
+
+        That takes what save-all and eager steps take, whatever the budget.
+
+        Raises:
+            CaptureError: the step cannot be recorded, or computes something else than the model.
+        """
+        try:
+            trial = self.recorder.prepare(self.recorder.record(call), call, None)
+            result, check = self._compared_with_eager(trial, call)
+        except NothingToPlan as error:
+            raise self.reason from error
+        except FxHybridError:
+            raise
+        except Exception as error:  # the model's own, which may be of any kind: it does not run in eager mode either
+            raise self.reason from error
+
+        def measure(actions: PartActions) -> float:
+            return relative_difference(self.trial_run(trial, actions, call).gradients, result.gradients)
+
+        if self.options.lossy:
+            plans = measured_plans(trial.sequence, self.options, measure)
+        else:
+            plans = SequencePlans(trial.sequence, self.options, None)
+        self._error_scale = plans.error_scale
+        return self._path(trial, plans, check, call)
+
+    def another(self, call: StepCall, known: Sequence[Path], limit_bytes: int) -> Path:
+        """Returns the path of a call: a known one, or a new one, planned without going over a limit.
+
+        Args:
+            call: the batch.
+            known: paths.
+            limit_bytes: what memory may rise to.
+
+        Raises:
+            CaptureError: a graph computes something else than the model.
+        """
+        recording = self.recorder.record(call)
+        taken = [recorded.segment for recorded in recording.calls]
+        for path in known:
+            if path.segments == taken:
+                return path
+        trial = self.recorder.prepare(recording, call, limit_bytes)
+        plans = estimated_plans(trial.sequence, self.options, self._error_scale)
+        left_out = sum(not segment.is_compared for segment in set(taken))
+        note = "its graphs compared with eager one by one"
+        check = CaptureCheck(None, f"{note}, but for {left_out}: no room within the budget" if left_out else note)
+        return self._path(trial, plans, check, call)
+
+    def _path(self, trial: Trial, plans: SequencePlans, check: CaptureCheck, call: StepCall) -> Path:
+        return Path(trial, plans, check, _inputs_text(call), self.step.loss_fn is not None)
+
+    def _compared_with_eager(self, trial: Trial, call: StepCall) -> tuple[StepResult, CaptureCheck]:
+        found = self.trial_run(trial, tuple({} for _ in trial.calls), call)
+        eager = partial(self._observed, lambda: self.step.check_result(self.step(*call)), trial)
+        return found, compare_with_eager(found, eager, is_low_precision=runs_in_low_precision(self.step))
+
+    def trial_run(self, trial: Trial, actions: PartActions, call: StepCall) -> StepResult:
+        """Runs a plan on a batch, from the present state of the generator; the model stays as it was."""
+        needs = [part_timeline(part, chosen) for part, chosen in zip(trial.sequence.parts, actions, strict=True)]
+        run = PlannedRun(parts_of(trial, actions, needs), _ENDLESS, self.solo, NothingPending(), _ignore)
+        call = call.detached()
+
+        def forward() -> Any:
+            with under_way(run):
+                return self.step.check_result(self.run(*call))
+
+        return self._observed(forward, trial)
+
+    def _observed(self, forward: Callable[[], Any], trial: Trial) -> StepResult:
+        has_loss = self.step.loss_fn is not None
+        return observe_step(forward, self.step.model, has_loss=has_loss, weighed=trial.weighed, seed=None)
+
+
+def _inputs_text(call: StepCall) -> str:
+    shapes = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in call.tensors)
+    return ", ".join(shapes) or "no tensors"
+
+
+def _ignore() -> None:
+    """Stands for what a trial run is not told."""
