@@ -73,6 +73,8 @@ def model_rows(records: Sequence[Record]) -> Iterator[Row]:
 
 
 def _why_not_equal(part: Record) -> str:
+    if part.get("graphs", 1) > 1:
+        return "(sums of several graphs)"
     return "(traced on the path for compiling)" if part["eager_repeats"] else "(eager differs from itself)"
 
 
