@@ -7,6 +7,7 @@ readers that ignore an argument lose it. Every rewrite gives the very same bits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -49,6 +50,26 @@ def canonicalize(joint: JointGraph, *, reordered: bool = False) -> JointGraph:
     graph.lint()
     result.module.recompile()
     return result
+
+
+def drop_copies(joint: JointGraph) -> None:
+    """A copy in the same layout is what it copies, since nothing in the graph is changed in place.
+
+    What comes from outside or is returned stays apart: callers may change it. So do copies that have views.
+    """
+    nodes = list(joint.module.graph.nodes)
+    shared = Counter(storage for node in nodes for storage in set(storages(node.meta.get("val"))))
+    outside = [*joint.placeholders, *(node for node in joint.output_nodes if node is not None)]
+    kept = {storage for node in outside for storage in storages(node.meta["val"])}
+    for node in joint.module.graph.find_nodes(op="call_function", target=aten.clone.default):
+        source, copied = node.args[0], node.meta["val"]
+        own = source.meta["val"]
+        (of_own,), (of_copied,) = storages(own), storages(copied)
+        n_bytes = {value.untyped_storage().nbytes() for value in (own, copied)}
+        is_same = own.stride() == copied.stride() and len(n_bytes) == 1
+        if is_same and shared[of_copied] == 1 and not kept.intersection((of_own, of_copied)):
+            node.replace_all_uses_with(source)
+            joint.module.graph.erase_node(node)
 
 
 def drop_unused_statistics(joint: JointGraph) -> None:
@@ -200,6 +221,7 @@ def _erase_unused(joint: JointGraph) -> None:
 
 
 PASSES: tuple[Pass, ...] = (
+    drop_copies,
     drop_unused_statistics,
     masks_for_predicates,
     shapes_for_pools,

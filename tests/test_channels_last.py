@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxhybrid
 from fxhybrid.accuracy.step_result import relative_difference
+from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.ir.plan import Tier
 from fxhybrid.options import Options
@@ -60,6 +61,26 @@ def all_laid_out(model: nn.Module, *args: Tensor) -> Traced:
     return traced.in_layout(tuple(group.number for group in channels_last_groups(traced.capture.joint)))
 
 
+def test_only_what_comes_in_and_goes_out_is_converted() -> None:
+    layers: list[nn.Module] = []
+    for activation in (
+        nn.ReLU(),
+        nn.ReLU6(inplace=True),
+        nn.Hardswish(),
+        nn.LeakyReLU(),
+        nn.ELU(),
+        nn.Mish(),
+        nn.PReLU(3),
+    ):
+        layers += [nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), activation]
+    joint = all_laid_out(nn.Sequential(*layers, nn.Conv2d(3, 3, 1)), IMAGES).joint
+    clones = joint.module.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
+    images = [n for n in clones if n.meta["val"].shape[0] == len(IMAGES)]
+    # the batch comes in, the output goes out, and its gradient comes in
+    assert len(images) == 3
+    run_checked(joint)
+
+
 class StrideCheck(fx.Interpreter):
     """Runs a graph, and compares each tensor's strides with those of its fake value."""
 
@@ -72,6 +93,12 @@ class StrideCheck(fx.Interpreter):
         return found
 
 
+def run_checked(joint: JointGraph) -> None:
+    values = [n.meta["val"] for n in joint.placeholders]
+    with torch.no_grad():
+        StrideCheck(joint.module).run(*(torch.rand(v.shape).to(v.dtype) for v in values))
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_kernels_lay_out_as_the_graph_says(batch: int) -> None:
     traced = all_laid_out(Mixed(), IMAGES[:batch])
@@ -79,9 +106,7 @@ def test_kernels_lay_out_as_the_graph_says(batch: int) -> None:
     convolutions = joint.module.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
     assert len(convolutions) > 8  # those of the forward pass, and input gradients as transposed ones
     assert all(is_channels_last(n.meta["val"]) for n in convolutions)
-    values = [n.meta["val"] for n in joint.placeholders]
-    with torch.no_grad():
-        StrideCheck(joint.module).run(*(torch.rand(v.shape).to(v.dtype) for v in values))
+    run_checked(joint)
 
 
 @pytest.fixture(scope="module")
