@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import fx, nn
 from fxhybrid.capture.outer_context import refuse_transforms, refuse_wrapper
 from fxhybrid.capture.step import StepCall
 from fxhybrid.compiler.explained import explanation_of, memory_figure_of, write_report
+from fxhybrid.compiler.model_parameters import needs_gradients
 from fxhybrid.compiler.outer_forward import OuterForward
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.report import Report, make_report
@@ -46,7 +46,7 @@ def _run_planned(
     """Runs a call in training mode, by the plan if something needs a gradient."""
     session, call = hybrid._fxhybrid_session, StepCall(args, kwargs, loss_args)
     tensors = call.tensors
-    if not any(t.requires_grad for t in chain(tensors, session.model.parameters())):
+    if not (needs_gradients(session.model) or any(t.requires_grad for t in tensors)):
         return session.step(*call)  # a frozen half of a model pair: there is no backward pass to plan
     refuse_transforms(tensors)
     call = call.unmarked(tensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from fxhybrid.capture.output_structure import tangent_outputs
 from fxhybrid.errors import BackwardError
 from fxhybrid.ops.leaf_nodes import leaf_nodes
 from fxhybrid.ops.leaf_takers import LeafNotes, LeafTakers, Updates
-from fxhybrid.ops.take_gradient import taking
+from fxhybrid.ops.take_gradient import Taker, taking
 from fxhybrid.passes.gradient_takes import taking_gradients
 from fxhybrid.passes.prune_tangents import tangents_behind
 from fxhybrid.passes.split import PartialBackward, SplitGraphs, backward_without
@@ -142,6 +142,7 @@ class StepFunction:
         self._parts: WeakKeyDictionary[SplitGraphs, dict[frozenset[int], PartialBackward]] = WeakKeyDictionary()
         self.mutated: tuple[int, ...] = tuple(metadata.mutated_inp_runtime_indices)
         self.gradient_tangents = interface.gradient_tangents
+        self.with_gradient = tuple(i for i, sources in enumerate(self.gradient_tangents) if sources)
         self.tangent_values = interface.tangent_values
         self.tensor_inputs = interface.tensor_inputs
         self.aliased = frozenset(metadata.aliased_out_indices)
@@ -161,6 +162,10 @@ class StepFunction:
             part = backward_without(graphs, absent) if absent else whole
             parts[absent] = replace(part, module=taking_gradients(part.module, adding)) if adding else part
         return parts[absent]
+
+    def looks_at_leaves(self, notes: LeafNotes | None) -> bool:
+        """Tells whether a backward pass has anything to do with what adds gradients to leaves."""
+        return self.leaves.are_taken or (notes is not None and not all(map(notes.is_known, self.with_gradient)))
 
     def __call__(self, *flat_inputs: Any) -> list[Any]:
         """Runs the forward graph, writes mutations back and gives the user outputs."""
@@ -224,12 +229,11 @@ class _Step(torch.autograd.Function):
         step: StepFunction = ctx.step
         arrived = [output_gradients[i] for i in step.tangent_outputs]
         present = frozenset(i for i, tangent in enumerate(arrived) if tangent is not None)
-        nodes = leaf_nodes(ctx, step.tensor_inputs)
+        entered = ctx.entered if step.enter is not None and present else None
+        notes = None if entered is None else entered.leaf_notes
+        nodes = leaf_nodes(ctx, step.tensor_inputs) if step.looks_at_leaves(notes) else {}
         takers = step.leaves.takers(nodes)
-        entered, notes = ctx.entered if step.enter is not None and present else None, None
-        late = None
-        if entered is not None:
-            notes, late = entered.leaf_notes, entered.begins(present, step.leaves.untaken(nodes, takers))
+        late = None if entered is None else entered.begins(present, step.leaves.untaken(nodes, takers))
         del entered
         if present & step.absent and late is None:
             raise BackwardError(UNEXPECTED.format(outputs=[step.tangent_outputs[k] for k in present & step.absent]))
@@ -247,15 +251,25 @@ class _Step(torch.autograd.Function):
         if late is None and (absent or step.leaves.adding):
             part = step.part(ctx.graphs, absent)
             arguments, run = [arguments[i] for i in part.reads], part.module.forward
-        with DisableAutocast(), taking({} if late else takers) as kept:
-            made = run(arguments)
-        gradients = [
-            (kept.get(i) if g is None else g) if sources & present else None
-            for i, (g, sources) in enumerate(zip(made, step.gradient_tangents, strict=True))
-        ]
-        if notes is not None:
-            step.leaves.watch(notes, nodes, gradients, {} if late else takers)
-        return (None, *gradients)
+        if late is None and not takers and not ctx.graphs.hands_gradients_over and not step.leaves.are_taken:
+            with DisableAutocast():
+                made = run(arguments)
+        else:
+            made = _made_and_taken(run, arguments, {} if late else takers)
+        if len(present) < len(step.tangent_values):
+            made = [g if sources & present else None for g, sources in zip(made, step.gradient_tangents, strict=True)]
+        if notes is not None and nodes:
+            step.leaves.watch(notes, nodes, made, {} if late else takers)
+        return (None, *made)
+
+
+def _made_and_taken(
+    run: Callable[..., Sequence[Any]], arguments: list[Tensor | None], takers: Mapping[int, Taker]
+) -> list[Tensor | None]:
+    """Returns the gradients that a backward half makes, but for those that were taken."""
+    with DisableAutocast(), taking(takers) as kept:
+        made = run(arguments)
+    return [kept.get(i) if gradient is None else gradient for i, gradient in enumerate(made)]
 
 
 def step_of(node: Any) -> StepFunction | None:

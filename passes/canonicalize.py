@@ -65,8 +65,8 @@ def drop_copies(joint: JointGraph) -> None:
         source, copied = node.args[0], node.meta["val"]
         own = source.meta["val"]
         (of_own,), (of_copied,) = storages(own), storages(copied)
-        n_bytes = {value.untyped_storage().nbytes() for value in (own, copied)}
-        is_same = own.stride() == copied.stride() and len(n_bytes) == 1
+        n_bytes, n_copied = (value.untyped_storage().nbytes() for value in (own, copied))
+        is_same = own.stride() == copied.stride() and n_bytes == n_copied
         if is_same and shared[of_copied] == 1 and not kept.intersection((of_own, of_copied)):
             node.replace_all_uses_with(source)
             joint.module.graph.erase_node(node)

@@ -108,6 +108,12 @@ class SharedGraphs(SplitGraphs):
         """What was split, for these sizes alone."""
         return self.alone.joint
 
+    @property
+    def hands_gradients_over(self) -> bool:
+        """Whether the backward half lets gradients be taken as soon as they are made."""
+        found: bool = self.__dict__["halves"].hands_gradients_over
+        return found
+
     def run_forward(self, arguments: list[Any]) -> Sequence[Any]:
         """Runs the forward half; takes the arguments out of their list."""
         arguments += self.__dict__["numbers"][0]

@@ -9,14 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import fx
 
+import fxhybrid.ops.take_gradient  # noqa: F401  (registers the operator that is looked for)
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phase, phase_of
 from fxhybrid.passes.direct_calls import DirectCalls
 from fxhybrid.passes.graph_edit import PlainGraph, graph_module
 from fxhybrid.passes.prune_tangents import prune_tangents
+from fxhybrid.passes.redundant_views import drop_redundant_views
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +42,12 @@ class SplitGraphs:
     n_saved: int
     resident_inputs: tuple[int, ...]
     joint: JointGraph
+
+    @cached_property
+    def hands_gradients_over(self) -> bool:
+        """Whether the backward half lets gradients be taken as soon as they are made."""
+        target = torch.ops.fxhybrid.take_gradient.default
+        return bool(self.backward.graph.find_nodes(op="call_function", target=target))
 
     def run_forward(self, arguments: list[Any]) -> Sequence[Any]:
         """Runs the forward half; takes the arguments out of their list."""
@@ -128,6 +138,8 @@ def _extract(joint: JointGraph, phase: Phase, inputs: list[fx.Node], results: li
         if node.op == "get_attr" or (node.op == "call_function" and phase_of(node) is phase):
             new[node] = graph.node_copy(node, lambda n: new[n])
     graph.output([None if n is None else new[n] for n in results])
+    if phase is Phase.BACKWARD:
+        drop_redundant_views(graph)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)

@@ -70,7 +70,6 @@ def test_only_what_comes_in_and_goes_out_is_converted() -> None:
         nn.LeakyReLU(),
         nn.ELU(),
         nn.Mish(),
-        nn.PReLU(3),
     ):
         layers += [nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), activation]
     joint = all_laid_out(nn.Sequential(*layers, nn.Conv2d(3, 3, 1)), IMAGES).joint

@@ -207,19 +207,11 @@ def test_split_carries_what_the_plan_stores_and_nothing_else(planned: tuple[Join
         B expand = expand(tangents_1, [64, 64])
         B t_2 = t(expand)
         B mm_2 = mm(t_2, recompute_0)
-        B t_3 = t(primals_3)
-        B t_4 = t(t_3)
-        B mm_3 = mm(expand, t_4)
-        B detach = detach(recompute_0)
-        B detach_1 = detach(detach)
-        B apply_mask_default = threshold_backward(mm_3, detach_1, 0.0)
+        B mm_3 = mm(expand, primals_3)
+        B apply_mask_default = threshold_backward(mm_3, recompute_0, 0.0)
         B t_6 = t(apply_mask_default)
         B mm_4 = mm(t_6, primals_2)
-        B t_7 = t(mm_4)
-        B t_8 = t(t_7)
-        B t_9 = t(mm_2)
-        B t_5 = t(t_9)
-        return [t_8, None, t_5]
+        return [mm_4, None, mm_2]
         """,
     )
     assert (halves.n_saved, halves.resident_inputs) == (1, (1, 2))

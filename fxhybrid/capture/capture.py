@@ -138,10 +138,12 @@ def _capture(module: nn.Module, args: tuple[Any, ...], exact: bool, floats: Chan
 
     def holds(*call: Any) -> bool:
         named = dict(zip(parameters, call, strict=True))
-        with without_value_checks():
-            same = bool(manager.check(named))
-            if not same:
-                floats.note(manager, named)
+        same = bool(manager.root.check(named))
+        if not same:  # by what a guard of ``torch.distributions`` remembers, at most
+            with without_value_checks():
+                same = bool(manager.check(named))
+                if not same:
+                    floats.note(manager, named)
         return same and (pattern is None or overlap_pattern(_tensors(call)) == pattern)
 
     def bind(flat: FlatFunction) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +62,9 @@ class StepCall:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors of the call."""
+        values = (*self.args, *self.kwargs.values(), *self.loss_args)
+        if all(isinstance(value, (Tensor, bool, int, float, str, NoneType)) for value in values):
+            return [value for value in values if isinstance(value, Tensor)]
         return [leaf for leaf in pytree.tree_leaves(list(self)) if isinstance(leaf, Tensor)]
 
     def unmarked(self, tensors: Iterable[Tensor]) -> StepCall:

@@ -98,6 +98,11 @@ def _followed(capture: Capture, position: int) -> Following | None:
     return _FOLLOWING.get(capture, {}).get(position)
 
 
+def following_alone(capture: Capture) -> Following | None:
+    """Returns what followed calls that were made while no other one was pending."""
+    return _followed(capture, 0)
+
+
 def _leaving_room(state: PlanningState, call: CallState, follows: Following, unit: int) -> CallState:
     left = state.budget_bytes - state.extra_bytes(call) - MARGIN * unit
     return replace(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 from weakref import ref
 
@@ -13,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fxhybrid.capture.joint_graph import InputKind
 from fxhybrid.compiler.late_backward import late_backward
 from fxhybrid.compiler.observed_backward import ObservedBackward
-from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall
+from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall, references
 from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.shrunk_call import Shrunk, shrink
 from fxhybrid.compiler.storage_uses import PYTHON_USES, storage_uses
@@ -75,14 +77,28 @@ class BackwardWatch:
 
     def opened(self, saved: Sequence[Tensor], outputs: Sequence[Any], inputs: Sequence[Any]) -> OpenedCall:
         """Enters a call whose forward pass is over."""
-        roles = self.prepared.traced.joint.inputs
-        given = (t for t, role in zip(inputs, roles, strict=False) if role.kind is InputKind.USER_INPUT)
-        watched = {i: _Watched.of(t, saved) for i, t in enumerate(outputs) if isinstance(t, Tensor)}
-        seen = tuple(_Input.of(t) for t in inputs)
-        pending = self.planned.opened(saved, outputs, given)
-        opened = OpenedCall(self, pending, watched, seen)
+        returned = {i: t for i, t in enumerate(outputs) if isinstance(t, Tensor)}
+        ids = set(map(id, returned.values()))
+        if ids.isdisjoint(map(id, saved)):
+            held, unread = references(returned.values()), [ref(t) for t in saved]
+        else:  # autograd saves an output as another tensor of its storage, so that reference would not last
+            held, unread = references([*saved, *returned.values()]), []
+        pending = self.planned.opened((inputs[i] for i in self.given), held, unread)
+        watched = dict(zip(returned, held[len(held) - len(returned) :], strict=True))
+        opened = OpenedCall(self, pending, watched, _Inputs.of(inputs))
         pending.opened = ref(opened)
         return opened
+
+    @cached_property
+    def given(self) -> tuple[int, ...]:
+        """Positions of the call's own tensors among the graph's inputs."""
+        roles = enumerate(self.prepared.traced.joint.inputs)
+        return tuple(i for i, role in roles if role.kind is InputKind.USER_INPUT)
+
+    @cached_property
+    def droppable(self) -> frozenset[int]:
+        """Positions of the outputs without a gradient that a caller may drop before the backward pass."""
+        return self.prepared.traced.droppable(self.prepared.expected.absent)
 
 
 @dataclass(eq=False)
@@ -92,15 +108,15 @@ class OpenedCall:
     Attributes:
         watch: what is expected.
         pending: its entry among the pending calls.
-        watched: the outputs, by position.
+        watched: the storage of each output and its bytes, by the output's position.
         inputs: the graph's inputs.
         shrunk: what is left of a call that let go of what it stored; None otherwise.
     """
 
     watch: BackwardWatch
     pending: PendingCall
-    watched: Mapping[int, _Watched]
-    inputs: Sequence[_Input]
+    watched: Mapping[int, tuple[StorageWeakRef, int]]
+    inputs: _Inputs
     shrunk: Shrunk | None = None
 
     def shrink(self, target: Actions, room_bytes: int) -> PlanBytes | None:
@@ -108,7 +124,7 @@ class OpenedCall:
         watch = self.watch
         if self.shrunk is not None:
             return None
-        inputs = [seen.tensor() for seen in self.inputs]
+        inputs = self.inputs.tensors()
         held = self.pending.held
         found = shrink(watch.prepared, watch.actions, watch.graphs, target, inputs, held, room_bytes)
         if found is None:
@@ -134,22 +150,36 @@ class OpenedCall:
             BudgetError: outputs are held that were to be dropped, or gradients to be kept that were to be added, and
                 the budget has no room for them.
         """
-        prepared = self.watch.prepared
-        held = {i: output for i, output in self.watched.items() if output.is_held}
-        droppable = prepared.traced.droppable(prepared.expected.absent)
-        if self.shrunk is not None or present & prepared.expected.absent:
-            self.watch.observed.note(present, droppable.intersection(held))
-            return self._late(present, held.values())
-        self._check_room({i: output for i, output in held.items() if i in prepared.expected.dropped}, untaken)
-        self.watch.observed.note(present, droppable.intersection(held))  # what was refused shows nothing
+        watch, expected = self.watch, self.watch.prepared.expected
+        if self.shrunk is not None or present & expected.absent:
+            held = self._held(self.watched)
+            watch.observed.note(present, watch.droppable & held)
+            return self._late(present, held)
+        held = self._held((watch.droppable | expected.dropped) & self.watched.keys())
+        self._check_room(expected.dropped & held, untaken)
+        watch.observed.note(present, watch.droppable & held)  # what was refused shows nothing
         return None
 
-    def _late(self, present: frozenset[int], held: Iterable[_Watched]) -> LateBackward:
+    def _held(self, positions: Iterable[int]) -> frozenset[int]:
+        """Returns which of these outputs anybody but the step itself holds."""
+        return frozenset(i for i in positions if self._is_held(*self.watched[i]))
+
+    def _is_held(self, output: StorageWeakRef, _: int) -> bool:
+        if output.expired():  # type: ignore[no-untyped-call]
+            return False
+        held, own = Counter(r.cdata for r, _ in self.pending.held), Counter(r.cdata for r, _ in self.watched.values())
+        n_saved: int = held[output.cdata] - own[output.cdata]
+        return storage_uses(output) > n_saved + PYTHON_USES
+
+    def _bytes(self, outputs: Iterable[int]) -> int:
+        return sum({self.watched[i][0].cdata: self.watched[i][1] for i in outputs}.values())
+
+    def _late(self, present: frozenset[int], held: Iterable[int]) -> LateBackward:
         watch = self.watch
         room, kept = watch.planned.budget_bytes, None if self.shrunk is None else self.shrunk.kept
         if kept is None:
-            room -= watch.extra_bytes + _total_bytes(held)
-        inputs = [seen.tensor() for seen in self.inputs]
+            room -= watch.extra_bytes + self._bytes(held)
+        inputs = self.inputs.tensors()
         with PLANNING:
             found = late_backward(watch.prepared, watch.actions, watch.graphs, present, inputs, room, kept)
         if found is None and not present & watch.prepared.expected.absent:
@@ -158,16 +188,16 @@ class OpenedCall:
             raise _unexpected_tangents(watch.prepared, present & watch.prepared.expected.absent)
         return found
 
-    def _check_room(self, held: Mapping[int, _Watched], untaken: frozenset[int]) -> None:
+    def _check_room(self, held: frozenset[int], untaken: frozenset[int]) -> None:
         if not held and not untaken:
             return
         planned = self.watch.planned
-        needed = self.watch.backward_bytes(frozenset(held), untaken)
+        needed = self.watch.backward_bytes(held, untaken)
         if needed <= planned.budget_bytes:
             return
         raise BudgetError(
             f"the budget of {planned.budget_bytes} bytes ({format_bytes(planned.budget_bytes)}) cannot be met for this "
-            f"backward pass: {_outputs_held(held) if held else KEPT}. With them the step takes {needed} bytes "
+            f"backward pass: {self._outputs_held(held) if held else KEPT}. With them the step takes {needed} bytes "
             f"({format_bytes(needed)}). {DROP_OUTPUTS if held else ADD_GRADIENTS}; or raise the budget. No gradient "
             "has been computed yet",
             budget_bytes=planned.budget_bytes,
@@ -176,10 +206,9 @@ class OpenedCall:
             holder="outputs without a gradient" if held else "gradients beside older ones",
         )
 
-
-def _outputs_held(held: Mapping[int, _Watched]) -> str:
-    more, names = _total_bytes(held.values()), ", ".join(map(str, sorted(held)))
-    return f"outputs {names} of the call ({more} bytes, {format_bytes(more)}), without a gradient, are still held"
+    def _outputs_held(self, held: Iterable[int]) -> str:
+        more, names = self._bytes(held), ", ".join(map(str, sorted(held)))
+        return f"outputs {names} of the call ({more} bytes, {format_bytes(more)}), without a gradient, are still held"
 
 
 def _unexpected_tangents(prepared: Prepared, tangents: Iterable[int]) -> BackwardError:
@@ -192,55 +221,31 @@ def _unexpected_tangents(prepared: Prepared, tangents: Iterable[int]) -> Backwar
     )
 
 
-def _total_bytes(outputs: Iterable[_Watched]) -> int:
-    return sum({output.reference.cdata: output.n_bytes for output in outputs}.values())
-
-
 @dataclass(frozen=True, eq=False)
-class _Input:
-    """Refers to an input of the graph, without holding it; ``version`` is that of its contents."""
+class _Inputs:
+    """Refers to the inputs of the graph, without holding them; None where one is no tensor.
 
-    reference: Callable[[], Any]
-    version: int
+    Attributes:
+        references: to the tensors.
+        versions: of their contents.
+    """
+
+    references: Sequence[ref[Tensor] | None]
+    versions: Sequence[int]
 
     @classmethod
-    def of(cls, value: Any) -> _Input:
-        return cls(ref(value), _version(value)) if isinstance(value, Tensor) else cls(lambda: value, 0)
+    def of(cls, values: Sequence[Any]) -> _Inputs:
+        tensors = [value if isinstance(value, Tensor) else None for value in values]
+        references = [None if tensor is None else ref(tensor) for tensor in tensors]
+        return cls(references, [0 if tensor is None else _version(tensor) for tensor in tensors])
 
-    def tensor(self) -> Tensor | None:
-        """Returns the input; None if it is gone, or was changed since."""
-        value = self.reference()
-        return value if isinstance(value, Tensor) and _version(value) == self.version else None
+    def tensors(self) -> list[Tensor | None]:
+        """Returns the inputs; None for those that are gone, or were changed since."""
+        tensors = [None if reference is None else reference() for reference in self.references]
+        pairs = zip(tensors, self.versions, strict=True)
+        return [tensor if tensor is not None and _version(tensor) == version else None for tensor, version in pairs]
 
 
 def _version(tensor: Tensor) -> int:
     """Counts the changes of a tensor in place, as autograd does."""
     return tensor._version  # noqa: SLF001 (no public name)
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """Refers to the storage of an output, without holding it.
-
-    Attributes:
-        reference: to the storage.
-        n_bytes: its size.
-        n_saved: how many of the tensors that are saved for the backward pass lie in it.
-    """
-
-    reference: StorageWeakRef
-    n_bytes: int
-    n_saved: int
-
-    @classmethod
-    def of(cls, output: Tensor, saved: Iterable[Tensor]) -> _Watched:
-        storage = output.untyped_storage()
-        n_saved = sum(t.untyped_storage()._cdata == storage._cdata for t in saved)
-        return cls(StorageWeakRef(storage), storage.nbytes(), n_saved)  # type: ignore[no-untyped-call]
-
-    @property
-    def is_held(self) -> bool:
-        """Whether anybody but the step itself holds it."""
-        if self.reference.expired():  # type: ignore[no-untyped-call]
-            return False
-        return storage_uses(self.reference) > self.n_saved + PYTHON_USES

@@ -22,6 +22,7 @@ class ObservedBackward:
         held: positions of the outputs without a gradient that the caller still held when one began.
         alone: positions of the inputs whose gradients came from calls of this signature only, one in each pass.
         shared: positions of those that had gradients from elsewhere, too.
+        revision: rises whenever what is planned may change.
     """
 
     def __init__(self) -> None:
@@ -30,12 +31,15 @@ class ObservedBackward:
         self.held: frozenset[int] = frozenset()
         self.alone: frozenset[int] = frozenset()
         self.shared: frozenset[int] = frozenset()
+        self.revision = 0
 
     def note(self, present: Iterable[int], held: Iterable[int]) -> None:
         """Notes a backward pass that begins."""
         self.count += 1
-        self.arrived = self.arrived.union(present)
-        self.held = self.held.union(held)
+        arrived, all_held = self.arrived.union(present), self.held.union(held)
+        if (arrived, all_held) != (self.arrived, self.held) or self.count in (1, PATIENCE):
+            self.arrived, self.held = arrived, all_held
+            self.revision += 1
 
     def is_known(self, position: int) -> bool:
         """Tells whether it is known of an input if gradients come from elsewhere, too."""
@@ -43,6 +47,7 @@ class ObservedBackward:
 
     def note_leaf(self, position: int, is_alone: bool) -> None:
         """Notes whether a call's own gradient of an input was all that the backward pass had for it."""
+        self.revision += 1
         if not is_alone:
             self.shared |= {position}
             self.alone -= {position}

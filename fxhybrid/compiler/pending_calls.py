@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 from weakref import ReferenceType, WeakValueDictionary
@@ -48,12 +48,17 @@ class PlannedCall:
     chosen: PlanBytes
     plans: KnownPlans
 
-    def opened(self, saved: Iterable[Tensor], outputs: Iterable[object], inputs: Iterable[Tensor]) -> PendingCall:
-        """Enters a call whose forward pass is over; it stays entered while the result lives."""
-        returned = [t for t in outputs if isinstance(t, Tensor)]
-        call = PendingCall(
-            self, threading.get_ident(), len(pending_calls()), references([*saved, *returned]), references(inputs)
-        )
+    def opened(
+        self, inputs: Iterable[Tensor], held: References = (), saved: Sequence[Callable[[], Tensor | None]] = ()
+    ) -> PendingCall:
+        """Enters a call; it stays entered while the result lives.
+
+        Args:
+            inputs: what the call is given.
+            held: the storages that it holds.
+            saved: refers to tensors that are saved for its backward pass; looked at when another call asks.
+        """
+        call = PendingCall(self, threading.get_ident(), len(pending_calls()), references(inputs), held, saved)
         with _LOCK:
             _CALLS[next(_SERIAL)] = call
         return call
@@ -77,17 +82,31 @@ class PendingCall:
         planned: what is known of its plan.
         thread: the one that made the call.
         position: how many calls were pending when it was made.
-        held: saved values and outputs, each with its bytes.
-        inputs: what the call was given, likewise.
+        inputs: what the call was given, each storage with its bytes.
+        looked_at: outputs and saved values, likewise, as far as anybody has asked for them.
+        saved: refers to the saved values that nobody has asked for; a step of one call never asks.
         opened: the call itself, which may let go of what it stored; None where that is gone.
     """
 
     planned: PlannedCall
     thread: int
     position: int
-    held: References
     inputs: References
+    looked_at: References
+    saved: Sequence[Callable[[], Tensor | None]] = ()
     opened: Callable[[], Shrinks | None] = lambda: None
+
+    @property
+    def held(self) -> References:
+        """Saved values, then outputs, each storage with its bytes; gone ones keep their place."""
+        if self.saved:
+            tensors = [tensor if (tensor := saved()) is not None else torch.empty(0) for saved in self.saved]
+            self.looked_at, self.saved = (*references(tensors), *self.looked_at), ()
+        return self.looked_at
+
+    @held.setter
+    def held(self, found: References) -> None:
+        self.looked_at, self.saved = found, ()
 
     def shrink(self, target: Actions, room_bytes: int) -> bool:
         """Lets go of what a plan would not store, if the backward pass has room; says whether anything was gained."""

@@ -20,6 +20,7 @@ from fxhybrid.compiler.budgets import resolve_budget
 from fxhybrid.compiler.call_state import FRESH, CallState
 from fxhybrid.compiler.expected_states import plan_expected
 from fxhybrid.compiler.largest_call import largest_call
+from fxhybrid.compiler.model_parameters import has_gradients
 from fxhybrid.compiler.pending_calls import pending_calls
 from fxhybrid.compiler.plan_transfer import expected_by, in_layout_of
 from fxhybrid.compiler.planning_lock import PLANNING
@@ -31,6 +32,7 @@ from fxhybrid.compiler.planning_state import (
     recalibrate,
     with_smallest,
 )
+from fxhybrid.compiler.repeated_call import RepeatedCall, is_first_of_step
 from fxhybrid.compiler.signature import Signature, first_fitting
 from fxhybrid.compiler.signature_cache import SignatureCache
 from fxhybrid.errors import BudgetError, InvalidArgument
@@ -69,6 +71,7 @@ class Session:
         self.cache = SignatureCache()
         self.base: PlanningState | None = None
         self._found: ref[StepCall] | None = None  # the call that the first signature was found for
+        self._repeated: RepeatedCall | None = None
 
     @property
     def signatures(self) -> list[Signature]:
@@ -157,16 +160,20 @@ class Session:
 
     def _fitting(self, call: StepCall) -> ActiveGraph:
         """Returns what runs a call, for the backward pass that is expected to follow."""
-        before = self.first
+        before, is_alone = self.first, is_first_of_step(self.model)
+        if is_alone and self._repeated is not None and self._repeated.chosen_by(before):
+            return self._repeated.active
         try:
-            return first_fitting(before.outlooks(), lambda expected: self._active_expecting(expected, call))
+            active = first_fitting(before.outlooks(), lambda expected: self._active_expecting(expected, call))
         except BudgetError:
             self.signatures[0] = self.first.expecting(before.state.prepared.expected, self.step)
             raise
+        self._repeated = RepeatedCall.of(self.first, active) if is_alone else None
+        return active
 
     def _active_expecting(self, expected: ExpectedBackward, call: StepCall) -> ActiveGraph:
         self.signatures[0] = self.first.expecting(expected, self.step, call)
-        older = any(p.grad is not None for p in self.model.parameters())
+        older = has_gradients(self.model)
         added = addable_inputs(self.step, self.first.state.prepared, self.first.observed) if older else frozenset()
         state, found = admit(self.first.state, self.model, call.tensors, CallState(older, added=added))
         self.signatures[0] = replace(self.first, state=state)

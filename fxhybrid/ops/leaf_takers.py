@@ -57,6 +57,11 @@ class LeafTakers:
     values: Sequence[Tensor | None]
     updates: Updates | None
 
+    @property
+    def are_taken(self) -> bool:
+        """Whether anything takes gradients before autograd does."""
+        return bool(self.adding) or self.updates is not None
+
     def takers(self, nodes: Mapping[int, Any]) -> dict[int, Taker]:
         """Returns, by position, what takes gradients in the backward pass that runs.
 

@@ -234,7 +234,7 @@ class SegmentedStep:
             needs,
             path.plans.known,
         )
-        return planned.opened([], [], tensors)
+        return planned.opened(tensors)
 
     def _expect_all(self) -> None:
         """Plans for gradients of all outputs from now on."""
