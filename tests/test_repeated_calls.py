@@ -43,7 +43,7 @@ def test_every_change_is_noticed() -> None:
     for model in (plain, hybrid):
         next(model.parameters()).requires_grad_(False)
         model.zero_grad()
-    frozen = check([first])
+    frozen = [check([first]) for _ in range(10)][-1]
     assert frozen is not known  # another signature
     assert check([first]) is frozen
     hybrid.set_budget(hybrid.plan.peak_bytes)
