@@ -27,6 +27,7 @@ from fxhybrid.passes.channels_last_choice import groups_that_pay, with_groups
 from fxhybrid.passes.codec_choices import codec_choices, codec_refusals
 from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
 from fxhybrid.passes.expected_backward import ALL_ARRIVE, ExpectedBackward, held_and_dropped
+from fxhybrid.passes.faster_forms import faster_calls, with_faster_forms
 from fxhybrid.passes.fingerprint import fingerprint
 from fxhybrid.passes.gradient_takes import take_nodes, updating_parameters
 from fxhybrid.passes.prune_tangents import prune_tangents
@@ -195,7 +196,8 @@ class Prepared:
 
     def with_choices(self, choices: CodecChoices) -> Prepared:
         """Returns the same with other codecs offered, their times measured; ``with_errors`` makes a problem of it."""
-        return dataclasses.replace(self, choices=choices, profile=profile_calls(calls_of(self.layout, choices)))
+        calls = [*calls_of(self.layout, choices), *faster_calls(self.layout)]
+        return dataclasses.replace(self, choices=choices, profile=profile_calls(calls))
 
     def offering(self, actions: Actions) -> Prepared:
         """Returns the same with a transferred plan's channel-wise codecs offered too: widths differ from run to run."""
@@ -292,7 +294,7 @@ def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
     choices = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)
     refusals = codec_refusals(layout, lossy=traced.lossy, lossless=traced.lossless)
     with stage("profile"):
-        profile = profile_calls(calls_of(layout, choices))
+        profile = profile_calls([*calls_of(layout, choices), *faster_calls(layout)])
     errors = error_table(lossy_groups(layout, choices), choices, lambda _: DEFAULT_GROUP_ERROR)
     return prepared_for(traced, expected, joint, layout, profile, choices, refusals, errors)
 
@@ -329,9 +331,17 @@ def resident_bytes_of(step: Step, call: StepCall, options: Options) -> int:
     return storage_bytes(tensors) + optimizer_bytes(options.optimizer).state_bytes + options.reserve_bytes
 
 
+def schedule_of(prepared: Prepared, actions: Actions) -> Schedule:
+    """Returns the schedule by which a plan is carried out."""
+    schedule = lower(prepared.problem, actions)
+    if prepared.sharing is not None:
+        return schedule
+    return with_faster_forms(prepared.problem, prepared.layout, prepared.profile.costs, schedule)
+
+
 def build_graphs(prepared: Prepared, actions: Actions) -> SplitGraphs:
     """Builds the halves of a step by a plan, or takes those that other sizes have."""
-    schedule = lower(prepared.problem, actions)
+    schedule = schedule_of(prepared, actions)
 
     def build() -> SplitGraphs:
         with stage("rewrite"), paused_collector():

@@ -15,8 +15,11 @@ from torch import fx
 import fxhybrid.codecs  # noqa: F401  (registers the compress and decompress operators)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase
 from fxhybrid.ir.schedule import Instruction, Kind, Schedule, without_mask
+from fxhybrid.passes.faster_forms import faster_form
 from fxhybrid.passes.graph_edit import PlainGraph, joint_module
 from fxhybrid.passes.storages import Layout, OpCall, fused_form, recompute_form
+
+_FORMS = {Kind.RERUN: recompute_form, Kind.FUSED: fused_form, Kind.FASTER: faster_form}
 
 
 def rewrite(joint: JointGraph, layout: Layout, schedule: Schedule) -> JointGraph:
@@ -68,11 +71,12 @@ class _Rewriter:
             self._emit_op(instruction)
 
     def _emit_op(self, instruction: Instruction) -> None:
-        rerun, fused = instruction.kind is Kind.RERUN, instruction.kind is Kind.FUSED
+        rerun = instruction.kind is Kind.RERUN
         ops = self.layout.forward if rerun or self.phase is Phase.FORWARD else self.layout.backward
         op = ops[instruction.op]
         self.at = dict(zip(self._inputs(op, instruction), instruction.reads, strict=True))
-        form = recompute_form(op.node) if rerun else fused_form(op.node) if fused else None
+        make_form = _FORMS.get(instruction.kind)
+        form = make_form(op.node) if make_form else None
         target, args = form or (op.node.target, op.node.args)
         new = self.graph.create_node(
             "call_function",

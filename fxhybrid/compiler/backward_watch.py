@@ -21,10 +21,9 @@ from fxhybrid.compiler.shrunk_call import Shrunk, shrink
 from fxhybrid.compiler.storage_uses import PYTHON_USES, storage_uses
 from fxhybrid.errors import BackwardError, BudgetError
 from fxhybrid.ir.plan import Actions
-from fxhybrid.ir.schedule import lower
 from fxhybrid.ir.simulator import simulate
 from fxhybrid.passes.split import SplitGraphs
-from fxhybrid.pipeline import Prepared
+from fxhybrid.pipeline import Prepared, schedule_of
 from fxhybrid.runtime import LateBackward
 from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 from fxhybrid.units import format_bytes
@@ -69,7 +68,7 @@ class BackwardWatch:
     def backward_bytes(self, held: frozenset[int], untaken: frozenset[int]) -> int:
         """Computes the peak of the backward half where outputs or gradients are held that were to be let go."""
         prepared = self.prepared
-        schedule = lower(prepared.problem, self.actions)
+        schedule = schedule_of(prepared, self.actions)
         gradients = (prepared.gradient_nodes.keys() - self.added) | untaken
         as_held = prepared.expecting_drops(prepared.expected.dropped - held).keeping(gradients)
         during = simulate(as_held.problem, schedule).during_bytes[schedule.n_forward :]

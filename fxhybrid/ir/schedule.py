@@ -27,6 +27,7 @@ class Kind(Enum):
     RUN = "run"
     RERUN = "rerun"
     FUSED = "fused"
+    FASTER = "faster"
     ENCODE = "encode"
     DECODE = "decode"
 
@@ -46,7 +47,7 @@ class Instruction:
 
     Attributes:
         kind: what it does.
-        op: index into ``Problem.forward`` (RERUN, forward RUN) or ``Problem.backward`` (backward RUN, FUSED);
+        op: index into ``Problem.forward`` (RERUN, forward RUN) or ``Problem.backward`` (backward RUN, FUSED, FASTER);
             for ENCODE and DECODE the tensor.
         codec: the codec's text for ENCODE and DECODE.
         reads: values read, by position in ``Schedule.values``.
