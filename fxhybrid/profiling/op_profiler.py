@@ -2,10 +2,10 @@
 
 Each distinct call (operator, shapes, strides, dtypes, constants) runs alone a few times on synthetic inputs; the
 smallest time counts, since noise only ever adds. All calls are gone through twice, so that a busy moment of the
-machine does not make some of them look slow. The processor's caches are full of other data by then, as they are in
-a step: on cached inputs every call bound by memory, codecs and masks first of all, looks cheaper than it is. Filling a
-large cache takes longer than most calls, so it is done once for a batch of them. Results are kept on disk per
-processor, thread count, torch version and flags.
+machine does not make some of them look slow; two runs of long ones are enough. The processor's caches are full of other
+data by then, as they are in a step: on cached inputs every call bound by memory, codecs and masks first of all, looks
+cheaper than it is. Filling a large cache takes longer than most calls, so it is done once for a batch of them. Results
+are kept on disk per processor, thread count, torch version and flags.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from fxhybrid.torch_internals import tree_leaves
 
 ROUNDS = 2  # over all calls
 FEWEST_RUNS, MOST_RUNS = 2, 4  # of a call, in each round
+LONG_S = 0.03  # calls that take longer run once in each round: of them, less is noise
 LEAST_S = 0.01  # calls faster than this run more often: their smallest time is what noise has not touched
 CACHE_FILES = "/sys/devices/system/cpu/cpu0/cache/index*/size"
 USUAL_CACHE_BYTES = 8 * 2**20  # where the system does not say
@@ -169,7 +170,7 @@ def _alloc_peaks(calls: Sequence[Call]) -> dict[str, int]:
     ran: list[str] = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]), recording() as recorded:
         torch.manual_seed(0)
-        for trials in _batches(calls, 0, refused):
+        for trials in _batches(calls, 0, refused, {}):
             for trial in trials:
                 trial.run(recorded)
                 ran.append(trial.call.key)
@@ -188,7 +189,7 @@ def _measure(calls: Iterable[Call]) -> dict[str, OpCost]:
     other_data = torch.zeros(cache_bytes() // 4 + 1)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), recording() as recorded:
         torch.manual_seed(0)
-        for trials in _batches(calls, cache_bytes(), refused):
+        for trials in _batches(calls, cache_bytes(), refused, seconds):
             _time(trials, recorded, other_data)
             for trial in trials:
                 key = trial.call.key
@@ -208,17 +209,19 @@ def _estimated(call: Call) -> OpCost:
 class _Trial:
     """A call with synthetic inputs, and how long it took so far."""
 
-    def __init__(self, call: Call) -> None:
-        """Makes the inputs and runs the call once: kernels and weight layouts are chosen at the first run."""
+    def __init__(self, call: Call, *, is_ready: bool) -> None:
+        """Makes the inputs and, unless it is ready, runs the call once: kernels are chosen at the first run."""
         self.call = call
         self.best_s, self.spent_s, self.runs = math.inf, 0.0, 0
         self.args, self.kwargs = synthetic_arguments(call.target, call.args, call.kwargs)
-        call.target(*self.args, **self.kwargs)
+        if not is_ready:
+            call.target(*self.args, **self.kwargs)
 
     @property
     def wanted(self) -> bool:
         """Whether another run would tell more."""
-        return self.runs < FEWEST_RUNS or (self.spent_s < LEAST_S and self.runs < MOST_RUNS)
+        fewest = FEWEST_RUNS if self.best_s < LONG_S else 1
+        return self.runs < fewest or (self.spent_s < LEAST_S and self.runs < MOST_RUNS)
 
     def run(self, recorded: Recording) -> None:
         """One timed run; the first is recorded."""
@@ -242,10 +245,12 @@ def _as_profile_error(call: Call) -> Iterator[None]:
         raise ProfileError(f"cannot measure {call.key}: {error}") from error
 
 
-def _batches(calls: Iterable[Call], room_bytes: int, refused: dict[str, Call]) -> Iterator[list[_Trial]]:
+def _batches(
+    calls: Iterable[Call], room_bytes: int, refused: dict[str, Call], seconds: Mapping[str, float]
+) -> Iterator[list[_Trial]]:
     """Yields calls whose inputs take ``room_bytes`` together: they are there at the same time.
 
-    Calls that refuse synthetic inputs are put into ``refused``.
+    Calls that refuse synthetic inputs are put into ``refused``. Long ones of known ``seconds`` are ready at once.
     """
     trials: list[_Trial] = []
     taken_bytes = 0
@@ -253,7 +258,7 @@ def _batches(calls: Iterable[Call], room_bytes: int, refused: dict[str, Call]) -
         if call.key in refused:
             continue
         try:
-            trials.append(_Trial(call))
+            trials.append(_Trial(call, is_ready=seconds.get(call.key, 0.0) >= LONG_S))
         except MemoryError:
             raise
         except Exception as error:
