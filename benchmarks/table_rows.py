@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.convergence import TASKS, bound, complete_seeds, score
 from benchmarks.held_out_error import WHEN, quantile
+from benchmarks.lib.peer_methods import OURS
 from benchmarks.lib.results import Record
+from benchmarks.peers import ours_at
 from fxhybrid.ir.plan import GAP_FLOOR_SHARE
 
 Row = tuple[str, ...]
@@ -114,6 +116,17 @@ def held_out_case_rows(records: Sequence[Record]) -> Iterator[Row]:
         most = [max(column) for column in zip(*rest, strict=True)]
         start, anew = (f"at most {most[i]:.2f}, {most[i + 1]:.2f}" for i in (0, 4))
         yield f"the other {len(rest)}", start, f"at most {most[3]:.2f}", anew
+
+
+def peer_rows(records: Sequence[Record]) -> Iterator[Row]:
+    """Yields share of the peak, step time and first step of each other way, and our time at no higher a peak."""
+    for r in records:
+        if r["method"] == OURS or "ratio" not in r:
+            continue
+        ours = ours_at(r, records)
+        same = f"{ours['ratio']:.2f} ({ours['gradient_error']:.0e})" if ours else "not reached"
+        figures = f"{r['peak_bytes'] / r['eager_peak_bytes']:.2f}", f"{r['ratio']:.2f} ({r['gradient_error']:.0e})"
+        yield LABELS[r["model"]], r["key"], *figures, f"{r['compile_s']:.0f} s", same
 
 
 def no_rows(_: Sequence[Record]) -> Iterator[Row]:
