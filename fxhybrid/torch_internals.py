@@ -52,6 +52,8 @@ from torch._subclasses.fake_tensor import _BypassDispatchCache as BypassDispatch
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.sym_node import SymNode
 from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -87,6 +89,7 @@ __all__ = [
     "RecordScope",
     "SetAttribute",
     "ShortenTraceback",
+    "SymNode",
     "TensorAlias",
     "TensorifyState",
     "TorchDynamoException",
@@ -105,6 +108,7 @@ __all__ = [
     "fake_impls",
     "functorch_config",
     "get_metrics_context",
+    "get_proxy_mode",
     "graph_is_kept",
     "inductor_config",
     "is_fx_symbolic_tracing",

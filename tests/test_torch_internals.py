@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxhybrid import torch_internals
-from fxhybrid.capture import intermediate_leaves
+from fxhybrid.capture import intermediate_leaves, symbolic_arithmetic
 from fxhybrid.segments import graph_runner
 from tests.test_layering import MODULES, ROOT
 
@@ -32,6 +32,7 @@ PATCHED = (
     (torch.distributions.kl, "_KL_REGISTRY"),
     (torch.distributions.kl, "_KL_MEMOIZE"),
     (torch.UntypedStorage, "_new_with_weak_ptr"),
+    *((torch_internals.SymNode, f"_{name}") for name in symbolic_arithmetic.OPERATIONS),
 )
 SETTINGS = (
     (torch_internals.dynamo_config, "skip_nnmodule_hook_guards"),

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxhybrid.capture.capture import Capture, capture
 from fxhybrid.capture.joint_graph import JointGraph, OutputKind
+from fxhybrid.capture.symbolic_arithmetic import remembered_arithmetic
 from fxhybrid.errors import CaptureError, FxHybridError
 from fxhybrid.torch_internals import maybe_mark_dynamic
 
@@ -88,7 +89,8 @@ def capture_symbolic(module: nn.Module, args: tuple[Any, ...], dims: Dims, *, ex
     """
     marked = _marked(args, dims)
     try:
-        captured = capture(module, marked, exact=exact)
+        with remembered_arithmetic():
+            captured = capture(module, marked, exact=exact)
         _check_supported(captured.joint)
         env = _shape_env(captured.joint)
         read = _reader(env, captured.joint)

@@ -99,15 +99,18 @@ class SizedCalls:
         """
         fakes = ConcreteTensors()
         costs = [sized.cost(cost, old, values) for sized, (cost, old) in zip(self._calls, self._old, strict=True)]
-        calls = [
-            sized.at(sizes, fakes) if cost.alloc_peak_bytes < 0 else None
-            for sized, cost in zip(self._calls, costs, strict=True)
-        ]
+        made: dict[str, Call] = {}  # layers make the same calls
+        calls: list[Call | None] = []
+        for sized, cost in zip(self._calls, costs, strict=True):
+            key = sized.call.key
+            if cost.alloc_peak_bytes < 0 and key not in made:
+                made[key] = sized.at(sizes, fakes)
+            calls.append(made[key] if cost.alloc_peak_bytes < 0 else None)
         for (t, spec), new in specs.items():
             stand_in = get_codec(new).profiled_as()
-            made = sum(stand_in.encoded_bytes(metas[t])), metas[t].nbytes
+            made_bytes = sum(stand_in.encoded_bytes(metas[t])), metas[t].nbytes
             for call, n_bytes, (cost, old) in zip(
-                codec_calls(bases[t], stand_in.spec), made, self._old_codecs[t, spec], strict=True
+                codec_calls(bases[t], stand_in.spec), made_bytes, self._old_codecs[t, spec], strict=True
             ):
                 costs.append(scaled_cost(cost, old, Work.of(call, None, n_bytes), call.target))
                 calls.append(call if costs[-1].alloc_peak_bytes < 0 else None)

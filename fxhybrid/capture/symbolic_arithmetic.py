@@ -1,0 +1,47 @@
+"""Arithmetic on symbolic sizes that is done once: a trace asks for the same sums and comparisons all the time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Any
+from unittest.mock import patch
+
+from fxhybrid.torch_internals import SymNode, get_proxy_mode
+
+OPERATIONS = (
+    *("add", "sub", "mul", "mod", "int_floordiv", "sym_max", "sym_min"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"),
+)
+_SEEN = attrgetter("_expr", "pytype", "_optimized_summation", "_hint")  # what a result depends on
+_KNOWN = attrgetter("_replacements_version_counter")  # changes when a symbol is found to be another, or a number
+
+
+@contextlib.contextmanager
+def remembered_arithmetic() -> Iterator[None]:
+    """Lets symbolic numbers remember results while a model is traced.
+
+    A result follows from both expressions, their types and what is known of the symbols by then. Where the trace
+    records arithmetic as nodes, it is done each time.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in OPERATIONS:
+            method = f"_{name}"
+            stack.enter_context(patch.object(SymNode, method, _remembering(getattr(SymNode, method))))
+        yield
+
+
+def _remembering(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    results: dict[Any, Any] = {}
+
+    def remembered(self: Any, other: Any) -> Any:
+        if get_proxy_mode():
+            return operation(self, other)
+        env = self.shape_env
+        key = *_SEEN(self), *_SEEN(other), id(env), _KNOWN(env)
+        if key not in results:
+            results[key] = operation(self, other)
+        return results[key]
+
+    return remembered
