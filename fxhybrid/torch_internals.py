@@ -37,6 +37,7 @@ from torch._dynamo.source import RandomValueSource
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase, TensorifyState
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables import builder, builtin
+from torch._dynamo.variables.misc import RandomVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.runtime_wrappers import make_output_handler
@@ -86,6 +87,7 @@ __all__ = [
     "ProfilerState",
     "PythonPrinter",
     "RandomValueSource",
+    "RandomVariable",
     "RecordScope",
     "SetAttribute",
     "ShortenTraceback",

@@ -92,10 +92,11 @@ RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
     "random.random": lambda h: h.sum() * random.random(),
     "random.sample": lambda h: h[random.sample(range(4), 3)].sum(),
     "random.randint": lambda h: h[: random.randint(1, 4)].sum(),
+    "own generator": lambda h: h.sum() * OWN.random(),
     "numpy": lambda h: h.sum() * np.random.beta(1, 1),  # noqa: NPY002
     "numpy's generator": lambda h: h.sum() * GENERATOR.random(),
 }
-GENERATOR = np.random.default_rng(0)
+GENERATOR, OWN = np.random.default_rng(0), random.Random(0)
 
 
 @pytest.mark.parametrize("name", RANDOM)

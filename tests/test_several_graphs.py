@@ -205,9 +205,10 @@ def test_layers_that_run_by_the_same_code_keep_their_own_parameters() -> None:
         pair.same(step, seed=seed)
 
 
-BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
-    "boolean mask": lambda h: h[h.sum(1) > 0].square().mean(),
-    "numbers": lambda h: (h[random.sample(range(4), 3)] * np.random.beta(1, 1)).square().mean(),  # noqa: NPY002
+BETWEEN: dict[str, Callable[[Tensor, random.Random], Tensor]] = {
+    "boolean mask": lambda h, _: h[h.sum(1) > 0].square().mean(),
+    "numbers": lambda h, _: (h[random.sample(range(4), 3)] * np.random.beta(1, 1)).square().mean(),  # noqa: NPY002
+    "own generator": lambda h, own: (h * own.random()).square().mean(),
 }
 
 
@@ -217,9 +218,10 @@ def test_python_between_graphs(name: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(1, 1)
+            self.own = random.Random(0)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(BETWEEN[name](torch.tanh(self.first(x))).reshape(1, 1)).sum()
+            return self.last(BETWEEN[name](torch.tanh(self.first(x)), self.own).reshape(1, 1)).sum()
 
     pair = twins(Between().train(), budget="1MiB")
 

@@ -32,6 +32,7 @@ PATCHED = (
     (torch.distributions.kl, "_KL_REGISTRY"),
     (torch.distributions.kl, "_KL_MEMOIZE"),
     (torch.UntypedStorage, "_new_with_weak_ptr"),
+    (torch_internals.RandomVariable, "is_supported_random_obj"),
     *((torch_internals.SymNode, f"_{name}") for name in symbolic_arithmetic.OPERATIONS),
 )
 SETTINGS = (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx
 
 from fxhybrid.errors import CaptureError
-from fxhybrid.torch_internals import RandomValueSource
+from fxhybrid.torch_internals import RandomValueSource, RandomVariable
 
 RANDOM = (
     "draw the random number before the call and pass it in, model(x, weight), or set it as an attribute; or draw it "
@@ -50,3 +52,25 @@ def with_traced_types(flat: Callable[..., Sequence[Any]], positions: Sequence[in
         return flat(*(x.float() if i in positions else x for i, x in enumerate(inputs)))
 
     return run
+
+
+class _Unsupported:
+    """Says of the generators that Dynamo meets that it cannot follow them; of those that it makes that it can."""
+
+    def __init__(self, own: Callable[[Any], bool]) -> None:
+        self._own = own
+
+    def __get__(self, variable: Any, owner: Any) -> Callable[[Any], bool]:
+        return self._own if variable is not None else lambda _: False
+
+
+@contextlib.contextmanager
+def untraced_generators() -> Iterator[None]:
+    """Lets a trace end where the model draws from a generator of its own, or shuffles by the common one.
+
+    Dynamo would follow them with a copy: what is drawn while tracing would be drawn at each call. torch 2.14 does so
+    for ``random.sample``, ``shuffle`` and ``seed``.
+    """
+    name = "is_supported_random_obj"
+    with patch.object(RandomVariable, name, _Unsupported(getattr(RandomVariable, name))):
+        yield

@@ -16,6 +16,7 @@ from fxhybrid.capture.in_place_layouts import in_place_layouts
 from fxhybrid.capture.intermediate_leaves import intermediate_leaves
 from fxhybrid.capture.kernel_layouts import kernel_layouts
 from fxhybrid.capture.native_operators import native_operators
+from fxhybrid.capture.random_numbers import untraced_generators
 from fxhybrid.ops.cumulative_batch_norm import traceable_batch_norm
 from fxhybrid.torch_internals import (
     dynamo_config,
@@ -47,6 +48,7 @@ def tracing_settings() -> Iterator[None]:
     aot: Any = functorch_config.patch(backward_pass_autocast="off")
     values = (without_value_checks(), kernel_norms(), contiguous_first(), own_fake_tensors(), in_place_layouts())
     code = (native_operators(), kernel_layouts(), traceable_batch_norm(), traceable_observers(), intermediate_leaves())
+    code = (*code, untraced_generators())
     with contextlib.ExitStack() as stack:
         for setting in (dynamo, inductor, aot, set_enable_dynamic(False), *values, *code):
             stack.enter_context(setting)
