@@ -67,7 +67,7 @@ def with_faster_forms(problem: Problem, layout: Layout, costs: Mapping[str, OpCo
         before = int(during[position]) - max(instruction.alloc_peak_bytes, made)
         if before + max(cost.alloc_peak_bytes, made) <= limit:
             rise, seconds = cost.alloc_peak_bytes, cost.seconds
-            instructions[position] = replace(instruction, kind=Kind.FASTER, alloc_peak_bytes=rise, seconds=seconds)
+            instructions[position] = instruction._replace(kind=Kind.FASTER, alloc_peak_bytes=rise, seconds=seconds)
     return replace(schedule, instructions=tuple(instructions))
 
 
