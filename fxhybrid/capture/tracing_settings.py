@@ -48,9 +48,9 @@ def tracing_settings() -> Iterator[None]:
     aot: Any = functorch_config.patch(backward_pass_autocast="off")
     values = (without_value_checks(), kernel_norms(), contiguous_first(), own_fake_tensors(), in_place_layouts())
     code = (native_operators(), kernel_layouts(), traceable_batch_norm(), traceable_observers(), intermediate_leaves())
-    code = (*code, untraced_generators())
+    generators = untraced_generators()
     with contextlib.ExitStack() as stack:
-        for setting in (dynamo, inductor, aot, set_enable_dynamic(False), *values, *code):
+        for setting in (dynamo, inductor, aot, set_enable_dynamic(False), *values, *code, generators):
             stack.enter_context(setting)
         stack.callback(random.setstate, random.getstate())  # Dynamo draws what the model draws
         stack.enter_context(get_metrics_context())
