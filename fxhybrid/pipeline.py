@@ -30,6 +30,7 @@ from fxhybrid.passes.expected_backward import ALL_ARRIVE, ExpectedBackward, held
 from fxhybrid.passes.faster_forms import faster_calls, with_faster_forms
 from fxhybrid.passes.fingerprint import fingerprint
 from fxhybrid.passes.gradient_takes import take_nodes, updating_parameters
+from fxhybrid.passes.loss_heads import has_sliced_products, multiply_by_slices
 from fxhybrid.passes.prune_tangents import prune_tangents
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
@@ -58,6 +59,7 @@ class Traced:
         updates: what updates parameters in the backward pass; None where that comes after it.
         lossy: whether lossy codecs may be offered.
         lossless: the same of lossless ones.
+        any_order: whether sums may be taken in another order than eager's.
         known_interface: that of ``joint``, where it is known without.
     """
 
@@ -71,6 +73,7 @@ class Traced:
     updates: ParameterUpdates | None
     lossy: bool
     lossless: bool
+    any_order: bool
     known_interface: StepInterface | None = None
 
     @cached_property
@@ -87,11 +90,6 @@ class Traced:
     def tangents(self) -> Mapping[int, int]:
         """By position of each output with a gradient, views and their bases included, the position of its tangent."""
         return tangents_of_outputs(self.capture.metadata)
-
-    @property
-    def reordered(self) -> bool:
-        """Whether kernels take sums in another order than eager's."""
-        return bool(self.channels_last) or runs_in_segments(self.joint.module.graph)
 
     def in_layout(self, channels_last: tuple[int, ...]) -> Traced:
         """Returns the same with these groups of operators in channels_last."""
@@ -165,6 +163,17 @@ class Prepared:
     def fingerprint(self) -> str:
         """Hash of the whole graph, whatever backward pass is expected."""
         return self.traced.fingerprint
+
+    @property
+    def another_order(self) -> str:
+        """What takes sums in another order than eager's, in words; empty where nothing does but recurrent layers."""
+        laid_out = ["convolutions in channels_last"] if self.traced.channels_last else []
+        return " and ".join([*laid_out, *(["a loss head in slices"] if has_sliced_products(self.joint) else [])])
+
+    @property
+    def reordered(self) -> bool:
+        """Whether kernels take sums in another order than eager's."""
+        return bool(self.another_order) or runs_in_segments(self.joint.module.graph)
 
     @property
     def weighed(self) -> frozenset[int] | None:
@@ -273,7 +282,19 @@ def canonical(captured: Capture, structure: OutputStructure, step: Step, call: S
     resident_bytes = resident_bytes_of(step, call, options) + captured.float_bytes
     lossless = options.compression != "off"
     rise_bytes, updates = update_of(captured, step, options)
-    return Traced(captured, joint, joint, (), structure, resident_bytes, rise_bytes, updates, options.lossy, lossless)
+    return Traced(
+        captured,
+        joint,
+        joint,
+        (),
+        structure,
+        resident_bytes,
+        rise_bytes,
+        updates,
+        options.lossy,
+        lossless,
+        options.reordered,
+    )
 
 
 def update_of(captured: Capture, step: Step, options: Options) -> tuple[int | None, ParameterUpdates | None]:
@@ -289,7 +310,7 @@ def update_of(captured: Capture, step: Step, options: Options) -> tuple[int | No
 
 def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
     """Measures the operators of a step, with the backward pass that is expected."""
-    joint = pruned_joint(traced.joint, traced.updates, expected)
+    joint = expected_joint(traced.joint, traced, expected)
     layout = layout_of(joint)
     choices = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)
     refusals = codec_refusals(layout, lossy=traced.lossy, lossless=traced.lossless)
@@ -299,10 +320,11 @@ def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
     return prepared_for(traced, expected, joint, layout, profile, choices, refusals, errors)
 
 
-def pruned_joint(joint: JointGraph, updates: ParameterUpdates | None, expected: ExpectedBackward) -> JointGraph:
+def expected_joint(joint: JointGraph, traced: Traced, expected: ExpectedBackward) -> JointGraph:
     """Returns the joint graph of an expected backward pass, which updates parameters if it is to."""
     joint = prune_tangents(joint, expected.absent) if expected.absent else joint
-    return joint if updates is None else updating_parameters(joint, updates.rise_bytes.keys())
+    joint = multiply_by_slices(joint) if traced.any_order else joint
+    return joint if traced.updates is None else updating_parameters(joint, traced.updates.rise_bytes.keys())
 
 
 def prepared_for(

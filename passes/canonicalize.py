@@ -17,6 +17,7 @@ from torch import fx
 import fxhybrid.ops.masks  # noqa: F401  (registers keep_mask and apply_mask)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
 from fxhybrid.passes.graph_edit import PlainGraph, backward_nodes, call, joint_module, tangent_free
+from fxhybrid.passes.loss_heads import slice_losses
 from fxhybrid.passes.low_memory_backward import (
     chunk_batch_norm,
     chunk_batch_norm_by_pixels,
@@ -222,6 +223,7 @@ def _erase_unused(joint: JointGraph) -> None:
 
 PASSES: tuple[Pass, ...] = (
     drop_copies,
+    slice_losses,
     drop_unused_statistics,
     masks_for_predicates,
     shapes_for_pools,

@@ -12,7 +12,7 @@ from torch import fx
 import fxhybrid.ops.take_gradient  # noqa: F401  (registers the operator)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
 from fxhybrid.passes.direct_calls import DirectCalls
-from fxhybrid.passes.graph_edit import PlainGraph, call, graph_module, joint_module
+from fxhybrid.passes.graph_edit import PlainGraph, call, copy_of, graph_module
 
 TAKE = torch.ops.fxhybrid.take_gradient.default
 
@@ -47,10 +47,8 @@ def updating_parameters(joint: JointGraph, positions: AbstractSet[int]) -> Joint
         joint: its plan is not made yet.
         positions: of the parameters among the graph's inputs; those without a gradient count for nothing.
     """
-    graph = PlainGraph()
-    new: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(joint.module.graph, new)).meta = dict(joint.module.graph.output_node().meta)
-    copied = JointGraph(joint_module(joint.module, graph), joint.inputs, joint.outputs)
+    copied = copy_of(joint)
+    graph = copied.module.graph
     results = list(copied.output_nodes)
     last_reads = _last_reads(copied, positions)
     counts = _storage_counts(results)

@@ -69,6 +69,13 @@ def _forget_source(name: str) -> None:
     linecache.cache.pop(name, None)
 
 
+def copy_of(joint: JointGraph) -> JointGraph:
+    """Copies a joint graph, with the names of its nodes."""
+    graph = PlainGraph()
+    graph.output(graph.graph_copy(joint.module.graph, {})).meta = dict(joint.module.graph.output_node().meta)
+    return JointGraph(joint_module(joint.module, graph), joint.inputs, joint.outputs)
+
+
 def backward_nodes(joint: JointGraph) -> list[Any]:
     """Lists the nodes of the backward pass; gradients that the model itself takes belong to its forward pass."""
     return [node for node in joint.module.graph.nodes if phase_of(node) is Phase.BACKWARD]
@@ -77,6 +84,16 @@ def backward_nodes(joint: JointGraph) -> list[Any]:
 def output_parts(node: fx.Node) -> dict[int, fx.Node]:
     """Finds the getitem of each output of ``node`` that is read."""
     return {int(user.args[1]): user for user in node.users if user.target is operator.getitem}  # type: ignore[arg-type]
+
+
+def new_parts(joint: JointGraph, node: fx.Node, n_parts: int) -> list[fx.Node]:
+    """Makes the getitem of each of the first outputs of ``node`` at the graph's insertion point."""
+    parts = []
+    for i in range(n_parts):
+        part = joint.module.graph.call_function(operator.getitem, (node, i))
+        part.meta = {"val": node.meta["val"][i], TAG: NodeTag(phase_of(node))}
+        parts.append(part)
+    return parts
 
 
 def tangent_free(joint: JointGraph) -> set[fx.Node]:

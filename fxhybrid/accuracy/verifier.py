@@ -141,9 +141,9 @@ def check_capture(reference: Reference) -> CaptureCheck:
         CaptureError: the graph computes something else than the model.
     """
     verifier, found, laid_out = reference.verifier, reference.result, ""
-    if verifier.prepared.traced.channels_last:
+    if verifier.prepared.another_order:
         difference = relative_difference(found.gradients, verifier.run_eager().gradients)
-        laid_out = f"; with convolutions in channels_last gradients differ by {difference:.1e}"
+        laid_out = f"; with {verifier.prepared.another_order} gradients differ by {difference:.1e}"
         found = verifier.run_plain()
     low = runs_in_low_precision(verifier.step)
     check = compare_with_eager(found, verifier.run_eager, is_low_precision=low)

@@ -44,4 +44,4 @@ def _error_of(state: PlanningState, point: FrontierPoint) -> GradientError:
 def _tier_of(state: PlanningState, point: FrontierPoint) -> Tier:
     if point.error > 0:
         return Tier.LOSSY
-    return Tier.REORDERED if state.prepared.traced.reordered else Tier.LOSSLESS
+    return Tier.REORDERED if state.prepared.reordered else Tier.LOSSLESS

@@ -37,8 +37,8 @@ from fxhybrid.pipeline import (
     Prepared,
     Traced,
     canonical,
+    expected_joint,
     prepared_for,
-    pruned_joint,
     resident_bytes_of,
     update_of,
 )
@@ -161,7 +161,7 @@ class SizeFamily:
         captured = self._capture_at(sizes, self.graph.at(sizes))
         traced = canonical(captured, old.traced.structure, step, call, self.reference.options)
         traced = traced.in_layout(old.traced.channels_last)
-        joint = pruned_joint(traced.joint, traced.updates, old.expected)
+        joint = expected_joint(traced.joint, traced, old.expected)
         layout = layout_of(joint)
         initial = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)
         metas = {t: TensorMeta.of(s.base.meta["val"]) for t, s in enumerate(layout.storages) if s.base is not None}
@@ -209,7 +209,7 @@ class _LaterGraphs:
 
     @cached_property
     def pruned(self) -> JointGraph:
-        return pruned_joint(self.canonical, self._old.traced.updates, self._old.expected)
+        return expected_joint(self.canonical, self._old.traced, self._old.expected)
 
     @cached_property
     def layout(self) -> Layout:

@@ -32,7 +32,7 @@ from fxhybrid.passes.size_program import SYMBOLIC, SizeProgram, Sizes, Values
 from fxhybrid.passes.sized_halves import SharedGraphs, SizedHalves
 from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.passes.storages import Layout, Storage, layout_of
-from fxhybrid.pipeline import Prepared, pruned_joint
+from fxhybrid.pipeline import Prepared, expected_joint
 from fxhybrid.runtime import StepInterface
 
 MAX_SHARED = 64  # halves for many sizes that are kept, of the plans that were carried out last
@@ -111,7 +111,7 @@ class SizeTemplate:
         decisions, program = step.symbolic.decisions, SizeProgram()
         self._step, self._old, traced = step, old, old.traced
         with decisions.allowed():
-            self._joint = pruned_joint(step.joint, traced.updates, old.expected)
+            self._joint = expected_joint(step.joint, traced, old.expected)
             self._layout = layout_of(self._joint)
             if measured.names != StepCalls(self._layout, {}).names:
                 raise CaptureError("the step has other operators with symbolic sizes")

@@ -41,7 +41,7 @@ def plan_of(path: Path, found: SequencePlan, budget_bytes: int, extra_bytes: int
 def _tier(path: Path, found: SequencePlan) -> Tier:
     if found.known.point.error > 0:
         return Tier.LOSSY
-    reordered = any(prepared.traced.reordered for prepared in path.trial.prepared)
+    reordered = any(prepared.reordered for prepared in path.trial.prepared)
     return Tier.REORDERED if reordered else Tier.LOSSLESS
 
 
