@@ -6,6 +6,7 @@ import pathlib
 import random
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -237,6 +238,30 @@ def test_python_between_graphs(name: str) -> None:
         pair.same(run, seed=pair.seed)
 
 
+def test_what_python_takes_between_graphs_counts() -> None:
+    class Matched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).tanh()
+            assert h.isfinite().all()
+            with torch.no_grad():  # a graph that needs no gradient, and is not planned
+                nearest = int(torch.cdist(h, h).sum(1).argmin())  # 256 x 256: eight times as large as h
+            return self.last(h)[nearest].square().mean()
+
+    pair = twins(Matched().train(), example_inputs=(X,))
+    pair.same(lambda model: (model.zero_grad(), loss := model(X), loss.backward())[1])
+
+    def run() -> None:
+        pair.hybrid.zero_grad()
+        pair.hybrid(X).backward()
+
+    measured = fxhybrid.measure_step(run, modules=pair.hybrid, tensors=X, repeats=0).peak_bytes
+    assert measured <= pair.hybrid.plan.budget_bytes <= 1.05 * measured
+
+
 def test_too_many_traces_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_runner, "MOST_VARIANTS", 2)
 
@@ -316,6 +341,11 @@ def test_parts_add_up() -> None:
     # backward 2: s of both, y, its gradient, and the new gradient of h (100): 1000 + 40 + 100 + 10 + 10 + 100
     # backward 1: s 40, y and its gradient, which backward() holds, the gradient of h (100), and the new one (7)
     assert peak.backward_bytes == (1167, 1260)
+    # Python takes 200 more before the second part, which h is alive for: 1000 + 40 + 100 + 200; and 300 after it, when
+    # both parts have stored theirs: 1000 + 40 + 100 + 10 + 300
+    sequence = replace(sequence, parts=(parts[0], replace(parts[1], rise_bytes=200)), tail_rise_bytes=300)
+    peak = sequence_peak(sequence, [part_timeline(each, {}) for each in parts])
+    assert (peak.forward_bytes[1], peak.peak_bytes) == (1340, 1450)
     joined = join_parts(sequence)
     assert fxhybrid_peak(joined.problem) >= peak.peak_bytes
     assert joined.by_part({0: "a", 4: "b"})[0] == {0: "a"}  # type: ignore[dict-item]

@@ -57,7 +57,7 @@ class _Joining:
         parts = self.sequence.parts
         for k, part in enumerate(parts):
             self._forward_half(k, part)
-        self._mark("end of the forward pass", self.by_python.values())
+        self._mark("end of the forward pass", self.by_python.values(), rise_bytes=self.sequence.tail_rise_bytes)
         for k in self.sequence.backward:
             self._backward_half(k, parts[k])
         if self.sequence.update_bytes is not None:
@@ -76,7 +76,7 @@ class _Joining:
     def _forward_half(self, k: int, part: Part) -> None:
         ending = [key for key in self.by_python if self.sequence.shared[key].last == k]
         ending = [key for key in ending if not self.sequence.shared[key].held and key in part.arriving.values()]
-        self._mark(f"part {k} begins", [self.by_python[key] for key in ending])
+        self._mark(f"part {k} begins", [self.by_python[key] for key in ending], rise_bytes=part.rise_bytes)
         for key in ending:
             del self.by_python[key]
         first = self._add_tensors(k, part.problem.tensors)
@@ -123,8 +123,9 @@ class _Joining:
         self.tensors.append(Tensor(name, size_bytes))
         return len(self.tensors) - 1
 
-    def _mark(self, name: str, reads: Iterable[int], writes: Iterable[int] = ()) -> None:
-        self.forward.append(replace(_free_op(name, reads, writes), pinned=True))
+    def _mark(self, name: str, reads: Iterable[int], writes: Iterable[int] = (), rise_bytes: int = 0) -> None:
+        mark = _free_op(name, reads, writes)
+        self.forward.append(replace(mark, pinned=True, alloc_peak_bytes=rise_bytes))
 
     def _shifted(self, op: Op, k: int, first: int) -> Op:
         fusion = replace(op.fusion, op=op.fusion.op + self.op_offsets[k]) if op.fusion else None

@@ -48,6 +48,7 @@ class Part:
         input_gradients: shared storages whose gradients it makes, by tensor.
         passing: shared storages whose gradient is the very one of an output.
         beside_bytes: what Python's own operators before the part keep for their backward pass.
+        rise_bytes: what they take while they run, beyond what is alive when the part begins.
     """
 
     problem: Problem
@@ -57,6 +58,7 @@ class Part:
     input_gradients: Mapping[int, int] = field(default_factory=dict)
     passing: frozenset[int] = frozenset()
     beside_bytes: int = 0
+    rise_bytes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,7 @@ class PartSequence:
         resident_bytes: alive through the whole step.
         update_bytes: how far memory rises above the gradients while the optimizer steps; None without one.
         tail_bytes: what Python's own operators after the last part keep for their backward pass.
+        tail_rise_bytes: what they take while they run, beyond what is alive at the end of the forward pass.
     """
 
     parts: tuple[Part, ...]
@@ -78,6 +81,7 @@ class PartSequence:
     resident_bytes: int
     update_bytes: int | None = None
     tail_bytes: int = 0
+    tail_rise_bytes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +111,7 @@ class SequencePeak:
 
     Attributes:
         peak_bytes: highest point of the step.
-        forward_bytes: highest point in each part's forward half.
+        forward_bytes: highest point in each part's forward half, and before it since the last part.
         backward_bytes: highest point in each part's backward half; 0 where it has none.
         before_bytes: alive before each part's forward half.
         overhead_s: seconds beyond running every op once.
@@ -148,13 +152,15 @@ def sequence_peak(sequence: PartSequence, needs: Sequence[PartTimeline]) -> Sequ
     for k in range(len(sequence.parts)):
         alive = tally.before_forward(k)
         before.append(alive)
-        forward.append(alive + needs[k].forward_bytes)
+        forward.append(max(alive + needs[k].forward_bytes, tally.between_forward(k)))
+    after = tally.after_forward()
     backward = [0] * len(sequence.parts)
     for k in sequence.backward:
         backward[k] = tally.run_backward(k) + sequence.tail_bytes
     end = tally.end_bytes()
     overhead_s = math.fsum(need.overhead_s for need in needs)
-    return SequencePeak(max(*forward, *backward, end), tuple(forward), tuple(backward), tuple(before), overhead_s)
+    highest = max(*forward, after, *backward, end)
+    return SequencePeak(highest, tuple(forward), tuple(backward), tuple(before), overhead_s)
 
 
 class _Tally:
@@ -169,15 +175,37 @@ class _Tally:
 
     def before_forward(self, k: int) -> int:
         """Returns what is alive when a part's forward half begins, less what it takes from others."""
-        arriving = set(self.sequence.parts[k].arriving.values())
-        kept = {key for j in range(k) for key in self.needs[j].stored} - arriving
+        part = self.sequence.parts[k]
+        arriving = set(part.arriving.values())
         by_python = {i for i, s in enumerate(self.sequence.shared) if s.maker < k and (s.held or k <= s.last)}
         return (
             self.sequence.resident_bytes
             + sum(self.needs[j].stored_bytes for j in range(k))
             + sum(part.beside_bytes for part in self.sequence.parts[: k + 1])
-            + self._shared_bytes((kept | by_python | self.sequence.parts[k].taken) - arriving)
+            + self._shared_bytes((self._kept(k) | by_python | part.taken) - arriving)
         )
+
+    def between_forward(self, k: int) -> int:
+        """Returns the highest point while Python's own operators run before a part."""
+        part = self.sequence.parts[k]
+        return self.before_forward(k) + self._shared_bytes(set(part.arriving.values())) + part.rise_bytes
+
+    def after_forward(self) -> int:
+        """Returns the highest point while Python's own operators run after the last part."""
+        n = len(self.needs)
+        by_python = {i for i, s in enumerate(self.sequence.shared) if s.held or s.last == n}
+        return (
+            self.sequence.resident_bytes
+            + sum(need.stored_bytes for need in self.needs)
+            + sum(part.beside_bytes for part in self.sequence.parts)
+            + self._shared_bytes(self._kept(n) | by_python)
+            + self.sequence.tail_bytes
+            + self.sequence.tail_rise_bytes
+        )
+
+    def _kept(self, k: int) -> set[int]:
+        """Returns the shared storages that the parts before one keep."""
+        return {key for j in range(k) for key in self.needs[j].stored}
 
     def run_backward(self, k: int) -> int:
         """Returns the highest point of a part's backward half, and leaves its gradients behind."""

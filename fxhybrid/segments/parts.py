@@ -66,6 +66,7 @@ def _part(k: int, call: RecordedCall, prepared: Prepared, shared: Sequence[Share
         gradients,
         frozenset(passing),
         call.beside_bytes,
+        call.rise_bytes,
     )
 
 

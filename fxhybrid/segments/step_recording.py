@@ -7,6 +7,7 @@ autograd's graph.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxhybrid.capture.output_structure import output_tensors
+from fxhybrid.errors import ProfileError
 from fxhybrid.ir.sequence import Shared
 from fxhybrid.passes.split import forward_only
+from fxhybrid.profiling.recording import Recording, recording, walk
 from fxhybrid.runtime import StepFunction, StepInterface
 from fxhybrid.segments.backward_order import halves_behind
 from fxhybrid.segments.segment import Form, Segment
@@ -34,6 +37,7 @@ class RecordedCall:
         outputs: the same of each output of the graph.
         present: positions of the tangents that arrive; None where there is no backward pass.
         beside_bytes: what Python's own operators before the call keep for their backward pass.
+        rise_bytes: what they take while they run, beyond what is alive when the call begins.
     """
 
     segment: Segment
@@ -42,6 +46,7 @@ class RecordedCall:
     outputs: dict[int, int] = field(default_factory=dict)
     present: frozenset[int] | None = None
     beside_bytes: int = 0
+    rise_bytes: int = 0
 
 
 class _Storages:
@@ -95,6 +100,7 @@ class ForwardRecording:
         backward: the calls in the order in which their backward halves will run; likewise.
         weighed: positions of the results that get gradients, among the tensors that a call returns; likewise.
         tail_bytes: what Python's operators after the last call keep.
+        tail_rise_bytes: what they take while they run, beyond what is alive at the end.
     """
 
     def __init__(self, existing: Sequence[Tensor]) -> None:
@@ -102,12 +108,13 @@ class ForwardRecording:
         self.shared: tuple[Shared, ...] = ()
         self.backward: tuple[int, ...] = ()
         self.weighed: Collection[int] | None = None
-        self.tail_bytes = 0
+        self.tail_bytes = self.tail_rise_bytes = 0
         self._storages = _Storages(existing)
         self._steps: list[StepFunction] = []
         self._within = False
         self._counted: set[int] = set()
         self._beside_bytes = 0
+        self._memory: Recording | None = None
 
     def forward(self, run: Callable[[], Any], weighed: Callable[[Any], Collection[int] | None]) -> None:
         """Runs the forward pass.
@@ -119,8 +126,11 @@ class ForwardRecording:
         Raises:
             CaptureError: a custom autograd function runs between the graphs.
         """
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _as_it_is):
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _as_it_is), contextlib.ExitStack() as stack:
+            with contextlib.suppress(ProfileError):  # a profiler of the user's is on
+                self._memory = stack.enter_context(recording())
             result = run()
+        self._note_rises()
         self._storages.look_at_end(len(self.calls))
         self.shared, self.tail_bytes = tuple(self._storages.shared), self._beside_bytes
         self.weighed = weighed(result)
@@ -141,13 +151,29 @@ class ForwardRecording:
         self.calls.append(recorded)
         recorded.inputs = self._keys(arguments, now)
         self._within = True
+        self._mark()
         try:
             step, outputs = run_forward(segment, arguments)
         finally:
             self._within = False
+        self._mark()
         self._steps.append(step)
         recorded.outputs = self._keys(outputs, now)
         return outputs
+
+    def _mark(self) -> None:
+        if self._memory is not None:
+            self._memory.mark()
+
+    def _note_rises(self) -> None:
+        """Notes how far memory rose between the calls, which are marked at both ends."""
+        if self._memory is None:
+            return
+        live: dict[int, int] = {}
+        levels = [walk(events, live) for events in self._memory.segments]
+        *rises, self.tail_rise_bytes = (peak - end for peak, end in levels[::2])
+        for recorded, rise in zip(self.calls, rises, strict=True):
+            recorded.rise_bytes = rise
 
     def _keys(self, values: Sequence[Any], now: int) -> dict[int, int]:
         strided = {i: t for i, t in enumerate(values) if isinstance(t, Tensor) and t.layout is torch.strided}

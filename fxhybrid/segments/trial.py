@@ -206,7 +206,8 @@ class Recorder:
         optimizer = self.options.optimizer
         update = optimizer_bytes(optimizer).rise_bytes if optimizer is not None else None
         sequence = sequence_of(calls, prepared, recording.backward, recording.shared, resident, update)
-        return Trial(calls, prepared, replace(sequence, tail_bytes=recording.tail_bytes), recording.weighed)
+        sequence = replace(sequence, tail_bytes=recording.tail_bytes, tail_rise_bytes=recording.tail_rise_bytes)
+        return Trial(calls, prepared, sequence, recording.weighed)
 
     def _weighed(self, result: Any) -> Collection[int] | None:
         if self.step.loss_fn is not None:
