@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -31,6 +32,7 @@ TIMED = CONVOLUTIONS | {
     aten.upsample_bilinear2d_backward.default,
 }
 LEAST_GAIN = 0.02  # of the seconds of all timed operators of a group; less may be noise
+_BUILT: WeakKeyDictionary[JointGraph, tuple[tuple[int, ...], JointGraph]] = WeakKeyDictionary()  # of the last choice
 MOST_KINDS = 8  # of groups that are decided on one by one; the rest is one more
 
 
@@ -48,7 +50,8 @@ def groups_that_pay(joint: JointGraph, canonical: JointGraph) -> tuple[int, ...]
     if not kinds:
         return ()
     plain = _timed_calls(canonical)
-    laid_out = [_timed_calls(canonicalize(in_channels_last(joint, kind), reordered=True)) for kind in kinds]
+    graphs = [in_channels_last(joint, kind) for kind in kinds]
+    laid_out = [_timed_calls(canonicalize(graph, reordered=True)) for graph in graphs]
     with stage("profile"):
         costs = profile_calls([*plain, *(call for calls in laid_out for call in calls)])
 
@@ -56,12 +59,19 @@ def groups_that_pay(joint: JointGraph, canonical: JointGraph) -> tuple[int, ...]
         return math.fsum(costs.cost(call).seconds for call in calls)
 
     plain_s = seconds(plain)
-    taken = [kind for kind, calls in zip(kinds, laid_out, strict=True) if seconds(calls) < plain_s * (1 - LEAST_GAIN)]
-    return tuple(sorted(group.number for kind in taken for group in kind))
+    pays = [seconds(calls) < plain_s * (1 - LEAST_GAIN) for calls in laid_out]
+    taken = [i for i, is_taken in enumerate(pays) if is_taken]
+    numbers = tuple(sorted(group.number for i in taken for group in kinds[i]))
+    if len(taken) == 1:
+        _BUILT[joint] = numbers, graphs[taken[0]]
+    return numbers
 
 
 def with_groups(joint: JointGraph, numbers: Collection[int]) -> JointGraph:
     """Builds the captured graph with the groups of these numbers in channels_last."""
+    built_for, built = _BUILT.get(joint, ((), joint))
+    if built_for == tuple(numbers):
+        return built
     return in_channels_last(joint, [group for group in channels_last_groups(joint) if group.number in numbers])
 
 
