@@ -22,7 +22,7 @@ from benchmarks.lib.common import seconds, wide_console
 from benchmarks.lib.results import Record, append_record
 from fxhybrid.accuracy.channel_widths import channelwise_specs
 from fxhybrid.codecs import Codec, TensorMeta, channels_per_row, get_codec, registered_names
-from fxhybrid.codecs.candidate_codecs import row_length
+from fxhybrid.codecs.candidate_codecs import candidate_codecs, row_length
 
 MINUTES = 20
 NEEDS = ""
@@ -96,9 +96,8 @@ def activations(n_rows: int, row: int) -> Tensor:
 
 
 def lossy_codecs(x: Tensor) -> tuple[Codec, ...]:
-    """Uniform codecs for a tensor, row-wise ones with the planner's row length."""
-    meta = TensorMeta.of(x)
-    return tuple(get_codec(f"rowwise{bits}:{row_length(meta, bits)}") for bits in (8, 4))
+    """Returns the codecs that a plan is offered for a tensor of which nothing is known."""
+    return tuple(codec for codec in candidate_codecs(TensorMeta.of(x)) if not codec.lossless)
 
 
 def sqrt_codecs(weights: Tensor) -> tuple[Codec, ...]:

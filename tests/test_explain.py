@@ -81,6 +81,8 @@ def test_sums_are_the_plans(explanation: Explanation, step: PlannedStep) -> None
     assert alive + step.problem.backward_base_bytes == plan.peak_bytes  # this step peaks in its backward pass
     assert sum(explanation.resident.values()) == step.problem.resident_bytes
     assert sum(sum(place.actions.values()) for place in explanation.places) == len(plan.actions) > 0
+    names = [name for place in explanation.places for name in place.names]
+    assert sorted(names) == sorted(step.problem.tensors[values[n].tensor].name for n in step.unmodified.schedule.stored)
 
 
 def test_layers_of_a_stack_are_joined(explanation: Explanation) -> None:

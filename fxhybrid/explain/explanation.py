@@ -34,6 +34,7 @@ class ExplainedPlace:
         actions: how many tensors that the backward pass reads are treated how.
         overhead_s: seconds that the plan adds here.
         peak_bytes: what was made here and is alive at the planned step's peak.
+        names: of the tensors that the unmodified step keeps, as in ``plan.actions`` and ``compression_refusals``.
     """
 
     place: Origin
@@ -43,6 +44,7 @@ class ExplainedPlace:
     actions: Mapping[str, int] = field(default_factory=dict)
     overhead_s: float = 0.0
     peak_bytes: int = 0
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,18 @@ def explain(step: PlannedStep, plan: Plan, peak_at: str) -> Explanation:
     seconds = _seconds(step, step.planned)
     for place, spent in _seconds(step, step.unmodified).items():
         seconds[place] -= spent
-    alive, workspace_bytes = _at_peak(step)
+    (alive, workspace_bytes), names = _at_peak(step), _names(step)
     found = [
-        ExplainedPlace(place, 1, before[place], now[place], actions.get(place, Counter()), seconds[place], alive[place])
+        ExplainedPlace(
+            place,
+            1,
+            before[place],
+            now[place],
+            actions.get(place, Counter()),
+            seconds[place],
+            alive[place],
+            tuple(names.get(place, ())),
+        )
         for place in {**before, **now, **actions, **seconds, **alive}
         if before[place] or now[place] or alive[place] or abs(seconds[place]) > MIN_OVERHEAD_S
     ]
@@ -142,6 +153,7 @@ def joined(places: Iterable[ExplainedPlace]) -> list[ExplainedPlace]:
             sum((Counter(place.actions) for place in group), Counter()),
             sum(place.overhead_s for place in group),
             sum(place.peak_bytes for place in group),
+            tuple(name for place in group for name in place.names),
         )
         for key, group in groups.items()
     ]
@@ -155,6 +167,16 @@ def _kept(step: PlannedStep, simulated: Simulated) -> Counter[Origin]:
         value = simulated.schedule.values[number]
         kept[step.tensors[value.tensor]] += value.size_bytes
     return kept
+
+
+def _names(step: PlannedStep) -> dict[Origin, list[str]]:
+    """Names of the tensors that the unmodified step hands from forward to backward, by place."""
+    found: dict[Origin, list[str]] = {}
+    schedule = step.unmodified.schedule
+    for number in schedule.stored:
+        tensor = schedule.values[number].tensor
+        found.setdefault(step.tensors[tensor], []).append(step.problem.tensors[tensor].name)
+    return found
 
 
 def _actions(step: PlannedStep, plan: Plan) -> dict[Origin, Counter[str]]:
