@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,36 @@ def test_dynamic_marks_and_modes_of_the_backend(plain: nn.Module) -> None:
         torch.compile(model, backend="fxhybrid", mode="max-autotune")(X)
     with pytest.raises(InvalidArgument, match="512MiB"):
         torch.compile(model, backend="fxhybrid")(X)
+    torch._dynamo.reset()
+
+
+def test_the_backend_keeps_one_budget_over_graph_breaks() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = mlp(0.1), mlp(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            if not x.isfinite().all():
+                x = x.clamp(-1, 1)
+            return self.last(x)
+
+    plain = Broken().train()
+    model = copy.deepcopy(plain)
+
+    def step(trained: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        trained.zero_grad()
+        forward(X).square().mean().backward()
+
+    def peak_bytes(trained: nn.Module, forward: Callable[[Tensor], Tensor]) -> int:
+        run = partial(step, trained, forward)
+        return fxhybrid.measure_step(run, modules=trained, tensors=X, repeats=0).peak_bytes
+
+    budget = int(0.8 * peak_bytes(plain, plain))
+    compiled = torch.compile(model, backend="fxhybrid", options={**OPTIONS, "budget": budget})
+    same(model, lambda: compiled(X).square().mean(), plain, lambda: plain(X).square().mean())
+    assert peak_bytes(model, compiled) <= budget
     torch._dynamo.reset()
 
 

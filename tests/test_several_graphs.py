@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from fxhybrid.ir.sequence import Part, PartSequence, Shared, part_timeline, sequ
 from fxhybrid.profiling.allocator import memory_rise
 from fxhybrid.segments import graph_runner
 from tests.compare import MARGIN, twins
+from tests.pending_parts import joint_loss, settle
+from tests.pending_parts import peak_bytes as pending_peak_bytes
 
 ROWS, WIDTH = 256, 32
 X = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -185,6 +188,32 @@ def test_custom_functions_between_graphs_are_refused_by_name() -> None:
 
     with pytest.raises(CaptureError, match="the custom autograd function Doubled runs in Python between the graphs"):
         fxhybrid.compile(Custom(), budget=1.0, example_inputs=(X,))
+
+
+def test_calls_before_one_backward_pass_fit_together() -> None:
+    """The first call is planned as if alone; what both need is named at once, and then the first leaves room."""
+    inputs = [X, X.flip(0)]
+    pair = twins(Blocks((2,)).train(), example_inputs=(X,))
+    alone = pair.hybrid.plan.budget_bytes
+
+    def run(model: nn.Module) -> Tensor:
+        model.zero_grad()
+        loss = joint_loss(model, inputs)
+        loss.backward()
+        return loss.detach()
+
+    assert settle(lambda: run(pair.hybrid), [pair.hybrid]) == 1
+    budget = pair.hybrid.plan.budget_bytes
+    assert alone < budget < 1.2 * alone
+    pair.same(run)
+
+    def separate(order: int) -> None:
+        pair.hybrid.zero_grad()
+        for loss in [pair.hybrid(x).square().mean() for x in inputs][::order]:
+            loss.backward()
+
+    for step_of in (partial(run, pair.hybrid), partial(separate, 1), partial(separate, -1)):
+        assert pending_peak_bytes(step_of, [pair.hybrid], inputs) <= budget
 
 
 def test_layers_that_run_by_the_same_code_keep_their_own_parameters() -> None:

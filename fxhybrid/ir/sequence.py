@@ -114,6 +114,7 @@ class SequencePeak:
         forward_bytes: highest point in each part's forward half, and before it since the last part.
         backward_bytes: highest point in each part's backward half; 0 where it has none.
         before_bytes: alive before each part's forward half.
+        waiting_bytes: kept between forward and backward pass, beside what lives through the whole step.
         overhead_s: seconds beyond running every op once.
     """
 
@@ -121,6 +122,7 @@ class SequencePeak:
     forward_bytes: tuple[int, ...]
     backward_bytes: tuple[int, ...]
     before_bytes: tuple[int, ...]
+    waiting_bytes: int
     overhead_s: float
 
 
@@ -160,7 +162,8 @@ def sequence_peak(sequence: PartSequence, needs: Sequence[PartTimeline]) -> Sequ
     end = tally.end_bytes()
     overhead_s = math.fsum(need.overhead_s for need in needs)
     highest = max(*forward, after, *backward, end)
-    return SequencePeak(highest, tuple(forward), tuple(backward), tuple(before), overhead_s)
+    waiting = after - sequence.resident_bytes - sequence.tail_rise_bytes
+    return SequencePeak(highest, tuple(forward), tuple(backward), tuple(before), waiting, overhead_s)
 
 
 class _Tally:

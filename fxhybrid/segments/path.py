@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class Path:
         check: how its save-all step compares with eager.
         inputs: shapes and types of the call's tensors, in words.
         has_loss: whether the loss is part of the step.
-        chosen: by the bytes that it may take, the plan and its parts.
+        chosen: by the bytes that it may take, and by what waits beside it, the plan and its parts.
     """
 
     trial: Trial
@@ -51,7 +51,7 @@ class Path:
     check: CaptureCheck
     inputs: str
     has_loss: bool
-    chosen: dict[int, tuple[SequencePlan, list[PlannedPart]]] = field(default_factory=dict)
+    chosen: dict[Hashable, tuple[SequencePlan, list[PlannedPart]]] = field(default_factory=dict)
 
     @property
     def segments(self) -> list[Segment]:
@@ -64,9 +64,13 @@ class Path:
             plan = self.plans.cheapest(limit_bytes)
             if plan is None:
                 return None
-            twin = next((parts for other, parts in self.chosen.values() if other.actions == plan.actions), None)
-            self.chosen[limit_bytes] = plan, twin or parts_of(self.trial, plan.actions, plan.needs)
+            self.chosen[limit_bytes] = plan, self.parts(plan)
         return self.chosen[limit_bytes]
+
+    def parts(self, plan: SequencePlan) -> list[PlannedPart]:
+        """Returns the parts by a plan; built once."""
+        built = next((parts for other, parts in self.chosen.values() if other.actions == plan.actions), None)
+        return built or parts_of(self.trial, plan.actions, plan.needs)
 
     def least_bytes(self) -> list[int]:
         """Returns what each part takes by the smallest known plan, above what is alive before it."""

@@ -23,6 +23,7 @@ from fxhybrid.errors import BudgetError, GraphBreakError, InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.options import Options
 from fxhybrid.profiling.state_bytes import gradient_bytes
+from fxhybrid.segments.calls_together import CallsTogether, Together
 from fxhybrid.segments.describe import plan_of, report_of
 from fxhybrid.segments.graph_runner import in_graphs
 from fxhybrid.segments.path import Path
@@ -78,6 +79,7 @@ class SegmentedStep:
         self._planner = PathPlanner(self._run, step, options, reason)
         self._is_compared = False  # whether a path has been compared with eager as a whole
         self._left: set[Hashable] = set()  # kinds of calls whose last one left all planned paths
+        self._together = CallsTogether()
         self._straight: dict[Hashable, int] = {}  # how many calls of a kind have stayed on the planned path in a row
 
     def _traced(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Segment:
@@ -156,6 +158,7 @@ class SegmentedStep:
                 kind = next(iter(self.paths))
                 self.paths.pop(kind)
                 self._straight.pop(kind, None)
+                self._together.most.pop(kind, None)
             try:
                 self.fitting(path, 0)
             except BudgetError:
@@ -211,9 +214,29 @@ class SegmentedStep:
             extra += beside_bytes(Participant(model, model_storages(model) | storages_of(call.tensors)), others)
         return extra
 
+    def _beside_own(self, path: Path, call: StepCall, extra: int) -> tuple[SequencePlan, list[PlannedPart]]:
+        """Returns the plan of a call beside earlier ones of this model, and with room for those that usually follow."""
+        assert self.budget_bytes is not None
+        model = self.step.model
+        n_waiting = sum(each.planned.model() is model for each in pending_calls())
+        n_others = self._together.note(self.last, n_waiting)
+        if n_others == 0:
+            return self.fitting(path, extra)
+        gradients = gradient_bytes(model)
+        older = gradients if any(p.grad is not None for p in model.parameters()) else 0
+        outputs = sum(shared.size_bytes for shared in path.trial.sequence.shared if shared.held)
+        each = sum(storages_of(call.tensors).values()) + outputs
+        together = Together(n_others, each, gradients + older)
+        found = self._together.fitting(path, self.budget_bytes, together)
+        if found is None or found[0].peak.peak_bytes + extra > self.budget_bytes:
+            found = path.within(self.budget_bytes - extra)
+        if found is None:
+            raise self._together.error(path, self.budget_bytes, together, extra)
+        return found
+
     def _planned_run(self, path: Path, call: StepCall, undo_bytes: int) -> PlannedRun:
         extra = self._beside(call) + undo_bytes
-        plan, parts = self.fitting(path, extra)
+        plan, parts = self._beside_own(path, call, extra)
         assert self.budget_bytes is not None
         resident = path.trial.sequence.resident_bytes
         gradients = sum(needs.gradient_bytes for needs in plan.needs)

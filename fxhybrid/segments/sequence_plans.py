@@ -150,6 +150,17 @@ class SequencePlans:
             self._scale *= max(RESCALE_MARGIN * measured.error / self.options.max_grad_error, RESCALE_MARGIN)
         return None
 
+    def together(self, n_others: int, each_bytes: int) -> list[tuple[int, SequencePlan]]:
+        """Returns what one call takes while others by the same plan wait for their backward pass, cheapest plan first.
+
+        Args:
+            n_others: how many wait.
+            each_bytes: what stands beside each of them whatever its plan.
+        """
+        self.known = find_smallest_peak(self.known)
+        peaks = ((plan.peak, plan) for plan in map(self._judge, pareto(self._within_error())))
+        return [(peak.peak_bytes + n_others * (peak.waiting_bytes + each_bytes), plan) for peak, plan in peaks]
+
     def _cheapest(self, limit_bytes: int) -> SequencePlan | None:
         if self.save_all.peak.peak_bytes <= limit_bytes:
             return self.save_all
