@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import operators, table_rows
+from benchmarks import operators, second_start, table_rows
 from benchmarks.lib import federated_tables, zoo_results
 from benchmarks.lib.results import RESULTS, Record, latest, read_headed
 from benchmarks.studies import frontier_phases
@@ -82,6 +82,7 @@ TABLES = {
         ),
         table_rows.corpus_rows,
     ),
+    "second starts": DocTable("second_start", second_start.COLUMNS, second_start.rows),
     "frontier phases": DocTable("frontier_phases", frontier_phases.COLUMNS, frontier_phases.summary_rows),
     "solvers, synthetic": DocTable(
         "solvers", ("problem", "500 ops", "2,000 ops", "8,000 ops", "20,000 ops"), table_rows.synthetic_rows

@@ -16,6 +16,8 @@ from fxhybrid.codecs.kernels.cache_folder import cache_folder
 from fxhybrid.compiler import first_plan
 from fxhybrid.compiler.plan_cache import EARLIER
 from fxhybrid.module import HybridModule
+from fxhybrid.profiling import op_profiler
+from fxhybrid.solvers.portfolio import extend_plans
 
 X = torch.randn(512, 64)
 
@@ -49,6 +51,9 @@ def test_a_second_start_has_the_same_plan_unmeasured(monkeypatch: pytest.MonkeyP
     assert len(records()) == 1
     monkeypatch.setattr(first_plan, "reference", lambda *_: pytest.fail("runs the step to measure something"))
     monkeypatch.setattr(first_plan, "PlanMaker", lambda *_: pytest.fail("searches plans"))
+    monkeypatch.setattr(op_profiler, "_measure", lambda _: pytest.fail("profiles operators"))
+    for search in ("build_frontier", "MinPeakSolver", "polish"):
+        monkeypatch.setattr(extend_plans, search, lambda *_, **__: pytest.fail("searches plans"))
     second = compiled()
     assert second.plan == first.plan
     assert check(second) == check(compiled()) == EARLIER + check(first)
