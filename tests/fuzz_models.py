@@ -45,6 +45,7 @@ class Case:
         budget: place between the smallest peak (0) and that of save-all (1).
         calls: calls before one backward pass.
         accumulate: whether a further step adds to the gradients.
+        later: batch sizes of steps that follow, all smaller.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Case:
     budget: float = 0.0
     calls: int = 1
     accumulate: bool = False
+    later: tuple[int, ...] = ()
 
 
 FORMS = {
@@ -159,4 +161,5 @@ def cases(draw: st.DrawFn) -> Case:
         compression=draw(st.sampled_from(["lossless", "off", "auto"] if loss else ["lossless", "off"])),
         budget=draw(st.sampled_from([0.0, 0.0, 0.1, 0.3, 0.6, 1.0])),
         accumulate=draw(st.booleans()),
+        later=draw(st.sampled_from([(), (20, 7, 33, 2)])) if size[0] == 48 else (),
     )
