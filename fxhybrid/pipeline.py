@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxhybrid.capture.capture import Capture, capture
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind
-from fxhybrid.capture.output_structure import OutputStructure, output_structure, tangents_of_outputs
+from fxhybrid.capture.output_structure import OutputStructure, output_structure
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.console import stage
@@ -23,109 +23,23 @@ from fxhybrid.ops.recurrent import runs_in_segments
 from fxhybrid.options import Options
 from fxhybrid.passes.build_problem import CodecChoices, calls_of, problem_of, with_codec_options, with_update
 from fxhybrid.passes.canonicalize import canonicalize
-from fxhybrid.passes.channels_last_choice import groups_that_pay, with_groups
+from fxhybrid.passes.channels_last_choice import groups_that_pay
 from fxhybrid.passes.codec_choices import codec_choices, codec_refusals
 from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_table, lossy_groups
 from fxhybrid.passes.expected_backward import ALL_ARRIVE, ExpectedBackward, held_and_dropped
 from fxhybrid.passes.faster_forms import faster_calls, with_faster_forms
-from fxhybrid.passes.fingerprint import fingerprint
 from fxhybrid.passes.gradient_takes import take_nodes, updating_parameters
 from fxhybrid.passes.loss_heads import has_sliced_products, multiply_by_slices
 from fxhybrid.passes.prune_tangents import prune_tangents
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
 from fxhybrid.passes.storages import Layout, layout_of
+from fxhybrid.passes.traced import Traced
 from fxhybrid.profiling.collector import paused_collector
 from fxhybrid.profiling.op_profiler import Profile, profile_calls
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
 from fxhybrid.profiling.parameter_update import ParameterUpdates, updates_of
 from fxhybrid.profiling.state_bytes import storage_bytes
-from fxhybrid.runtime import StepInterface
-
-
-@dataclass(frozen=True, eq=False)
-class Traced:
-    """Holds a captured signature in its canonical form, whatever backward pass is to come.
-
-    Attributes:
-        capture: what was captured.
-        joint: the canonical joint graph, with the branches of all tangents.
-        plain: the same with eager's layout everywhere.
-        channels_last: numbers of the groups of operators of ``joint`` that run in channels_last instead.
-        structure: where the graph's outputs are in what a call returns.
-        resident_bytes: everything that is alive through the whole step.
-        update_rise_bytes: how far memory rises while the optimizer steps; None without one, or where that is done in
-            the backward pass.
-        updates: what updates parameters in the backward pass; None where that comes after it.
-        lossy: whether lossy codecs may be offered.
-        lossless: the same of lossless ones.
-        any_order: whether sums may be taken in another order than eager's.
-        known_interface: that of ``joint``, where it is known without.
-    """
-
-    capture: Capture
-    joint: JointGraph
-    plain: JointGraph
-    channels_last: tuple[int, ...]
-    structure: OutputStructure
-    resident_bytes: int
-    update_rise_bytes: int | None
-    updates: ParameterUpdates | None
-    lossy: bool
-    lossless: bool
-    any_order: bool
-    known_interface: StepInterface | None = None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of ``plain``."""
-        return fingerprint(self.plain)
-
-    @cached_property
-    def interface(self) -> StepInterface:
-        """What goes into ``joint`` and comes out."""
-        return self.known_interface or StepInterface.of(self.joint)
-
-    @cached_property
-    def tangents(self) -> Mapping[int, int]:
-        """By position of each output with a gradient, views and their bases included, the position of its tangent."""
-        return tangents_of_outputs(self.capture.metadata)
-
-    def in_layout(self, channels_last: tuple[int, ...]) -> Traced:
-        """Returns the same with these groups of operators in channels_last."""
-        if channels_last == self.channels_last:
-            return self
-        laid_out = with_groups(self.capture.joint, channels_last)
-        joint = canonicalize(laid_out, reordered=True) if channels_last else self.plain
-        return dataclasses.replace(self, joint=joint, channels_last=channels_last, known_interface=None)
-
-    @property
-    def n_outputs(self) -> int:
-        """How many outputs the graph has, bases of views included."""
-        metadata = self.capture.metadata
-        return int(len(metadata.output_info) + metadata.num_intermediate_bases)
-
-    def without(self, present: Iterable[int]) -> frozenset[int]:
-        """Returns the positions of the tangents that are not among those."""
-        return frozenset(self.tangents.values()).difference(present)
-
-    def expected(self, without_gradient: Iterable[int], dropped: Iterable[int]) -> ExpectedBackward:
-        """Returns the expected backward pass in which outputs at those positions get no gradient, or are dropped."""
-        outputs = set(without_gradient)
-        absent = frozenset(tangent for output, tangent in self.tangents.items() if output in outputs)
-        return ExpectedBackward(absent, frozenset(dropped))
-
-    def droppable(self, absent: frozenset[int]) -> frozenset[int]:
-        """Returns the positions of the outputs without a gradient that a caller may drop before a backward pass."""
-        without = (i for i in range(self.n_outputs) if self.tangents.get(i) is None or self.tangents[i] in absent)
-        return frozenset(without) - self.structure.kept
-
-    def weighed(self, absent: frozenset[int]) -> frozenset[int] | None:
-        """Returns the positions, among the tensors that a call returns, of those with a gradient; None for all."""
-        if not absent:
-            return None
-        present = {output for output, tangent in self.tangents.items() if tangent not in absent}
-        return frozenset(j for j, output in enumerate(self.structure.leaves) if output in present)
 
 
 class GraphSharing(Protocol):

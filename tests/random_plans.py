@@ -13,9 +13,10 @@ from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.simulator import simulate_actions
 from fxhybrid.options import Options
 from fxhybrid.passes.expected_backward import ALL_ARRIVE
+from fxhybrid.passes.step_interface import StepInterface
 from fxhybrid.pipeline import Prepared, build_graphs, prepare_traced, trace_plain
 from fxhybrid.profiling.allocator import StepMeasurement, measure_step
-from fxhybrid.runtime import StepFunction, StepInterface
+from fxhybrid.runtime import StepFunction
 from fxhybrid.suite import SuiteCase, load
 
 

@@ -18,7 +18,8 @@ from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.ir.plan import Tier
 from fxhybrid.options import Options
 from fxhybrid.passes.channels_last import channels_last_groups, is_channels_last
-from fxhybrid.pipeline import Traced, trace_plain
+from fxhybrid.passes.traced import Traced
+from fxhybrid.pipeline import trace_plain
 from fxhybrid.profiling.allocator import measure_step
 from tests.compare import same_at_both_budgets, twins
 

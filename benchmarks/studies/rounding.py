@@ -31,8 +31,9 @@ from fxhybrid.ir.schedule import lower
 from fxhybrid.options import Options
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import SplitGraphs, split
+from fxhybrid.passes.step_interface import StepInterface
 from fxhybrid.pipeline import Prepared, prepare
-from fxhybrid.runtime import StepFunction, StepInterface
+from fxhybrid.runtime import StepFunction
 
 MINUTES = 30
 NEEDS = "scikit-learn"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fxhybrid.passes.expected_backward import ExpectedBackward
-from fxhybrid.pipeline import Traced
+from fxhybrid.passes.traced import Traced
 
 PATIENCE = 8  # backward passes after which what none of them showed is no longer planned for
 

@@ -11,7 +11,8 @@ from fxhybrid.ir.problem import Problem
 from fxhybrid.options import Options
 from fxhybrid.passes.channels_last import channels_last_groups
 from fxhybrid.passes.expected_backward import ExpectedBackward
-from fxhybrid.pipeline import Traced, trace_plain
+from fxhybrid.passes.traced import Traced
+from fxhybrid.pipeline import trace_plain
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, simulated
 from fxhybrid.version import __version__
 

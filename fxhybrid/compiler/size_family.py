@@ -33,15 +33,8 @@ from fxhybrid.passes.codec_choices import codec_choices
 from fxhybrid.passes.concretize import SymbolicGraph
 from fxhybrid.passes.error_prior import ErrorTable
 from fxhybrid.passes.storages import Layout, layout_of
-from fxhybrid.pipeline import (
-    Prepared,
-    Traced,
-    canonical,
-    expected_joint,
-    prepared_for,
-    resident_bytes_of,
-    update_of,
-)
+from fxhybrid.passes.traced import Traced
+from fxhybrid.pipeline import Prepared, canonical, expected_joint, prepared_for, resident_bytes_of, update_of
 from fxhybrid.profiling.op_profiler import Profile
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, judged_again, pareto, plans_of
 

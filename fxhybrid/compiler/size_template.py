@@ -31,9 +31,9 @@ from fxhybrid.passes.fingerprint import fingerprint
 from fxhybrid.passes.size_program import SYMBOLIC, SizeProgram, Sizes, Values
 from fxhybrid.passes.sized_halves import SharedGraphs, SizedHalves
 from fxhybrid.passes.split import SplitGraphs
+from fxhybrid.passes.step_interface import StepInterface
 from fxhybrid.passes.storages import Layout, Storage, layout_of
 from fxhybrid.pipeline import Prepared, expected_joint
-from fxhybrid.runtime import StepInterface
 
 MAX_SHARED = 64  # halves for many sizes that are kept, of the plans that were carried out last
 POOL = torch.ops.aten.max_pool2d_with_indices.default

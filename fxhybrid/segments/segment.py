@@ -20,7 +20,8 @@ from fxhybrid.options import Options
 from fxhybrid.passes.boundaries import can_be_handed_on, with_boundaries
 from fxhybrid.passes.channels_last_choice import groups_that_pay
 from fxhybrid.passes.expected_backward import ExpectedBackward
-from fxhybrid.pipeline import Prepared, Traced, canonical, prepare_traced
+from fxhybrid.passes.traced import Traced
+from fxhybrid.pipeline import Prepared, canonical, prepare_traced
 from fxhybrid.segments.lifted_graph import LiftedGraph
 
 NOTHING = "nothing in it needs a gradient"

@@ -20,8 +20,9 @@ from fxhybrid.capture.output_structure import output_tensors
 from fxhybrid.errors import ProfileError
 from fxhybrid.ir.sequence import Shared
 from fxhybrid.passes.split import forward_only
+from fxhybrid.passes.step_interface import StepInterface
 from fxhybrid.profiling.recording import Recording, recording, walk
-from fxhybrid.runtime import StepFunction, StepInterface
+from fxhybrid.runtime import StepFunction
 from fxhybrid.segments.backward_order import halves_behind
 from fxhybrid.segments.segment import Form, Segment
 
