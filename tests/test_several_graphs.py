@@ -291,6 +291,32 @@ def test_what_python_takes_between_graphs_counts() -> None:
     assert measured <= pair.hybrid.plan.budget_bytes <= 1.05 * measured
 
 
+def test_a_graph_that_is_traced_again_is_the_same() -> None:
+    """Dynamo's guards name the method of the dictionary that waits for its argument; the next call has another one."""
+
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            losses: dict[str, Tensor] = {}
+            losses.update(self.parts(x))
+            return self.last(losses["sum"]).square().mean()
+
+        def parts(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.first(x).tanh()
+            return {"sum": h if h.isfinite().all() else h.clamp(-1, 1)}
+
+    pair = twins(Summed().train(), example_inputs=(X,))
+    assert pair.hybrid._fxhybrid_segments is not None
+    segments = pair.hybrid._fxhybrid_segments.segments
+    n_segments = len(segments)
+    for seed in range(2):
+        pair.same(lambda model: (model.zero_grad(), loss := model(X), loss.backward())[1], seed=seed)
+    assert len(segments) == n_segments
+
+
 def test_too_many_traces_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_runner, "MOST_VARIANTS", 2)
 

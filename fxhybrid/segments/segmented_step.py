@@ -29,6 +29,7 @@ from fxhybrid.segments.graph_runner import in_graphs
 from fxhybrid.segments.path import Path
 from fxhybrid.segments.path_planner import PathPlanner
 from fxhybrid.segments.planned_run import PlannedPart, PlannedRun, Room
+from fxhybrid.segments.same_graph import identity_of
 from fxhybrid.segments.segment import NOTHING, Segment, under_way
 from fxhybrid.segments.sequence_plans import PartActions, SequencePlan
 from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
@@ -80,11 +81,17 @@ class SegmentedStep:
         self._is_compared = False  # whether a path has been compared with eager as a whole
         self._left: set[Hashable] = set()  # kinds of calls whose last one left all planned paths
         self._together = CallsTogether()
+        self._known: dict[Hashable, Segment] = {}  # by what is the same for graphs that are traced again
         self._straight: dict[Hashable, int] = {}  # how many calls of a kind have stayed on the planned path in a row
 
     def _traced(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Segment:
-        segment = Segment.of(graph, example_inputs, self.options)
-        self.segments.append(segment)
+        identity = identity_of(graph)
+        segment = self._known.get(identity)
+        if segment is None:
+            segment = Segment.of(graph, example_inputs, self.options)
+            self.segments.append(segment)
+        if identity is not None:
+            self._known[identity] = segment
         return segment
 
     @property
