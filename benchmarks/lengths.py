@@ -45,13 +45,13 @@ MANY = 200  # sizes over which resident memory is watched
 SETTLED = 80  # sizes after which it is to stay where it is
 MOST_CAPTURES, MOST_SECONDS, MOST_GROWTH_MIB = 3, 1.1, 32
 PARTS = {  # functions in which the seconds of a new size are counted
-    "graph made concrete": ("concretize.py", "at"),
-    "canonical form": ("canonicalize.py", "canonicalize"),
-    "scaled costs": ("scaled_profile.py", "scaled_profile"),
-    "workspaces measured": ("op_profiler.py", "measure_alloc_peaks"),
-    "planning problem": ("build_problem.py", "problem_of"),
+    "sizes evaluated": ("size_template.py", "figures"),
+    "codecs offered": ("size_template.py", "offered"),
+    "planning problem": ("size_template.py", "problem"),
+    "of that workspaces measured": ("op_profiler.py", "measure_alloc_peaks"),
     "plans simulated": ("extend_plans.py", "ensure"),
-    "graphs rewritten": ("pipeline.py", "build_graphs"),
+    "graphs taken or rewritten": ("pipeline.py", "build_graphs"),
+    "graphs of one size alone": ("concretize.py", "at"),
 }
 
 Batch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
