@@ -129,6 +129,12 @@ def peer_rows(records: Sequence[Record]) -> Iterator[Row]:
         yield LABELS[r["model"]], r["key"], *figures, f"{r['compile_s']:.0f} s", same
 
 
+def overhead_rows(records: Sequence[Record]) -> Iterator[Row]:
+    """Yields the step time of each model where all is stored."""
+    for r in records:
+        yield r["model"], r["key"], f"{1e3 * r['eager_s']:.1f}", f"{r['ratio']:.3f}"
+
+
 def no_rows(_: Sequence[Record]) -> Iterator[Row]:
     """Yields nothing: the table was printed by a command that is gone."""
     yield from ()

@@ -70,6 +70,17 @@ TABLES = {
         ),
         table_rows.held_out_case_rows,
     ),
+    "peers": DocTable(
+        "peers",
+        (
+            *("model", "way", "peak, of eager's", "time, of eager's (gradient error)", "first step"),
+            "fxhybrid at no higher a peak",
+        ),
+        table_rows.peer_rows,
+    ),
+    "overhead": DocTable(
+        "overhead", ("model", "loss", "eager step, ms", "processor time, of eager's"), table_rows.overhead_rows
+    ),
     "int8 hooks": DocTable("int8_hooks", ("model", "int8 hooks", "fxhybrid"), table_rows.no_rows),
     "channelwise": DocTable(
         "channelwise", ("bytes shared by", "ResNet-50", "MobileNetV2"), table_rows.channelwise_rows

@@ -130,14 +130,14 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=140)
 
 
-def seconds(run: Callable[[], Any]) -> float:
+def seconds(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one run."""
-    start = time.perf_counter()
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def pair_ratios(first: Step, second: Step, n_pairs: int) -> list[float]:
+def pair_ratios(first: Step, second: Step, n_pairs: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Time of ``second`` over that of ``first``, in pairs run in turn; the order within a pair alternates."""
     first()
     second()
@@ -145,11 +145,11 @@ def pair_ratios(first: Step, second: Step, n_pairs: int) -> list[float]:
     gc.collect()
     for i in range(n_pairs):
         if i % 2:
-            late = seconds(second)
-            ratios.append(late / seconds(first))
+            late = seconds(second, clock)
+            ratios.append(late / seconds(first, clock))
         else:
-            early = seconds(first)
-            ratios.append(seconds(second) / early)
+            early = seconds(first, clock)
+            ratios.append(seconds(second, clock) / early)
     return ratios
 
 
