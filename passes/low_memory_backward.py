@@ -78,9 +78,9 @@ def chunk_batch_norm_by_pixels(joint: JointGraph) -> None:
 
 def _chunk_batch_norm(joint: JointGraph, fits: Callable[[torch.Tensor], bool]) -> None:
     nodes = [n for n in backward_nodes(joint) if n.target is aten.native_batch_norm_backward.default]
-    largest = max((n.args[1].meta["val"].nbytes for n in nodes), default=0)
+    largest = max((_n_bytes(n.args[1]) for n in nodes), default=0)
     for node in nodes:
-        if node.args[7] is not True or node.args[1].meta["val"].nbytes * LARGE < largest:
+        if node.args[7] is not True or _n_bytes(node.args[1]) * LARGE < largest:
             continue
         gradient, x, weight, _, _, mean, invstd, _, eps, mask = node.args
         if not all(t.device.type == "cpu" and t.dim() >= 3 and fits(t) for t in (gradient.meta["val"], x.meta["val"])):
@@ -135,3 +135,9 @@ def parameter_gradients_first(joint: JointGraph) -> None:
 
 def _is_backward(node: fx.Node) -> bool:
     return phase_of(node) is Phase.BACKWARD
+
+
+def _n_bytes(node: fx.Node) -> int:
+    """Counts the bytes of a tensor's elements, symbolic where sizes are: ``Tensor.nbytes`` is not."""
+    value: torch.Tensor = node.meta["val"]
+    return value.numel() * value.element_size()
