@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -11,13 +11,17 @@ from torch import Tensor, fx, nn
 class LiftedGraph(nn.Module):
     """Wraps a Dynamo graph so that its parameter and buffer arguments are the module's own again."""
 
-    def __init__(self, graph: fx.GraphModule, arguments: Sequence[Any]) -> None:
-        """Takes the graph and its first arguments."""
+    def __init__(self, graph: fx.GraphModule, arguments: Sequence[Any], own: Collection[int] | None = None) -> None:
+        """Takes the graph, its first arguments, and the identities of the model's tensors, if others may occur.
+
+        Modules that the model makes within its forward pass have buffers of their own, which are new in each call.
+        """
         super().__init__()
         self.graph = fx.GraphModule(graph, graph.graph)  # Dynamo's own kind compiles itself lazily: not traceable
         self.owned: dict[int, str] = {}
         for position, (node, value) in enumerate(zip(_placeholders(graph), arguments, strict=True)):
-            if isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and _is_static(node)):
+            is_new = own is not None and id(value) not in own
+            if isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and _is_static(node) and not is_new):
                 self.owned[position] = f"owned_{position}"
         self.take(arguments)
         self.n_arguments = len(arguments)

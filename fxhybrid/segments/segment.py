@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -74,9 +74,11 @@ class Segment:
     _traced: dict[frozenset[int], Traced] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Segment:
-        """Captures a graph while Dynamo hands it over."""
-        lifted = LiftedGraph(graph, example_inputs)
+    def of(
+        cls, graph: fx.GraphModule, example_inputs: Sequence[Any], options: Options, own: Collection[int]
+    ) -> Segment:
+        """Captures a graph while Dynamo hands it over; ``own`` are the identities of the model's tensors."""
+        lifted = LiftedGraph(graph, example_inputs, own)
         line = _last_line(graph)
         if not needs_gradient(graph):
             return cls(lifted, None, NOTHING, line, options)

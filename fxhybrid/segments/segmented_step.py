@@ -88,7 +88,8 @@ class SegmentedStep:
         identity = identity_of(graph)
         segment = self._known.get(identity)
         if segment is None:
-            segment = Segment.of(graph, example_inputs, self.options)
+            own = {id(t) for t in (*self.step.parameters(), *self.step.buffers())}
+            segment = Segment.of(graph, example_inputs, self.options, own)
             self.segments.append(segment)
         if identity is not None:
             self._known[identity] = segment
