@@ -150,10 +150,15 @@ class _Pruner:
         """Emits zeros in the shape, strides and type of a missing value."""
         value: torch.Tensor = node.meta["val"]
         kind: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-        made = self.graph.call_function(aten.empty_strided.default, (list(value.shape), list(value.stride())), kind)
+        layout = list(value.shape), list(value.stride())
+        made = self.graph.call_function(aten.empty_strided.default, layout, kind)
         zeros = self.graph.call_function(aten.zeros_like.default, (made,))
-        for part in (made, zeros):
-            part.meta = {"val": value, TAG: NodeTag(Phase.BACKWARD)}
+        mode: Any = value.fake_mode  # type: ignore[attr-defined]
+        with mode, torch.no_grad():  # in storages of their own: a missing value may be a part of another
+            values = [torch.empty_strided(*layout, **kind)]
+            values.append(torch.zeros_like(values[0]))
+        for part, own in zip((made, zeros), values, strict=True):
+            part.meta = {"val": own, TAG: NodeTag(Phase.BACKWARD)}
         return zeros
 
     def _emit_output(self, node: fx.Node) -> None:

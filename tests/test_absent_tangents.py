@@ -81,7 +81,19 @@ class States(nn.Module):
         return sequence, state
 
 
-MODELS = (TwoHeads, Distances, Parts, Chain, States)
+class Joined(nn.Module):
+    """Gradients of two parts are themselves parts of one that may not arrive, and are joined with a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(6, 9)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        one, two, three = self.trunk(x).chunk(3, -1)
+        return three.exp(), 2 * torch.cat([one, two], 1)
+
+
+MODELS = (TwoHeads, Distances, Parts, Chain, States, Joined)
 
 
 def subsets(n: int) -> Iterator[tuple[int, ...]]:

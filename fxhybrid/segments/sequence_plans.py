@@ -167,8 +167,8 @@ class SequencePlans:
         self.known, _ = Portfolio(self.options.solver).extend(self.known, limit_bytes)
         plan = self._first_fitting(limit_bytes)
         if plan is None:
-            self.known = find_smallest_peak(self.known)
-            plan = self._first_fitting(limit_bytes)
+            smallest = self.smallest
+            plan = self._first_fitting(limit_bytes) or (smallest if smallest.peak.peak_bytes <= limit_bytes else None)
         return plan
 
     def _first_fitting(self, limit_bytes: int) -> SequencePlan | None:
