@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxhybrid.capture.planning_lock import PLANNING
 from fxhybrid.capture.step import Loss, Step, StepCall
 from fxhybrid.compiler.largest_batch import largest_samples
 from fxhybrid.compiler.planner import error_target
-from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.devices.op_work import work_of
 from fxhybrid.devices.remote_plan import plan_for_device

@@ -11,11 +11,11 @@ import torch
 from torch import fx, nn
 
 from fxhybrid.capture.outer_context import refuse_transforms, refuse_wrapper
+from fxhybrid.capture.planning_lock import PLANNING
 from fxhybrid.capture.step import StepCall
 from fxhybrid.compiler.explained import explanation_of, memory_figure_of, write_report
 from fxhybrid.compiler.model_parameters import needs_gradients
 from fxhybrid.compiler.outer_forward import OuterForward
-from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.report import Report, make_report
 from fxhybrid.compiler.session import Session
 from fxhybrid.compiler.signature import Signature

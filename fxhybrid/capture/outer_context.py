@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
+from fxhybrid.capture.planning_lock import PLANNING
 from fxhybrid.errors import CaptureError, InvalidArgument
 from fxhybrid.torch_internals import is_fx_symbolic_tracing, is_jit_tracing, saved_tensor_hooks, transform_stack
 
@@ -110,5 +111,10 @@ def refuse_export() -> None:
     Raises:
         CaptureError: says what to do instead.
     """
-    if is_jit_tracing() or torch.compiler.is_exporting() or is_fx_symbolic_tracing():
+    if is_jit_tracing() or torch.compiler.is_exporting():
         raise CaptureError(EXPORT)
+    if is_fx_symbolic_tracing():
+        with PLANNING:  # the mark is the whole process's: another thread may be planning
+            is_around = is_fx_symbolic_tracing()
+        if is_around:
+            raise CaptureError(EXPORT)

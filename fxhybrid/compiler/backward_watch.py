@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxhybrid.capture.joint_graph import InputKind
+from fxhybrid.capture.planning_lock import PLANNING
 from fxhybrid.compiler.late_backward import late_backward
 from fxhybrid.compiler.observed_backward import ObservedBackward
 from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall, references
-from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.shrunk_call import Shrunk, shrink
 from fxhybrid.compiler.storage_uses import PYTHON_USES, storage_uses
 from fxhybrid.errors import BackwardError, BudgetError

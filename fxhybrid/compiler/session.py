@@ -12,6 +12,7 @@ from torch import nn
 
 from fxhybrid.accuracy.drift_monitor import DriftMonitor
 from fxhybrid.capture.outer_context import refuse_parallel, refuse_sharded
+from fxhybrid.capture.planning_lock import PLANNING
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.active_graphs import ActiveGraph, ActiveGraphs
 from fxhybrid.compiler.addable_inputs import addable_inputs
@@ -23,7 +24,6 @@ from fxhybrid.compiler.largest_call import largest_call
 from fxhybrid.compiler.model_parameters import has_gradients
 from fxhybrid.compiler.pending_calls import pending_calls
 from fxhybrid.compiler.plan_transfer import expected_by, in_layout_of
-from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.planning_state import (
     PlanningState,
     adopt,

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from fxhybrid.accuracy.step_result import relative_difference
+from fxhybrid.capture.planning_lock import PLANNING
 from fxhybrid.capture.python_state import UndoOfRuns, undo_of_step
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.budgets import auto_bytes
 from fxhybrid.compiler.bytes_beside import Participant, beside_bytes, model_storages
 from fxhybrid.compiler.call_shape import CallShape
 from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall, pending_calls, storages_of
-from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.compiler.report import Report
 from fxhybrid.errors import BudgetError, GraphBreakError, InvalidArgument
 from fxhybrid.ir.plan import Plan

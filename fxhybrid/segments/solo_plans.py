@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fxhybrid.capture.planning_lock import PLANNING
 from fxhybrid.compiler.planner import error_target
-from fxhybrid.compiler.planning_lock import PLANNING
 from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.sequence import PartTimeline, part_timeline
 from fxhybrid.options import Options

@@ -127,7 +127,8 @@ class ForwardRecording:
         Raises:
             CaptureError: a custom autograd function runs between the graphs.
         """
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _as_it_is), contextlib.ExitStack() as stack:
+        pack, unpack = map(torch.compiler.disable, (self._pack, _as_it_is))  # Dynamo would trace them between graphs
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack), contextlib.ExitStack() as stack:
             with contextlib.suppress(ProfileError):  # a profiler of the user's is on
                 self._memory = stack.enter_context(recording())
             result = run()
