@@ -119,8 +119,7 @@ class Prepared:
 
     def with_choices(self, choices: CodecChoices) -> Prepared:
         """Returns the same with other codecs offered, their times measured; ``with_errors`` makes a problem of it."""
-        calls = [*calls_of(self.layout, choices), *faster_calls(self.layout)]
-        return dataclasses.replace(self, choices=choices, profile=profile_calls(calls))
+        return dataclasses.replace(self, choices=choices, profile=_profile(self.layout, choices))
 
     def offering(self, actions: Actions) -> Prepared:
         """Returns the same with a transferred plan's channel-wise codecs offered too: widths differ from run to run."""
@@ -229,9 +228,13 @@ def prepare_traced(traced: Traced, expected: ExpectedBackward) -> Prepared:
     choices = codec_choices(layout, lossy=traced.lossy, lossless=traced.lossless)
     refusals = codec_refusals(layout, lossy=traced.lossy, lossless=traced.lossless)
     with stage("profile"):
-        profile = profile_calls([*calls_of(layout, choices), *faster_calls(layout)])
+        profile = _profile(layout, choices)
     errors = error_table(lossy_groups(layout, choices), choices, lambda _: DEFAULT_GROUP_ERROR)
     return prepared_for(traced, expected, joint, layout, profile, choices, refusals, errors)
+
+
+def _profile(layout: Layout, choices: CodecChoices) -> Profile:
+    return profile_calls([*calls_of(layout, choices), *faster_calls(layout)])
 
 
 def expected_joint(joint: JointGraph, traced: Traced, expected: ExpectedBackward) -> JointGraph:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxhybrid.capture.output_structure import output_tensors
-from fxhybrid.capture.python_state import unchanged_python_state
+from fxhybrid.capture.python_state import undo_of_step
 
 REENTRANT = "CheckpointFunctionBackward"
 
@@ -99,10 +99,13 @@ def observe_step(
 @contextlib.contextmanager
 def trial_run(model: nn.Module, changed: Iterable[Tensor] = (), *, seed: int | None = 0) -> Iterator[None]:
     """Lets a step run at a fixed seed, if any; model, generators and ``changed`` tensors are put back afterwards."""
-    with _restored([*model.buffers(), *changed]), unchanged_python_state(model):
+    undo = undo_of_step(model, changed)
+    try:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+    finally:
+        undo()
 
 
 def _gradients(scalar: Tensor, parameters: list[Any]) -> Sequence[Tensor | None]:
@@ -156,17 +159,6 @@ def _weighted_sum(outputs: list[Tensor]) -> Tensor:
             weight = torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
             total = total + (t * weight).sum().to(total.device, total.dtype)
     return total
-
-
-@contextlib.contextmanager
-def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    before = [(t, t.detach().clone()) for t in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
 
 
 def relative_difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> float:

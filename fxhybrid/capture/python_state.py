@@ -60,15 +60,15 @@ def undo_of_runs(module: nn.Module) -> UndoOfRuns:
     return UndoOfRuns((*_generators(), *snapshot.undo_all), snapshot.n_bytes)
 
 
-def undo_of_step(module: nn.Module) -> UndoOfRuns:
-    """Returns what undoes all that a forward pass of ``module`` leaves, in its buffers, too."""
+def undo_of_step(module: nn.Module, changed: Iterable[Tensor] = ()) -> UndoOfRuns:
+    """Returns what undoes all that steps of ``module`` leave, in its buffers and ``changed`` tensors, too."""
     undo_runs = undo_of_runs(module)
-    kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    kept = [(tensor, tensor.detach().clone()) for tensor in (*module.buffers(), *changed)]
 
     def undo() -> None:
         with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
+            for tensor, value in kept:
+                tensor.copy_(value)
 
     n_bytes = undo_runs.n_bytes + sum(value.untyped_storage().nbytes() for _, value in kept)
     return UndoOfRuns((*undo_runs.undo_all, undo), n_bytes)

@@ -17,6 +17,7 @@ from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.budgets import auto_bytes
 from fxhybrid.compiler.bytes_beside import Participant, beside_bytes, model_storages
 from fxhybrid.compiler.call_shape import CallShape
+from fxhybrid.compiler.model_parameters import has_gradients
 from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall, pending_calls, storages_of
 from fxhybrid.compiler.report import Report
 from fxhybrid.errors import BudgetError, GraphBreakError, InvalidArgument
@@ -215,12 +216,15 @@ class SegmentedStep:
 
     def _beside(self, call: StepCall) -> int:
         """Counts what stands beside a call: older gradients, and what other calls hold."""
-        model = self.step.model
-        extra = gradient_bytes(model) if any(p.grad is not None for p in model.parameters()) else 0
+        model, extra = self.step.model, self._older_bytes()
         others = pending_calls(next((p.device for p in model.parameters()), None))
         if others:
             extra += beside_bytes(Participant(model, model_storages(model) | storages_of(call.tensors)), others)
         return extra
+
+    def _older_bytes(self) -> int:
+        """Counts the gradients of an earlier backward pass."""
+        return gradient_bytes(self.step.model) if has_gradients(self.step.model) else 0
 
     def _beside_own(self, path: Path, call: StepCall, extra: int) -> tuple[SequencePlan, list[PlannedPart]]:
         """Returns the plan of a call beside earlier ones of this model, and with room for those that usually follow."""
@@ -230,11 +234,9 @@ class SegmentedStep:
         n_others = self._together.note(self.last, n_waiting)
         if n_others == 0:
             return self.fitting(path, extra)
-        gradients = gradient_bytes(model)
-        older = gradients if any(p.grad is not None for p in model.parameters()) else 0
         outputs = sum(shared.size_bytes for shared in path.trial.sequence.shared if shared.held)
         each = sum(storages_of(call.tensors).values()) + outputs
-        together = Together(n_others, each, gradients + older)
+        together = Together(n_others, each, gradient_bytes(model) + self._older_bytes())
         found = self._together.fitting(path, self.budget_bytes, together)
         if found is None or found[0].peak.peak_bytes + extra > self.budget_bytes:
             found = path.within(self.budget_bytes - extra)

@@ -21,7 +21,6 @@ from fxhybrid.console import stage
 from fxhybrid.errors import CaptureError
 from fxhybrid.ir.sequence import PartSequence, part_timeline
 from fxhybrid.options import Options
-from fxhybrid.passes.build_problem import CodecChoices
 from fxhybrid.pipeline import Prepared, resident_bytes_of
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
 from fxhybrid.segments.parts import own_part, sequence_of
@@ -86,26 +85,28 @@ class PartCalibration:
             return self.known[id(prepared)]
         has_gradient = bool(prepared.traced.without(prepared.expected.absent))
         has_room = room_bytes is None or _trial_bytes(prepared) <= room_bytes
-        if room_bytes is None:
-            segment.is_compared = True
-        elif has_room and has_gradient and not segment.is_compared:
-            check_capture(reference(prepared, segment.step, call, with_inputs=True))
-            segment.is_compared = True
-        found = prepared
-        if self.options.lossy and has_gradient and any(prepared.choices.values()):
-            key = prepared.fingerprint, prepared.expected.absent
-            measured = None if room_bytes is None else self._measured.get(key)
-            if measured is None and has_room:
-                measured = calibrate(prepared, reference(prepared, segment.step, call, with_inputs=True))
-                self._measured[key] = measured
-            choices, errors = (_exact(prepared), {}) if measured is None else (measured.choices, measured.errors)
-            found = prepared.with_choices(choices).with_errors(errors)
-        self.known[id(prepared)] = found
-        return found
+        segment.is_compared |= room_bytes is None
+        is_lossy = self.options.lossy and has_gradient and any(prepared.choices.values())
+        key = prepared.fingerprint, prepared.expected.absent
+        measured = None if room_bytes is None else self._measured.get(key)
+        is_measured_now = is_lossy and measured is None
+        if has_room and has_gradient and (is_measured_now or not segment.is_compared):
+            compared = reference(prepared, segment.step, call, with_inputs=True)
+            if not segment.is_compared:
+                check_capture(compared)
+                segment.is_compared = True
+            if is_measured_now:
+                measured = self._measured[key] = calibrate(prepared, compared)
+        self.known[id(prepared)] = _with_errors(prepared, measured) if is_lossy else prepared
+        return self.known[id(prepared)]
 
 
-def _exact(prepared: Prepared) -> CodecChoices:
-    return {t: tuple(s for s in specs if get_codec(s).lossless) for t, specs in prepared.choices.items()}
+def _with_errors(prepared: Prepared, measured: Calibration | None) -> Prepared:
+    """Returns a part with measured errors; without lossy codecs where there are none."""
+    if measured is not None:
+        return prepared.with_choices(measured.choices).with_errors(measured.errors)
+    exact = {t: tuple(s for s in specs if get_codec(s).lossless) for t, specs in prepared.choices.items()}
+    return prepared.with_choices(exact).with_errors({})
 
 
 def _trial_bytes(prepared: Prepared) -> int:
