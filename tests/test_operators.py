@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxhybrid.capture.native_operators import REPLACED
 from tests.compare import twins
 from tests.operator_parts import Head, N, check, rows, symmetric
 
+ATEN = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
 OVERLAID: dict[str, Callable[[Tensor], Tensor]] = {
     "last columns": lambda h: h[:, -3:],
     "every second column": lambda h: h[:, ::2],
@@ -196,6 +198,7 @@ WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
     "addcmul_": lambda h: (h * 1).addcmul_(h.sin(), h.exp(), value=0.3),
     "multi_margin_loss": lambda h: F.multi_margin_loss(h, torch.tensor([1, 3, 2, 0])),
     "multilabel_margin_loss": lambda h: F.multilabel_margin_loss(h, torch.arange(N).expand(4, N) - 1),
+    "shrinks in bfloat16": lambda h: F.softshrink((h[:, :, None] * h[:, None]).bfloat16(), 0.1),
     "masked_fill by a mean": lambda h: h.masked_fill(h > 0, h.mean()) + h.masked_fill(h[:, :1] > 0, h.sum()),
     "prod": lambda h: h.prod() + h[:2].prod(0).sum() + h.cos().prod(1, keepdim=True) + h.relu().prod(1).sum(),
     "rrelu of a transposed tensor": lambda h: F.rrelu(h.t(), training=True),
@@ -207,3 +210,18 @@ WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_operators_that_are_traced_whole(name: str) -> None:
     check(Head(WHOLE[name]), rows())
+
+
+ELSEWHERE = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}  # traced in a way of their own
+
+
+def test_no_other_operator_is_taken_apart() -> None:
+    """Torch may give an operator with a kernel a decomposition that the tracer would follow, and eager would not."""
+    taken_apart = set()
+    for name, overload in (full.split("::")[1].partition(".")[::2] for full in ATEN):
+        op = getattr(getattr(torch.ops.aten, name), overload or "default")
+        has_kernel = not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+        if has_kernel and torch._C.DispatchKey.Autograd in op.py_kernels:
+            taken_apart.add(op)
+    assert len(taken_apart) >= 10, "torch names its kernels in another way by now"
+    assert {op for op in taken_apart if op._opname not in ELSEWHERE} <= REPLACED.keys()

@@ -34,7 +34,7 @@ _RESIZING = (
     "upsample_trilinear3d",
     "upsample_bicubic2d",
 )
-_LOSSES = (aten.multi_margin_loss.default, aten.multilabel_margin_loss_forward.default)
+_TAKEN_APART = ("multi_margin_loss", "multilabel_margin_loss_forward", "softshrink", "hardshrink")
 
 
 def _resize_with(op: Any) -> Callable[..., Tensor]:
@@ -52,11 +52,12 @@ def _resize_with(op: Any) -> Callable[..., Tensor]:
 def _replacements() -> Mapping[Any, Callable[..., Tensor] | None]:
     """Returns what takes the place of each operator's decomposition; None stands for the operator itself."""
     resizing = [getattr(aten, name) for name in _RESIZING]
-    own: dict[Any, Callable[..., Tensor] | None] = dict.fromkeys((*_LOSSES, *(op.default for op in resizing)))
+    whole = [*resizing, *(getattr(aten, name) for name in _TAKEN_APART)]
+    own: dict[Any, Callable[..., Tensor] | None] = dict.fromkeys(op.default for op in whole)
     return own | {op.vec: _resize_with(op.default) for op in resizing} | REPLACEMENTS
 
 
-_REPLACEMENTS = _replacements()
+REPLACED = _replacements()
 
 
 @contextlib.contextmanager
@@ -83,8 +84,8 @@ def _whole_for_dynamo() -> Iterator[None]:
 @contextlib.contextmanager
 def _whole_for_autograd() -> Iterator[None]:
     """Switches off what autograd takes apart."""
-    before = {op: {key: op.py_kernels.pop(key, None) for key in _KEYS} for op in _REPLACEMENTS}
-    for op, replacement in _REPLACEMENTS.items():
+    before = {op: {key: op.py_kernels.pop(key, None) for key in _KEYS} for op in REPLACED}
+    for op, replacement in REPLACED.items():
         if replacement is not None:
             op.py_kernels.update(dict.fromkeys(_KEYS, replacement))
         _forget_dispatch(op)
