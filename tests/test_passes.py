@@ -20,6 +20,7 @@ from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.codec_choices import codec_choices
 from fxhybrid.passes.error_prior import error_table, lossy_groups
 from fxhybrid.passes.fingerprint import fingerprint
+from fxhybrid.passes.graph_edit import backward_nodes
 from fxhybrid.passes.rewrite import rewrite
 from fxhybrid.passes.split import split
 from fxhybrid.passes.storages import Layout, layout_of
@@ -99,6 +100,14 @@ def test_canonicalize_gives_relu_a_mask_and_weight_gradients_come_first() -> Non
         """,
     )
     assert "fxhybrid" not in graph_text(before), "canonicalize must leave its input alone"
+
+
+def test_weight_gradients_come_first_where_output_gradients_come_from_outside() -> None:
+    """The last layer's (2 x 8) reads only its input and what arrives; the gradient of its input (32 x 8) comes next."""
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
+    joint = canonicalize(joint_of(model, torch.randn(32, 4, requires_grad=True)))
+    products = [n for n in backward_nodes(joint) if n.target is torch.ops.aten.mm.default]
+    assert [tuple(n.meta["val"].shape) for n in products[:2]] == [(2, 8), (32, 8)]
 
 
 def test_layout_counts_storages_and_not_views(planned: tuple[JointGraph, Layout, Problem]) -> None:
