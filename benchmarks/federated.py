@@ -55,15 +55,15 @@ Run = tuple[str, str, str, int]  # fleet, cell, policy, seed
 
 
 def runs() -> Iterator[Run]:
-    """Yields all runs: the skewed population in full, then the others."""
+    """Yields all runs: synchronous rounds, then asynchronous ones; of each the skewed population in full first."""
     first, *others = GRID
     for policies in (MAIN, BUFFERED):
         for seed, fleet in itertools.product(SEEDS, reversed(FLEETS)):
             yield from ((fleet, first, policy, seed) for policy in policies)
+        for seed, cell, fleet in itertools.product(SEEDS, others, reversed(FLEETS)):
+            yield from ((fleet, cell, policy, seed) for policy in policies)
     for seed, fleet in itertools.product(SEEDS, reversed(FLEETS)):
         yield from ((fleet, first + SWAP, policy, seed) for policy in SWAPPING)
-    for cell, seed, fleet in itertools.product(others, SEEDS, reversed(FLEETS)):
-        yield from ((fleet, cell, policy, seed) for policy in (*MAIN, *BUFFERED))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

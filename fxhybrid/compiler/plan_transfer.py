@@ -89,6 +89,8 @@ def in_layout_of(plan: Plan, traced: Traced, options: Options) -> Traced:
     Raises:
         PlanMismatchError: there are none such, or the options rule them out.
     """
+    if plan.channels_last == traced.channels_last:
+        return traced
     known = {group.number for group in channels_last_groups(traced.capture.joint)}
     if not known.issuperset(plan.channels_last):
         raise PlanMismatchError(

@@ -77,6 +77,7 @@ class Trainer:
         """
         self.task = task
         self.model, self.hybrid = capture_step(task, width, plan=plan)
+        self._running: Plan | None = None  # carried out by ``hybrid`` now
 
     def train(self, arrays: Arrays, work: LocalWork, data: ClientData, monitor: MemoryMonitor) -> LocalResult:
         """Trains ``arrays`` on the data, step by step as memory and time allow.
@@ -98,21 +99,27 @@ class Trainer:
         """Trains ``arrays`` by the given plans, one for each step."""
         load_arrays(self.model, arrays)
         self.model.train()
+        self.model.zero_grad()  # a step that ran out of memory may have left gradients
         optimizer = make_optimizer(self.task, self.model)
         start = [p.detach().clone() for p in self.model.parameters()] if work.mu else []
         batches = data.batches(self.task.batch_size, work.seed)
         losses: list[float] = []
         used: list[Plan] = []
         for plan in plans:
-            self.hybrid.use_plan(plan)
+            self._use(plan)
             inputs, targets = next(batches)
             losses.append(run_step(lambda x=inputs, y=targets: self._gradients(x, y), plan))  # type: ignore[misc]
             self._update(optimizer, start, work.mu)
             used.append(plan)
         return LocalResult.of(to_arrays(self.model), losses, used)
 
+    def _use(self, plan: Plan) -> None:
+        if plan is not self._running:
+            self._running = None  # of two plans, if this one is refused
+            self.hybrid.use_plan(plan)
+            self._running = plan
+
     def _gradients(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        self.model.zero_grad(set_to_none=True)
         loss = self.hybrid(inputs, loss_args=(targets,))
         loss.backward()
         return float(loss.detach())
@@ -123,7 +130,7 @@ class Trainer:
                 if parameter.grad is not None:  # FedProx: the gradient of mu/2 ||w - origin||^2
                     parameter.grad.add_(parameter - origin, alpha=mu)
         optimizer.step()
-        self.model.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
 
 def packed(request: Request, arrays: Arrays) -> Arrays:
