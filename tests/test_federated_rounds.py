@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.client.local_steps import LocalWork, local_steps
 from fxhybrid.federated.client.trainer import packed
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed
-from fxhybrid.federated.server.aggregation import rebased
+from fxhybrid.federated.server.aggregation import kept_by_step, rebased
 from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.server.policies import Policy, Settings, policy_of
@@ -231,13 +232,24 @@ def test_a_checkpoint_of_other_devices_is_refused(planner: FleetPlanner, tmp_pat
         driver.resume()
 
 
-def test_statistics_of_stale_models_are_the_devices_own() -> None:
-    trained = {"w": np.array([1.0]), "variance": np.array([0.2]), "n": np.array(12)}
-    base = {"w": np.array([3.0]), "variance": np.array([1.0]), "n": np.array(10)}
-    current = {"w": np.array([5.0]), "variance": np.array([0.1]), "n": np.array(20)}
-    reply = Reply("a", 1, Outcome.OK, 1.0, {}, trained)
-    found = rebased(reply, base, current, {"variance"})
-    assert (found["w"], found["n"], found["variance"]) == (3.0, 22, 0.2)  # by its difference it would be -0.7
+def test_what_a_device_learned_on_an_older_model_is_carried_over() -> None:
+    """Parameters by their change; a running statistic as if the device's two steps had begun at the current one."""
+    base = {"w": np.array([3.0]), "variance": np.array([1.0]), "n": np.array(10), "own": np.array([1.0])}
+    # in each step a variance of 0.2 is seen, at momentum 0.5: 1 -> 0.6 -> 0.4, and 0.1 -> 0.15 -> 0.175
+    trained = {"w": np.array([1.0]), "variance": np.array([0.4]), "n": np.array(12), "own": np.array([2.0])}
+    current = {"w": np.array([5.0]), "variance": np.array([0.1]), "n": np.array(20), "own": np.array([7.0])}
+    reply = Reply("a", 1, Outcome.OK, 1.0, {"n_steps": 2}, trained)
+    found = rebased(reply, base, current, {"variance": 0.5, "own": 0.0})
+    assert (found["w"], found["n"], found["own"]) == (3.0, 22, 2.0)
+    assert found["variance"] == pytest.approx([0.175])  # by its change it would be -0.5
+
+
+def test_running_statistics_keep_what_their_momentum_leaves() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4, momentum=0.3), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 4))
+    kept = kept_by_step(model)
+    assert {name for name, share in kept.items() if share} == {"0.running_mean", "0.running_var"}
+    assert kept["0.running_var"] == pytest.approx(0.7)
+    assert kept_by_step(nn.BatchNorm1d(4))["running_mean"] == pytest.approx(0.9)
 
 
 def test_devices_are_asked_for_updates_in_8_bits(planner: FleetPlanner) -> None:

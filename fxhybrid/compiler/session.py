@@ -40,6 +40,7 @@ from fxhybrid.ir.plan import Plan
 from fxhybrid.options import Options
 from fxhybrid.passes.expected_backward import ExpectedBackward
 from fxhybrid.profiling.collector import paused_collector
+from fxhybrid.solvers.portfolio.known_plans import KnownPlan
 from fxhybrid.units import Budget, NamedBudget, check_budget
 
 MANY_SIGNATURES = 32  # more than a real model has shapes; a Python counter makes one a step
@@ -72,6 +73,7 @@ class Session:
         self.base: PlanningState | None = None
         self._found: ref[StepCall] | None = None  # the call that the first signature was found for
         self._repeated: RepeatedCall | None = None
+        self._adopted: tuple[Plan, KnownPlan | None] | None = None  # the last one, and what became of it here
 
     @property
     def signatures(self) -> list[Signature]:
@@ -204,10 +206,13 @@ class Session:
 
     def adopt(self, plan: Plan) -> None:
         """Carries out this very plan in the first signature."""
+        if self._adopted is not None and self._adopted[0] is plan and self.first.state.adopted is self._adopted[1]:
+            return  # a client adopts a plan before each step
         expected = expected_by(self.first.state.prepared.traced, plan)
         found = self._laid_out_by(plan, expected).expecting(expected, self.step)
         found = replace(found, state=adopt(found.state, plan), graphs=found.graphs.for_adopted(plan))
         self.signatures[0] = found.ready()
+        self._adopted = plan, self.first.state.adopted
 
     def _laid_out_by(self, plan: Plan, expected: ExpectedBackward) -> Signature:
         """Returns the first signature in the layouts that a plan was made for; planned anew where it has others."""

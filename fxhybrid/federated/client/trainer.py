@@ -77,7 +77,6 @@ class Trainer:
         """
         self.task = task
         self.model, self.hybrid = capture_step(task, width, plan=plan)
-        self._running: Plan | None = None  # carried out by ``hybrid`` now
 
     def train(self, arrays: Arrays, work: LocalWork, data: ClientData, monitor: MemoryMonitor) -> LocalResult:
         """Trains ``arrays`` on the data, step by step as memory and time allow.
@@ -99,27 +98,21 @@ class Trainer:
         """Trains ``arrays`` by the given plans, one for each step."""
         load_arrays(self.model, arrays)
         self.model.train()
-        self.model.zero_grad()  # a step that ran out of memory may have left gradients
         optimizer = make_optimizer(self.task, self.model)
         start = [p.detach().clone() for p in self.model.parameters()] if work.mu else []
         batches = data.batches(self.task.batch_size, work.seed)
         losses: list[float] = []
         used: list[Plan] = []
         for plan in plans:
-            self._use(plan)
+            self.hybrid.use_plan(plan)
             inputs, targets = next(batches)
             losses.append(run_step(lambda x=inputs, y=targets: self._gradients(x, y), plan))  # type: ignore[misc]
             self._update(optimizer, start, work.mu)
             used.append(plan)
         return LocalResult.of(to_arrays(self.model), losses, used)
 
-    def _use(self, plan: Plan) -> None:
-        if plan is not self._running:
-            self._running = None  # of two plans, if this one is refused
-            self.hybrid.use_plan(plan)
-            self._running = plan
-
     def _gradients(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+        self.model.zero_grad()
         loss = self.hybrid(inputs, loss_args=(targets,))
         loss.backward()
         return float(loss.detach())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.protocol.messages import Array, Arrays, Reply
+from fxhybrid.federated.protocol.messages import Array, Arrays, Payload, Reply
 from fxhybrid.federated.server.device_registry import readings_of
 
-MOST_EXAMPLES = 1 << 32  # a count above this is no count; it would drown all others
+LARGEST_COUNT = 1 << 32  # a count above this is no count; it would drown all others
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -38,17 +40,9 @@ def why_invalid(reply: Reply, reference: Arrays, shapes: Shapes) -> str:
         reference: the global model: names and types.
         shapes: what shapes were asked for; smaller than the global model's where a device trains a part of it.
     """
-    count = reply.payload.get("n_examples")
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= MOST_EXAMPLES:
-        return f"n_examples is {count!r}"
-    try:
-        readings_of(reply.payload)
-    except (TypeError, ValueError) as error:
-        return f"no readings: {error}"
-    for name in ("loss", "squared_loss"):
-        value = reply.payload.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            return f"{name} is {value!r}"
+    why = _why_odd(reply.payload)
+    if why:
+        return why
     if reply.arrays.keys() != reference.keys():
         odd = sorted(reply.arrays.keys() ^ reference.keys())
         return f"array names differ: {odd[:3]}"
@@ -59,6 +53,23 @@ def why_invalid(reply: Reply, reference: Arrays, shapes: Shapes) -> str:
             return f"{name} is {array.dtype}, not {reference[name].dtype}"
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             return f"{name} is not finite"
+    return ""
+
+
+def _why_odd(payload: Payload) -> str:
+    """Says what is wrong with what a device reports about its training; empty if nothing is."""
+    for name, absent in (("n_examples", None), ("n_steps", 1)):
+        count = payload.get(name, absent)
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= LARGEST_COUNT:
+            return f"{name} is {count!r}"
+    for name in ("loss", "squared_loss"):
+        value = payload.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return f"{name} is {value!r}"
+    try:
+        readings_of(payload)
+    except (TypeError, ValueError) as error:
+        return f"no readings: {error}"
     return ""
 
 
@@ -75,20 +86,35 @@ def weight_of(reply: Reply, weighting: str) -> float:
     raise InvalidArgument(f'weighting is {weighting!r}; it must be "examples" or "uniform"')
 
 
-def rebased(reply: Reply, base: Arrays, current: Arrays, statistics: Collection[str]) -> Arrays:
-    """Carries what a device learned on an older model over to the current one: what it changed is added.
+def kept_by_step(model: nn.Module) -> dict[str, float]:
+    """Returns for each of a model's buffers the share of its value that a training step keeps.
+
+    Running statistics of batch norm keep 1 - momentum of theirs. Of other buffers nothing is known: 0.
+    """
+    kept = dict.fromkeys((name for name, _ in model.named_buffers()), 0.0)
+    for prefix, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.track_running_stats and module.momentum is not None:
+            kept |= {f"{prefix}.{name}".lstrip("."): 1 - module.momentum for name in ("running_mean", "running_var")}
+    return kept
+
+
+def rebased(reply: Reply, base: Arrays, current: Arrays, kept: Mapping[str, float]) -> Arrays:
+    """Carries what a device learned on an older model over to the current one.
+
+    What it changed of parameters is added. A running mean that keeps a share of its value in each step is what it would
+    be had the device begun at the current one: adding the change could turn a variance negative.
 
     Args:
-        reply: a valid answer.
+        reply: a valid answer; ``n_steps`` of its payload are the steps it took, one where it does not say.
         base: the model that the device got.
         current: the model now, in the same shapes.
-        statistics: names of arrays that are no parameters. They stay the device's own: a variance may become negative
-            by another model's difference.
+        kept: see ``kept_by_step``; of what is not in there, all is kept.
     """
+    n_steps = int(reply.payload.get("n_steps", 1))
 
     def moved(name: str, trained: Array) -> Array:
-        value = trained if name in statistics else current[name] + (trained.astype(np.float64) - base[name])
-        return np.asarray(value).astype(trained.dtype)
+        difference = current[name] - base[name].astype(np.float64)
+        return np.asarray(trained + kept.get(name, 1.0) ** n_steps * difference).astype(trained.dtype)
 
     return {name: moved(name, trained) for name, trained in reply.arrays.items()}
 

@@ -12,6 +12,7 @@ from fxhybrid.federated.protocol.messages import Arrays
 from fxhybrid.federated.protocol.model_arrays import load_arrays, to_arrays
 from fxhybrid.federated.protocol.transport import Transport
 from fxhybrid.federated.selection.strategies import SELECTORS
+from fxhybrid.federated.server.aggregation import kept_by_step
 from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.server.policies import Policy, Settings
@@ -56,7 +57,7 @@ def build_driver(
         to_arrays(model),
         evaluate=score,
         of=of,
-        statistics=[name for name, _ in model.named_buffers()],
+        kept=kept_by_step(model),
         log=log,
         checkpoint=checkpoint,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Driver:
         *,
         evaluate: Callable[[Arrays], Score],
         of: Mapping[str, Any],
-        statistics: Collection[str] = (),
+        kept: Mapping[str, float] | None = None,
         log: Path | None = None,
         checkpoint: Path | None = None,
     ) -> None:
@@ -53,14 +53,14 @@ class Driver:
             arrays: the initial model.
             evaluate: scores a model.
             of: what is trained by whom, as JSON values; a checkpoint of anything else is refused.
-            statistics: names of arrays that are no parameters, see ``rebased``.
+            kept: of the model's buffers, see ``kept_by_step``.
             log: JSON lines of every round go here.
             checkpoint: written after each round.
         """
         self.transport, self.scheduler, self.arrays = transport, scheduler, arrays
         self.policy, self.of = scheduler.policy, dict(of)
         self.evaluate = evaluate
-        self.statistics = frozenset(statistics)
+        self.kept = dict(kept or {})
         self.log = RunLog(log) if log else None
         self.checkpoint = checkpoint
         self.round = 0
@@ -143,7 +143,7 @@ class Driver:
         if not age:
             return Update(reply.device, reply.arrays, weight)
         current = self.scheduler.fleet.part(self.arrays, request.payload["width"])
-        arrays = rebased(reply, request.arrays, current, self.statistics)
+        arrays = rebased(reply, request.arrays, current, self.kept)
         return Update(reply.device, arrays, weight * staleness_weight(age))
 
     def _drop(self) -> list[Reply]:
