@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.selection.candidates import Candidate, ClientSelector, Selection
-from fxhybrid.federated.selection.strategies import (
-    SELECTORS,
-    OortSelector,
-    ProductSelector,
-    RandomSelector,
-    UtilitySelector,
-)
+from fxhybrid.federated.selection.strategies import SELECTORS, OortSelector, RandomSelector, UtilitySelector
 
 MIB = 1 << 20
-GATED = ("utility", "product", "memory-gate")
 
 
 def candidate(name: str, **changes: object) -> Candidate:
@@ -64,7 +57,7 @@ def candidates() -> st.SearchStrategy[list[Candidate]]:
 @settings(max_examples=40, deadline=None)
 def test_every_selector(name: str, pool: list[Candidate], count: int, round_index: int, seed: int) -> None:
     selection = SELECTORS[name](seed).select(pool, count, round_index=round_index)
-    allowed = [c for c in pool if c.fits] if name in GATED else pool
+    allowed = [c for c in pool if c.fits] if name == "utility" else pool
     assert len(set(selection.chosen)) == len(selection.chosen)
     assert set(selection.chosen) <= {c.client for c in allowed}
     # the repeat cap and exploration never leave a place empty that somebody could fill
@@ -141,20 +134,6 @@ def test_memory_counts_no_more_than_the_unmodified_step_can_use() -> None:
     assert factor(selection, "b", "available_share") == 1.0
 
 
-def test_the_product_is_the_papers() -> None:
-    pool = [candidate("a", mean_squared_loss=3.0, predicted_step_s=2.0), candidate("b", mean_squared_loss=0.5)]
-    selection = ProductSelector().select(pool, 1, round_index=10)
-    # a: 3 * min(500 / 1000, 1) / 2 = 0.75; b: 0.5 * 0.5 / 1 = 0.25
-    assert factor(selection, "a", "reward") == pytest.approx(0.75)
-    assert factor(selection, "b", "reward") == pytest.approx(0.25)
-    assert selection.chosen == ("a",)
-
-
-def test_the_product_starts_with_whoever_was_never_seen() -> None:
-    pool = [candidate("a", mean_squared_loss=99.0), candidate("b", mean_squared_loss=None, last_seen_round=None)]
-    assert ProductSelector().select(pool, 1, round_index=9).chosen == ("b",)
-
-
 def test_oort_penalises_the_slow_with_the_square() -> None:
     losses = (1.0, 4.0, 9.0, 16.0, 25.0)
     pool = [
@@ -169,11 +148,11 @@ def test_oort_penalises_the_slow_with_the_square() -> None:
     assert factor(selection, "c2", "data") == pytest.approx(0.5)
 
 
-def test_oort_and_random_do_not_look_at_memory_and_the_gate_does() -> None:
+def test_oort_and_random_do_not_look_at_memory_and_utility_does() -> None:
     pool = [candidate("small", available_bytes=10), candidate("large")]
     assert len(OortSelector().select(pool, 2, round_index=3).chosen) == 2
     assert len(RandomSelector().select(pool, 2, round_index=3).chosen) == 2
-    assert RandomSelector(gate=True).select(pool, 2, round_index=3).chosen == ("large",)
+    assert UtilitySelector().select(pool, 2, round_index=3).chosen == ("large",)
 
 
 def test_the_unseen_are_explored_less_and_less() -> None:

@@ -1,4 +1,4 @@
-"""The client selectors: utility, the paper's product, and what they are compared with.
+"""The client selectors: utility, and what it is compared with.
 
 Utility of candidate i; every factor lies in [0, 1], so that no unit outweighs the others:
 
@@ -42,24 +42,18 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class RandomSelector:
-    """Draws evenly among all candidates; with ``gate`` only among those whose smallest plan fits."""
+    """Draws evenly among all candidates."""
 
     seed: int = 0
-    gate: bool = False
     state: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Returns ``random`` or ``memory-gate``."""
-        return "memory-gate" if self.gate else "random"
+    name: str = "random"
 
     def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
         """Selects; see :class:`ClientSelector`."""
         random = _generator(self.seed, round_index, count)
-        pool = [c for c in candidates if c.fits or not self.gate]
-        factors = {c.client: {"fits": float(c.fits), "score": 1.0} for c in pool}
-        order = random.permutation(len(pool))[:count]
-        return _selection(round_index, candidates, [pool[i].client for i in order], factors)
+        factors = {c.client: {"score": 1.0} for c in candidates}
+        order = random.permutation(len(candidates))[:count]
+        return _selection(round_index, candidates, [candidates[i].client for i in order], factors)
 
 
 @dataclass
@@ -84,33 +78,6 @@ class UtilitySelector:
             {"data": float(d), "memory": float(m), "compute": float(s), "reward": float(d * m * s)}
             for d, m, s in zip(data, memory, compute, strict=True)
         ]
-
-
-@dataclass
-class ProductSelector:
-    """Scores by the paper's literal product: mean squared loss * min(M_i / M_G, 1) / seconds of a step, plus the bonus.
-
-    The paper prints its indicator both ways; either one, read literally, would zero the rich or the poor devices.
-    Here it is the gate that the smallest plan fits. The units are multiplied as they are.
-    """
-
-    seed: int = 0
-    state: dict[str, Any] = field(default_factory=dict)
-    name: str = "product"
-
-    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """Selects the ``count`` largest scores; whoever never took part comes first. See :class:`ClientSelector`."""
-        _generator(self.seed, round_index, count)
-        factors = {}
-        for c in candidates:
-            if c.fits:
-                loss = c.mean_squared_loss or 0.0
-                own = {"data": loss, "memory": _memory_share(c), "compute": 1 / c.predicted_step_s}
-                own["reward"] = own["data"] * own["memory"] * own["compute"]
-                own["bonus"] = math.inf if c.is_new else _bonus(c, round_index)
-                factors[c.client] = {**own, "score": own["reward"] + own["bonus"]}
-        order = sorted(factors, key=lambda client: (-factors[client]["score"], client))
-        return _selection(round_index, candidates, order[:count], factors)
 
 
 @dataclass
@@ -144,11 +111,9 @@ class OortSelector:
 
 
 SELECTORS: Mapping[str, Callable[[int], ClientSelector]] = {
-    "utility": lambda seed: UtilitySelector(seed),
-    "product": lambda seed: ProductSelector(seed),
-    "random": lambda seed: RandomSelector(seed),
-    "memory-gate": lambda seed: RandomSelector(seed, gate=True),
-    "oort": lambda seed: OortSelector(seed),
+    "utility": UtilitySelector,
+    "random": RandomSelector,
+    "oort": OortSelector,
 }
 
 

@@ -46,7 +46,7 @@ class Policy:
     @property
     def weighting(self) -> str:
         """Returns how to average, see ``weight_of``: selectors that prefer much data have counted it already."""
-        return "examples" if self.selector in ("random", "memory-gate") else "uniform"
+        return "examples" if self.selector == "random" else "uniform"
 
 
 @dataclass(frozen=True)
