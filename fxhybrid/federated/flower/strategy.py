@@ -40,8 +40,9 @@ class FxHybridStrategy(FedAvg):
         self, task: Task, *, policy: str = "fxhybrid", settings: Settings | None = None, **options: Any
     ) -> None:
         super().__init__(**options)
-        # every message starts a process on the device, which a small one takes a while for
-        settings = settings or Settings(1, devices_per_round=2, over_selection=1.0, report_deadline_s=120.0)
+        if settings is None:
+            # every message starts a process on the device, which a small one takes a while for
+            settings = Settings(1, 2, over_selection=1.0, report_deadline_s=120.0, report_every=5)
         chosen = policy_of(policy)
         self.scheduler = build_scheduler(task, planners_of(task, chosen), chosen, settings)
         self._start_s = time.monotonic()
