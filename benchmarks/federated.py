@@ -55,13 +55,13 @@ Run = tuple[str, str, str, int]  # fleet, cell, policy, seed
 
 
 def runs() -> Iterator[Run]:
-    """Yields all runs: synchronous rounds, then asynchronous ones; of each the skewed population in full first."""
+    """Yields all runs: the skewed population in full, then the others, seed by seed."""
     first, *others = GRID
     for policies in (MAIN, BUFFERED):
         for seed, fleet in itertools.product(SEEDS, reversed(FLEETS)):
             yield from ((fleet, first, policy, seed) for policy in policies)
-        for seed, cell, fleet in itertools.product(SEEDS, others, reversed(FLEETS)):
-            yield from ((fleet, cell, policy, seed) for policy in policies)
+    for seed, cell, fleet in itertools.product(SEEDS, others, reversed(FLEETS)):
+        yield from ((fleet, cell, policy, seed) for policy in (*MAIN, *BUFFERED))
     for seed, fleet in itertools.product(SEEDS, reversed(FLEETS)):
         yield from ((fleet, first + SWAP, policy, seed) for policy in SWAPPING)
 

@@ -22,6 +22,7 @@ FAILURE_COLUMNS = ("population", "policy", *(f"to 80 %, {name}" for name in FAIL
 RATIO_COLUMNS = ("population", "sooner than", *(f"at {target:.0%}" for target in TARGETS), "points ahead at 2 h")
 
 Cell = dict[str, dict[int, Record]]  # runs of one population, by policy and seed
+Pair = tuple[Record, Record]
 
 
 def time_rows(records: Sequence[Record]) -> Iterator[Row]:
@@ -51,19 +52,31 @@ def ratio_rows(records: Sequence[Record]) -> Iterator[Row]:
 
 
 def buffered_rows(records: Sequence[Record]) -> Iterator[Row]:
-    """Yields how many times sooner asynchronous rounds are than synchronous ones of the same policy."""
-    yield from _ratio_rows(records, [(policy, policy.removesuffix(ASYNC)) for policy in BUFFERED])
+    """Yields how many times sooner asynchronous rounds are than synchronous ones of the same policy, then over all."""
+    pairs = [(policy, policy.removesuffix(ASYNC)) for policy in BUFFERED]
+    yield from _ratio_rows(records, pairs)
+    cells = _cells(records).values()
+    for policy, other in pairs:
+        yield from _ratio_row("all", other, [both for cell in cells for both in _both(cell, policy, other)])
 
 
 def _ratio_rows(records: Sequence[Record], pairs: Sequence[tuple[str, str]]) -> Iterator[Row]:
     for name, cell in _cells(records).items():
         for policy, other in pairs:
-            seeds = sorted(cell.get(policy, {}).keys() & cell.get(other, {}).keys())
-            both = [(cell[policy][seed], cell[other][seed]) for seed in seeds]
-            if both:
-                ahead = [100 * (run["end"] - against["end"]) for run, against in both]
-                ratios = (_ratio(both, i) for i in range(len(TARGETS)))
-                yield name, f"`{other}`", *ratios, _spread(ahead)
+            yield from _ratio_row(name, other, _both(cell, policy, other))
+
+
+def _both(cell: Cell, policy: str, other: str) -> list[Pair]:
+    """Returns the runs of two policies with the same seed."""
+    mine, theirs = cell.get(policy, {}), cell.get(other, {})
+    return [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def _ratio_row(name: str, other: str, both: Sequence[Pair]) -> Iterator[Row]:
+    if both:
+        ahead = [100 * (run["end"] - against["end"]) for run, against in both]
+        ratios = (_ratio(both, i) for i in range(len(TARGETS)))
+        yield name, f"`{other}`", *ratios, _spread(ahead)
 
 
 def _cells(records: Sequence[Record]) -> dict[str, Cell]:
@@ -87,7 +100,7 @@ def _minutes(times_s: Sequence[float | None]) -> str:
     return mean if len(reached) == len(times_s) else f"{mean} ({len(reached)} of {len(times_s)})"
 
 
-def _ratio(both: Sequence[tuple[Record, Record]], place: int) -> str:
+def _ratio(both: Sequence[Pair], place: int) -> str:
     """Returns the mean ratio of times, its spread, and of how many seeds if not all.
 
     Where the other never got there it counts with its whole run, marked by ">".
