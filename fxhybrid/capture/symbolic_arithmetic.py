@@ -36,10 +36,8 @@ def _remembering(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
     results: dict[Any, Any] = {}
 
     def remembered(self: Any, other: Any) -> Any:
-        if get_proxy_mode():
-            return operation(self, other)
         env = self.shape_env
-        key = *_SEEN(self), *_SEEN(other), id(env), _KNOWN(env)
+        key = *_SEEN(self), *_SEEN(other), id(env), _KNOWN(env), get_proxy_mode()
         if key not in results:
             results[key] = operation(self, other)
         return results[key]
