@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,7 +56,11 @@ def python_binding(operator: Any, nodes: Iterable[fx.Node]) -> Callable[..., Any
 
 def _has_number(node: fx.Node) -> bool:
     """Whether a node passes a number where the operator takes a tensor: torch's functions choose another operator."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    pairs = zip(arguments, node.args, strict=False)
-    given = (value for argument, value in pairs if str(argument.type) == "Tensor")
+    given = (node.args[i] for i in _tensor_positions(node.target) if i < len(node.args))
     return any(not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor) for value in given)
+
+
+@cache
+def _tensor_positions(operator: Any) -> tuple[int, ...]:
+    """Returns the positions of the arguments that are tensors; the text of a type takes long."""
+    return tuple(i for i, argument in enumerate(operator._schema.arguments) if str(argument.type) == "Tensor")

@@ -23,12 +23,14 @@ def remembered_arithmetic() -> Iterator[None]:
     """Lets symbolic numbers remember results while a model is traced.
 
     A result follows from both expressions, their types and what is known of the symbols by then. Where the trace
-    records arithmetic as nodes, it is done each time.
+    records arithmetic as nodes, a result is the node that was recorded first.
     """
     with contextlib.ExitStack() as stack:
         for name in OPERATIONS:
             method = f"_{name}"
             stack.enter_context(patch.object(SymNode, method, _remembering(getattr(SymNode, method))))
+        stack.enter_context(patch.object(SymNode, "expr", property(_remembering_own(SymNode.expr.fget))))
+        stack.enter_context(patch.object(SymNode, "maybe_as_int", _remembering_own(SymNode.maybe_as_int)))
         yield
 
 
@@ -40,6 +42,22 @@ def _remembering(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
         key = *_SEEN(self), *_SEEN(other), id(env), _KNOWN(env), get_proxy_mode()
         if key not in results:
             results[key] = operation(self, other)
+        return results[key]
+
+    return remembered
+
+
+def _remembering_own(operation: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Returns a property of one number that follows from its expression; each walks through that whole."""
+    results: dict[Any, Any] = {}
+
+    def remembered(self: Any) -> Any:
+        env = self.shape_env
+        if env is None:
+            return operation(self)
+        key = self._expr, id(env), env._replacements_version_counter  # noqa: SLF001  (see _KNOWN)
+        if key not in results:
+            results[key] = operation(self)
         return results[key]
 
     return remembered
