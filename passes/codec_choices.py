@@ -80,6 +80,7 @@ class OfferRules:
         self.layout, self.lossy, self.lossless = layout, lossy, lossless
         self.sizes = [storage.size_bytes for storage in layout.storages]
         self.metas: Mapping[int, TensorMeta] | None = None
+        self.found: dict[int, tuple[Codec, ...]] = {}
         self.forward = frozenset(t for op in layout.forward for t in op.outputs)
         self.readers = _backward_readers(layout)
         self.drifting = _drifting(layout)
@@ -92,7 +93,7 @@ class OfferRules:
             metas: by storage, for those that some node reads whole.
         """
         rules = copy.copy(self)
-        rules.sizes, rules.metas = list(sizes), metas
+        rules.sizes, rules.metas, rules.found = list(sizes), metas, {}
         return rules
 
     def choices(self) -> CodecChoices:
@@ -146,8 +147,10 @@ class OfferRules:
             yield f"its error drifts in training (ADR 14); {codec.spec} has noise {codec.noise:g}, not below 1"
 
     def _candidates(self, t: int) -> tuple[Codec, ...]:
-        meta = self._meta(t)
-        return () if meta is None else candidate_codecs(meta, self.layout.storages[t].base)
+        if t not in self.found:
+            meta = self._meta(t)
+            self.found[t] = () if meta is None else candidate_codecs(meta, self.layout.storages[t].base)
+        return self.found[t]
 
     def _meta(self, t: int) -> TensorMeta | None:
         if self.metas is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 import fxhybrid
 from fxhybrid.capture.step import StepCall
-from fxhybrid.compiler import signature_cache
+from fxhybrid.compiler import signature_cache, sized_costs
 from fxhybrid.compiler.signature_cache import SignatureCache
+from fxhybrid.compiler.workspace_formula import WorkspaceFormula, follows_formula
 from fxhybrid.passes.sized_halves import SharedGraphs
 from fxhybrid.profiling.allocator import measure_step
+from fxhybrid.profiling.op_profiler import Call, measure_alloc_peaks
 from fxhybrid.suite.small_models import CausalBlock
 
 WORDS, LENGTH = 64, 64
@@ -137,6 +139,37 @@ def test_new_sizes_need_no_graph_of_their_own(lossless: Compared) -> None:
     assert choices == expected
     assert shared.fingerprint == alone.fingerprint
     assert [s.name for s in shared.layout.storages] == [s.name for s in alone.layout.storages]
+
+
+def test_workspaces_between_measured_sizes_follow_a_formula(
+    lossless: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for length in (30, 34, 38, 46, 50):
+        lossless.check(*words(8, length))
+    measured: list[Call] = []
+
+    def noted(calls: Iterable[Call]) -> dict[str, int]:
+        measured.extend(calls)
+        return measure_alloc_peaks(measured)
+
+    monkeypatch.setattr(sized_costs, "measure_alloc_peaks", noted)
+    batch = words(8, 44)
+    lossless.check(*batch)
+    lossless.check_peak(*batch)
+    assert not any(follows_formula(call.target) for call in measured)
+
+
+def test_a_formula_of_workspaces_is_confirmed_and_goes_no_further_than_measured() -> None:
+    formula = WorkspaceFormula()
+    for length in (10, 20, 30, 40):
+        formula.note({"s0": length, "s1": 4}, 3 * length**2 + 8)
+    assert formula.at({"s0": 25, "s1": 4}) is None  # three points make a parabola, one more confirms it
+    formula.note({"s0": 50, "s1": 4}, 3 * 50**2 + 8)
+    assert formula.at({"s0": 25, "s1": 4}) == 3 * 25**2 + 8
+    assert formula.at({"s0": 51, "s1": 4}) is None
+    assert formula.at({"s0": 25, "s1": 5}) is None
+    formula.note({"s0": 44, "s1": 4}, 3 * 44**2 + 64)
+    assert formula.at({"s0": 25, "s1": 4}) is None
 
 
 def test_a_larger_size_than_planned_uses_other_known_plans(lossless: Compared) -> None:

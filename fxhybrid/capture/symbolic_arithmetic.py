@@ -29,7 +29,7 @@ def remembered_arithmetic() -> Iterator[None]:
         for name in OPERATIONS:
             method = f"_{name}"
             stack.enter_context(patch.object(SymNode, method, _remembering(getattr(SymNode, method))))
-        stack.enter_context(patch.object(SymNode, "expr", property(_remembering_own(SymNode.expr.fget))))
+        stack.enter_context(patch.object(SymNode, "expr", property(_remembering_own(vars(SymNode)["expr"].fget))))
         stack.enter_context(patch.object(SymNode, "maybe_as_int", _remembering_own(SymNode.maybe_as_int)))
         yield
 

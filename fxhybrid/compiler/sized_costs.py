@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.compiler.scaled_profile import StepCalls, Work, scaled_cost
+from fxhybrid.compiler.workspace_formula import WorkspaceFormula, follows_formula
 from fxhybrid.passes.build_problem import calls_of, codec_calls, codec_costs
 from fxhybrid.passes.concretize import ConcreteTensors, Recipe, value_recipe
 from fxhybrid.passes.size_program import SYMBOLIC, SizeProgram, Sizes, Values
@@ -18,6 +21,7 @@ from fxhybrid.profiling.cost_cache import OpCost
 from fxhybrid.profiling.op_profiler import Call, Profile, call_of, measure_alloc_peaks
 
 CodecKey = tuple[int, str]  # a storage, and a codec that it is offered
+_NamedCall = tuple[Hashable, Callable[[], Call]]  # the name of its formula, False where it follows none; what makes it
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +80,7 @@ class SizedCalls:
         self._old, of_codecs = old[: len(self._calls)], iter(old[len(self._calls) :])
         keys = [(t, codec) for t, codecs in at.choices.items() for codec in codecs]
         self._old_codecs = {key: (next(of_codecs), next(of_codecs)) for key in keys}
+        self._workspaces: defaultdict[Hashable, WorkspaceFormula] = defaultdict(WorkspaceFormula)
 
     def costs(
         self,
@@ -99,26 +104,21 @@ class SizedCalls:
         """
         fakes = ConcreteTensors()
         costs = [sized.cost(cost, old, values) for sized, (cost, old) in zip(self._calls, self._old, strict=True)]
-        made: dict[str, Call] = {}  # layers make the same calls
-        calls: list[Call | None] = []
-        for sized, cost in zip(self._calls, costs, strict=True):
-            key = sized.call.key
-            if cost.alloc_peak_bytes < 0 and key not in made:
-                made[key] = sized.at(sizes, fakes)
-            calls.append(made[key] if cost.alloc_peak_bytes < 0 else None)
+        plain = (follows_formula(sized.call.target) and sized.call.key for sized in self._calls)
+        making = (partial(sized.at, sizes, fakes) for sized in self._calls)
+        made: list[_NamedCall] = list(zip(plain, making, strict=True))
         for (t, spec), new in specs.items():
             stand_in = get_codec(new).profiled_as()
             made_bytes = sum(stand_in.encoded_bytes(metas[t])), metas[t].nbytes
+            bytewise = ":" not in stand_in.spec and metas[t].numel % 8 == 0  # others pad rows, or the last byte
             for call, n_bytes, (cost, old) in zip(
                 codec_calls(bases[t], stand_in.spec), made_bytes, self._old_codecs[t, spec], strict=True
             ):
                 costs.append(scaled_cost(cost, old, Work.of(call, None, n_bytes), call.target))
-                calls.append(call if costs[-1].alloc_peak_bytes < 0 else None)
-        peaks = measure_alloc_peaks(call for call in calls if call is not None)
-        costs = [
-            cost if call is None else OpCost(cost.seconds, peaks[call.key])
-            for cost, call in zip(costs, calls, strict=True)
-        ]
+                made.append((bytewise and (t, call.target), partial(_same, call)))
+        unknown = {i: made[i] for i, cost in enumerate(costs) if cost.alloc_peak_bytes < 0}
+        for i, n_bytes in self._alloc_peaks(sizes, unknown).items():
+            costs[i] = OpCost(costs[i].seconds, n_bytes)
         named = list(zip(self._names, costs, strict=False))
         coded = iter(costs[len(self._names) :])
         return CostsAtSizes(
@@ -127,6 +127,34 @@ class SizedCalls:
             {(t, new): (next(coded), next(coded)) for (t, _), new in specs.items()},
             metas,
         )
+
+    def _alloc_peaks(self, sizes: Sizes, calls: Mapping[int, _NamedCall]) -> dict[int, int]:
+        """Returns the bytes that calls allocate, by their position: by formulas where these are known, else measured.
+
+        Args:
+            sizes: by the symbol's name.
+            calls: by position.
+
+        Raises:
+            ProfileError: memory does not suffice for an operator.
+        """
+        found: dict[int, int] = {}
+        made: dict[Hashable, Call] = {}  # layers make the same calls
+        for i, (name, make) in calls.items():
+            n_bytes = self._workspaces[name].at(sizes) if name else None
+            if n_bytes is not None:
+                found[i] = n_bytes
+            elif (name or i) not in made:
+                made[name or i] = make()
+        peaks = measure_alloc_peaks(made.values())
+        for name, call in made.items():
+            if not isinstance(name, int):
+                self._workspaces[name].note(sizes, peaks[call.key])
+        return found | {i: peaks[made[name or i].key] for i, (name, _) in calls.items() if i not in found}
+
+
+def _same(call: Call) -> Call:
+    return call
 
 
 @dataclass(frozen=True, eq=False)
