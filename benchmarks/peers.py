@@ -7,9 +7,9 @@ falls on all alike. fxhybrid runs at the measured peak of each other way, where 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 
 from rich.table import Table
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = names_of(arguments.models, known, "model")
 
     def run() -> Iterator[Record]:
-        return chain.from_iterable(compare(m, arguments.size, methods, arguments.rounds) for m in models)
+        return itertools.chain.from_iterable(compare(m, arguments.size, methods, arguments.rounds) for m in models)
 
     records = records_of(arguments, run, lambda record: f"{record['model']}: {record['key']}")
     if arguments.plot:
@@ -145,16 +145,16 @@ def draw(records: Sequence[Record], path: Path) -> None:
     plt = require("matplotlib.pyplot", "a plot")
     timed = [r for r in records if "ratio" in r]
     models = list(dict.fromkeys(r["model"] for r in timed))
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 5), squeeze=False, layout="constrained")
     for axis, model in zip(axes[0], models, strict=True):
         own = [r for r in timed if r["model"] == model]
         ours = sorted((r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"]) for r in own if r["method"] == OURS)
         axis.plot(*zip(*ours, strict=True), "o-", label=OURS) if ours else None
-        for r in own:
-            if r["method"] != OURS:
-                axis.plot(r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"], "x", label=r["key"])
+        others = (r for r in own if r["method"] != OURS)
+        for r, marker in zip(others, itertools.cycle("x+^vsD*P<>"), strict=False):
+            axis.plot(r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"], marker, label=r["key"])
         axis.set(title=model, xlabel="peak, share of eager's", ylabel="step time over eager's")
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)  # hides no point
     figure.savefig(path)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # rich is imported when something is shown, not with fxhybrid
 
 T = TypeVar("T")
 LONG_S = 2.0
+MOST_COLUMNS = 400  # of a table in HTML
 LOG = logging.getLogger("fxhybrid")
 COUNT = "{task.completed}/{task.total}"
 
@@ -70,9 +71,9 @@ def as_text(table: RenderableType, width: int = 110) -> str:
 
 
 def as_html(table: RenderableType) -> str:
-    """Renders a table as an HTML fragment, for notebooks and pages."""
+    """Renders a table as an HTML fragment, for notebooks and pages: as wide as it is, since these can be scrolled."""
     from rich.console import Console
 
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Console(width=MOST_COLUMNS, record=True, file=io.StringIO())
     console.print(table)
     return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")

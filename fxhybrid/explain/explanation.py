@@ -73,7 +73,7 @@ class Explanation:
         plan = self.plan
         table = Table(title=f"What the plan for {format_bytes(plan.budget_bytes)} does", caption=self._caption())
         for name in ("module", "class", "line", "actions"):
-            table.add_column(name)
+            table.add_column(name, overflow="fold")
         for name in ("kept before", "kept now", "added time", "of the peak"):
             table.add_column(name, justify="right")
         for place in joined(self.places):

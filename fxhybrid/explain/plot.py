@@ -16,7 +16,7 @@ MIB = 1 << 20
 # Light and dark in turn, so that neighbours differ in grey, too.
 COLOURS = (
     "#3b3b3b", "#c9c9c9", "#7a5195", "#e3c1e8", "#a65628", "#ffd8a8", "#1f4e79", "#a9d3f5",
-    "#2e7d32", "#c5e8b7", "#8c1c2b", "#f7b6b2", "#00606b", "#a8e6e6",
+    "#2e7d32", "#c5e8b7", "#8c1c2b", "#f7b6b2", "#00606b", "#a8e6e6", "#8a6d00", "#fff3b0", "#ad1457", "#f8bbd0",
 )  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def _mark_peak(axes: Any, timeline: MemoryTimeline, top: float) -> None:
         (at_s * 1e3, height + 0.06 * top),
         ha="left" if at_s < timeline.end_s[-1] / 2 else "right",
         arrowprops={"arrowstyle": "->"},
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},  # over the line between the passes
     )
 
 
