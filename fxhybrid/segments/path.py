@@ -8,9 +8,10 @@ from typing import Any
 
 from fxhybrid.accuracy.verifier import CaptureCheck
 from fxhybrid.ir.sequence import PartTimeline
+from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.planned_run import PlannedPart, planned_part
 from fxhybrid.segments.segment import Segment
-from fxhybrid.segments.sequence_plans import PartActions, SequencePlan, SequencePlans
+from fxhybrid.segments.sequence_plans import SequencePlan, SequencePlans
 from fxhybrid.segments.trial import Trial
 
 

@@ -12,10 +12,11 @@ from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import FxHybridError, GraphBreakError
 from fxhybrid.ir.sequence import part_timeline
 from fxhybrid.options import Options
+from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.path import Path, parts_of
 from fxhybrid.segments.planned_run import NothingPending, PlannedRun, Room
 from fxhybrid.segments.segment import under_way
-from fxhybrid.segments.sequence_plans import PartActions, SequencePlans, estimated_plans, measured_plans
+from fxhybrid.segments.sequence_plans import SequencePlans, estimated_plans, measured_plans
 from fxhybrid.segments.solo_plans import SoloPlans
 from fxhybrid.segments.trial import NothingToPlan, Recorder, Run, Trial
 

@@ -27,12 +27,13 @@ from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.segments.calls_together import CallsTogether, Together
 from fxhybrid.segments.describe import plan_of, report_of
 from fxhybrid.segments.graph_runner import in_graphs
+from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.path import Path
 from fxhybrid.segments.path_planner import PathPlanner
 from fxhybrid.segments.planned_run import PlannedPart, PlannedRun, Room
 from fxhybrid.segments.same_graph import identity_of
 from fxhybrid.segments.segment import NOTHING, Segment, under_way
-from fxhybrid.segments.sequence_plans import PartActions, SequencePlan
+from fxhybrid.segments.sequence_plans import SequencePlan
 from fxhybrid.solvers.portfolio.limited_plans import PlanBytes
 from fxhybrid.units import Budget, NamedBudget, check_budget
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,9 +9,9 @@ from fxhybrid.compiler.planner import error_target
 from fxhybrid.errors import BudgetError
 from fxhybrid.ir.joined_problem import JoinedProblem, join_parts
 from fxhybrid.ir.plan import Action
-from fxhybrid.ir.problem import Problem, Tensor
 from fxhybrid.ir.sequence import PartSequence, PartTimeline, SequencePeak, part_timeline, sequence_peak
 from fxhybrid.options import Options
+from fxhybrid.segments.part_errors import Measure, PartActions, measured_scales, with_scaled_errors
 from fxhybrid.solvers.portfolio.extend_plans import find_smallest_peak, frontier_plans
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, pareto
 from fxhybrid.solvers.portfolio.solvers import Portfolio
@@ -21,8 +20,6 @@ from fxhybrid.units import format_bytes
 MAX_ROUNDS = 4
 BINDING = 0.7  # share of the limit from which on estimated errors decide which plans are found
 RESCALE_MARGIN = 1.1  # errors are scaled up by this more than was measured
-
-PartActions = tuple[dict[int, Action], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,44 +51,31 @@ class SequencePlan:
         return sum(need.stored_bytes for need in self.needs)
 
 
-Measure = Callable[[PartActions], float]
-
-
 def measured_plans(sequence: PartSequence, options: Options, measure: Measure) -> SequencePlans:
     """Searches plans by the gradient errors of the whole step.
 
     Each part's errors are relative to its own gradients, so that together they look larger than they are. Where that is
-    what ends the search, the smallest plan is run, and all errors are scaled by what it shows.
+    what ends the search, the smallest plan is run, and the errors of each part are scaled by what it shows.
     """
     plans = SequencePlans(sequence, options, measure)
     plans.cheapest(plans.smallest.peak.peak_bytes)
-    estimated = plans.smallest.known.point.error
+    smallest = plans.smallest
+    estimated = smallest.known.point.error
     if estimated < BINDING * plans.known.max_error:
         return plans
-    scale = RESCALE_MARGIN * plans.smallest.error / estimated
+    scale = RESCALE_MARGIN * smallest.error / estimated
     if scale >= BINDING:
         return plans
-    plans = SequencePlans(_with_scaled_errors(sequence, scale), options, measure, scale)
+    scales = measured_scales(sequence, smallest.actions, measure)
+    plans = SequencePlans(with_scaled_errors(sequence, scales), options, measure, scale)
     plans.cheapest(plans.smallest.peak.peak_bytes)
     return plans
 
 
 def estimated_plans(sequence: PartSequence, options: Options, error_scale: float) -> SequencePlans:
     """Searches plans by estimated errors: those of the parts, scaled by what another path has shown."""
-    return SequencePlans(_with_scaled_errors(sequence, error_scale), options, None, error_scale)
-
-
-def _with_scaled_errors(sequence: PartSequence, scale: float) -> PartSequence:
-    if scale == 1:
-        return sequence
-    return replace(sequence, parts=tuple(replace(p, problem=_scaled(p.problem, scale)) for p in sequence.parts))
-
-
-def _scaled(problem: Problem, scale: float) -> Problem:
-    def scaled(tensor: Tensor) -> Tensor:
-        return replace(tensor, codecs=tuple(replace(codec, error=codec.error * scale) for codec in tensor.codecs))
-
-    return replace(problem, tensors=tuple(map(scaled, problem.tensors)))
+    scaled = with_scaled_errors(sequence, [error_scale] * len(sequence.parts))
+    return SequencePlans(scaled, options, None, error_scale)
 
 
 class SequencePlans:
