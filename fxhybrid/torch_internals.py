@@ -28,7 +28,7 @@ from torch._decomp import meta_table
 from torch._decomp.decompositions import upsample_compute_output_size
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, maybe_mark_dynamic, trace_rules
-from torch._dynamo.eval_frame import OptimizeContext, set_enable_dynamic
+from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule, innermost_backend, set_enable_dynamic
 from torch._dynamo.exc import FailOnRecompileLimitHit, ShortenTraceback, TorchDynamoException, Unsupported, UserError
 from torch._dynamo.hooks import Hooks
 from torch._dynamo.output_graph import OutputGraph
@@ -36,7 +36,9 @@ from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic
 from torch._dynamo.source import RandomValueSource
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase, TensorifyState
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
-from torch._dynamo.variables import builder, builtin
+from torch._dynamo.variables import TupleVariable, builder, builtin
+from torch._dynamo.variables import iter as iterators
+from torch._dynamo.variables.lists import ListIteratorVariable
 from torch._dynamo.variables.misc import RandomVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch import config as functorch_config
@@ -63,6 +65,7 @@ from torch.utils._sympy.printers import PythonPrinter
 __all__ = [
     "SET_ATTRIBUTE",
     "BypassDispatchCache",
+    "DictViewIterator",
     "DisableAutocast",
     "DispatchKey",
     "EventType",
@@ -77,9 +80,11 @@ __all__ = [
     "Hooks",
     "InstructionTranslatorBase",
     "LazyGraphModule",
+    "ListIteratorVariable",
     "OpOverload",
     "OpOverloadPacket",
     "OptimizeContext",
+    "OptimizedModule",
     "OutputGraph",
     "OutputType",
     "ProfilerActivity",
@@ -97,6 +102,7 @@ __all__ = [
     "TorchDynamoException",
     "TorchInGraphFunctionVariable",
     "TracingContext",
+    "TupleVariable",
     "Unsupported",
     "UserError",
     "aot_export_joint_with_descriptors",
@@ -113,6 +119,7 @@ __all__ = [
     "get_proxy_mode",
     "graph_is_kept",
     "inductor_config",
+    "innermost_backend",
     "is_fx_symbolic_tracing",
     "is_jit_tracing",
     "make_output_handler",
@@ -139,6 +146,7 @@ __all__ = [
 # Dynamo's method for ``setattr``, and its class; torch 2.12 has it among all builtins.
 SetAttribute: Any = getattr(builtin, "SetAttrBuiltinVariable", builtin.BuiltinVariable)
 SET_ATTRIBUTE = "_call_setattr" if hasattr(SetAttribute, "_call_setattr") else "call_setattr"
+DictViewIterator: Any = getattr(iterators, "DictViewIterator", None)  # torch 2.12 has none, and no need of it
 DisableAutocast: Any = torch._C._DisableAutocast
 ExcludeDispatchKey: Any = torch._C._SetExcludeDispatchKeyGuard
 graph_is_kept: Any = profiler._get_current_graph_task_keep_graph

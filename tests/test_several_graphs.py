@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -120,6 +121,47 @@ class Weighted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x if x.isfinite().all() else x.clamp(-1, 1)).mul(self.weight).square().mean()
+
+
+class Timed:
+    def __enter__(self) -> None:
+        self.began_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.took_s = time.perf_counter() - self.began_s
+
+
+class Looping(nn.Module):
+    def __init__(self, around: Any) -> None:
+        super().__init__()
+        self.layers, self.around = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)), around
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.timed(x) if self.around else self.looped(x)
+
+    def timed(self, x: Tensor) -> Tensor:
+        with self.around:
+            return self.looped(x)
+
+    def looped(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+            if not x.isfinite().all():
+                x = x.clamp(-1, 1)
+        return x.square().mean()
+
+
+def test_loops_over_layers_are_split_and_functions_that_are_not_are_said() -> None:
+    """Dynamo cannot go on within a context manager of one's own: it leaves that function to eager."""
+    pair = twins(Looping(None), example_inputs=(X,))
+    pair.same(lambda model: (model.zero_grad(), loss := model(X), loss.backward())[1])
+    report = pair.hybrid.report()
+    assert len(report.parts) == 3
+    assert report.unplanned == ()
+    pair = twins(Looping(Timed()), example_inputs=(X,))
+    pair.same(lambda model: (model.zero_grad(), loss := model(X), loss.backward())[1])
+    left = pair.hybrid.report().unplanned
+    assert [text.partition(":")[0] for text in left] == [f"Looping.timed ({__file__}"]
 
 
 def test_a_graph_that_is_traced_again_is_the_same() -> None:

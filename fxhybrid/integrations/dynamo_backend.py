@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="fxhybrid", options={"budget": ...})``.
 
-Dynamo hands over a graph that takes parameters and buffers as arguments. It becomes a module that owns them
-again, and that module is compiled like any other at the first call: the same capture, plans and promise. The
-graphs of one step keep the budget together; pass ``fullgraph=True`` to have one graph, which is planned as a whole.
+A module is planned as a whole, however many graphs it takes (``compiled_module``). Of a function, and of a module with
+``fullgraph=True`` or in a wrapper, Dynamo hands over graphs that take parameters and buffers as arguments. Each becomes
+a module that owns them again, and is compiled like any other at its first call, beside what others have pending.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxhybrid.api import compile
 from fxhybrid.errors import InvalidArgument
+from fxhybrid.integrations.compiled_module import plan_whole_modules
 from fxhybrid.options import OPTIONS, check_names
 from fxhybrid.segments.lifted_graph import LiftedGraph
 from fxhybrid.torch_internals import ShortenTraceback
@@ -31,14 +32,8 @@ class BackendArgument(ShortenTraceback, InvalidArgument):
         super().__init__(message, first_useful_frame=None)
 
 
-def fxhybrid_backend(
-    graph: fx.GraphModule,
-    example_inputs: Sequence[Any],  # noqa: ARG001  Dynamo's protocol for backends
-    *,
-    options: Mapping[str, Any] | None = None,
-    mode: str | None = None,
-) -> Callable[..., Any]:
-    """Makes Dynamo's graph train within a budget; ``options`` are ``fxhybrid.compile``'s, ``budget`` among them.
+def checked_options(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
+    """Returns the options of ``torch.compile`` as arguments of ``fxhybrid.compile``.
 
     Raises:
         InvalidArgument: no budget, a mode, or an option that there is not.
@@ -52,6 +47,22 @@ def fxhybrid_backend(
         check_names(chosen, ACCEPTED)
     except InvalidArgument as error:
         raise BackendArgument(str(error)) from None
+    return chosen
+
+
+def fxhybrid_backend(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],  # noqa: ARG001  Dynamo's protocol for backends
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Makes Dynamo's graph train within a budget; ``options`` are ``fxhybrid.compile``'s, ``budget`` among them.
+
+    Raises:
+        InvalidArgument: no budget, a mode, or an option that there is not.
+    """
+    chosen = checked_options(options, mode)
     lifted: list[tuple[LiftedGraph, nn.Module]] = []
 
     def run(*arguments: Any) -> Any:
@@ -64,3 +75,14 @@ def fxhybrid_backend(
         return hybrid(*module.free_of(arguments))
 
     return run
+
+
+def _options_of(backend: Any) -> dict[str, Any] | None:
+    """Returns what a module is to be planned with, if ``torch.compile`` was called with this backend."""
+    if getattr(backend, "compiler_fn", backend) is not fxhybrid_backend:
+        return None
+    given = getattr(backend, "kwargs", {})
+    return checked_options(given.get("options"), given.get("mode"))
+
+
+plan_whole_modules(_options_of)

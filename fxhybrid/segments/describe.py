@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fxhybrid.compiler.plan_transfer import named_actions, versions
 from fxhybrid.compiler.report import PartReport, Report, SignatureReport
@@ -45,7 +45,7 @@ def _tier(path: Path, found: SequencePlan) -> Tier:
     return Tier.REORDERED if reordered else Tier.LOSSLESS
 
 
-def report_of(path: Path, found: SequencePlan, budget_bytes: int, more_bytes: int, unplanned: Iterator[str]) -> Report:
+def report_of(path: Path, found: SequencePlan, budget_bytes: int, more_bytes: int, unplanned: Iterable[str]) -> Report:
     """Reports the last path.
 
     Args:

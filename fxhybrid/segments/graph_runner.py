@@ -8,6 +8,7 @@ and makes none before its loop stays Python, and so does NumPy: each turn of the
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
@@ -18,11 +19,14 @@ from torch.utils import _pytree as pytree
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
 from fxhybrid.errors import CaptureError
 from fxhybrid.torch_internals import (
+    DictViewIterator,
     FailOnRecompileLimitHit,
     FrameStateSizeEntry,
     Hooks,
     InstructionTranslatorBase,
+    ListIteratorVariable,
     OptimizeContext,
+    TupleVariable,
     auto_dynamic,
     builder,
     convert_frame,
@@ -38,21 +42,25 @@ TOO_MANY = (
 _LOOPS = "maybe_has_backedge"
 _ATTRIBUTE = "L['self']"  # a module's: a rate, which operators take as a constant
 _BUILDER: Any = builder
+_SUPPRESSED = "an error was suppressed"  # Dynamo's words for a function that it gives up on
+LEFT = "{name} ({file}:{line}) cannot be split into graphs: its own operators run in eager mode, outside of the plan"
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+LeftToEager = Callable[[str], None]
 
 
-def in_graphs(function: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+def in_graphs(function: Callable[..., Any], backend: Backend, left_to_eager: LeftToEager) -> Callable[..., Any]:
     """Returns a function that runs ``function`` by graphs that ``backend`` gets to see.
 
     Args:
         function: plain Python.
         backend: takes each graph when it is traced first, with example inputs; returns what runs it.
+        left_to_eager: is told of functions whose operators run outside of any graph.
 
     The function raises ``CaptureError`` where one of its parts is traced too often.
     """
     hooks = Hooks()
-    converted = _Converted(convert_frame.convert_frame(backend, hooks, recompile_limit=MOST_VARIANTS))
+    converted = _Converted(convert_frame.convert_frame(backend, hooks, recompile_limit=MOST_VARIANTS), left_to_eager)
     context = OptimizeContext(
         _Frames(converted, hooks), contextlib.nullcontext, first_ctx=True, isolate_recompiles=True
     )
@@ -72,16 +80,20 @@ def in_graphs(function: Callable[..., Any], backend: Backend) -> Callable[..., A
 class _Converted:
     """Converts frames under the settings of a capture."""
 
-    def __init__(self, inner: convert_frame.ConvertFrame) -> None:
-        self.inner = inner
+    def __init__(self, inner: convert_frame.ConvertFrame, left_to_eager: LeftToEager) -> None:
+        self.inner, self.left_to_eager = inner, left_to_eager
         self._torchdynamo_orig_backend = inner._torchdynamo_orig_backend
         self._clone_with_backend = inner._clone_with_backend
         self._floats: dict[tuple[CodeType, str], set[float]] = {}  # seen, by the function that they come into
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
         numpy: Any = dynamo_config.patch(trace_numpy=False)
-        with tracing_settings(), numpy, _graphs_within_loops(), self._numbers_as_inputs():
-            return self.inner(*args, **kwargs)
+        with tracing_settings(), numpy, _graphs_within_loops(), _iterators_between_graphs(), self._numbers_as_inputs():
+            result = self.inner(frame, *args, **kwargs)
+        if _SUPPRESSED in (getattr(result, "skip_reason", None) or ""):
+            code = frame.f_code
+            self.left_to_eager(LEFT.format(name=code.co_qualname, file=code.co_filename, line=code.co_firstlineno))
+        return result
 
     @contextlib.contextmanager
     def _numbers_as_inputs(self) -> Iterator[None]:
@@ -125,6 +137,29 @@ def _graphs_within_loops() -> Iterator[None]:
         yield
     finally:
         setattr(InstructionTranslatorBase, _LOOPS, torchs_own)
+
+
+@contextlib.contextmanager
+def _iterators_between_graphs() -> Iterator[None]:
+    """Lets a graph end within a loop over a dictionary, such as ``for layer in self.layers``, as Dynamo does not."""
+    if DictViewIterator is None or "reconstruct" in vars(DictViewIterator):
+        yield
+        return
+    DictViewIterator.reconstruct = _reconstruct
+    try:
+        yield
+    finally:
+        del DictViewIterator.reconstruct
+
+
+def _reconstruct(iterator: Any, codegen: Any) -> None:
+    """Makes an iterator over what is left of one over a dictionary's keys, values or items."""
+    left = list(copy.copy(iterator._iter))  # noqa: SLF001 (no public name)
+    if iterator.view_type == "keys":
+        left = [key.vt for key in left]
+    elif iterator.view_type == "items":
+        left = [TupleVariable([key.vt, value]) for key, value in left]
+    ListIteratorVariable(left).reconstruct(codegen)
 
 
 def _has_no_tensor(frame: Any) -> bool:

@@ -75,10 +75,11 @@ class SegmentedStep:
             raise InvalidArgument(IN_BACKWARD)
         self.step, self.options, self.budget_bytes = step, options, budget_bytes
         self.reason = reason
+        self._left_to_eager: list[str] = []
         self.segments: list[Segment] = []
         self.paths: dict[Hashable, list[Path]] = {}
         self.last: Hashable = None
-        self._run = in_graphs(step.forward, self._traced)
+        self._run = in_graphs(step.forward, self._traced, self._left_to_eager.append)
         self._planner = PathPlanner(self._run, step, options, reason)
         self._is_compared = False  # whether a path has been compared with eager as a whole
         self._left: set[Hashable] = set()  # kinds of calls whose last one left all planned paths
@@ -313,7 +314,7 @@ class SegmentedStep:
         assert self.budget_bytes is not None
         found, more = self.fitting(self.path, 0)[0], gradient_bytes(self.step.model)
         unplanned = (f"{s.refusal} ({s.line})" for s in self.segments if s.refusal and s.refusal != NOTHING)
-        return report_of(self.path, found, self.budget_bytes, more, unplanned)
+        return report_of(self.path, found, self.budget_bytes, more, (*unplanned, *self._left_to_eager))
 
     def measure_error(self, call: StepCall) -> float:
         """Measures the relative gradient error of the plan that a batch is run by."""
