@@ -58,10 +58,12 @@ def test_lossy_codecs_keep_their_limit_over_all_graphs() -> None:
     assert hybrid.plan.peak_bytes <= budget
 
 
+OWN, RNG, OLD = random.Random(0), np.random.default_rng(0), np.random.RandomState(0)
 BETWEEN: dict[str, Callable[[Tensor, random.Random], Tensor]] = {
     "boolean mask": lambda h, _: h[h.sum(1) > 0].square().mean(),
     "numbers": lambda h, _: (h[random.sample(range(4), 3)] * np.random.beta(1, 1)).square().mean(),  # noqa: NPY002
     "own generator": lambda h, own: (h * own.random()).square().mean(),
+    "global generators": lambda h, _: (h * OWN.random() * RNG.random() * OLD.rand()).square().mean(),
 }
 
 
@@ -81,6 +83,9 @@ def test_python_between_graphs(name: str) -> None:
     def run(model: nn.Module) -> Any:
         random.seed(1)
         np.random.seed(pair.seed)  # noqa: NPY002
+        OWN.seed(pair.seed)
+        OLD.seed(pair.seed)
+        RNG.bit_generator.state = np.random.default_rng(pair.seed).bit_generator.state
         model.zero_grad()
         loss = model(X)
         loss.backward()
@@ -158,6 +163,12 @@ def test_loops_over_layers_are_split_and_functions_that_are_not_are_said() -> No
     report = pair.hybrid.report()
     assert len(report.parts) == 3
     assert report.unplanned == ()
+    assert pair.hybrid._fxhybrid_segments is not None
+    segment = pair.hybrid._fxhybrid_segments.segments[0]
+    for _ in range(3):  # layers that come and go: nothing is kept of those that are gone
+        layer = [nn.Parameter(t.detach().clone()) if t is not X else t for t in segment.lifted.full((X,))]
+        assert segment.twin_for(layer) is segment.twin_for(layer)
+    assert len(segment.twins) == 1
     pair = twins(Looping(Timed()), example_inputs=(X,))
     pair.same(lambda model: (model.zero_grad(), loss := model(X), loss.backward())[1])
     left = pair.hybrid.report().unplanned

@@ -24,8 +24,9 @@ def unchanged_python_state(module: nn.Module) -> Iterator[None]:
 
     Restored are the attributes of all submodules and of plain objects that they hold, the contents of lists, dicts,
     sets, deques and arrays among them (and of those that hooks and other functions close over), tensors kept as
-    attributes, and the generators of ``random``, NumPy and torch's CPU. Parameters and registered buffers keep their
-    identity; their values are the caller's business.
+    attributes, and generators: those of ``random``, NumPy and torch's CPU, and those that are global where the classes
+    of submodules are defined. Parameters and registered buffers keep their identity; their values are the caller's
+    business.
     """
     undo = undo_of_runs(module)
     try:
@@ -57,6 +58,8 @@ def undo_of_runs(module: nn.Module) -> UndoOfRuns:
     snapshot = _Snapshot([*module.parameters(), *module.buffers()])
     for part in module.modules():
         snapshot.take(part)
+    for generator in _global_generators(module):
+        snapshot.take(generator)
     return UndoOfRuns((*_generators(), *snapshot.undo_all), snapshot.n_bytes)
 
 
@@ -81,6 +84,22 @@ def _generators() -> Iterator[Undo]:
     if "numpy" in sys.modules:
         legacy = sys.modules["numpy"].random
         yield partial(legacy.set_state, legacy.get_state())
+
+
+def _global_generators(module: nn.Module) -> Iterator[object]:
+    """Finds generators among the global names of the files in which the classes of submodules are defined."""
+    classes = dict.fromkeys(base for part in module.modules() for base in type(part).__mro__)
+    names = dict.fromkeys(each.__module__ for each in classes if _package_of(each) not in _LIBRARIES)
+    kinds = _generator_types()
+    for name in names:
+        values = list(getattr(sys.modules.get(name), "__dict__", {}).values())
+        yield from (value for value in values if isinstance(value, kinds))
+
+
+def _generator_types() -> tuple[type, ...]:
+    numpy = sys.modules.get("numpy")
+    numpys = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+    return (random.Random, torch.Generator, *numpys)
 
 
 class _Snapshot:
@@ -144,7 +163,7 @@ class _Snapshot:
         return list(kept.values()) if isinstance(kept, dict) else kept
 
     def _note_object(self, value: Any) -> Iterable[object]:
-        if isinstance(value, random.Random):
+        if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # which has no state
             self.undo_all.append(partial(value.setstate, value.getstate()))
             return ()
         if isinstance(value, torch.Generator):
@@ -157,6 +176,9 @@ class _Snapshot:
         if numpy is not None and isinstance(value, numpy.random.Generator):
             state = value.bit_generator.state
             self.undo_all.append(partial(setattr, value.bit_generator, "state", state))
+            return ()
+        if numpy is not None and isinstance(value, numpy.random.RandomState):
+            self.undo_all.append(partial(value.set_state, value.get_state()))
             return ()
         attributes = getattr(value, "__dict__", None)
         # of libraries' objects and classes none is the model's state; a model's own class is user code
@@ -183,8 +205,11 @@ def _is_user_object(value: object) -> bool:
     """Whether an object with attributes may be part of the model's state: a module, or of a class outside torch."""
     if isinstance(value, nn.Module):
         return True
-    package = type(value).__module__.partition(".")[0]
-    return package not in _LIBRARIES and not isinstance(value, Mapping)
+    return _package_of(type(value)) not in _LIBRARIES and not isinstance(value, Mapping)
+
+
+def _package_of(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 _LIBRARIES = frozenset({"torch", "builtins", "types", "functools", "typing", "logging", "threading", "numpy", "enum"})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
+
+ALONE = 2  # references to a tensor that one dictionary holds, while they are counted
 
 
 class LiftedGraph(nn.Module):
@@ -42,6 +45,13 @@ class LiftedGraph(nn.Module):
         twin.graph, twin.owned, twin.n_arguments = self.graph, self.owned, self.n_arguments
         twin.take(arguments)
         return twin
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether anybody else holds its parameters and buffers, too."""
+        held = (self._parameters if name in self._parameters else self._buffers for name in self.owned.values())
+        counts = [sys.getrefcount(own[name]) for own, name in zip(held, self.owned.values(), strict=True)]
+        return all(count > ALONE for count in counts)
 
     def forward(self, *free: Any) -> Any:
         """Runs the graph on its own tensors and those that are given."""

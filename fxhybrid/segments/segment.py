@@ -58,6 +58,8 @@ class Segment:
         line: where in the user's code the graph ends.
         options: what the user asked for.
         prepared: up to the planning problem, by the form of the call.
+        calibrated: the same with measured errors.
+        own_plans: of the segment by itself, by the form of the call.
         twins: the same graph with the parameters of other layers, which Dynamo runs by the same code.
         is_compared: whether the graph has been compared with eager.
     """
@@ -68,6 +70,8 @@ class Segment:
     line: str
     options: Options
     prepared: dict[Form, Prepared] = field(default_factory=dict)
+    calibrated: dict[Form, Prepared] = field(default_factory=dict)
+    own_plans: dict[Form, Any] = field(default_factory=dict)
     twins: list[Segment] = field(default_factory=list)
     _captured: Capture | None = None  # takes what owns the tensors with each call
     is_compared: bool = False
@@ -108,6 +112,7 @@ class Segment:
         captured = self._captured
         known = next((each for each in (self, *self.twins) if each.lifted.owns(arguments)), None)
         if known is None and captured is not None:
+            self.twins[:] = [twin for twin in self.twins if twin.lifted.is_shared]  # others' layers are gone
             lifted = self.lifted.twin(arguments)
             known = Segment(lifted, _owned_by(lifted, captured), "", self.line, self.options)
             self.twins.append(known)

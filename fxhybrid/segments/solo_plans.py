@@ -48,7 +48,6 @@ class SoloPlans:
     def __init__(self, options: Options, calibration: PartCalibration) -> None:
         """Takes what measures errors, which keeps what it measured."""
         self.options, self.calibration = options, calibration
-        self._plans: dict[int, OwnPlans] = {}
 
     def plans(self, segment: Segment, arguments: Sequence[Any], room_bytes: int) -> OwnPlans:
         """Returns the plans of a part; searched when first needed, with errors measured on these arguments.
@@ -59,8 +58,9 @@ class SoloPlans:
             room_bytes: what measuring may take.
         """
         with PLANNING:
-            call = segment.call_of(arguments)
-            prepared = self.calibration.of(segment, segment.form_of(arguments), call, room_bytes)
-            if id(prepared) not in self._plans:
-                self._plans[id(prepared)] = OwnPlans(segment, prepared, error_target(self.options))
-            return self._plans[id(prepared)]
+            form = segment.form_of(arguments)
+            plans: OwnPlans | None = segment.own_plans.get(form)
+            if plans is None:
+                prepared = self.calibration.of(segment, form, segment.call_of(arguments), room_bytes)
+                plans = segment.own_plans[form] = OwnPlans(segment, prepared, error_target(self.options))
+            return plans

@@ -58,11 +58,9 @@ class PartCalibration:
 
     Attributes:
         options: what the user asked for.
-        known: parts with errors measured, by the identity of what they were prepared from.
     """
 
     options: Options
-    known: dict[int, Prepared] = field(default_factory=dict)
     _measured: dict[tuple[str, frozenset[int]], Calibration] = field(default_factory=dict)  # by graph and form
 
     def of(self, segment: Segment, form: Form, call: StepCall, room_bytes: int | None) -> Prepared:
@@ -80,9 +78,9 @@ class PartCalibration:
         Raises:
             CaptureError: the graph computes something else than the model.
         """
+        if form in segment.calibrated:
+            return segment.calibrated[form]
         prepared = segment.prepare(form, call)
-        if id(prepared) in self.known:
-            return self.known[id(prepared)]
         has_gradient = bool(prepared.traced.without(prepared.expected.absent))
         has_room = room_bytes is None or _trial_bytes(prepared) <= room_bytes
         segment.is_compared |= room_bytes is None
@@ -97,8 +95,8 @@ class PartCalibration:
                 segment.is_compared = True
             if is_measured_now:
                 measured = self._measured[key] = calibrate(prepared, compared)
-        self.known[id(prepared)] = _with_errors(prepared, measured) if is_lossy else prepared
-        return self.known[id(prepared)]
+        segment.calibrated[form] = _with_errors(prepared, measured) if is_lossy else prepared
+        return segment.calibrated[form]
 
 
 def _with_errors(prepared: Prepared, measured: Calibration | None) -> Prepared:
