@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxhybrid
@@ -82,15 +83,23 @@ def test_a_chain_of_two_modules() -> None:
     assert peak_bytes(lambda: step(first, second), [first, second], [x]) <= budget
 
 
-def test_siamese_batch_norm() -> None:
+def contrast(a: Tensor, b: Tensor) -> Tensor:
+    return F.cross_entropy(a @ b.t(), torch.arange(len(a)))
+
+
+def likeness(a: Tensor, b: Tensor) -> Tensor:
+    return (1 - F.cosine_similarity(a, b)).mean() + a.square().mean()
+
+
+@pytest.mark.parametrize("loss", [likeness, contrast])
+def test_siamese_batch_norm(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(16, 3, 12, 12) for _ in range(2)]
     hybrid = compiled(Encoder(), inputs[0])
 
     def step(model: nn.Module) -> None:
         model.zero_grad()
-        a, b = (model(x) for x in inputs)
-        ((1 - F.cosine_similarity(a, b)).mean() + a.square().mean()).backward()
+        loss(*(model(x) for x in inputs)).backward()
 
     settle(lambda: step(hybrid), [hybrid])
     plain = Encoder()
