@@ -24,13 +24,14 @@ OptionsOf = Callable[[Any], dict[str, Any] | None]
 _INITIALIZE = "_initialize"
 
 
-class PlannedCompiledModule(OptimizedModule):  # type: ignore[misc]  # torch leaves some of it without types
+class PlannedCompiledModule(OptimizedModule):
     """Is what ``torch.compile`` returns for a module, with the plan of its step."""
 
     @property
     def hybrid(self) -> HybridModule:
         """The planned module, which ``forward`` calls."""
-        planned: HybridModule = self.forward.__self__  # type: ignore[attr-defined]
+        forward: Any = self.forward
+        planned: HybridModule = forward.__self__
         return planned
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -49,9 +49,8 @@ class LiftedGraph(nn.Module):
     @property
     def is_shared(self) -> bool:
         """Whether anybody else holds its parameters and buffers, too."""
-        held = (self._parameters if name in self._parameters else self._buffers for name in self.owned.values())
-        counts = [sys.getrefcount(own[name]) for own, name in zip(held, self.owned.values(), strict=True)]
-        return all(count > ALONE for count in counts)
+        held: Sequence[Mapping[str, Tensor | None]] = (self._parameters, self._buffers)
+        return all(sys.getrefcount(own[name]) > ALONE for own in held for name in own)
 
     def forward(self, *free: Any) -> Any:
         """Runs the graph on its own tensors and those that are given."""
