@@ -14,9 +14,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, Phase, storages
+from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
 from fxhybrid.ops.hand_on import HAND_ON
-from fxhybrid.passes.graph_edit import call, joint_module
+from fxhybrid.passes.graph_edit import backward_nodes, call, joint_module
 
 
 def with_boundaries(joint: JointGraph, positions: Collection[int]) -> JointGraph:
@@ -31,8 +31,37 @@ def with_boundaries(joint: JointGraph, positions: Collection[int]) -> JointGraph
     placeholders = result.placeholders
     for position in sorted(positions):
         _hand_on(result, placeholders[position], placeholders[-1])
+    _weight_gradients_first(result)
     graph.lint()
     return result
+
+
+def _weight_gradients_first(joint: JointGraph) -> None:
+    """Moves what reads output gradients and leads to the gradient of one parameter, and nowhere else, to the front.
+
+    Where a loss is traced with the layers before it, operators that wait for it are in that order already. Here the
+    last layer's gradients would come last, and keep its input for the whole backward half.
+    """
+    tangents = {n for n, role in zip(joint.placeholders, joint.inputs, strict=True) if role.kind is InputKind.TANGENT}
+    results = zip(joint.output_nodes, joint.outputs, strict=True)
+    gradients = {n for n, role in results if role.kind is OutputKind.GRADIENT and _is_parameter(joint, role.of)}
+
+    def leads_to_one(node: fx.Node) -> bool:
+        users = list(node.users)
+        while len(users) == 1 and users[0].op != "output":
+            node, users = users[0], list(users[0].users)
+        return len(users) == 1 and node in gradients
+
+    backward = backward_nodes(joint)
+    first = next((n for n in backward if n.op == "call_function"), None)
+    for node in backward:
+        sources = {n for n in node.all_input_nodes if phase_of(n) is Phase.BACKWARD}
+        if first not in (None, node) and sources and sources <= tangents and leads_to_one(node):
+            first.prepend(node)
+
+
+def _is_parameter(joint: JointGraph, position: int) -> bool:
+    return joint.inputs[position].kind is InputKind.PARAMETER
 
 
 def can_be_handed_on(joint: JointGraph, position: int) -> bool:

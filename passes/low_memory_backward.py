@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 import fxhybrid.ops.batch_norm  # noqa: F401  (registers batch_norm_backward)
-from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phase, phase_of
+from fxhybrid.capture.joint_graph import JointGraph, Phase, phase_of
 from fxhybrid.passes.graph_edit import backward_nodes, call, output_parts
 
 aten = torch.ops.aten
@@ -129,27 +129,8 @@ def parameter_gradients_first(joint: JointGraph) -> None:
             stack.extend(sorted(eager, key=order.__getitem__, reverse=True))
 
     order = {n: i for i, n in enumerate(nodes)}
-    for node in (*_only_for_a_parameter(joint, [n for n in nodes if not waiting[n]]), *nodes):
+    for node in nodes:
         place(node)
-
-
-def _only_for_a_parameter(joint: JointGraph, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Returns the nodes that read output gradients and lead to the gradient of one parameter, and nowhere else."""
-    tangents = {n for n, role in zip(joint.placeholders, joint.inputs, strict=True) if role.kind is InputKind.TANGENT}
-    results = zip(joint.output_nodes, joint.outputs, strict=True)
-    parameters = {n for n, role in results if role.kind is OutputKind.GRADIENT and _is_parameter(joint, role.of)}
-
-    def leads_to_one(node: fx.Node) -> bool:
-        users = list(node.users)
-        while len(users) == 1 and users[0].op != "output":
-            node, users = users[0], list(users[0].users)
-        return len(users) == 1 and node in parameters
-
-    return [n for n in nodes if not tangents.isdisjoint(n.all_input_nodes) and leads_to_one(n)]
-
-
-def _is_parameter(joint: JointGraph, position: int) -> bool:
-    return joint.inputs[position].kind is InputKind.PARAMETER
 
 
 def _is_backward(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from fxhybrid.codecs import get_codec
 from fxhybrid.ir.plan import RECOMPUTE, Action, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import lower
+from fxhybrid.passes.boundaries import with_boundaries
 from fxhybrid.passes.build_problem import calls_of, problem_of
 from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.codec_choices import codec_choices
@@ -105,7 +106,7 @@ def test_canonicalize_gives_relu_a_mask_and_weight_gradients_come_first() -> Non
 def test_weight_gradients_come_first_where_output_gradients_come_from_outside() -> None:
     """The last layer's (2 x 8) reads only its input and what arrives; the gradient of its input (32 x 8) comes next."""
     model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
-    joint = canonicalize(joint_of(model, torch.randn(32, 4, requires_grad=True)))
+    joint = canonicalize(with_boundaries(joint_of(model, torch.randn(32, 4, requires_grad=True)), ()))
     products = [n for n in backward_nodes(joint) if n.target is torch.ops.aten.mm.default]
     assert [tuple(n.meta["val"].shape) for n in products[:2]] == [(2, 8), (32, 8)]
 
