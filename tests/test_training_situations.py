@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -73,19 +74,25 @@ def test_adversaries_with_a_gradient_penalty() -> None:
     generator = compiled(copy.deepcopy(plain[0]), noise)
     critic = compiled(copy.deepcopy(plain[1]), real)
 
-    def step(generator: nn.Module, critic: nn.Module) -> None:
+    def criticise(generator: nn.Module, critic: nn.Module) -> None:
         critic.zero_grad()
-        critic(generator(noise).detach(), real).backward()
+        with torch.no_grad():
+            made = generator(noise)
+        critic(made, real).backward()
+
+    def persuade(generator: nn.Module, critic: nn.Module) -> None:
         for model in (generator, critic):
             model.zero_grad()
         critic(generator(noise)).backward()
 
-    settle(lambda: step(generator, critic), [generator, critic])
-    step(*plain)
-    for model, hybrid in zip(plain, (generator, critic), strict=True):
-        assert_same(state_of(model), state_of(hybrid))
-    budget = max(generator.plan.budget_bytes, critic.plan.budget_bytes)
-    assert peak_bytes(lambda: step(generator, critic), [generator, critic], [noise, real]) <= budget
+    models, hybrids = tuple(plain), (generator, critic)
+    for step, busy, x in ((criticise, [critic], real), (persuade, [generator, critic], noise)):
+        settle(partial(step, *hybrids), busy)
+        step(*models)
+        for model, hybrid in zip(models, hybrids, strict=True):
+            assert_same(state_of(model), state_of(hybrid))
+        budget = max(hybrid.plan.budget_bytes for hybrid in busy)
+        assert peak_bytes(partial(step, *hybrids), busy, [x]) <= budget
 
 
 def test_experts_that_are_chosen_by_values() -> None:

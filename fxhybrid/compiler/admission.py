@@ -233,7 +233,9 @@ class _Meeting:
 
     def _error(self, needed: int) -> BudgetError:
         pending = beside_bytes(self.own, self.calls)
-        budget, count = self.state.budget_bytes, len(self.calls)
+        # that of an earlier call may be the one that does not hold
+        budget = min(self.state.budget_bytes, *(call.planned.budget_bytes for call in self.calls))
+        count = len(self.calls)
         calls = "1 earlier call has" if count == 1 else f"{count} earlier calls have"
         way_out = f"Raise the budget of each module that the step calls to {needed} ({format_bytes(needed)})"
         if needed <= budget:
