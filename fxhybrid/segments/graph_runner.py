@@ -90,7 +90,7 @@ class _Converted:
         numpy: Any = dynamo_config.patch(trace_numpy=False)
         with tracing_settings(), numpy, _graphs_within_loops(), _iterators_between_graphs(), self._numbers_as_inputs():
             result = self.inner(frame, *args, **kwargs)
-        if _SUPPRESSED in (getattr(result, "skip_reason", None) or ""):
+        if _SUPPRESSED in (getattr(result, "skip_reason", None) or "") and _holds_tensors(frame):
             code = frame.f_code
             self.left_to_eager(LEFT.format(name=code.co_qualname, file=code.co_filename, line=code.co_firstlineno))
         return result
@@ -164,5 +164,8 @@ def _reconstruct(iterator: Any, codegen: Any) -> None:
 
 def _has_no_tensor(frame: Any) -> bool:
     """Says whether a function was given no tensor and has computed none so far."""
-    given = pytree.tree_leaves(frame.f_locals)
-    return frame.output.count_calls() == 0 and not any(isinstance(value, Tensor) for value in given)
+    return frame.output.count_calls() == 0 and not _holds_tensors(frame)
+
+
+def _holds_tensors(frame: Any) -> bool:
+    return any(isinstance(value, Tensor) for value in pytree.tree_leaves(frame.f_locals))
