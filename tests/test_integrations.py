@@ -17,6 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import fxhybrid
 from fxhybrid import HybridModule, InvalidArgument, Plan
 from fxhybrid.integrations.planned_forward import PlannedForward
+from fxhybrid.profiling.allocator import memory_rise
+from fxhybrid.profiling.state_bytes import storage_bytes
 from tests.models import WIDTH, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # these libraries warn of each other's names
@@ -103,6 +105,49 @@ def test_transformers_trainer_takes_a_compiled_model(unmodified: Run, tmp_path: 
     start = torch.tensor([[2, 3, 4]])
     texts = [m.eval().generate(start, max_new_tokens=4, do_sample=False) for m in (run.model, unmodified.model)]
     assert torch.equal(*texts)
+
+
+def padded(texts: list[Tensor]) -> dict[str, Tensor]:
+    words = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=1)
+    return {"input_ids": words, "labels": words.masked_fill(words == 1, -100), "attention_mask": (words != 1).long()}
+
+
+def test_peaks_inside_train_stay_within_the_budget(tmp_path: Path) -> None:
+    """Batches of many lengths with AdamW's state, then the same accumulated in bfloat16; the second training counts."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = GPT2Config(**{**SMALL.to_dict(), "n_embd": 64, "vocab_size": 256, "n_positions": 96})
+    texts = [torch.randint(2, 256, (20 + 5 * i,), generator=torch.Generator().manual_seed(i)) for i in range(16)]
+    longest = padded(texts[-8:])  # of 95 words
+
+    def peak_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> int:
+        before = [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=8,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            **settings,
+        )
+        trainer = transformers.Trainer(
+            model=model, args=arguments, train_dataset=texts, data_collator=padded, optimizers=(optimizer, None)
+        )
+        return storage_bytes(before) + memory_rise(trainer.train).peak_rise_bytes
+
+    model = GPT2LMHeadModel(config).train()
+    eager = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    dynamic = {name: {1: 95} for name in longest}
+    options = {**OPTIONS, "budget": 0.8, "optimizer": optimizer, "example_inputs": longest, "dynamic": dynamic}
+    hybrid = fxhybrid.compile(model, **options)
+    budget_bytes = hybrid.plan.budget_bytes
+    assert peak_bytes(eager, torch.optim.AdamW(eager.parameters(), lr=1e-3)) > budget_bytes
+    for settings in ({}, {"gradient_accumulation_steps": 2, "bf16": True}):
+        peak_bytes(hybrid, optimizer, **settings)  # plans new kinds of calls, which takes memory of its own
+        assert peak_bytes(hybrid, optimizer, **settings) <= budget_bytes
 
 
 def test_callback_of_transformers_trainer(unmodified: Run, tmp_path: Path) -> None:
