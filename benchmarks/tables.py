@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import operators, second_start, table_rows
+from benchmarks import convnets, operators, second_start, table_rows
 from benchmarks.lib import federated_tables, zoo_results
 from benchmarks.lib.results import RESULTS, Record, latest, read_headed
 from benchmarks.studies import frontier_phases
@@ -78,6 +78,7 @@ TABLES = {
         ),
         table_rows.peer_rows,
     ),
+    "convnets": DocTable("convnets", convnets.COLUMNS, convnets.rows),
     "overhead": DocTable(
         "overhead", ("model", "loss", "eager step, ms", "processor time, of eager's"), table_rows.overhead_rows
     ),

@@ -116,6 +116,7 @@ def _ours(bench: Bench, setting: str) -> Loss:
 
 METHODS = {
     EAGER: Method(_eager),
+    "eager without dropout": Method(_eager, without_dropout=True, models=("gru", "bert", "gpt2", "t5")),
     "eager channels_last": Method(_channels_last, models=("mobilenetv2", "resnet50", "unet")),
     "checkpoint per block": Method(_checkpoints),
     "torch.compile": Method(_compiled, without_dropout=True),
