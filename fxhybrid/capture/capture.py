@@ -284,11 +284,15 @@ def _output_roles(metadata: Any, n_inputs: int) -> tuple[OutputRole, ...]:
 
 
 def _tag_phases(graph_module: fx.GraphModule) -> None:
-    """Makes AOTAutograd's own record of forward and backward our one typed tag."""
+    """Makes AOTAutograd's own record of forward and backward our one typed tag.
+
+    Numbers have theirs: what the forward pass computes from sizes may be recorded as one of a tangent's sizes.
+    """
     backward_seen: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
         is_backward = node.meta.get("partitioner_tag") == "is_backward"
-        is_backward = is_backward or any(n in backward_seen for n in node.all_input_nodes)
+        if not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            is_backward = is_backward or any(n in backward_seen for n in node.all_input_nodes)
         if is_backward and node.op != "output":
             backward_seen.add(node)
         node.meta[TAG] = NodeTag(Phase.BACKWARD if is_backward else Phase.FORWARD, traced_origin(node))
