@@ -32,7 +32,7 @@ NEEDS = ""
 
 EVERY, N_BUDGETS = 50, 5
 BATCH, WIDTH, CLASSES = 64, 32, 10
-SAMPLE_EVERY, WARM_UP = 50, 0.2  # steps between readings of the resident memory; share of the steps left out
+READINGS, WARM_UP = 40, 0.2  # of the resident memory; share of the steps left out
 GROWTH_BYTES = 2 * 2**20  # what the fitted line may rise over the judged steps: half a percent of such a process
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -59,7 +59,7 @@ def soak(n_steps: int, every: int) -> Record:
     switched = _Training()
     step = switched.compile()
     readings: list[tuple[int, int]] = []
-    found = switched.run(step, n_steps, lambda i: _observe(i, every, switched, readings))
+    found = switched.run(step, n_steps, lambda i: _observe(i, n_steps, every, switched, readings))
     judged = np.array([reading for reading in readings if reading[0] >= WARM_UP * n_steps], dtype=float)
     slope = float(np.polyfit(judged[:, 0], judged[:, 1], 1)[0])
     return {
@@ -96,11 +96,11 @@ def _is_exact(peak: dict[str, int]) -> bool:
     return bool(peak["measured_bytes"] == peak["predicted_bytes"] <= peak["budget_bytes"])
 
 
-def _observe(i: int, every: int, training: _Training, readings: list[tuple[int, int]]) -> None:
+def _observe(i: int, n_steps: int, every: int, training: _Training, readings: list[tuple[int, int]]) -> None:
     """Switches the budget, or reads the resident memory, before a step."""
     if i % every == 0 and i:
         training.switch(i // every)
-    if i % SAMPLE_EVERY == 0:
+    if i % max(n_steps // READINGS, 1) == 0:
         readings.append((i, _resident_bytes()))
 
 
