@@ -17,12 +17,20 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 import fxhybrid
 from benchmarks.lib.checks import Check, check_of, checks_table
-from benchmarks.lib.common import MARGIN, Bench, Step, add_record_files, names_of, records_of, wide_console
+from benchmarks.lib.common import (
+    MARGIN,
+    Bench,
+    Step,
+    add_record_files,
+    names_of,
+    records_of,
+    table_of_rows,
+    wide_console,
+)
 from benchmarks.lib.results import Record
 from fxhybrid import BudgetError, suite
 from fxhybrid.accuracy.step_result import StepResult, relative_difference
@@ -35,6 +43,7 @@ PIXELS, CLASSES = 96, 10
 HALF = {"resnet50": 0.65}  # parameters and gradients alone are 0.38 of its peak
 LIMITS = {"mobilenetv2": (0.75, 0.85)}  # of eager's time, at the whole peak and at half of it
 USUAL_LIMITS = (0.92, 1.0)
+TITLE = "Convolution nets against plain eager, medians of pairs run in turn"
 COLUMNS = (
     *("model", "budget, of eager's peak", "planned peak", "measured peak", "time, of eager's", "processor time"),
     *("tier", "gradient difference of tier reordered", "of eager in channels_last"),
@@ -125,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     records = records_of(arguments, run, lambda r: f"{r['model']} at {r['key']}: {r['ratio']:.3f}")
     console = wide_console()
-    console.print(table_of(records))
+    console.print(table_of_rows(TITLE, COLUMNS, rows(records)))
     console.print(checks_table(judge(records)))
 
 
@@ -188,16 +197,6 @@ def both_ratios(first: Step, second: Step, n_pairs: int) -> tuple[float, float]:
         wall.append(found[second][0] / found[first][0])
         processor.append(found[second][1] / found[first][1])
     return statistics.median(wall), statistics.median(processor)
-
-
-def table_of(records: Sequence[Record]) -> Table:
-    """Builds a table with a row for each record."""
-    table = Table(title="Convolution nets against plain eager, medians of pairs run in turn")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
-    for row in rows(records):
-        table.add_row(*row)
-    return table
 
 
 def rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_every_committed_record_says_where_it_comes_from() -> None:
         for header, record in read_headed(path):
             assert header["command"].startswith("python -m benchmarks"), path
             assert record.get("transcribed") or {"cpu", "torch", "fxhybrid", "date"} <= set(header), path
+        assert not re.search(r"/\S*/benchmarks/", path.read_text(encoding="utf-8")), f"{path} names somebody's folders"
 
 
 def test_a_wrong_figure_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -56,3 +56,8 @@ def test_records_are_headed_by_machine_versions_and_command(tmp_path: Path) -> N
     assert record == first
     assert {"cpu", "cores", "threads", "torch", "python", "fxhybrid", "date", "command"} <= set(header)
     assert [r.get("x") for r in read_records(path)] == [2, None]  # the last one of the same case
+
+
+def test_records_name_files_of_the_checkout_relative_to_it(tmp_path: Path) -> None:
+    append_record(tmp_path / "runs.jsonl", {"model": "a", "text": f"at {Path(__file__).resolve()}:1"})
+    assert read_records(tmp_path / "runs.jsonl")[0]["text"] == "at tests/test_benchmarks.py:1"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from fxhybrid.passes.sized_halves import SharedGraphs
 from fxhybrid.profiling.allocator import measure_step
 from fxhybrid.profiling.op_profiler import Call, measure_alloc_peaks
 from fxhybrid.suite.small_models import CausalBlock
-from tests.compare import twins
 
 WORDS, LENGTH = 64, 64
 
@@ -331,31 +329,3 @@ def test_outputs_without_a_gradient_are_expected_at_other_sizes_too() -> None:
         model.zero_grad(set_to_none=True)
         plain.zero_grad(set_to_none=True)
     assert len(cache.captured) + len(cache.families) == 2
-
-
-class Centred(nn.Module):
-    """Subtracts a running mean over rows, whose number follows from a number of elements that a gradient has, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(8))
-        self.register_buffer("average", torch.zeros(8))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        rows = x.transpose(1, 2)
-        self.average = self.average.lerp(rows.detach().reshape(-1, 8).mean(0), 0.5)
-        scaled = ((rows - self.average) * self.scale).contiguous()
-        return [scaled, scaled[:, 0] * 2]
-
-
-def test_numbers_of_tangents_belong_to_no_pass() -> None:
-    """What a forward pass computes from sizes stays there, though it is recorded as one of a tangent's sizes."""
-    pair = twins(Centred())
-
-    def step(n_rows: int, model: nn.Module) -> list[Tensor]:
-        outputs: list[Tensor] = model(torch.randn(n_rows, 8, 4))
-        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-        return outputs
-
-    for n_rows in (6, 5, 3):
-        pair.same(partial(step, n_rows))

@@ -7,7 +7,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 import fxhybrid
@@ -128,6 +129,16 @@ def wide_console() -> Console:
     """The terminal; wide enough for the tables where the output goes to a file."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
+
+
+def table_of_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Builds a table to print from the rows that documents show, too."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def seconds(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:

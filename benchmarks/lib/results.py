@@ -15,6 +15,7 @@ from typing import Any
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "results"
+CHECKOUT = f"{Path(__file__).parents[2]}/"  # where a run lives is nobody's business: errors name files within
 HEADER = "header"  # the part of the record that heads a run
 CASE = ("model", "part", "key", "task", "cell", "policy", "seed")  # what tells records apart
 
@@ -60,14 +61,17 @@ def command_line() -> str:
 
 
 def append_record(path: Path | None, record: Record) -> None:
-    """Adds one JSON line, so that an interrupted run keeps what it found; a new run gets its header first."""
+    """Adds one JSON line, so that an interrupted run keeps what it found; a new run gets its header first.
+
+    Files of the checkout are named relative to it.
+    """
     if path is None:
         return
     header = run_header()
     known = [old for old in _lines(path) if old.get("part") == HEADER] if path.exists() else []
     with path.open("a", encoding="utf-8") as file:
         for line in (record,) if known[-1:] == [header] else (header, record):
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line).replace(CHECKOUT, "") + "\n")
 
 
 def read_headed(path: Path) -> list[tuple[Record, Record]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.lib.common import names_of, wide_console
+from benchmarks.lib.common import names_of, table_of_rows, wide_console
 from benchmarks.lib.record_corpus import MAX_ERROR, load, names
 from benchmarks.lib.results import Record, append_record, read_records
 from fxhybrid.ir.problem import Problem
@@ -93,12 +93,8 @@ def _records(problem: Problem, together: str | None) -> Iterator[Record]:
 
 def summary(records: Sequence[Record]) -> Table:
     """Returns the rows as a table to print."""
-    table = Table(title="without one phase, relative to all: overhead + 0.1 % of the step, smallest peak")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
-    for row in summary_rows(records):
-        table.add_row(*row)
-    return table
+    title = "without one phase, relative to all: overhead + 0.1 % of the step, smallest peak"
+    return table_of_rows(title, COLUMNS, summary_rows(records))
 
 
 def summary_rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
