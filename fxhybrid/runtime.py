@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from fxhybrid.capture.output_structure import tangent_outputs
 from fxhybrid.errors import BackwardError
@@ -43,7 +43,7 @@ class LateBackward:
         peak_bytes: its peak, where the caller holds no outputs.
     """
 
-    module: fx.GraphModule
+    module: nn.Module
     saved: tuple[int, ...]
     inputs: tuple[Tensor | None, ...]
     peak_bytes: int

@@ -18,7 +18,7 @@ from fxhybrid import InvalidArgument
 from fxhybrid.ir.joined_problem import join_parts
 from fxhybrid.ir.problem import Op, Problem
 from fxhybrid.ir.program import Tensor as Storage
-from fxhybrid.ir.sequence import Part, PartSequence, Shared, part_timeline, sequence_peak
+from fxhybrid.ir.sequence import Part, PartSequence, Shared, Tail, part_timeline, sequence_peak
 from fxhybrid.segments import graph_runner
 from tests import several_graphs_parts
 from tests.compare import MARGIN, twins
@@ -283,7 +283,7 @@ def test_parts_add_up() -> None:
     assert peak.backward_bytes == (1167, 1260)
     # Python takes 200 more before the second part, which h is alive for: 1000 + 40 + 100 + 200; and 300 after it, when
     # both parts have stored theirs: 1000 + 40 + 100 + 10 + 300
-    sequence = replace(sequence, parts=(parts[0], replace(parts[1], rise_bytes=200)), tail_rise_bytes=300)
+    sequence = replace(sequence, parts=(parts[0], replace(parts[1], rise_bytes=200)), tail=Tail(rise_bytes=300))
     peak = sequence_peak(sequence, [part_timeline(each, {}) for each in parts])
     assert (peak.forward_bytes[1], peak.peak_bytes) == (1340, 1450)
     joined = join_parts(sequence)

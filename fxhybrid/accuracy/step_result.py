@@ -112,7 +112,7 @@ def _gradients(scalar: Tensor, parameters: list[Any]) -> Sequence[Tensor | None]
     """Differentiates a step; ``.grad`` and what hangs on it stay as they were."""
     if not parameters:
         return ()
-    nodes = _autograd_nodes(scalar)
+    nodes = autograd_nodes([scalar])
     if not any(node.name() == REENTRANT for node in nodes):
         return torch.autograd.grad(scalar, parameters, allow_unused=True)
     # A reentrant checkpoint gives gradients to ``.grad`` only.
@@ -122,10 +122,10 @@ def _gradients(scalar: Tensor, parameters: list[Any]) -> Sequence[Tensor | None]
         return [p.grad for p in parameters]
 
 
-def _autograd_nodes(scalar: Tensor) -> list[Any]:
-    """Lists the nodes of autograd's graph behind a tensor."""
+def autograd_nodes(tensors: Iterable[Tensor]) -> list[Any]:
+    """Lists the nodes of autograd's graph behind tensors."""
     found: dict[Any, None] = {}
-    pending = [scalar.grad_fn]
+    pending: list[Any] = [t.grad_fn for t in tensors]
     while pending:
         node = pending.pop()
         if node is not None and node not in found:

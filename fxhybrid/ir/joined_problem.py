@@ -57,11 +57,12 @@ class _Joining:
         parts = self.sequence.parts
         for k, part in enumerate(parts):
             self._forward_half(k, part)
-        self._mark("end of the forward pass", self.by_python.values(), rise_bytes=self.sequence.tail_rise_bytes)
+        self._mark("end of the forward pass", self.by_python.values(), rise_bytes=self.sequence.tail.rise_bytes)
         for k in self.sequence.backward:
             self._backward_half(k, parts[k])
         if self.sequence.update_bytes is not None:
-            self.backward.append(Op("optimizer.step", (), (), 0.0, self.sequence.update_bytes))
+            update_bytes = self.sequence.tail.left_bytes + self.sequence.update_bytes
+            self.backward.append(Op("optimizer.step", (), (), 0.0, update_bytes))
         problem = Problem(
             tensors=tuple(self.tensors),
             forward=tuple(self.forward),
@@ -101,18 +102,20 @@ class _Joining:
         first = self.offsets[k]
         arrived = [t for key in part.leaving.values() for t in self.carried.pop(key, [])]
         tangents = self._add_tensor(f"gradients of the outputs of part {k}", part.problem.tangent_bytes)
-        self.backward.append(_free_op(f"backward {k} begins", arrived, (tangents,)))
+        passing = self._add_tensor(f"gradients that pass part {k}", part.passing_bytes)
+        self.backward.append(_free_op(f"backward {k} begins", arrived, (tangents, passing)))
         self.backward += (self._shifted(op, k, first) for op in part.problem.backward)
-        ended = [tangents]
+        new = [t + first for t in part.input_gradients]
         for t, key in part.input_gradients.items():
             if self.sequence.shared[key].maker < k:
                 self.carried.setdefault(key, []).append(t + first)
-            ended.append(t + first)
         for key in part.passing:
             passed = self._add_tensor(f"gradient of {key} that part {k} hands on", self._size(key))
             self.carried.setdefault(key, []).append(passed)
-        passing = [t for key in part.passing for t in self.carried[key][-1:]]
-        self.backward.append(_free_op(f"backward {k} ends", ended, passing))
+        handed_on = [t for key in part.passing for t in self.carried[key][-1:]]
+        self.backward.append(_free_op(f"backward {k} ends", [tangents, *new], handed_on))
+        behind = _free_op(f"Python's backward behind part {k}", [passing, *new], ())
+        self.backward.append(replace(behind, alloc_peak_bytes=part.backward_rise_bytes))
 
     def _add_tensors(self, k: int, tensors: Sequence[Tensor]) -> int:
         self.offsets.append(len(self.tensors))
@@ -141,7 +144,7 @@ class _Joining:
     def _resident_bytes(self) -> int:
         parts = self.sequence.parts
         taken = frozenset(key for part in parts for key in part.taken)
-        beside = sum(part.beside_bytes for part in parts) + self.sequence.tail_bytes
+        beside = sum(part.beside_bytes for part in parts) + self.sequence.tail.beside_bytes
         roots = sum(shared.size_bytes for shared in self.sequence.shared if shared.held)
         return self.sequence.resident_bytes + beside + roots + sum(map(self._size, taken))
 

@@ -26,7 +26,7 @@ class Shared:
         maker: the part that makes it; where Python makes it, the first part that takes it.
         last: the last part in whose forward half Python still holds it; the number of parts where that is the end of
             the whole forward pass.
-        held: whether the caller holds it through the backward pass, too.
+        held: whether Python holds it through the backward pass of the parts, too.
     """
 
     size_bytes: int
@@ -49,6 +49,8 @@ class Part:
         passing: shared storages whose gradient is the very one of an output.
         beside_bytes: what Python's own operators before the part keep for their backward pass.
         rise_bytes: what they take while they run, beyond what is alive when the part begins.
+        backward_rise_bytes: what their backward pass takes, beyond what is alive when the part's backward half is over.
+        passing_bytes: gradients that Python's operators have made when the part's backward half begins, for others.
     """
 
     problem: Problem
@@ -59,6 +61,26 @@ class Part:
     passing: frozenset[int] = frozenset()
     beside_bytes: int = 0
     rise_bytes: int = 0
+    backward_rise_bytes: int = 0
+    passing_bytes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """Holds what Python's own operators after the last part take.
+
+    Attributes:
+        beside_bytes: what they keep for their backward pass.
+        gone_bytes: the part of it that is gone when the first backward half begins.
+        rise_bytes: what they take while they run, and then in their backward pass, beyond what is alive at the end of
+            the forward pass.
+        left_bytes: gradients that Python's operators, wherever they run, leave behind in the end.
+    """
+
+    beside_bytes: int = 0
+    gone_bytes: int = 0
+    rise_bytes: int = 0
+    left_bytes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +93,7 @@ class PartSequence:
         shared: the storages that go from part to part.
         resident_bytes: alive through the whole step.
         update_bytes: how far memory rises above the gradients while the optimizer steps; None without one.
-        tail_bytes: what Python's own operators after the last part keep for their backward pass.
-        tail_rise_bytes: what they take while they run, beyond what is alive at the end of the forward pass.
+        tail: what Python's own operators after the last part take.
     """
 
     parts: tuple[Part, ...]
@@ -80,8 +101,7 @@ class PartSequence:
     shared: tuple[Shared, ...]
     resident_bytes: int
     update_bytes: int | None = None
-    tail_bytes: int = 0
-    tail_rise_bytes: int = 0
+    tail: Tail = Tail()
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +132,7 @@ class SequencePeak:
     Attributes:
         peak_bytes: highest point of the step.
         forward_bytes: highest point in each part's forward half, and before it since the last part.
-        backward_bytes: highest point in each part's backward half; 0 where it has none.
+        backward_bytes: highest point in each part's backward half, and after it until the next; 0 where it has none.
         before_bytes: alive before each part's forward half.
         waiting_bytes: kept between forward and backward pass, beside what lives through the whole step.
         overhead_s: seconds beyond running every op once.
@@ -158,11 +178,11 @@ def sequence_peak(sequence: PartSequence, needs: Sequence[PartTimeline]) -> Sequ
     after = tally.after_forward()
     backward = [0] * len(sequence.parts)
     for k in sequence.backward:
-        backward[k] = tally.run_backward(k) + sequence.tail_bytes
+        backward[k] = tally.run_backward(k)
     end = tally.end_bytes()
     overhead_s = math.fsum(need.overhead_s for need in needs)
     highest = max(*forward, after, *backward, end)
-    waiting = after - sequence.resident_bytes - sequence.tail_rise_bytes
+    waiting = after - sequence.resident_bytes - sequence.tail.rise_bytes
     return SequencePeak(highest, tuple(forward), tuple(backward), tuple(before), waiting, overhead_s)
 
 
@@ -194,7 +214,7 @@ class _Tally:
         return self.before_forward(k) + self._shared_bytes(set(part.arriving.values())) + part.rise_bytes
 
     def after_forward(self) -> int:
-        """Returns the highest point while Python's own operators run after the last part."""
+        """Returns the highest point while Python's own operators run after the last part, forward and backward."""
         n = len(self.needs)
         by_python = {i for i, s in enumerate(self.sequence.shared) if s.held or s.last == n}
         return (
@@ -202,8 +222,8 @@ class _Tally:
             + sum(need.stored_bytes for need in self.needs)
             + sum(part.beside_bytes for part in self.sequence.parts)
             + self._shared_bytes(self._kept(n) | by_python)
-            + self.sequence.tail_bytes
-            + self.sequence.tail_rise_bytes
+            + self.sequence.tail.beside_bytes
+            + self.sequence.tail.rise_bytes
         )
 
     def _kept(self, k: int) -> set[int]:
@@ -211,21 +231,14 @@ class _Tally:
         return {key for j in range(k) for key in self.needs[j].stored}
 
     def run_backward(self, k: int) -> int:
-        """Returns the highest point of a part's backward half, and leaves its gradients behind."""
+        """Returns the highest point of a part's backward half and behind it, and leaves its gradients behind."""
         part, need = self.sequence.parts[k], self.needs[k]
         self.pending.discard(k)
         for key in part.leaving.values():
             self.carried.pop(key, None)  # counted in the part itself from here on
         kept = {key for j in self.pending for key in self.needs[j].stored}
         kept |= {i for i, s in enumerate(self.sequence.shared) if s.held}
-        alive = (
-            self.sequence.resident_bytes
-            + sum(self.needs[j].stored_bytes for j in self.pending)
-            + sum(self.sequence.parts[j].beside_bytes for j in self.pending | {k})
-            + self._shared_bytes((kept - need.stored) | part.taken)
-            + sum(self.carried.values())
-            + self.gradient_bytes
-        )
+        within = self._beside_half(k, (kept - need.stored) | part.taken) + need.backward_bytes
         self.gradient_bytes += need.gradient_bytes
         # who holds an output may hold its gradient, too: ``backward()`` does
         held = {key for key in part.leaving.values() if self.sequence.shared[key].held}
@@ -235,7 +248,20 @@ class _Tally:
             self.carried[key] = self.carried.get(key, 0) + size
         for key in part.passing:
             self.carried[key] = self.carried.get(key, 0) + self.sequence.shared[key].size_bytes
-        return alive + need.backward_bytes
+        return max(within, self._beside_half(k, kept) + part.backward_rise_bytes)
+
+    def _beside_half(self, k: int, shared: set[int]) -> int:
+        """Returns what is alive beside a part's backward half, or behind it, with some shared storages."""
+        return (
+            self.sequence.resident_bytes
+            + sum(self.needs[j].stored_bytes for j in self.pending)
+            + sum(self.sequence.parts[j].beside_bytes for j in self.pending | {k})
+            + (self.sequence.tail.beside_bytes - self.sequence.tail.gone_bytes)
+            + self._shared_bytes(shared)
+            + sum(self.carried.values())
+            + self.sequence.parts[k].passing_bytes
+            + self.gradient_bytes
+        )
 
     def end_bytes(self) -> int:
         """Returns what is alive while the optimizer steps; 0 without one."""
@@ -245,7 +271,7 @@ class _Tally:
         outside = sum(self.sequence.parts[j].beside_bytes for j in self.pending)
         pending = sum(self.needs[j].stored_bytes for j in self.pending) + outside
         alive = self.sequence.resident_bytes + self.gradient_bytes + self._shared_bytes(held) + pending
-        return alive + self.sequence.update_bytes
+        return alive + self.sequence.tail.left_bytes + self.sequence.update_bytes
 
     def _shared_bytes(self, keys: set[int] | frozenset[int]) -> int:
         return sum(self.sequence.shared[key].size_bytes for key in keys)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,14 +30,14 @@ from fxhybrid.torch_internals import (
 T = TypeVar("T")
 _MARK = "fxhybrid::mark"
 _KINETO = threading.Lock()  # held while a recording of ours runs it
-_Event = tuple[int, int]  # (address, bytes); negative bytes are a free
+Event = tuple[int, int]  # (address, bytes); negative bytes are a free
 
 
 @dataclass
 class Recording:
     """Holds allocator events in order of time, cut into segments at the marks."""
 
-    segments: list[list[_Event]] = field(default_factory=lambda: [[]])
+    segments: list[list[Event]] = field(default_factory=lambda: [[]])
 
     def peak_rise_bytes(self, segment: int) -> int:
         """Returns the largest (allocated - freed) bytes of blocks born in one segment."""
@@ -133,7 +133,7 @@ def _fill(recorded: Recording, tree: list[Any]) -> None:
             recorded.segments[-1].append((address, n_bytes))
 
 
-def walk(events: Iterable[_Event], live: dict[int, int]) -> tuple[int, int]:
+def walk(events: Iterable[Event], live: dict[int, int]) -> tuple[int, int]:
     """Returns peak and final level over ``events``, from 0; ``live`` (address to bytes) is updated."""
     level = peak = 0
     for address, n_bytes in events:
@@ -143,6 +143,12 @@ def walk(events: Iterable[_Event], live: dict[int, int]) -> tuple[int, int]:
             level += n_bytes
             peak = max(peak, level)
     return peak, level
+
+
+def split_at_birth(events: Sequence[Event]) -> tuple[Sequence[Event], Sequence[Event]]:
+    """Returns what is freed before the first block is born, and the rest."""
+    n_freed = next((i for i, (_, n_bytes) in enumerate(events) if n_bytes > 0), len(events))
+    return events[:n_freed], events[n_freed:]
 
 
 @contextmanager

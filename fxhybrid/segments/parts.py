@@ -67,6 +67,8 @@ def _part(k: int, call: RecordedCall, prepared: Prepared, shared: Sequence[Share
         frozenset(passing),
         call.beside_bytes,
         call.rise_bytes,
+        call.backward_rise_bytes,
+        call.passing_bytes,
     )
 
 

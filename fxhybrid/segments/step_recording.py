@@ -2,7 +2,7 @@
 
 The forward pass is run so that graphs store nothing. Whatever of their outputs is still alive when a later graph begins
 is then held by Python, and no more memory is taken than by any plan. What the backward pass will run is read from
-autograd's graph.
+autograd's graph; what Python's own operators take in it is seen by running it (``backward_recording.py``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxhybrid.capture.output_structure import output_tensors
 from fxhybrid.errors import ProfileError
-from fxhybrid.ir.sequence import Shared
+from fxhybrid.ir.sequence import Shared, Tail
 from fxhybrid.passes.split import forward_only
 from fxhybrid.passes.step_interface import StepInterface
-from fxhybrid.profiling.recording import Recording, recording, walk
-from fxhybrid.runtime import StepFunction
+from fxhybrid.profiling.recording import Event, Recording, recording, split_at_birth, walk
+from fxhybrid.runtime import Enter, StepFunction
 from fxhybrid.segments.backward_order import halves_behind
-from fxhybrid.segments.segment import Form, Segment
+from fxhybrid.segments.backward_recording import ZeroHalves
+from fxhybrid.segments.segment import Form, Segment, under_way
 
 
 @dataclass(eq=False)
@@ -39,6 +41,8 @@ class RecordedCall:
         present: positions of the tangents that arrive; None where there is no backward pass.
         beside_bytes: what Python's own operators before the call keep for their backward pass.
         rise_bytes: what they take while they run, beyond what is alive when the call begins.
+        backward_rise_bytes: what their backward pass takes, beyond what is alive when the call's own is over.
+        passing_bytes: gradients that Python's operators have made when the call's backward pass begins, for others.
     """
 
     segment: Segment
@@ -48,6 +52,8 @@ class RecordedCall:
     present: frozenset[int] | None = None
     beside_bytes: int = 0
     rise_bytes: int = 0
+    backward_rise_bytes: int = 0
+    passing_bytes: int = 0
 
 
 class _Storages:
@@ -87,21 +93,24 @@ class _Storages:
             if not reference.expired():  # type: ignore[no-untyped-call]
                 self.shared[key] = replace(self.shared[key], last=n_calls, held=True)
 
+    def left(self) -> set[int]:
+        """Returns what is alive now."""
+        return {key for key, reference in enumerate(self.references) if not reference.expired()}  # type: ignore[no-untyped-call]
+
 
 def _identity(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class ForwardRecording:
-    """Runs a step's forward pass by graphs that store nothing, and records it.
+class StepRecording:
+    """Runs a step by graphs that store nothing, and records it.
 
     Attributes:
         calls: in order.
-        shared: storages that were made within the step; complete at the end of ``forward``.
+        shared: storages that were made within the step; complete at the end of ``run``.
         backward: the calls in the order in which their backward halves will run; likewise.
         weighed: positions of the results that get gradients, among the tensors that a call returns; likewise.
-        tail_bytes: what Python's operators after the last call keep.
-        tail_rise_bytes: what they take while they run, beyond what is alive at the end.
+        tail: what Python's operators after the last call take; likewise.
     """
 
     def __init__(self, existing: Sequence[Tensor]) -> None:
@@ -109,38 +118,54 @@ class ForwardRecording:
         self.shared: tuple[Shared, ...] = ()
         self.backward: tuple[int, ...] = ()
         self.weighed: Collection[int] | None = None
-        self.tail_bytes = self.tail_rise_bytes = 0
+        self.tail = Tail()
         self._storages = _Storages(existing)
         self._steps: list[StepFunction] = []
+        self._halves = ZeroHalves(self._mark, self._look_in_backward)
         self._within = False
         self._counted: set[int] = set()
-        self._beside_bytes = 0
+        self._beside: list[tuple[StorageWeakRef, int]] = []  # what operators since the last call keep
+        self._left: tuple[set[int], int] = set(), 0  # what is alive when the first backward half begins
         self._memory: Recording | None = None
 
-    def forward(self, run: Callable[[], Any], weighed: Callable[[Any], Collection[int] | None]) -> None:
-        """Runs the forward pass.
+    def run(self, forward: Callable[[], Any], weighed: Callable[[Any], Collection[int] | None]) -> None:
+        """Runs the step.
 
         Args:
-            run: does it.
+            forward: does the forward pass.
             weighed: returns the positions of a result's tensors that get gradients; None for all.
 
         Raises:
             CaptureError: a custom autograd function runs between the graphs.
         """
-        pack, unpack = map(torch.compiler.disable, (self._pack, _as_it_is))  # Dynamo would trace them between graphs
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             with contextlib.suppress(ProfileError):  # a profiler of the user's is on
                 self._memory = stack.enter_context(recording())
-            result = run()
-        self._note_rises()
+            result = self._forward(forward)
+            self._mark()
+            self.weighed = weighed(result)
+            outputs = list(output_tensors(result))
+            results = [t for i, t in enumerate(outputs) if self.weighed is None or i in self.weighed]
+            halves = halves_behind(results, self._steps)
+            self.backward = tuple(position for position, _ in halves)
+            for position, present in halves:
+                self.calls[position].present = present
+            is_run = self._memory is not None and bool(halves) and self._halves.run(results)
+        self.shared = tuple(self._storages.shared)
+        if self._memory is not None:
+            live = self._note_rises(self._memory.segments)
+            if is_run and tuple(self._halves.ran) == self.backward:
+                self._note_backward(self._memory.segments, live, results)
+
+    def _forward(self, forward: Callable[[], Any]) -> Any:
+        pack, unpack = map(torch.compiler.disable, (self._pack, _as_it_is))  # Dynamo would trace them between graphs
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack), under_way(self):
+            result = forward()
+        for tensor in output_tensors(result):
+            self._count(tensor)
         self._storages.look_at_end(len(self.calls))
-        self.shared, self.tail_bytes = tuple(self._storages.shared), self._beside_bytes
-        self.weighed = weighed(result)
-        results = (t for i, t in enumerate(output_tensors(result)) if self.weighed is None or i in self.weighed)
-        halves = halves_behind(results, self._steps)
-        self.backward = tuple(position for position, _ in halves)
-        for position, present in halves:
-            self.calls[position].present = present
+        self.tail = Tail(sum(n_bytes for _, n_bytes in self._beside))
+        return result
 
     def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
         """Runs a graph."""
@@ -148,14 +173,14 @@ class ForwardRecording:
             return segment.plain(arguments)
         now = len(self.calls)
         self._storages.look(now)
-        recorded = RecordedCall(segment, segment.form_of(arguments), beside_bytes=self._beside_bytes)
-        self._beside_bytes = 0
+        recorded = RecordedCall(segment, segment.form_of(arguments), beside_bytes=sum(n for _, n in self._beside))
+        self._beside = []
         self.calls.append(recorded)
         recorded.inputs = self._keys(arguments, now)
         self._within = True
         self._mark()
         try:
-            step, outputs = run_forward(segment, arguments)
+            step, outputs = run_forward(segment, arguments, partial(self._halves.enter, now, arguments))
         finally:
             self._within = False
         self._mark()
@@ -163,19 +188,54 @@ class ForwardRecording:
         recorded.outputs = self._keys(outputs, now)
         return outputs
 
+    def _look_in_backward(self) -> None:
+        """Looks at what is left when the first half begins."""
+        self._left = self._storages.left(), sum(n for ref, n in self._beside if not ref.expired())  # type: ignore[no-untyped-call, misc]
+
     def _mark(self) -> None:
         if self._memory is not None:
             self._memory.mark()
 
-    def _note_rises(self) -> None:
-        """Notes how far memory rose between the calls, which are marked at both ends."""
-        if self._memory is None:
-            return
+    def _note_rises(self, segments: Sequence[Sequence[Event]]) -> dict[int, int]:
+        """Notes how far memory rose between the calls, which are marked at both ends; returns what is alive then."""
         live: dict[int, int] = {}
-        levels = [walk(events, live) for events in self._memory.segments]
-        *rises, self.tail_rise_bytes = (peak - end for peak, end in levels[::2])
+        levels = [walk(events, live) for events in segments[: 2 * len(self.calls) + 1]]
+        *rises, tail = (peak - end for peak, end in levels[::2])
         for recorded, rise in zip(self.calls, rises, strict=True):
             recorded.rise_bytes = rise
+        counted = sum(recorded.beside_bytes for recorded in self.calls) + self.tail.beside_bytes
+        counted += sum(shared.size_bytes for shared in self.shared if shared.held)
+        more = max(sum(end for _, end in levels) - counted, 0)  # numbers that operators keep as tensors, for one
+        self.tail = replace(self.tail, beside_bytes=self.tail.beside_bytes + more, rise_bytes=tail)
+        return live
+
+    def _note_backward(
+        self, segments: Sequence[Sequence[Event]], live: dict[int, int], results: Sequence[Tensor]
+    ) -> None:
+        """Notes how far memory rose before and behind the backward halves, and what passed them.
+
+        Args:
+            segments: what the allocator did, in forward and backward pass.
+            live: blocks that are alive after the forward pass.
+            results: get gradients.
+        """
+        halves, (held, kept_bytes) = self._halves, self._left
+        before, *rest = segments[2 * len(self.calls) + 1 :]
+        rise = max(self.tail.rise_bytes, walk(before, live)[0])
+        born: dict[int, int] = {}  # in the backward pass, in which halves make nothing but what they hand on
+        given = sum(t.numel() * t.element_size() for t in results if self._storages.knows(t))
+        level = walk(before, born)[1] - given  # gradients of graphs' outputs are counted there
+        halves_and_behind = zip(halves.ran, halves.carried_bytes, rest[::2], rest[1::2], strict=False)
+        for position, carried_bytes, half, behind in halves_and_behind:
+            freed, ran = split_at_birth(behind)
+            level += walk([*half, *freed], born)[1]
+            walk([*half, *freed], live)
+            self.calls[position].passing_bytes = max(level - carried_bytes, 0)
+            self.calls[position].backward_rise_bytes = walk(ran, live)[0]
+            level += walk(ran, born)[1]
+        gone_bytes = sum(n for _, n in self._beside) - kept_bytes
+        self.tail = replace(self.tail, gone_bytes=gone_bytes, rise_bytes=rise, left_bytes=max(level, 0))
+        self.shared = tuple(replace(s, held=s.held and key in held) for key, s in enumerate(self.shared))
 
     def _keys(self, values: Sequence[Any], now: int) -> dict[int, int]:
         strided = {i: t for i, t in enumerate(values) if isinstance(t, Tensor) and t.layout is torch.strided}
@@ -183,21 +243,35 @@ class ForwardRecording:
         return {i: key for i, key in keys.items() if key is not None}
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        """Counts what operators between graphs keep, unless it is handed from graph to graph and counted there."""
         if self._within:
             return tensor
+        self._count(tensor)
+        return tensor.detach()
+
+    def _count(self, tensor: Tensor) -> None:
+        """Counts what operators between graphs keep, unless it is handed from graph to graph and counted there."""
         if tensor.layout is torch.strided and _identity(tensor) not in self._counted:
             self._counted.add(_identity(tensor))
             if not self._storages.knows(tensor):
-                self._beside_bytes += tensor.untyped_storage().nbytes()
-        return tensor.detach()
+                storage = tensor.untyped_storage()
+                self._beside.append((StorageWeakRef(storage), storage.nbytes()))  # type: ignore[no-untyped-call]
 
 
-def run_forward(segment: Segment, arguments: Sequence[Any]) -> tuple[StepFunction, tuple[Any, ...]]:
-    """Runs the forward half of a segment so that nothing is stored; returns what ran it, and its outputs."""
+def run_forward(
+    segment: Segment, arguments: Sequence[Any], enter: Callable[[StepInterface], Enter] | None = None
+) -> tuple[StepFunction, tuple[Any, ...]]:
+    """Runs the forward half of a segment so that nothing is stored; returns what ran it, and its outputs.
+
+    Args:
+        segment: to run.
+        arguments: of the call.
+        enter: makes what is told of the call; None for nothing.
+    """
     capture = segment.capture
     assert capture is not None
-    step = StepFunction(forward_only(capture.joint), StepInterface.of(capture.joint), capture.metadata)
+    interface = StepInterface.of(capture.joint)
+    entering = None if enter is None else enter(interface)
+    step = StepFunction(forward_only(capture.joint), interface, capture.metadata, enter=entering)
     return step, tuple(capture.bind(step)(segment.step, segment.lifted.free_of(arguments), {}, ()))
 
 

@@ -25,7 +25,7 @@ from fxhybrid.pipeline import Prepared, resident_bytes_of
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
 from fxhybrid.segments.parts import own_part, sequence_of
 from fxhybrid.segments.segment import Form, Segment, under_way
-from fxhybrid.segments.step_recording import ForwardRecording, RecordedCall, run_forward
+from fxhybrid.segments.step_recording import RecordedCall, StepRecording, run_forward
 
 Run = Callable[..., Any]
 CHANGES = "the model takes another path each time it runs on the same batch and seed; no step of it can be planned"
@@ -160,7 +160,7 @@ class Recorder:
         self.calibration = PartCalibration(options)
         self.all_outputs = False
 
-    def record(self, call: StepCall) -> ForwardRecording:
+    def record(self, call: StepCall) -> StepRecording:
         """Records the graphs of a step.
 
         Args:
@@ -172,14 +172,14 @@ class Recorder:
         """
         existing = [*self.step.parameters(), *self.step.buffers(), *call.tensors]
         for _ in range(2):  # tracing holds tensors for longer than running does
-            recording = ForwardRecording(existing)
-            with stage("record"), trial_run(self.step.model, seed=None), under_way(recording):
-                recording.forward(lambda: self.run(*call), self._weighed)
+            recording = StepRecording(existing)
+            with stage("record"), trial_run(self.step.model, seed=None):
+                recording.run(lambda: self.run(*call), self._weighed)
         if not recording.calls:
             raise NothingToPlan("no part of the step can be planned: none of its graphs has a gradient")
         return recording
 
-    def prepare(self, recording: ForwardRecording, call: StepCall, limit_bytes: int | None) -> Trial:
+    def prepare(self, recording: StepRecording, call: StepCall, limit_bytes: int | None) -> Trial:
         """Prepares the parts of a recorded step for planning.
 
         Args:
@@ -205,7 +205,7 @@ class Recorder:
         optimizer = self.options.optimizer
         update = optimizer_bytes(optimizer).rise_bytes if optimizer is not None else None
         sequence = sequence_of(calls, prepared, recording.backward, recording.shared, resident, update)
-        sequence = replace(sequence, tail_bytes=recording.tail_bytes, tail_rise_bytes=recording.tail_rise_bytes)
+        sequence = replace(sequence, tail=recording.tail)
         return Trial(calls, prepared, sequence, recording.weighed)
 
     def _weighed(self, result: Any) -> Collection[int] | None:
