@@ -29,6 +29,7 @@ from fxhybrid.passes.error_prior import DEFAULT_GROUP_ERROR, ErrorTable, error_t
 from fxhybrid.passes.expected_backward import ALL_ARRIVE, ExpectedBackward, held_and_dropped
 from fxhybrid.passes.faster_forms import faster_calls, with_faster_forms
 from fxhybrid.passes.gradient_takes import take_nodes, updating_parameters
+from fxhybrid.passes.in_place import in_place
 from fxhybrid.passes.loss_heads import has_sliced_products, multiply_by_slices
 from fxhybrid.passes.prune_tangents import prune_tangents
 from fxhybrid.passes.rewrite import rewrite
@@ -275,7 +276,8 @@ def schedule_of(prepared: Prepared, actions: Actions) -> Schedule:
     schedule = lower(prepared.problem, actions)
     if prepared.sharing is not None:
         return schedule
-    return with_faster_forms(prepared.problem, prepared.layout, prepared.profile.costs, schedule)
+    problem, layout = prepared.problem, prepared.layout
+    return in_place(problem, layout, with_faster_forms(problem, layout, prepared.profile.costs, schedule))
 
 
 def build_graphs(prepared: Prepared, actions: Actions) -> SplitGraphs:

@@ -15,6 +15,7 @@ aten = torch.ops.aten
 # Given tensors wherever the operator takes tensors, each function calls just this operator with the arguments as given.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
+    aten.add_.Tensor: Tensor.add_,
     aten.addmm.default: torch.addmm,
     aten.bmm.default: torch.bmm,
     aten.clone.default: torch.clone,
@@ -27,9 +28,11 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.mean.dim: torch.mean,
     aten.mm.default: torch.mm,
     aten.mul.Tensor: torch.mul,
+    aten.mul_.Tensor: Tensor.mul_,
     aten.native_layer_norm.default: torch.native_layer_norm,
     aten.permute.default: torch.permute,
     aten.relu.default: torch.relu,
+    aten.relu_.default: torch.relu_,
     aten.select.int: torch.select,
     aten.squeeze.dim: torch.squeeze,
     aten.sub.Tensor: torch.sub,

@@ -14,12 +14,11 @@ from torch import fx
 
 import fxhybrid.codecs  # noqa: F401  (registers the compress and decompress operators)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase
-from fxhybrid.ir.schedule import Instruction, Kind, Schedule, without_mask
-from fxhybrid.passes.faster_forms import faster_form
+from fxhybrid.ir.schedule import Instruction, Kind, Schedule
+from fxhybrid.passes.emitted_call import emitted_call
 from fxhybrid.passes.graph_edit import PlainGraph, joint_module
-from fxhybrid.passes.storages import Layout, OpCall, fused_form, recompute_form
-
-_FORMS = {Kind.RERUN: recompute_form, Kind.FUSED: fused_form, Kind.FASTER: faster_form}
+from fxhybrid.passes.in_place import OVERWRITES
+from fxhybrid.passes.storages import Layout, OpCall
 
 
 def rewrite(joint: JointGraph, layout: Layout, schedule: Schedule) -> JointGraph:
@@ -54,10 +53,7 @@ class _Rewriter:
         outputs = self._outputs(of_forward=True)
         self.phase = Phase.BACKWARD
         for instruction in schedule.instructions[schedule.n_forward :]:
-            if instruction.kind is not Kind.RUN or instruction.op < len(
-                self.layout.backward
-            ):  # not the optimizer's step
-                self._emit(instruction)
+            self._emit(instruction)
         outputs += self._outputs(of_forward=False)
         self._tag(self.graph.output(tuple(outputs)), None)
         return JointGraph(joint_module(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)
@@ -71,28 +67,21 @@ class _Rewriter:
             self._emit_op(instruction)
 
     def _emit_op(self, instruction: Instruction) -> None:
-        rerun = instruction.kind is Kind.RERUN
-        ops = self.layout.forward if rerun or self.phase is Phase.FORWARD else self.layout.backward
-        op = ops[instruction.op]
-        self.at = dict(zip(self._inputs(op, instruction), instruction.reads, strict=True))
-        make_form = _FORMS.get(instruction.kind)
-        form = make_form(op.node) if make_form else None
-        target, args = form or (op.node.target, op.node.args)
+        call = emitted_call(self.layout, instruction, self.phase is Phase.FORWARD)
+        if call is None:  # the optimizer's step
+            return
+        self.at = dict(zip(call.inputs, instruction.reads, strict=True))
         new = self.graph.create_node(
             "call_function",
-            target,
-            fx.node.map_arg(args, self._resolve),
-            {} if form else fx.node.map_arg(op.node.kwargs, self._resolve),
-            self._name("recompute") if rerun else op.node.name,
+            call.target,
+            fx.node.map_arg(call.args, self._resolve),
+            fx.node.map_arg(call.kwargs, self._resolve),
+            self._name("recompute") if instruction.kind is Kind.RERUN else call.op.node.name,
         )
-        self._tag(new, op.node.meta.get("val"))
-        self._take_outputs(op, new, instruction)
-
-    def _inputs(self, op: OpCall, instruction: Instruction) -> tuple[int, ...]:
-        """Storages that the instruction reads, in the order of its values."""
-        if instruction.kind is not Kind.FUSED or op.fused_with is None:
-            return op.inputs
-        return without_mask(op.inputs, self.layout.forward[op.fused_with])
+        self._tag(new, call.op.node.meta.get("val"))
+        if instruction.overwrites is not None:
+            new.meta[OVERWRITES] = instruction.overwrites
+        self._take_outputs(call.op, new, instruction)
 
     def _take_outputs(self, op: OpCall, new: fx.Node, instruction: Instruction) -> None:
         for storage, value in zip(op.outputs, instruction.writes, strict=True):

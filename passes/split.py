@@ -19,6 +19,7 @@ import fxhybrid.ops.take_gradient  # noqa: F401  (registers the operator that is
 from fxhybrid.capture.joint_graph import InputKind, JointGraph, OutputKind, Phase, phase_of
 from fxhybrid.passes.direct_calls import DirectCalls
 from fxhybrid.passes.graph_edit import PlainGraph, graph_module
+from fxhybrid.passes.in_place import emit_in_place
 from fxhybrid.passes.prune_tangents import prune_tangents
 from fxhybrid.passes.redundant_views import drop_redundant_views
 
@@ -137,6 +138,7 @@ def _extract(joint: JointGraph, phase: Phase, inputs: list[fx.Node], results: li
     for node in joint.module.graph.nodes:
         if node.op == "get_attr" or (node.op == "call_function" and phase_of(node) is phase):
             new[node] = graph.node_copy(node, lambda n: new[n])
+            emit_in_place(new[node])
     graph.output([None if n is None else new[n] for n in results])
     if phase is Phase.BACKWARD:
         drop_redundant_views(graph)

@@ -52,6 +52,7 @@ class Instruction(NamedTuple):
         writes: values made.
         alloc_peak_bytes: the allocator's peak rise while it runs.
         seconds: its time.
+        overwrites: position of the operator's argument whose storage takes the result; None for a new storage.
     """
 
     kind: Kind
@@ -61,6 +62,7 @@ class Instruction(NamedTuple):
     writes: tuple[int, ...]
     alloc_peak_bytes: int
     seconds: float
+    overwrites: int | None = None
 
 
 @dataclass(frozen=True)

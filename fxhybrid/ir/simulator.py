@@ -2,7 +2,8 @@
 
 Every other part trusts only this. A value is alive from the instruction that makes it to its last read; the
 caller holds the outputs; gradients pile up to the end; while an instruction runs, the allocator is as high as
-what was alive before it plus the measured rise of that instruction.
+what was alive before it plus the measured rise of that instruction. A value that takes over the storage of one
+that dies adds nothing.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
     rise = np.fromiter((i.alloc_peak_bytes for i in schedule.instructions), np.int64, n)
     made = np.zeros(n, np.int64)
     np.add.at(made, birth, size)
+    made[[i for i, instruction in enumerate(schedule.instructions) if instruction.overwrites is not None]] = 0
     during = before + np.maximum(rise, made)
     peak_at = int(during.argmax()) if n else 0
     peak_bytes = int(during[peak_at]) if n else problem.forward_base_bytes

@@ -16,6 +16,7 @@ FEWEST, MOST, PARTS = 1 << 14, 1 << 18, 8
 _LIBRARY: Any = torch.library.Library("fxhybrid", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("keep_mask(Tensor x, float lower, float? upper) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _LIBRARY.define("apply_mask(Tensor gradient, Tensor mask) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.define("apply_mask_(Tensor(a!) gradient, Tensor mask) -> Tensor(a!)", tags=torch.Tag.pt2_compliant_tag)
 _thresholded = torch.ops.aten.threshold_backward.grad_input
 _clamped = torch.ops.aten.hardtanh_backward.grad_input
 
@@ -62,7 +63,15 @@ def keep_mask(x: Tensor, lower: float, upper: float | None) -> Tensor:
 
 def apply_mask(gradient: Tensor, mask: Tensor) -> Tensor:
     """Returns ``gradient`` where ``mask``, else 0; strides as ``gradient``."""
-    result = torch.empty_like(gradient)
+    return _apply_mask(gradient, mask, torch.empty_like(gradient))
+
+
+def apply_mask_(gradient: Tensor, mask: Tensor) -> Tensor:
+    """Does the same in place."""
+    return _apply_mask(gradient, mask, gradient)
+
+
+def _apply_mask(gradient: Tensor, mask: Tensor, result: Tensor) -> Tensor:
     flat, keep, out = _storage_order(gradient), _storage_order(mask), _storage_order(result)
     aligned = gradient.stride() == mask.stride() == result.stride()
     if flat is None or keep is None or out is None or not aligned:
@@ -86,9 +95,17 @@ def _fake_apply_mask(gradient: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
 
+def _fake_apply_mask_(gradient: Tensor, mask: Tensor) -> Tensor:
+    return gradient
+
+
 for _name, _real, _fake in (
     ("keep_mask", keep_mask, _fake_keep_mask),
     ("apply_mask", apply_mask, _fake_apply_mask),
+    ("apply_mask_", apply_mask_, _fake_apply_mask_),
 ):
     _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxhybrid::{_name}", _fake, lib=_LIBRARY)
+
+APPLY_MASK = torch.ops.fxhybrid.apply_mask.default
+APPLY_MASK_IN_PLACE = torch.ops.fxhybrid.apply_mask_.default
