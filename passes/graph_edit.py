@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import operator
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import fx
 from torch.fx.graph_module import _loader
 
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, Phase, phase_of
-from fxhybrid.torch_internals import LazyGraphModule
+from fxhybrid.torch_internals import FakeTensor, LazyGraphModule
 
 
 class PlainGraph(fx.Graph):
@@ -44,11 +44,16 @@ def call(
     values = fx.node.map_arg(args, lambda n: n.meta["val"])
     found: list[torch.Tensor] = []
     fx.node.map_arg(args, lambda n: found.append(n.meta["val"]))
-    mode: Any = getattr(next(iter(found), joint.placeholders[0].meta["val"]), "fake_mode", None)
+    mode = _fake_mode([*found, *(n.meta["val"] for n in joint.placeholders)])
     with mode, torch.no_grad():
         value = target(*values, **(kwargs or {}))
     node.meta = {"val": value, TAG: NodeTag(phase)}
     return node
+
+
+def _fake_mode(values: Iterable[Any]) -> Any:
+    """Returns the mode of the first fake tensor; sizes among the inputs are numbers."""
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
 def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:

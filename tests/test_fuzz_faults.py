@@ -87,3 +87,17 @@ def test_recurrent_layers_round_as_in_eager(name: str) -> None:
     """Gates in slices of a matrix, and products with weights that need a gradient, take kernels of their own."""
     layer = {"GRUCell": nn.GRUCell, "RNN": nn.RNN}[name](16, 16)
     check(Head(CELLS[name], layer), rows(3, 9, 16))
+
+
+def test_a_pool_whose_inputs_begin_with_a_size() -> None:
+    """Its gradient reads a shape only, which a graph of many sizes computes from its first input, a number."""
+    pair = twins(nn.AvgPool2d(2), budget=1 << 20)
+
+    def step(model: nn.Module) -> Tensor:
+        x = torch.randn(*size, requires_grad=True)
+        model(x).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    for size in ((2, 3, 8, 8), (4, 3, 8, 8), (5, 3, 10, 10), (3, 3, 6, 6)):
+        pair.same(step)
