@@ -153,9 +153,10 @@ class _Step(torch.autograd.Function):
             results = list(graphs.run_forward(list(flat_inputs)))
         saved = results[graphs.n_forward_outputs :]
         del results[graphs.n_forward_outputs :]
-        for position, value in zip(step.mutated, results, strict=False):
-            flat_inputs[position].copy_(value)
-        outputs = results[len(step.mutated) :]
+        n_mutated = len(step.mutated)
+        if n_mutated:  # one call for all: each batch norm has three running statistics
+            torch.ops.aten._foreach_copy_.default([flat_inputs[i] for i in step.mutated], results[:n_mutated])
+        outputs = results[n_mutated:]
         del results
         for i in step.fresh_views:
             outputs[i] = torch.ops.aten._unsafe_view(outputs[i], outputs[i].shape)
