@@ -5,8 +5,11 @@ model = fxhybrid.compile(model, budget="512MiB", loss_fn=loss_fn)
 model(x, loss_args=(y,)).backward()
 """
 
-from fxhybrid.api import compile, largest_batch, plan
-from fxhybrid.devices.device_profile import DeviceProfile
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fxhybrid.errors import (
     BackwardError,
     BudgetError,
@@ -19,11 +22,15 @@ from fxhybrid.errors import (
     ProblemError,
     ProfileError,
 )
-from fxhybrid.frontier import Frontier, frontier
-from fxhybrid.ir.plan import Plan
-from fxhybrid.module import HybridModule
-from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 from fxhybrid.version import __version__
+
+if TYPE_CHECKING:
+    from fxhybrid.api import compile, largest_batch, plan
+    from fxhybrid.budget_sweep import Frontier, frontier
+    from fxhybrid.devices.device_profile import DeviceProfile
+    from fxhybrid.ir.plan import Plan
+    from fxhybrid.module import HybridModule
+    from fxhybrid.profiling.allocator import StepMeasurement, measure_step
 
 __all__ = [
     "BackwardError",
@@ -48,3 +55,26 @@ __all__ = [
     "measure_step",
     "plan",
 ]
+
+# Imported at first use: torch and its compiler take seconds, and what only reads or forecasts memory needs neither.
+_HOMES = {
+    "DeviceProfile": "devices.device_profile",
+    "Frontier": "budget_sweep",
+    "HybridModule": "module",
+    "Plan": "ir.plan",
+    "StepMeasurement": "profiling.allocator",
+    "compile": "api",
+    "frontier": "budget_sweep",
+    "largest_batch": "api",
+    "measure_step": "profiling.allocator",
+    "plan": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Looks up a public name where it is defined, and keeps it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found

@@ -12,9 +12,9 @@ from torch import nn
 
 import fxhybrid
 from fxhybrid import Frontier, InvalidArgument, Plan
+from fxhybrid.budget_sweep import FrontierRow, Technique
 from fxhybrid.cli.main import FAILED, main, parse_budget
 from fxhybrid.cli.model_spec import load_model_spec
-from fxhybrid.frontier import FrontierRow, Technique
 
 FACTORIES = """
 import torch

@@ -12,6 +12,8 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
+import fxhybrid
+
 ROOT = Path(__file__).parents[1]
 # Rooms from the top; one imports rooms on floors below its own only. docs/ARCHITECTURE.md shows the same table.
 FLOORS = (
@@ -23,7 +25,7 @@ FLOORS = (
     ("federated.memory", "federated.selection", "federated.protocol"),
     ("demo",),
     ("fxhybrid",),
-    ("frontier", "integrations"),
+    ("budget_sweep", "integrations"),
     ("api",),
     ("module",),
     ("segments",),
@@ -147,21 +149,29 @@ def test_rooms_without_torch() -> None:
     assert not {name for name in importing("torch") if room_of(name) in rooms}
 
 
-def test_solvers_run_without_torch() -> None:
-    # The package's own __init__ imports torch, so a stub with the same search path stands in for it.
-    rooms = ("errors", "units", "ir", "solvers")
-    names = sorted(n for n in MODULES if any(n == f"fxhybrid.{r}" or n.startswith(f"fxhybrid.{r}.") for r in rooms))
-    code = f"""
-import importlib, sys, types
-stub = types.ModuleType("fxhybrid")
-stub.__path__ = [{str(ROOT / "fxhybrid")!r}]
-sys.modules["fxhybrid"] = stub
-sys.modules["torch"] = None
-for name in {names!r}:
-    importlib.import_module(name)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def loaded(code: str) -> set[str]:
+    """Runs code in a fresh process; returns the modules that are loaded then."""
+    show = "import sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_rooms_without_torch_run_without_it() -> None:
+    names = sorted(
+        n for n in MODULES if any(n == f"fxhybrid.{r}" or n.startswith(f"fxhybrid.{r}.") for r in WITHOUT_TORCH)
+    )
+    assert "torch" not in loaded(f"import {', '.join(names)}")
+
+
+def test_public_names_are_imported_at_first_use() -> None:
+    assert not loaded("import fxhybrid") & {"torch", "numpy", "fxhybrid.api"}
+    assert "fxhybrid.api" in loaded("import fxhybrid\nfxhybrid.compile")
+    # a submodule of the same name would take the place of the function once somebody imports it
+    assert not {f"fxhybrid.{name}" for name in fxhybrid.__all__} & set(MODULES)
+    assert all(getattr(fxhybrid, name) is not None for name in fxhybrid.__all__)
+    with pytest.raises(AttributeError, match="fronteer"):
+        fxhybrid.fronteer  # noqa: B018
 
 
 @pytest.mark.parametrize("folder", ["passes", "solvers"])

@@ -194,7 +194,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _frontier(arguments: argparse.Namespace) -> None:
-    from fxhybrid.frontier import frontier
+    from fxhybrid.budget_sweep import frontier
     from fxhybrid.units import check_size
 
     budgets = None

@@ -6,11 +6,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from fxhybrid.devices.op_work import OpWork, StepWork
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.ir.json_text import from_json, to_json
 from fxhybrid.ir.problem import CodecOption, Op, Problem
+
+if TYPE_CHECKING:  # a device says its speeds without torch's compiler, which measuring work takes
+    from fxhybrid.devices.op_work import OpWork, StepWork
 
 REFERENCE_FLOPS_PER_S = 2e9
 REFERENCE_MOVED_BYTES_PER_S = 2e9
