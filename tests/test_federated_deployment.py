@@ -44,7 +44,7 @@ def test_a_node_that_is_killed_costs_its_own_updates_only(deployment: Deployment
 BAD = """
 import numpy as np
 
-from fxhybrid.federated.flower.apps import make_client_app
+from fxhybrid.federated.flower.node_app import make_client_app
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply
 from fxhybrid.federated.client.node import Node
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +26,17 @@ from fxhybrid.federated.tasks.captured_step import capture_step
 from tests.federated_parts import Trained, adds_one, device, driver_of, tiny_task
 
 Answer = Callable[[Message], "Message | None"]
+
+REPORT = """
+import sys
+import fxhybrid.federated.flower.client_mod
+import fxhybrid.federated.flower.node_app
+from fxhybrid.federated.client.node import Node
+from fxhybrid.federated.protocol.messages import Kind, Request
+node = Node({"partition-id": 0, "num-partitions": 2}, {"task": "text", "seed": 0})
+print(node.answer(Request("a", Kind.REPORT, 1, 0.0, 60.0, {"introduce": True})).outcome.value)
+print([name for name in sys.modules if name in ("torch._dynamo", "fxhybrid.api", "fxhybrid.federated.server")])
+"""
 
 
 class LocalGrid:
@@ -187,3 +200,9 @@ def test_bad_replies_lose_no_round_and_do_not_touch_the_model() -> None:
     outcomes = {"1": "ok", "2": "oom", "3": "invalid", "4": "invalid", "5": "late"}
     assert [record.outcomes for record in records] == [outcomes] * 3
     assert driver.arrays["w"].tolist() == [3, 3, 3]  # the good node adds 1 in every round
+
+
+def test_a_device_reports_without_torchs_compiler() -> None:
+    # every message starts a process; the compiler takes two seconds of it, which only training needs
+    done = subprocess.run([sys.executable, "-c", REPORT], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-2:] == ["ok", "[]"], done.stderr

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.client.local_steps import LocalWork, local_steps
-from fxhybrid.federated.client.trainer import packed
+from fxhybrid.federated.client.training_reply import LocalResult
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.server.aggregation import kept_by_step, rebased
 from fxhybrid.federated.server.driver import Driver
@@ -255,7 +255,7 @@ def test_running_statistics_keep_what_their_momentum_leaves() -> None:
 def test_devices_are_asked_for_updates_in_8_bits(planner: FleetPlanner) -> None:
     def packing(request: Request) -> Reply:
         done = adds_one(request)
-        return dataclasses.replace(done, arrays=packed(request, done.arrays))
+        return LocalResult(done.arrays, [], []).reply(request, done.elapsed_s, dict(done.payload))
 
     driver = driver_of(planner, {"a": device(packing), "b": device()}, rounds=1, update_bits=8)
     assert driver.run()[0].outcomes == {"a": "ok", "b": "invalid"}

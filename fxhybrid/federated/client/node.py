@@ -9,7 +9,6 @@ from typing import Any
 
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.client.local_steps import LocalWork
-from fxhybrid.federated.client.trainer import Trainer, packed, training_payload
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.protocol.transport import is_out_of_memory
 from fxhybrid.federated.tasks.named_tasks import load_task
@@ -98,6 +97,8 @@ class Node:
         if request.kind is Kind.REPORT:
             payload = introduction(request, monitor.available_bytes(), data.n_examples)
             return Reply(request.device, request.round, Outcome.OK, monitor.elapsed_s(), payload)
+        from fxhybrid.federated.client.trainer import Trainer  # capture takes torch's compiler, a report does not
+
         work = LocalWork.from_payload(request.payload)
         try:
             result = Trainer(task, work.width, plan=work.plans[0]).train(request.arrays, work, data, monitor)
@@ -107,5 +108,5 @@ class Node:
             return failed(request, Outcome.OOM, monitor.elapsed_s(), str(error))
         readings = [[request.now_s + t_s, free] for t_s, free in monitor.readings]
         busy_s = monitor.elapsed_s()
-        payload = training_payload(result, data.n_examples, steps_s=monitor.steps_s, busy_s=busy_s, readings=readings)
-        return Reply(request.device, request.round, Outcome.OK, busy_s, payload, packed(request, result.arrays))
+        measured = result.measured(data.n_examples, steps_s=monitor.steps_s, busy_s=busy_s, readings=readings)
+        return result.reply(request, busy_s, measured)

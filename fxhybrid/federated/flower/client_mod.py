@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.client.local_steps import LocalWork, local_steps
 from fxhybrid.federated.client.node import ProcessMemoryMonitor, introduction
-from fxhybrid.federated.client.trainer import LocalResult, training_payload
-from fxhybrid.federated.flower.records import decode_request, encode_reply, from_json_record, json_record
-from fxhybrid.federated.flower.strategy import WORK
+from fxhybrid.federated.client.training_reply import LocalResult
+from fxhybrid.federated.flower.records import WORK, decode_request, encode_reply, from_json_record, json_record
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply
-from fxhybrid.federated.tasks.captured_step import capture_model
 from fxhybrid.ir.plan import Plan
 from fxhybrid.suite.sample_data import Batch
 
@@ -71,8 +69,7 @@ class FxHybridMod:
         start_s = time.monotonic()
         reply = call_next(message, context)
         if not reply.has_error() and self._plans:
-            measured = training_payload(
-                LocalResult.of({}, self._losses, self._plans),
+            measured = LocalResult({}, self._losses, self._plans).measured(
                 self.n_examples,
                 steps_s=monitor.steps_s,
                 busy_s=time.monotonic() - start_s,
@@ -101,6 +98,8 @@ class FxHybridMod:
         """
         if self._work is None:
             raise InvalidArgument("steps are made within a train function that has this mod")
+        from fxhybrid.federated.tasks.captured_step import capture_model  # takes torch's compiler, a report does not
+
         source = iter(batches)
         batch = next(source)
         hybrid = capture_model(model, loss_fn, optimizer, batch, plan=self._work.plans[0])

@@ -13,6 +13,7 @@ from fxhybrid.federated.protocol.messages import Arrays, Kind, Outcome, Reply, R
 from fxhybrid.federated.protocol.transport import is_out_of_memory
 
 MESSAGE_TYPES = {Kind.REPORT: "query", Kind.TRAIN: "train"}
+WORK = "fxhybrid"  # name of the record with a device's work, and of that with what it measured, beside Flower's own
 _PAYLOAD, _ARRAYS = "payload", "arrays"
 _OUTCOMES = {5: Outcome.LOST, 8: Outcome.KILLED}  # Flower's codes: the node left; its client process was killed
 

@@ -14,13 +14,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fxhybrid.federated.flower.grid_transport import FlowerTransport
-from fxhybrid.federated.flower.records import MESSAGE_TYPES, failed_by, from_json_record, json_record
+from fxhybrid.federated.flower.records import MESSAGE_TYPES, WORK, failed_by, from_json_record, json_record
 from fxhybrid.federated.protocol.messages import Arrays, Kind, Outcome, Reply, Request, failed
 from fxhybrid.federated.server.build_driver import build_scheduler, planners_of
 from fxhybrid.federated.server.policies import Settings, policy_of
 from fxhybrid.federated.tasks.tasks import Task
-
-WORK = "fxhybrid"  # name of the record with a device's work, and of that with what it measured
 
 
 class FxHybridStrategy(FedAvg):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.client.local_steps import LocalWork, local_steps
-from fxhybrid.federated.client.trainer import Trainer, packed, training_payload
+from fxhybrid.federated.client.trainer import Trainer
 from fxhybrid.federated.memory.forecast import UNLIMITED_BYTES
 from fxhybrid.federated.protocol.compact_updates import BITS, FULL_BITS
 from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request, failed, n_bytes
@@ -106,10 +106,10 @@ class SimulatedDevice:
         def finish() -> Reply:
             result = trainers[work.width].train_by(plans, request.arrays, work, self.data)
             readings = self._readings(start_s, monitor.now_s)
-            payload = training_payload(
-                result, self.data.n_examples, steps_s=monitor.steps_s, busy_s=monitor.now_s - start_s, readings=readings
+            measured = result.measured(
+                self.data.n_examples, steps_s=monitor.steps_s, busy_s=monitor.now_s - start_s, readings=readings
             )
-            return Reply(self.name, request.round, Outcome.OK, elapsed_s, payload, packed(request, result.arrays))
+            return result.reply(request, elapsed_s, measured)
 
         share = BITS / FULL_BITS if request.payload.get("update_bits") == BITS else 1.0
         elapsed_s = trained_s + share * n_bytes(request.arrays) / self.bytes_per_s

@@ -1,5 +1,5 @@
 """The devices' app."""
 
-from fxhybrid.federated.flower.apps import make_client_app
+from fxhybrid.federated.flower.node_app import make_client_app
 
 app = make_client_app()

@@ -1,5 +1,5 @@
 """The server's app."""
 
-from fxhybrid.federated.flower.apps import make_server_app
+from fxhybrid.federated.flower.driver_app import make_server_app
 
 app = make_server_app()
