@@ -96,7 +96,7 @@ def _record(experiment: Experiment, fleet: str, cell: str, policy: str, seed: in
     start = time.process_time()
     driver = experiment.driver(scenario, policy_of(policy), settings)
     records = driver.run()
-    accuracies = [record.score.accuracy for record in records if record.score]
+    accuracies = [record.score.accuracy for record in records]
     models = (ASSUMED,) if driver.policy.is_async else FAILURES
     clocks = {name: _clock(records, name) for name in models}
     n_equal = sum(clock_s <= 3600 * HOURS for clock_s in clocks[ASSUMED])

@@ -22,7 +22,7 @@ from fxhybrid.federated.protocol.messages import Kind, Outcome, Reply, Request
 from fxhybrid.federated.protocol.model_arrays import to_arrays
 from fxhybrid.federated.protocol.transport import InProcessTransport
 from fxhybrid.federated.selection.strategies import SELECTORS
-from fxhybrid.federated.server.device_registry import DeviceRecord, DeviceRegistry
+from fxhybrid.federated.server.device_records import DeviceRecord
 from fxhybrid.federated.server.driver import Driver
 from fxhybrid.federated.server.fleet_planner import FleetPlanner
 from fxhybrid.federated.server.policies import Settings, policy_of
@@ -69,9 +69,7 @@ def _planning(planner: FleetPlanner, arrays: dict[str, np.ndarray], count: int) 
             return budgets[device]
 
         start = time.perf_counter()
-        round_plans = fleet.round_plans(
-            DeviceRegistry(records), policy_of("fxhybrid"), Settings(1, 10), forecast, records
-        )
+        round_plans = fleet.round_plans(records, policy_of("fxhybrid"), Settings(1, 10), forecast, records)
         seconds = time.perf_counter() - start
         plans = {id(round_plan.plans[0]) for round_plan in round_plans if round_plan.plans}
         text = f"planning round {place + 1}: {count} devices, {len(plans)} plans of {planner.n_buckets} buckets a kind"
@@ -105,7 +103,7 @@ def _bookkeeping(planner: FleetPlanner, count: int, rounds: int) -> None:
             policy=policy_of("fxhybrid"),
             settings=Settings(rounds, devices_per_round=20),
             forecaster=MemoryBudgetPredictor(),
-            selector=SELECTORS["utility"](0),
+            select=SELECTORS["utility"],
         ),
         arrays,
         evaluate=lambda _: Score(0.0, 0.0),

@@ -47,19 +47,11 @@ def tiny_task(n_clients: int = 4, layers: int = 4) -> Task:
     return Task("tiny", make_model, F.cross_entropy, BATCH, 0.5, "sgd", clients, parts[-1])
 
 
-class InOrder:
+def in_order(candidates: Sequence[Candidate], count: int, *, round_index: int, seed: int = 0) -> Selection:
     """Chooses devices in turn."""
-
-    def __init__(self) -> None:
-        self.name = "in order"
-        self.state: dict[str, Any] = {"next": 0}
-
-    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        start = int(self.state["next"])
-        names = [c.client for c in candidates]
-        chosen = [names[(start + i) % len(names)] for i in range(min(count, len(names)))]
-        self.state["next"] = start + count
-        return Selection(round_index, tuple(chosen), {n: {"score": 1.0, "chosen": float(n in chosen)} for n in names})
+    names = [c.client for c in candidates]
+    chosen = [names[((round_index - 1) * count + i) % len(names)] for i in range(min(count, len(names)))]
+    return Selection(round_index, tuple(chosen), {n: {"score": 1.0, "chosen": float(n in chosen)} for n in names})
 
 
 def report(request: Request, readings: list[list[float]], **payload: Any) -> Reply:
@@ -109,7 +101,7 @@ def driver_of(
             policy=policy or Policy("test", forecast="last"),
             settings=Settings(rounds, **chosen),
             forecaster=LastReading(),
-            selector=InOrder(),
+            select=in_order,
         ),
         arrays,
         evaluate=lambda model: Score(0.0, float(model["w"][0])),

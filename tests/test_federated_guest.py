@@ -81,7 +81,7 @@ def test_an_own_train_function_runs_by_plans_within_differential_privacy() -> No
     planned = strategy()
     private = DifferentialPrivacyServerSideFixedClipping(planned, 0.001, 10.0, num_sampled_clients=2)
     assert accuracy(run(private, Clients(), 2)) > 0.75
-    records = planned.scheduler.registry.records
+    records = planned.scheduler.records
     assert sorted(records) == ["1", "2"]
     assert [record.times_selected for record in records.values()] == [2, 2]
     assert all(record.slowdown and record.squared_loss is not None for record in records.values())
@@ -96,7 +96,7 @@ def test_a_killed_client_teaches_the_forecast_and_other_strategies_average() -> 
     planned.scheduler.forecaster.report_miss = lambda device, t_s: told.append(device)  # type: ignore[method-assign]
     run(planned, Clients(failing=(2,)), 2)
     assert told == ["2", "2"]  # after two failures it rests
-    assert planned.scheduler.registry.records["2"].failures == 2
+    assert planned.scheduler.records["2"].failures == 2
     assert planned.current_arrays is not None  # FedAdam saw every round
 
 

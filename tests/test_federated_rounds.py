@@ -68,12 +68,12 @@ def test_answers_correct_speed_and_link(planner: FleetPlanner) -> None:
     # told: 1e6 bytes/s, slowdown 1. Measured: 10 s of which 4 s were training; 24 bytes in the other 6 s: 4 bytes/s
     driver = driver_of(planner, {"a": after(10.0, busy_s=4.0, slowdown=3.0)}, rounds=1)
     driver.run()
-    record = driver.scheduler.registry.records["a"]
+    record = driver.scheduler.records["a"]
     assert record.correction == 3.0
     assert record.bytes_per_s == pytest.approx(math.sqrt(1e6 * 4))  # half-way between both, as ratios
     plan = driver.scheduler.round_plans(["a"], 0.0)[0]
     untold = dataclasses.replace(record, slowdown=None)
-    driver.scheduler.registry.records["a"] = untold
+    driver.scheduler.records["a"] = untold
     other = driver.scheduler.round_plans(["a"], 0.0)[0]
     assert plan.candidate.predicted_step_s == pytest.approx(3 * other.candidate.predicted_step_s)
 
@@ -81,7 +81,7 @@ def test_answers_correct_speed_and_link(planner: FleetPlanner) -> None:
 def test_impossible_measurements_are_left_out(planner: FleetPlanner) -> None:
     driver = driver_of(planner, {"a": after(10.0, busy_s=-4.0, slowdown=math.inf)}, rounds=1)
     driver.run()
-    assert (driver.scheduler.registry.records["a"].correction, driver.scheduler.registry.records["a"].bytes_per_s) == (
+    assert (driver.scheduler.records["a"].correction, driver.scheduler.records["a"].bytes_per_s) == (
         1.0,
         1e6,
     )
@@ -99,7 +99,7 @@ def test_the_deadline_is_twice_the_mean_prediction(planner: FleetPlanner) -> Non
 def test_who_is_late_is_slower_than_was_thought(planner: FleetPlanner) -> None:
     driver = driver_of(planner, {"a": after(70.0)}, rounds=2, deadline_s=60.0)
     driver.run()
-    assert (driver.outcomes["late"], driver.scheduler.registry.records["a"].correction) == (2, 4.0)
+    assert (driver.outcomes["late"], driver.scheduler.records["a"].correction) == (2, 4.0)
 
 
 def test_slow_devices_get_fewer_steps(planner: FleetPlanner) -> None:

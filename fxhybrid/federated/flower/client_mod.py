@@ -24,20 +24,7 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
 class FxHybridMod:
-    """Runs the local steps of a train function by the plans that :class:`FxHybridStrategy` sends.
-
-    ::
-
-        mod = FxHybridMod(n_examples=len(data))
-        app = ClientApp()
-        app.query()(mod.report)
-
-        @app.train(mods=[mod])
-        def train(message, context):
-            ...
-            for step in mod.steps(model, loss_fn, optimizer, batches):
-                step()  # one forward and backward pass within the plan
-                optimizer.step()
+    """Runs the local steps of a train function by the plans that ``FxHybridStrategy`` sends; see docs/FEDERATED.md.
 
     Args:
         n_examples: that this device holds.

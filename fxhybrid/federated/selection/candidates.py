@@ -1,8 +1,6 @@
 """Who trains in a round: what is known about each client, what was chosen, and what a selector is.
 
-Selectors are in :mod:`fxhybrid.federated.selection.strategies`. They draw from a generator seeded by their seed and
-the round, and what they carry from round to round is ``state``: JSON, so that a driver can store it and go on
-bit-exactly.
+Selectors are in :mod:`fxhybrid.federated.selection.strategies`.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from fxhybrid.errors import InvalidArgument
 
@@ -89,21 +87,9 @@ class Selection:
         return {"round": self.round_index, "chosen": list(self.chosen), "factors": factors}
 
 
-@runtime_checkable
-class ClientSelector(Protocol):
-    """Chooses the clients of a round.
+class Selector(Protocol):
+    """Chooses the clients of a round."""
 
-    Attributes:
-        state: everything that must survive a restart, as JSON values.
-    """
-
-    state: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """As logs and tables call it."""
-        ...
-
-    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """Chooses up to ``count`` of the candidates, without repetition."""
+    def __call__(self, candidates: Sequence[Candidate], count: int, *, round_index: int, seed: int = 0) -> Selection:
+        """Chooses up to ``count`` of the candidates, without repetition; the same for the same seed and round."""
         ...

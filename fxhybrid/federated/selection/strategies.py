@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fxhybrid.errors import InvalidArgument
-from fxhybrid.federated.selection.candidates import Candidate, ClientSelector, Selection
+from fxhybrid.federated.selection.candidates import Candidate, Selection, Selector
 
 CUTOFF = 0.95
 EXPLORATION, EXPLORATION_DECAY, LEAST_EXPLORATION = 0.9, 0.98, 0.2
@@ -40,81 +38,59 @@ Factors = dict[str, float]
 Floats = NDArray[np.float64]
 
 
-@dataclass
-class RandomSelector:
+def select_randomly(candidates: Sequence[Candidate], count: int, *, round_index: int, seed: int = 0) -> Selection:
     """Draws evenly among all candidates."""
-
-    seed: int = 0
-    state: dict[str, Any] = field(default_factory=dict)
-    name: str = "random"
-
-    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """Selects; see :class:`ClientSelector`."""
-        random = _generator(self.seed, round_index, count)
-        factors = {c.client: {"score": 1.0} for c in candidates}
-        order = random.permutation(len(candidates))[:count]
-        return _selection(round_index, candidates, [candidates[i].client for i in order], factors)
+    random = _generator(seed, round_index, count)
+    factors = {c.client: {"score": 1.0} for c in candidates}
+    order = random.permutation(len(candidates))[:count]
+    return _selection(round_index, candidates, [candidates[i].client for i in order], factors)
 
 
-@dataclass
-class UtilitySelector:
+def select_by_utility(candidates: Sequence[Candidate], count: int, *, round_index: int, seed: int = 0) -> Selection:
     """Multiplies data, memory and compute utility after normalising; explores and caps repeats."""
-
-    seed: int = 0
-    state: dict[str, Any] = field(default_factory=dict)
-    name: str = "utility"
-
-    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """Selects; see :class:`ClientSelector`."""
-        return _bandit(self.seed, candidates, count, round_index, self._rewards, gate=True)
-
-    def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
-        losses = [c.mean_squared_loss for c in pool if c.mean_squared_loss is not None]
-        usual = sum(losses) / len(losses) if losses else 0.0  # who did not answer may yet teach as much as others
-        data = _shares_of_top([_data_utility(c, usual) for c in pool])
-        memory = [_memory_share(c) for c in pool]
-        compute = _ranks([1 / c.predicted_step_s for c in pool])
-        return [
-            {"data": float(d), "memory": float(m), "compute": float(s), "reward": float(d * m * s)}
-            for d, m, s in zip(data, memory, compute, strict=True)
-        ]
+    return _bandit(seed, candidates, count, round_index, _utility_rewards, gate=True)
 
 
-@dataclass
-class OortSelector:
+def select_as_oort(candidates: Sequence[Candidate], count: int, *, round_index: int, seed: int = 0) -> Selection:
     """Selects as Oort does (Lai et al., OSDI 2021): data utility, a penalty on slow clients, no look at memory.
 
     Who was chosen and did not answer has shown no utility. The preferred duration is a fixed quantile of the predicted
     durations; Oort's pacer, which moves it, is left out.
     """
-
-    seed: int = 0
-    state: dict[str, Any] = field(default_factory=dict)
-    name: str = "oort"
-
-    def select(self, candidates: Sequence[Candidate], count: int, *, round_index: int) -> Selection:
-        """Selects; see :class:`ClientSelector`."""
-        return _bandit(self.seed, candidates, count, round_index, self._rewards, gate=False)
-
-    def _rewards(self, pool: Sequence[Candidate]) -> list[Factors]:
-        utilities = np.array([_data_utility(c, 0.0) for c in pool])
-        top = float(np.quantile(utilities, CLIP_QUANTILE, method="higher"))
-        low = float(utilities.min())
-        finite = [c.predicted_round_s for c in pool if math.isfinite(c.predicted_round_s)]
-        preferred_s = float(np.quantile(finite, DURATION_QUANTILE)) if finite else math.inf
-        found = []
-        for c, utility in zip(pool, utilities.tolist(), strict=True):
-            data = (min(utility, top) - low) / (top - low) if top > low else 1.0
-            system = min(1.0, preferred_s / c.predicted_round_s) ** PENALTY if finite else 1.0
-            found.append({"data": data, "system": system, "reward": data * system})
-        return found
+    return _bandit(seed, candidates, count, round_index, _oort_rewards, gate=False)
 
 
-SELECTORS: Mapping[str, Callable[[int], ClientSelector]] = {
-    "utility": UtilitySelector,
-    "random": RandomSelector,
-    "oort": OortSelector,
+SELECTORS: Mapping[str, Selector] = {
+    "utility": select_by_utility,
+    "random": select_randomly,
+    "oort": select_as_oort,
 }
+
+
+def _utility_rewards(pool: Sequence[Candidate]) -> list[Factors]:
+    losses = [c.mean_squared_loss for c in pool if c.mean_squared_loss is not None]
+    usual = sum(losses) / len(losses) if losses else 0.0  # who did not answer may yet teach as much as others
+    data = _shares_of_top([_data_utility(c, usual) for c in pool])
+    memory = [_memory_share(c) for c in pool]
+    compute = _ranks([1 / c.predicted_step_s for c in pool])
+    return [
+        {"data": float(d), "memory": float(m), "compute": float(s), "reward": float(d * m * s)}
+        for d, m, s in zip(data, memory, compute, strict=True)
+    ]
+
+
+def _oort_rewards(pool: Sequence[Candidate]) -> list[Factors]:
+    utilities = np.array([_data_utility(c, 0.0) for c in pool])
+    top = float(np.quantile(utilities, CLIP_QUANTILE, method="higher"))
+    low = float(utilities.min())
+    finite = [c.predicted_round_s for c in pool if math.isfinite(c.predicted_round_s)]
+    preferred_s = float(np.quantile(finite, DURATION_QUANTILE)) if finite else math.inf
+    found = []
+    for c, utility in zip(pool, utilities.tolist(), strict=True):
+        data = (min(utility, top) - low) / (top - low) if top > low else 1.0
+        system = min(1.0, preferred_s / c.predicted_round_s) ** PENALTY if finite else 1.0
+        found.append({"data": data, "system": system, "reward": data * system})
+    return found
 
 
 def _bandit(

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.protocol.messages import Array, Arrays, Payload, Reply
-from fxhybrid.federated.server.device_registry import readings_of
+from fxhybrid.federated.server.device_records import readings_of
 
 LARGEST_COUNT = 1 << 32  # a count above this is no count; it would drown all others
 Shapes = Mapping[str, tuple[int, ...]]

@@ -78,5 +78,5 @@ def build_scheduler(
         policy=policy,
         settings=settings,
         forecaster=LastReading() if policy.forecast == "last" else MemoryBudgetPredictor(),
-        selector=SELECTORS[policy.selector](settings.seed),
+        select=SELECTORS[policy.selector],
     )

@@ -78,9 +78,7 @@ class Driver:
             records.append(self.run_round())
             _log.info("%s", records[-1])
             if progress and bar is not None:
-                score = records[-1].score
-                text = f"{name} {score.accuracy:.1%}" if score else name
-                progress.update(bar, completed=self.round, description=text)
+                progress.update(bar, completed=self.round, description=f"{name} {records[-1].score.accuracy:.1%}")
         return records
 
     def run_round(self) -> RoundRecord:
@@ -105,15 +103,13 @@ class Driver:
         self.arrays = average(self.arrays, updates)
         outcomes = {reply.device: reply.outcome.value for reply in [*replies, *unused]}
         self.outcomes.update(reply.outcome.value for reply in [*replies, *unused])
-        score = self.evaluate(self.arrays) if self._is_scored() else None
         entries = {reply.device: log_entry(reply) for reply in replies}
         elapsed_s = self.clock_s - start_s
-        record = RoundRecord(self.round, self.clock_s, elapsed_s, deadline_s, outcomes, entries, score)
+        record = RoundRecord(
+            self.round, self.clock_s, elapsed_s, deadline_s, outcomes, entries, self.evaluate(self.arrays)
+        )
         self._write(record, selections, [update.device for update in updates], refused)
         return record
-
-    def _is_scored(self) -> bool:
-        return self.round % self.scheduler.settings.evaluate_every == 0 or self.round == self.scheduler.settings.rounds
 
     def _reports(self) -> list[str]:
         """Asks devices for their memory; returns the reports that were refused, in words."""

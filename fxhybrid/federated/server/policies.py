@@ -64,7 +64,6 @@ class Settings:
         report_deadline_s: the same for reports.
         report_every: rounds from one report of devices' memory to the next; they also report when they train.
         seed: of everything random.
-        evaluate_every: rounds from one evaluation to the next.
         overhead_bytes: that runtime and transport of a device take in addition to training.
         update_bits: of a number in a device's update, 32 or 8; the latter with a scale for each row.
         until_s: no round begins later on the run's clock.
@@ -78,7 +77,6 @@ class Settings:
     report_deadline_s: float = 60.0
     report_every: int = 1
     seed: int = 0
-    evaluate_every: int = 1
     overhead_bytes: int = 0
     update_bits: int = FULL_BITS
     until_s: float = math.inf
@@ -98,7 +96,7 @@ class Settings:
         Raises:
             InvalidArgument: one cannot be used.
         """
-        for name in ("rounds", "devices_per_round", "local_steps", "evaluate_every", "report_every", "over_selection"):
+        for name in ("rounds", "devices_per_round", "local_steps", "report_every", "over_selection"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.update_bits not in (BITS, FULL_BITS):

@@ -12,7 +12,7 @@ from fxhybrid.devices.device_profile import DeviceProfile
 from fxhybrid.federated.protocol.messages import Arrays, n_bytes
 from fxhybrid.federated.protocol.model_arrays import leading_slice
 from fxhybrid.federated.selection.candidates import Candidate
-from fxhybrid.federated.server.device_registry import DeviceRecord, DeviceRegistry
+from fxhybrid.federated.server.device_records import DeviceRecord, Records
 from fxhybrid.federated.server.fleet_planner import DevicePlan, FleetPlanner
 from fxhybrid.federated.server.policies import DEADLINE, Policy, Settings
 
@@ -100,15 +100,15 @@ class Fleet:
 
     def round_plans(
         self,
-        registry: DeviceRegistry,
+        records: Records,
         policy: Policy,
         settings: Settings,
         forecast: Callable[[str, float], int],
         devices: Iterable[str],
     ) -> list[RoundPlan]:
         """Plans the round for each device that is there and has reported."""
-        known = [(device, registry.records[device]) for device in devices if device in registry.records]
-        return [self._round_plan(device, record, policy, settings, forecast) for device, record in known]
+        known = [device for device in devices if device in records]
+        return [self._round_plan(device, records[device], policy, settings, forecast) for device in known]
 
     def _round_plan(
         self,

@@ -25,7 +25,7 @@ class RoundRecord:
         deadline_s: that its devices had.
         outcomes: by chosen device.
         replies: by device that answered or was found dead: everything but arrays.
-        score: of the global model on held-out data, where it was taken.
+        score: of the global model on held-out data.
     """
 
     round: int
@@ -34,13 +34,13 @@ class RoundRecord:
     deadline_s: float
     outcomes: Mapping[str, str]
     replies: Mapping[str, Mapping[str, Any]]
-    score: Score | None
+    score: Score
 
     def __str__(self) -> str:
         """Returns one line for a log."""
         counts = ", ".join(f"{count} {outcome}" for outcome, count in Counter(self.outcomes.values()).items())
-        score = f", accuracy {self.score.accuracy:.1%}, loss {self.score.loss:.3f}" if self.score else ""
-        return f"round {self.round}: {counts or 'nobody there'} in {self.elapsed_s:.0f} s{score}"
+        score = f"accuracy {self.score.accuracy:.1%}, loss {self.score.loss:.3f}"
+        return f"round {self.round}: {counts or 'nobody there'} in {self.elapsed_s:.0f} s, {score}"
 
 
 class RunLog:

@@ -15,9 +15,9 @@ from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.memory.forecast import UNLIMITED_BYTES, Forecaster
 from fxhybrid.federated.protocol.compact_updates import BITS, unpack_update
 from fxhybrid.federated.protocol.messages import DEATHS, Arrays, Kind, Outcome, Reply, Request, n_bytes
-from fxhybrid.federated.selection.candidates import ClientSelector, Selection
+from fxhybrid.federated.selection.candidates import Selection, Selector
 from fxhybrid.federated.server.aggregation import shapes_of, why_invalid
-from fxhybrid.federated.server.device_registry import DeviceRegistry, readings_of
+from fxhybrid.federated.server.device_records import DeviceRecord, Records, readings_of, take_report
 from fxhybrid.federated.server.policies import Policy, Settings
 from fxhybrid.federated.server.round_plans import Fleet, RoundPlan, deadline_of
 
@@ -41,7 +41,7 @@ class Scheduler:
     """Asks devices for reports and trainings. The only random draws are seeded by run and selection."""
 
     def __init__(
-        self, fleet: Fleet, *, policy: Policy, settings: Settings, forecaster: Forecaster, selector: ClientSelector
+        self, fleet: Fleet, *, policy: Policy, settings: Settings, forecaster: Forecaster, select: Selector
     ) -> None:
         """Joins the parts.
 
@@ -50,11 +50,11 @@ class Scheduler:
             policy: method or baseline.
             settings: of the run.
             forecaster: of the devices' memory.
-            selector: of the devices.
+            select: chooses among the devices.
         """
         self.fleet, self.policy, self.settings = fleet, policy, settings
-        self.forecaster, self.selector = forecaster, selector
-        self.registry = DeviceRegistry()
+        self.forecaster, self.select = forecaster, select
+        self.records: Records = {}
         self.n_selections = 0
         self.open: dict[str, Request] = {}  # by device: trainings without an answer
 
@@ -65,7 +65,7 @@ class Scheduler:
         is_due = (round_index - 1) % self.settings.report_every == 0
         requests = []
         for device in devices:
-            record = self.registry.records.get(device)
+            record = self.records.get(device)
             if record is None or (is_due and device not in self.open):
                 payload = {"introduce": record is None, "since_s": record.last_report_s if record else 0.0}
                 deadline_s = self.settings.report_deadline_s
@@ -77,7 +77,7 @@ class Scheduler:
         refused = []
         for reply in (r for r in replies if r.outcome is Outcome.OK):
             try:
-                for t_s, available_bytes in self.registry.record_report(reply, now_s):
+                for t_s, available_bytes in take_report(self.records, reply, now_s):
                     self.forecaster.observe(reply.device, t_s, available_bytes)
             except InvalidArgument as error:
                 refused.append(str(error))
@@ -93,14 +93,14 @@ class Scheduler:
         usable = {plan.candidate.client: plan for plan in plans if self._can_take_part(plan, round_index, deadline_s)}
         places = self.settings.n_asked - len(self.open)
         candidates = [plan.candidate for plan in usable.values()]
-        selection = self.selector.select(candidates, places, round_index=self.n_selections)
+        selection = self.select(candidates, places, round_index=self.n_selections, seed=self.settings.seed)
         chosen = [usable[name] for name in selection.chosen]
         durations_s = [request.payload["predicted_s"] for request in self.open.values()]
         durations_s += [plan.candidate.predicted_round_s for plan in chosen]
         requests = []
         for plan in chosen:
             device = plan.candidate.client
-            self.registry.record_selection(device, self.n_selections)
+            self.records[device].note_selection(self.n_selections)
             work = plan.work(self.policy, deadline_s, statistics.median(durations_s))
             work["update_bits"] = self.settings.update_bits
             work["seed"] = [self.settings.seed, self.n_selections, *device.encode()]
@@ -118,11 +118,11 @@ class Scheduler:
             found = self.forecaster.predict(device, now_s=now_s, horizon_s=horizon_s)
             return max(found - self.settings.overhead_bytes, 0)
 
-        return self.fleet.round_plans(self.registry, self.policy, self.settings, forecast, devices)
+        return self.fleet.round_plans(self.records, self.policy, self.settings, forecast, devices)
 
     def _can_take_part(self, plan: RoundPlan, round_index: int, deadline_s: float) -> bool:
         """Returns whether a device can train and does not rest; without the gate anybody may."""
-        is_rested = self.registry.records[plan.candidate.client].rests_until < round_index
+        is_rested = self.records[plan.candidate.client].rests_until < round_index
         return not self.policy.gate or (is_rested and plan.is_usable(deadline_s))
 
     def take_reply(self, reply: Reply, model: Arrays, round_index: int) -> tuple[Reply, Request]:
@@ -137,11 +137,11 @@ class Scheduler:
         if reply.outcome is Outcome.OK:
             reply = _checked(reply, request, model)
         if reply.outcome is Outcome.OK:
-            self.registry.record_answer(reply, n_bytes(request.arrays))
+            self.records[reply.device].note_answer(reply, n_bytes(request.arrays))
             for t_s, available_bytes in readings_of(reply.payload):
                 self.forecaster.observe(reply.device, t_s, available_bytes)
         else:
-            self.registry.record_failure(reply, round_index)
+            self.records[reply.device].note_failure(reply, round_index)
             if reply.outcome in DEATHS and self.policy.forecast != "none":
                 self.forecaster.report_miss(reply.device, request.now_s + reply.elapsed_s)
         return reply, request
@@ -152,17 +152,15 @@ class Scheduler:
         """Returns everything but open trainings as JSON values."""
         return {
             "n_selections": self.n_selections,
-            "registry": self.registry.to_json(),
+            "records": {device: dataclasses.asdict(record) for device, record in self.records.items()},
             "forecaster": self.forecaster.to_state(),
-            "selector": self.selector.state,
         }
 
     def restore(self, state: dict[str, Any], requests: Iterable[Request]) -> None:
         """Goes on from ``to_state``, with the trainings that were open then."""
         self.n_selections = state["n_selections"]
-        self.registry = DeviceRegistry.from_json(state["registry"])
+        self.records = {device: DeviceRecord(**record) for device, record in state["records"].items()}
         self.forecaster = self.forecaster.from_state(state["forecaster"])
-        self.selector.state = state["selector"]
         self.open = {request.device: request for request in requests}
 
 

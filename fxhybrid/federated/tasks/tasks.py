@@ -21,6 +21,7 @@ from fxhybrid.suite.sample_data import (
 )
 from fxhybrid.suite.small_models import SmallMobileNet, evaluate, nested_transformer, next_byte_loss, seeded
 
+ALPHA = 1.0  # of the digits' Dirichlet label skew
 TEXT_LENGTH, PACKAGE_BYTES = 32, 60_000
 N_HELD_OUT_WINDOWS = 1024
 
@@ -59,20 +60,16 @@ def digits_task(
     n_clients: int,
     *,
     seed: int = 0,
-    alpha: float = 1.0,
     is_capable: Sequence[bool] | None = None,
     skew: float = 0.0,
-    batch_size: int = 32,
 ) -> Task:
     """Makes the task of a batch-norm CNN on scikit-learn's 8 x 8 digits.
 
     Args:
         n_clients: how many share the training images.
         seed: of the split and the initial weights.
-        alpha: of the Dirichlet label skew.
         is_capable: which clients are strong devices; with ``skew``, those hold other classes than weak ones.
         skew: see ``capability_split``.
-        batch_size: of a local step.
 
     Raises:
         InvalidArgument: scikit-learn is not installed.
@@ -81,15 +78,15 @@ def digits_task(
     trained, held_out = split_held_out(len(labels))
     images, labels, test = images[trained], labels[trained], (images[held_out], labels[held_out])
     if is_capable is None:
-        parts = dirichlet_split(labels.numpy(), n_clients, alpha, seed)
+        parts = dirichlet_split(labels.numpy(), n_clients, ALPHA, seed)
     else:
-        parts = capability_split(labels.numpy(), is_capable, skew, alpha, seed)
+        parts = capability_split(labels.numpy(), is_capable, skew, ALPHA, seed)
     clients = {f"client{i:04d}": ArrayData(images[part], labels[part]) for i, part in enumerate(parts)}
     return Task(
         "digits",
         lambda width: seeded(lambda: SmallMobileNet(width), seed),
         F.cross_entropy,
-        batch_size,
+        32,
         0.1,
         "sgd",
         clients,
@@ -97,7 +94,7 @@ def digits_task(
     )
 
 
-def text_task(n_clients: int, *, seed: int = 0, batch_size: int = 16) -> Task:
+def text_task(n_clients: int, *, seed: int = 0) -> Task:
     """Makes the task of a small transformer on the standard library's source, one package per client.
 
     The last fifth of each package is held out.
@@ -107,7 +104,7 @@ def text_task(n_clients: int, *, seed: int = 0, batch_size: int = 16) -> Task:
         "text",
         lambda width: seeded(lambda: nested_transformer(width, length=TEXT_LENGTH), seed),
         next_byte_loss,
-        batch_size,
+        16,
         5e-3,
         "adam",
         clients,
