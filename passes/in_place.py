@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import Instruction, Schedule
 from fxhybrid.ir.simulator import Timeline, simulate
+from fxhybrid.ops.hand_on import HAND_ON
 from fxhybrid.ops.masks import APPLY_MASK, APPLY_MASK_IN_PLACE
 from fxhybrid.passes.emitted_call import EmittedCall, emitted_call
 from fxhybrid.passes.storages import Layout
@@ -120,9 +121,14 @@ def _held_values(layout: Layout, schedule: Schedule, calls: Sequence[EmittedCall
     for instruction, call in zip(schedule.instructions, calls, strict=True):
         if call is None or not owns_results(call.target):
             held.update(instruction.writes)
-        if not instruction.writes:  # it is there for its effect, and may keep what it reads
+        if call is None or not instruction.writes or may_keep(call.target):
             held.update(instruction.reads)
     return held
+
+
+def may_keep(target: Any) -> bool:
+    """Says whether an operator, a user's for one, may hold on to what it reads; one without a result may, too."""
+    return not isinstance(target, OpOverload) or target.namespace not in ("aten", "fxhybrid") or target is HAND_ON
 
 
 def owns_results(target: Any) -> bool:

@@ -104,6 +104,25 @@ def _with_transpose(x: Tensor) -> Tensor:
     return x * x.t()
 
 
+KEPT: list[Tensor] = []
+
+
+@torch.library.custom_op("in_place_tests::keep", mutates_args=())
+def keep(x: Tensor) -> Tensor:
+    """Returns a scalar, and keeps what it is given."""
+    KEPT.append(x)
+    return x.sum()
+
+
+@keep.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(())
+
+
+def _kept(x: Tensor) -> Tensor:
+    return x + keep(x) * 0
+
+
 HELD: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "returned": lambda h: ((h * 2).relu().sum(), h),
     "a view of it returned": lambda h: ((h * 2).relu().sum(), h[:2]),
@@ -113,6 +132,7 @@ HELD: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "kept for backward": lambda h: ((h.sin() * h.cos()).sum(),),  # cos is read last by a product with sin's gradient
     "its own transpose read": lambda h: ((_with_transpose(h.detach() * 2) * h).sum(),),
     "expanded": lambda h: ((h[:1].expand(8, 8) + 1).relu().square().sum(),),
+    "kept by an operator of the user's": lambda h: ((_kept(h.detach() + 1).relu() * h).sum(),),
     "another layout": lambda h: ((h + 1 + (h + 2).t()).relu().square().sum(),),
 }
 
@@ -134,12 +154,14 @@ def test_what_others_look_at_stays(name: str, budget: float | str) -> None:
     model, x = Model(), torch.randn(8, 8)
     plain = copy.deepcopy(model)
     hybrid = fxhybrid.compile(model, budget=budget, example_inputs=(x,), compression="off")
+    KEPT.clear()
     results = [module(x) for module in (plain, hybrid)]
     for again in (True, False):  # the second backward pass finds what is stored as it was
         for loss, *_ in results:
             loss.backward(retain_graph=again)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert torch.equal(plain.layer.weight.grad, model.layer.weight.grad)
+    assert all(torch.equal(*pair) for pair in zip(KEPT[::2], KEPT[1::2], strict=True))
 
 
 def test_only_new_storages_are_overwritten() -> None:
