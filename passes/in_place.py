@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import fxhybrid.ops.batch_norm  # noqa: F401  (registers the operator that is looked for)
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import Instruction, Schedule
 from fxhybrid.ir.simulator import Timeline, simulate

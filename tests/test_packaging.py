@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tomllib
@@ -104,3 +105,31 @@ def test_importing_loads_neither_solvers_nor_displays() -> None:
     code = f"import sys, fxhybrid; print([name for name in {names} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+EACH_ALONE = """
+import importlib, os, sys, traceback
+import fxhybrid.torch_internals  # takes long, and registers nothing of ours
+failed = []
+for name in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+sys.exit(f"do not import alone: {failed}" if failed else 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process for each module from the start takes minutes")
+def test_each_pass_imports_alone() -> None:
+    """Operators of our own that a module looks up are registered by what it imports itself."""
+    names = [f"fxhybrid.passes.{path.stem}" for path in sorted((ROOT / "passes").glob("[a-z]*.py"))]
+    assert "fxhybrid.passes.in_place" in names
+    done = subprocess.run([sys.executable, "-c", EACH_ALONE, *names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
