@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import fx, nn
 
 from fxhybrid.capture.outer_context import refuse_transforms, refuse_wrapper
 from fxhybrid.capture.planning_lock import PLANNING
+from fxhybrid.capture.python_state import copied
 from fxhybrid.capture.step import StepCall
 from fxhybrid.compiler.explained import explanation_of, memory_figure_of, write_report
 from fxhybrid.compiler.model_parameters import needs_gradients
@@ -280,7 +280,7 @@ class HybridModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridModule:
         session = self._fxhybrid_session
-        model = copy.deepcopy(session.model, memo)
+        model = copied(session.model, memo)
         return wrap(model, session.options, session.transferred)
 
     def __reduce__(self) -> Any:

@@ -109,6 +109,9 @@ class StepFunction:
         self.mutated: tuple[int, ...] = tuple(metadata.mutated_inp_runtime_indices)
         self.gradient_tangents = interface.gradient_tangents
         self.with_gradient = tuple(i for i, sources in enumerate(self.gradient_tangents) if sources)
+        self.cut_off = tuple(
+            i for i in interface.tensor_inputs if not self.gradient_tangents[i] and i not in self.mutated
+        )
         self.tangent_values = interface.tangent_values
         self.tensor_inputs = interface.tensor_inputs
         self.aliased = frozenset(metadata.aliased_out_indices)
@@ -135,12 +138,20 @@ class StepFunction:
 
     def __call__(self, *flat_inputs: Any) -> list[Any]:
         """Runs the forward graph, writes mutations back and gives the user outputs."""
-        results = list(_Step.apply(self, *flat_inputs))  # type: ignore[no-untyped-call]
+        results = list(_Step.apply(self, *self._without_history(flat_inputs)))  # type: ignore[no-untyped-call]
         if not self.aliased:
             return results[: self.n_outputs]
         with torch.enable_grad():
             inputs = list(flat_inputs)
             return [handle(inputs, results, out) for handle, out in zip(self.handlers, results, strict=False)]
+
+    def _without_history(self, flat_inputs: tuple[Any, ...]) -> list[Any]:
+        """Cuts off what computed inputs that get no gradient: autograd would go there, to an older step's graph."""
+        inputs = list(flat_inputs)
+        for i in self.cut_off:
+            if inputs[i].grad_fn is not None:
+                inputs[i] = inputs[i].detach()
+        return inputs
 
 
 class _Step(torch.autograd.Function):

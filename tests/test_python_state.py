@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import random
 import sys
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fxhybrid
-from fxhybrid.capture.python_state import unchanged_python_state
+from fxhybrid.capture.python_state import copied, unchanged_python_state
 from fxhybrid.console import stage
 
 
@@ -154,3 +155,47 @@ def test_planning_leaves_the_model_as_it_was(compression: str) -> None:
         assert torch.equal(plain.memory, model.memory)
     hybrid.check_error(batches[0])
     assert torch.equal(plain.memory, model.memory)
+
+
+class KeepsHistory(nn.Module):
+    """Keeps a tensor that autograd has computed, and reads it in the next step."""
+
+    def __init__(self, *, is_split: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.is_split = nn.Linear(4, 4), nn.Linear(4, 4), is_split
+        self.state: Tensor | None = None
+        self.log: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        h = h if self.state is None else h + self.state.detach()
+        if self.is_split and not h.isfinite().all():
+            h = h.clamp(-1, 1)
+        self.state = self.last(h).tanh()
+        self.log[:] = [h]
+        return self.state.square().mean()
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_tensors_with_a_history_are_kept_from_step_to_step(is_split: bool) -> None:
+    def step(model: Any) -> Tensor:
+        model.zero_grad()
+        loss: Tensor = model(x)
+        loss.backward()
+        return loss
+
+    torch.manual_seed(0)
+    x, plain = torch.randn(8, 4), KeepsHistory(is_split=is_split)
+    step(plain)  # whose graph is gone
+    with pytest.raises(RuntimeError, match="graph leaves"):
+        copy.deepcopy(plain)
+    model: Any = copied(plain)
+    assert torch.equal(model.state, plain.state)
+    model.state = model.state.requires_grad_() * 1
+    model.state.sum().backward()
+    hybrid: Any = fxhybrid.compile(model, budget=1.0, example_inputs=(x,), solver="mps", compression="lossless")
+    for make in (lambda: hybrid, lambda: hybrid, lambda: copy.deepcopy(hybrid)):
+        trained = make()
+        torch.testing.assert_close(step(trained), step(plain), rtol=0, atol=0)
+        assert torch.equal(trained.state, plain.state)
+        assert torch.equal(trained.first.weight.grad, plain.first.weight.grad)

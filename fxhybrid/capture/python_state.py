@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import sys
 from collections import deque
@@ -75,6 +76,21 @@ def undo_of_step(module: nn.Module, changed: Iterable[Tensor] = ()) -> UndoOfRun
 
     n_bytes = undo_runs.n_bytes + sum(value.untyped_storage().nbytes() for _, value in kept)
     return UndoOfRuns((*undo_runs.undo_all, undo), n_bytes)
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copies a module, and cuts tensors of autograd's graph that it keeps off from it, which ``copy.deepcopy`` refuses.
+
+    Args:
+        module: a user's; it stays as it is.
+        memo: of a copy that is under way.
+    """
+    memo = {} if memo is None else memo
+    finder = _TensorFinder([*module.parameters(), *module.buffers()])
+    for part in module.modules():
+        finder.take(part)
+    memo |= {id(t): t.detach().clone() for t in finder.found if t.grad_fn is not None}
+    return copy.deepcopy(module, memo)
 
 
 def _generators() -> Iterator[Undo]:
@@ -185,6 +201,22 @@ class _Snapshot:
         if isinstance(value, type) or not isinstance(attributes, dict) or not _is_user_object(value):
             return ()
         return self._note_container(attributes)
+
+
+class _TensorFinder(_Snapshot):
+    """Finds the tensors that Python objects hold.
+
+    Attributes:
+        found: those tensors.
+    """
+
+    def __init__(self, apart: Iterable[object]) -> None:
+        super().__init__(apart)
+        self.found: list[Tensor] = []
+
+    def _note_tensor(self, value: Tensor) -> Iterable[object]:
+        self.found.append(value)
+        return ()
 
 
 def _set_generator(generator: torch.Generator, kept: torch.Generator) -> None:
