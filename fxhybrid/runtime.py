@@ -155,7 +155,12 @@ class StepFunction:
 
 
 class _Step(torch.autograd.Function):
-    """One training step; flat inputs in, user outputs (aliases wrapped) out."""
+    """One training step; flat inputs in, user outputs (aliases wrapped) out.
+
+    Gradients of the outputs arrive in a list of their own, so that each one dies at its last use.
+    """
+
+    boxed_grads_call = True
 
     @staticmethod
     def forward(ctx: Any, step: StepFunction, *flat_inputs: Any) -> tuple[Any, ...]:
@@ -182,11 +187,12 @@ class _Step(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, output_gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise BackwardError(TWICE_DIFFERENTIATED)
         step: StepFunction = ctx.step
         arrived = [output_gradients[i] for i in step.tangent_outputs]
+        output_gradients.clear()
         present = frozenset(i for i, tangent in enumerate(arrived) if tangent is not None)
         entered = ctx.entered if step.enter is not None and present else None
         notes = None if entered is None else entered.leaf_notes

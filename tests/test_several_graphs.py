@@ -37,7 +37,6 @@ def test_a_model_with_breaks_trains_like_the_same_without() -> None:
     assert [part.line.rpartition(":")[0] for part in report.parts[:3]] == [several_graphs_parts.__file__] * 3
     assert report.unplanned == ()
     assert "ends behind" in str(report)
-    # gradients of a graph's outputs live through its whole backward half, so that a little more is alive
     assert whole.plan.budget_bytes <= hybrid.plan.budget_bytes <= 1.1 * whole.plan.budget_bytes
     for budget in (hybrid.plan.budget_bytes, int(MARGIN * smallest(hybrid))):
         hybrid.set_budget(budget)
@@ -117,6 +116,31 @@ def test_what_python_takes_between_graphs_counts() -> None:
 
     measured = fxhybrid.measure_step(run, modules=pair.hybrid, tensors=X, repeats=0).peak_bytes
     assert measured <= pair.hybrid.plan.budget_bytes <= 1.05 * measured
+
+
+def test_gradients_of_outputs_die_at_their_last_use() -> None:
+    class Narrow(nn.Module):
+        """Its second graph returns something wide, whose gradient is read first, and then makes wider ones."""
+
+        def __init__(self, *, is_split: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.is_split = nn.Linear(WIDTH, 4), is_split
+            self.wider, self.wide = nn.Linear(4, 192 * WIDTH), nn.Linear(WIDTH, 64 * WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).tanh()
+            h = h.clone() if self.is_split and not h.isfinite().all() else h
+            wide = self.wide(self.wider(h).view(len(x), 192, WIDTH).sum(1))
+            return wide if not self.is_split or h.isfinite().all() else wide.clone()
+
+    budgets = []
+    for is_split in (False, True):
+        pair = twins(Narrow(is_split=is_split).train(), example_inputs=(X,), loss_fn=loss_of)
+        pair.same(step)
+        budgets.append(pair.hybrid.plan.budget_bytes)
+        assert peak_bytes(pair.hybrid) <= budgets[-1] <= 1.02 * peak_bytes(pair.hybrid)
+    assert budgets[1] <= 1.05 * budgets[0]
 
 
 class Weighted(nn.Module):
@@ -269,10 +293,10 @@ def test_parts_add_up() -> None:
         return Problem(tensors, forward, backward, (), (1,), (2,), 0, tangent)
 
     first, second = part(40, 100, 100, 7), part(100, 10, 10, 100)
-    shared = (Shared(100, maker=0, last=1), Shared(10, maker=1, last=2, held=True))
+    shared = (Shared(100, maker=0, last=1), Shared(10, maker=1, last=2, held=True, is_root=True))
     parts = (
         Part(first, leaving={1: 0}),
-        Part(second, arriving={0: 0}, leaving={1: 1}, input_gradients={2: 0}),
+        Part(second, arriving={0: 0}, leaving={1: 1}, input_gradients={2: frozenset({0})}),
     )
     sequence = PartSequence(parts, (1, 0), shared, 1000)
     peak = sequence_peak(sequence, [part_timeline(each, {}) for each in parts])
@@ -281,6 +305,12 @@ def test_parts_add_up() -> None:
     # backward 2: s of both, y, its gradient, and the new gradient of h (100): 1000 + 40 + 100 + 10 + 10 + 100
     # backward 1: s 40, y and its gradient, which backward() holds, the gradient of h (100), and the new one (7)
     assert peak.backward_bytes == (1167, 1260)
+    # a gradient that nothing reads dies when the half begins, unless the backward pass begins with it
+    dying = replace(sequence, parts=(replace(parts[0], dying=((100, -1),)), parts[1]))
+    peak = sequence_peak(dying, [part_timeline(each, {}) for each in dying.parts])
+    assert peak.backward_bytes == (1067, 1260)
+    joined = join_parts(dying)
+    assert fxhybrid_peak(joined.problem) >= peak.peak_bytes
     # Python takes 200 more before the second part, which h is alive for: 1000 + 40 + 100 + 200; and 300 after it, when
     # both parts have stored theirs: 1000 + 40 + 100 + 10 + 300
     sequence = replace(sequence, parts=(parts[0], replace(parts[1], rise_bytes=200)), tail=Tail(rise_bytes=300))

@@ -101,12 +101,18 @@ class _Joining:
     def _backward_half(self, k: int, part: Part) -> None:
         first = self.offsets[k]
         arrived = [t for key in part.leaving.values() for t in self.carried.pop(key, [])]
-        tangents = self._add_tensor(f"gradients of the outputs of part {k}", part.problem.tangent_bytes)
+        staying_bytes = part.problem.tangent_bytes - sum(size_bytes for size_bytes, _ in part.dying)
+        tangents = self._add_tensor(f"gradients of the outputs of part {k}", staying_bytes)
         passing = self._add_tensor(f"gradients that pass part {k}", part.passing_bytes)
-        self.backward.append(_free_op(f"backward {k} begins", arrived, (tangents, passing)))
-        self.backward += (self._shifted(op, k, first) for op in part.problem.backward)
+        name = f"gradient of an output of part {k}, {{}}"
+        dying = [(self._add_tensor(name.format(i), size), last) for i, (size, last) in enumerate(part.dying)]
+        self.backward.append(_free_op(f"backward {k} begins", arrived, (tangents, passing, *(t for t, _ in dying))))
+        for position, op in enumerate(part.problem.backward):
+            shifted = self._shifted(op, k, first)
+            read = tuple(t for t, last in dying if last == position)
+            self.backward.append(replace(shifted, inputs=(*shifted.inputs, *read)))
         new = [t + first for t in part.input_gradients]
-        for t, key in part.input_gradients.items():
+        for t, key in ((t, key) for t, keys in part.input_gradients.items() for key in sorted(keys)):
             if self.sequence.shared[key].maker < k:
                 self.carried.setdefault(key, []).append(t + first)
         for key in part.passing:
@@ -145,7 +151,7 @@ class _Joining:
         parts = self.sequence.parts
         taken = frozenset(key for part in parts for key in part.taken)
         beside = sum(part.beside_bytes for part in parts) + self.sequence.tail.beside_bytes
-        roots = sum(shared.size_bytes for shared in self.sequence.shared if shared.held)
+        roots = sum(shared.size_bytes for shared in self.sequence.shared if shared.is_root)
         return self.sequence.resident_bytes + beside + roots + sum(map(self._size, taken))
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.problem import Problem
-from fxhybrid.ir.schedule import lower
+from fxhybrid.ir.schedule import Kind, lower
 from fxhybrid.ir.simulator import simulate
+
+_BACKWARD_OPS = (Kind.RUN, Kind.FUSED, Kind.FASTER)
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Shared:
         last: the last part in whose forward half Python still holds it; the number of parts where that is the end of
             the whole forward pass.
         held: whether Python holds it through the backward pass of the parts, too.
+        is_root: whether the backward pass begins with its gradient, which is held to the end then.
     """
 
     size_bytes: int
     maker: int
     last: int
     held: bool = False
+    is_root: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,24 +49,27 @@ class Part:
         arriving: shared storages that it takes and decides on, by tensor.
         taken: shared storages that it takes as they are, and keeps for its backward half.
         leaving: shared storages that it makes, by tensor.
-        input_gradients: shared storages whose gradients it makes, by tensor.
+        input_gradients: shared storages whose gradients it makes, by tensor; one tensor may be the gradient of several.
         passing: shared storages whose gradient is the very one of an output.
         beside_bytes: what Python's own operators before the part keep for their backward pass.
         rise_bytes: what they take while they run, beyond what is alive when the part begins.
         backward_rise_bytes: what their backward pass takes, beyond what is alive when the part's backward half is over.
         passing_bytes: gradients that Python's operators have made when the part's backward half begins, for others.
+        dying: gradients of its outputs that die in its backward half: bytes, and the last operator that reads them, by
+            position; -1 for none. The others live through the whole half.
     """
 
     problem: Problem
     arriving: Mapping[int, int] = field(default_factory=dict)
     taken: frozenset[int] = frozenset()
     leaving: Mapping[int, int] = field(default_factory=dict)
-    input_gradients: Mapping[int, int] = field(default_factory=dict)
+    input_gradients: Mapping[int, frozenset[int]] = field(default_factory=dict)
     passing: frozenset[int] = frozenset()
     beside_bytes: int = 0
     rise_bytes: int = 0
     backward_rise_bytes: int = 0
     passing_bytes: int = 0
+    dying: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +118,8 @@ class PartTimeline:
     Attributes:
         forward_bytes: the highest point of its forward half, above what was alive before.
         backward_bytes: likewise of its backward half; gradients of its outputs and what it stored itself are included.
+        beside_others_bytes: the same where shared storages that it keeps live through its backward half, since others
+            keep them, too.
         stored_bytes: what it keeps between the halves, shared storages left out.
         stored: shared storages that it keeps as they are.
         gradient_bytes: gradients of parameters and of the step's own inputs that it leaves.
@@ -119,6 +128,7 @@ class PartTimeline:
 
     forward_bytes: int
     backward_bytes: int
+    beside_others_bytes: int
     stored_bytes: int
     stored: frozenset[int]
     gradient_bytes: int
@@ -153,13 +163,20 @@ def part_timeline(part: Part, actions: Actions) -> PartTimeline:
     timeline = simulate(problem, schedule)
     n = schedule.n_forward
     during = timeline.during_bytes - problem.resident_bytes
+    ends = {each.op: i for i, each in enumerate(schedule.instructions) if i >= n and each.kind in _BACKWARD_OPS}
+    for size_bytes, last in part.dying:
+        during[ends.get(last, n - 1) + 1 :] -= size_bytes
     crossing = [i for i in range(len(schedule.values)) if timeline.birth[i] < n <= timeline.death[i]]
     keys = {**part.arriving, **part.leaving}
     raw = {i: keys[v.tensor] for i in crossing if not (v := schedule.values[i]).encoded and v.tensor in keys}
     gradients = {t for t in problem.gradients if t not in part.input_gradients}
+    longer = during[n:].copy()
+    for i in raw:
+        longer[timeline.death[i] + 1 - n :] += schedule.values[i].size_bytes
     return PartTimeline(
         forward_bytes=int(during[:n].max(initial=0)),
         backward_bytes=int(during[n:].max(initial=0)),
+        beside_others_bytes=int(longer.max(initial=0)),
         stored_bytes=sum(schedule.values[i].size_bytes for i in crossing if i not in raw),
         stored=part.taken.union(raw.values()),
         gradient_bytes=sum(problem.tensors[t].size_bytes for t in gradients),
@@ -194,7 +211,8 @@ class _Tally:
         self.needs = needs
         self.pending = set(range(len(needs)))  # parts whose backward half has not run
         self.gradient_bytes = 0
-        self.carried: dict[int, int] = {}  # gradients of shared storages on their way to the storage's maker
+        # gradients of shared storages on their way to the storage's maker: by what made them, bytes
+        self.carried: dict[int, dict[tuple[int, int], int]] = {}
 
     def before_forward(self, k: int) -> int:
         """Returns what is alive when a part's forward half begins, less what it takes from others."""
@@ -238,16 +256,15 @@ class _Tally:
             self.carried.pop(key, None)  # counted in the part itself from here on
         kept = {key for j in self.pending for key in self.needs[j].stored}
         kept |= {i for i, s in enumerate(self.sequence.shared) if s.held}
-        within = self._beside_half(k, (kept - need.stored) | part.taken) + need.backward_bytes
+        own = need.backward_bytes if kept.isdisjoint(need.stored) else need.beside_others_bytes
+        within = self._beside_half(k, (kept - need.stored) | part.taken) + own
         self.gradient_bytes += need.gradient_bytes
-        # who holds an output may hold its gradient, too: ``backward()`` does
-        held = {key for key in part.leaving.values() if self.sequence.shared[key].held}
-        self.gradient_bytes += self._shared_bytes(held)
-        for t, key in part.input_gradients.items():
-            size = part.problem.tensors[t].size_bytes
-            self.carried[key] = self.carried.get(key, 0) + size
+        self.gradient_bytes += self._shared_bytes({k for k in part.leaving.values() if self.sequence.shared[k].is_root})
+        for t, keys in part.input_gradients.items():
+            for key in keys:
+                self.carried.setdefault(key, {})[k, t] = part.problem.tensors[t].size_bytes
         for key in part.passing:
-            self.carried[key] = self.carried.get(key, 0) + self.sequence.shared[key].size_bytes
+            self.carried.setdefault(key, {})[k, -1 - key] = self.sequence.shared[key].size_bytes
         return max(within, self._beside_half(k, kept) + part.backward_rise_bytes)
 
     def _beside_half(self, k: int, shared: set[int]) -> int:
@@ -258,7 +275,7 @@ class _Tally:
             + sum(self.sequence.parts[j].beside_bytes for j in self.pending | {k})
             + (self.sequence.tail.beside_bytes - self.sequence.tail.gone_bytes)
             + self._shared_bytes(shared)
-            + sum(self.carried.values())
+            + sum({made: size for each in self.carried.values() for made, size in each.items()}.values())
             + self.sequence.parts[k].passing_bytes
             + self.gradient_bytes
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxhybrid.capture.joint_graph import InputKind, OutputKind
+from fxhybrid.capture.joint_graph import InputKind, OutputKind, storages
+from fxhybrid.capture.output_structure import tangent_outputs
 from fxhybrid.ir.sequence import Part, PartSequence, Shared
 from fxhybrid.pipeline import Prepared
 from fxhybrid.segments.segment import boundary_tensors
@@ -37,7 +38,7 @@ def _part(k: int, call: RecordedCall, prepared: Prepared, shared: Sequence[Share
     boundaries = boundary_tensors(prepared)
     arriving = {t: call.inputs[i] for i, t in boundaries.items() if i in call.inputs}
     leaving: dict[int, int] = {}
-    gradients: dict[int, int] = {}
+    gradients: dict[int, set[int]] = {}
     passing: set[int] = set()
     joint, layout = prepared.joint, prepared.layout
     for node, role in zip(joint.output_nodes, joint.outputs, strict=True):
@@ -47,9 +48,9 @@ def _part(k: int, call: RecordedCall, prepared: Prepared, shared: Sequence[Share
             if shared[key].maker == k:
                 leaving |= dict.fromkeys(behind, key)
         elif role.kind is OutputKind.GRADIENT and role.of in call.inputs and node is not None:
-            if behind:
-                gradients |= dict.fromkeys(behind, call.inputs[role.of])
-            else:
+            for t in behind:
+                gradients.setdefault(t, set()).add(call.inputs[role.of])
+            if not behind:
                 passing.add(call.inputs[role.of])  # the very gradient of an output
     taken = {
         key
@@ -63,13 +64,36 @@ def _part(k: int, call: RecordedCall, prepared: Prepared, shared: Sequence[Share
         arriving,
         frozenset(taken),
         leaving,
-        gradients,
+        {t: frozenset(keys) for t, keys in gradients.items()},
         frozenset(passing),
         call.beside_bytes,
         call.rise_bytes,
         call.backward_rise_bytes,
         call.passing_bytes,
+        _dying(call, prepared, shared),
     )
+
+
+def _dying(call: RecordedCall, prepared: Prepared, shared: Sequence[Shared]) -> tuple[tuple[int, int], ...]:
+    """Returns the gradients of outputs that die in the backward half: bytes, and the last operator that reads them.
+
+    Not so where the backward pass begins with them, or where they are the gradient of an input.
+    """
+    joint, layout = prepared.joint, prepared.layout
+    roots = {i for i, key in call.outputs.items() if shared[key].is_root}
+    results = zip(joint.output_nodes, joint.outputs, strict=True)
+    gradients = [node for node, role in results if role.kind is OutputKind.GRADIENT and node is not None]
+    kept = {s for node in gradients for s in storages(node.meta["val"])}
+    reads = ((i, n) for i, op in enumerate(layout.backward) for n in op.node.all_input_nodes)
+    last = {s: i for i, node in reads for s in storages(node.meta.get("val"))}
+    tangents = [n for n, role in zip(joint.placeholders, joint.inputs, strict=True) if role.kind is InputKind.TANGENT]
+    found = []
+    outputs = tangent_outputs(prepared.capture.metadata)
+    for position, (node, output) in enumerate(zip(tangents, outputs, strict=True)):
+        (storage,) = storages(node.meta["val"])
+        if position not in prepared.expected.absent and output not in roots and storage not in kept:
+            found.append((node.meta["val"].untyped_storage().nbytes(), last.get(storage, -1)))
+    return tuple(found)
 
 
 def own_part(prepared: Prepared) -> Part:
@@ -78,4 +102,4 @@ def own_part(prepared: Prepared) -> Part:
     results = zip(joint.output_nodes, joint.outputs, strict=True)
     gradients = (n for n, role in results if role.kind is OutputKind.GRADIENT and role.of in boundaries)
     behind = (t for node in gradients if node is not None for t in layout.storages_of.get(node, ()))
-    return Part(prepared.problem, input_gradients=dict.fromkeys(behind, 0))
+    return Part(prepared.problem, input_gradients=dict.fromkeys(behind, frozenset({0})))

@@ -151,7 +151,8 @@ class StepRecording:
             for position, present in halves:
                 self.calls[position].present = present
             is_run = self._memory is not None and bool(halves) and self._halves.run(results)
-        self.shared = tuple(self._storages.shared)
+        roots = {self._storages.keys.get(_identity(t)) for t in results if t.requires_grad}
+        self.shared = tuple(replace(s, is_root=key in roots) for key, s in enumerate(self._storages.shared))
         if self._memory is not None:
             live = self._note_rises(self._memory.segments)
             if is_run and tuple(self._halves.ran) == self.backward:
