@@ -55,7 +55,6 @@ from torch._subclasses.fake_tensor import _BypassDispatchCache as BypassDispatch
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -63,6 +62,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
+    "PROXY",
     "SET_ATTRIBUTE",
     "BypassDispatchCache",
     "DictViewIterator",
@@ -111,12 +111,12 @@ __all__ = [
     "compute_required_storage_length",
     "convert_frame",
     "disable_current_modes",
+    "dispatch_mode",
     "dynamo_config",
     "dynamo_timed",
     "fake_impls",
     "functorch_config",
     "get_metrics_context",
-    "get_proxy_mode",
     "graph_is_kept",
     "inductor_config",
     "innermost_backend",
@@ -147,8 +147,10 @@ __all__ = [
 SetAttribute: Any = getattr(builtin, "SetAttrBuiltinVariable", builtin.BuiltinVariable)
 SET_ATTRIBUTE = "_call_setattr" if hasattr(SetAttribute, "_call_setattr") else "call_setattr"
 DictViewIterator: Any = getattr(iterators, "DictViewIterator", None)  # torch 2.12 has none, and no need of it
+PROXY: Any = torch._C._TorchDispatchModeKey.PROXY
 DisableAutocast: Any = torch._C._DisableAutocast
 ExcludeDispatchKey: Any = torch._C._SetExcludeDispatchKeyGuard
+dispatch_mode: Any = torch._C._get_dispatch_mode
 graph_is_kept: Any = profiler._get_current_graph_task_keep_graph
 is_jit_tracing: Any = torch._C._is_tracing
 node_will_run: Any = torch._C._will_engine_execute_node

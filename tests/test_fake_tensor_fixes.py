@@ -10,6 +10,8 @@ from fxhybrid.accuracy.step_result import relative_difference
 from fxhybrid.capture.capture import capture
 from fxhybrid.capture.fake_tensor_fixes import kernel_norms
 from fxhybrid.capture.joint_graph import JointGraph
+from fxhybrid.capture.symbolic import capture_symbolic
+from fxhybrid.passes.concretize import SymbolicGraph
 
 
 class LeftHalf(nn.Module):
@@ -30,6 +32,25 @@ def test_a_part_of_a_storage_counts_the_whole() -> None:
     assert (written.shape, written.stride()) == ((4, 2), (8, 1))
     # 4 x 8 numbers of 4 bytes; the cache would give 3 x 8 + 2 of them, as shape and strides need no more
     assert written.untyped_storage().nbytes() == 128
+
+
+def test_a_part_of_a_storage_counts_the_whole_with_symbolic_sizes() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    module = LeftHalf()
+    symbolic = capture_symbolic(module, (x,), {0: frozenset([0])})
+    (name,) = symbolic.sizes(module, x) or {}
+    for rows in (4, 6):
+        nodes = SymbolicGraph(symbolic.capture.joint).at({name: rows}).module.graph.nodes
+        (written,) = (n.meta["val"] for n in nodes if n.name == "copy")
+        assert written.untyped_storage().nbytes() == rows * 32
+
+
+def test_tensors_of_symbolic_sizes_come_from_the_cache_too() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    before = dict(FakeTensorMode.cache_bypasses)
+    capture_symbolic(model, (torch.randn(4, 8),), {0: frozenset([0])})
+    added = {reason: n - before.get(reason, 0) for reason, n in FakeTensorMode.cache_bypasses.items()}
+    assert not added.get("storage is larger than its tensor")
 
 
 def test_the_cache_of_the_process_is_as_it_was() -> None:

@@ -19,6 +19,7 @@ PATCHED = (
     (torch_internals.SetAttribute, torch_internals.SET_ATTRIBUTE),
     (torch_internals.TorchInGraphFunctionVariable, "_get_handlers"),
     (torch_internals.builder, "process_automatic_dynamic"),
+    (torch_internals.builder, "_automatic_dynamic"),
     (torch_internals.InstructionTranslatorBase, graph_runner._LOOPS),
     (torch_internals.convert_frame, "CatchErrorsWrapper"),
     (torch_internals.convert_frame, "BackendInput"),
@@ -34,6 +35,7 @@ PATCHED = (
     (torch.UntypedStorage, "_new_with_weak_ptr"),
     (torch_internals.RandomVariable, "is_supported_random_obj"),
     *((torch_internals.SymNode, f"_{name}") for name in symbolic_arithmetic.OPERATIONS),
+    *((torch_internals.SymNode, name) for name in ("expr", "maybe_as_int", "wrap_int")),
 )
 SETTINGS = (
     (torch_internals.dynamo_config, "skip_nnmodule_hook_guards"),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -112,9 +113,22 @@ def own_fake_tensors() -> Iterator[None]:
 
 def _has_larger_storage(value: Tensor) -> bool:
     size_bytes = value.untyped_storage().nbytes()
-    if not isinstance(size_bytes, int):  # symbolic: not worth a guard
-        return True
+    if not isinstance(size_bytes, int):
+        return _is_symbolically_larger(value, size_bytes)
     return size_bytes != compute_required_storage_length(value.shape, value.stride(), 0) * value.element_size()
+
+
+def _is_symbolically_larger(value: Tensor, size_bytes: torch.SymInt) -> bool:
+    """Whether arithmetic alone, which leaves no guard, does not show that a tensor fills its storage."""
+    steps = (
+        (_expression(size) - 1) * _expression(stride) for size, stride in zip(value.shape, value.stride(), strict=True)
+    )
+    needed_bytes = (1 + sum(steps)) * value.element_size()
+    return bool(sympy.expand(needed_bytes - _expression(size_bytes)) != 0)
+
+
+def _expression(number: Any) -> Any:
+    return number.node.expr if isinstance(number, torch.SymInt) else sympy.Integer(number)
 
 
 @contextlib.contextmanager
