@@ -241,6 +241,33 @@ def test_a_convnet_over_batch_sizes() -> None:
     assert compared.n_captures == 2
 
 
+class Pairs(nn.Module):
+    """Compares two pieces of text of any lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.layer = nn.Embedding(WORDS, 16), nn.Linear(16, 16)
+
+    def forward(self, ids: Tensor, others: Tensor) -> Tensor:
+        pieces = (self.layer(self.tokens(piece)).mean(1) for piece in (ids, others))
+        return torch.cosine_similarity(*pieces)
+
+
+def test_lengths_that_were_equal_by_chance_may_differ_later() -> None:
+    model = Pairs()
+    plain = copy.deepcopy(model)
+    hybrid = fxhybrid.compile(model, budget=2**20, loss_fn=torch.sum, compression="lossless", solver="mps")
+    for first, second in ((20, 20), (12, 12), (14, 9), (7, 15)):
+        batch = words(8, first)[0], words(8, second)[0]
+        hybrid(*batch).backward()
+        plain(*batch).sum().backward()
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+        model.zero_grad(set_to_none=True)
+        plain.zero_grad(set_to_none=True)
+    cache = hybrid._fxhybrid_session.cache
+    assert (len(cache.captured), len(cache.families)) == (1, 2)
+
+
 class Repeated(nn.Module):
     """Loops as often as its input is long: each length is another graph."""
 

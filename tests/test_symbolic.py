@@ -74,6 +74,16 @@ def test_a_concretized_graph_is_the_static_one(make: Callable[[], tuple[Step, Ma
     assert [(o.inputs, o.outputs) for o in mine.backward] == [(o.inputs, o.outputs) for o in theirs.backward]
 
 
+def test_alike_dimensions_are_one_symbol_as_long_as_they_are_equal() -> None:
+    step, call = gpt2()
+    dims = {0: frozenset([0, 1]), 1: frozenset([0, 1])}
+    symbolic = capture_symbolic(step, tuple(call(20, 12)), dims, alike=dims)
+    other = call(31, 9)
+    assert symbolic.capture.holds(step, *other)
+    assert sorted((symbolic.sizes(step, *other) or {}).values()) == [9, 31]
+    assert not symbolic.capture.holds(step, *StepCall(other.args, {}, (words(31, 10),)))
+
+
 def test_sizes_0_and_1_and_another_structure_do_not_hold() -> None:
     step, call = convnet()
     symbolic = capture_symbolic(step, tuple(call(20, 0)), {0: frozenset([0]), 1: frozenset([0])})

@@ -10,20 +10,25 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import sympy
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils import _pytree as pytree
 
 from fxhybrid.capture.capture import Capture, capture
 from fxhybrid.capture.joint_graph import JointGraph, OutputKind
 from fxhybrid.capture.symbolic_arithmetic import remembered_arithmetic
 from fxhybrid.errors import CaptureError, FxHybridError
-from fxhybrid.torch_internals import maybe_mark_dynamic
+from fxhybrid.torch_internals import builder, maybe_mark_dynamic
 
 Dims = Mapping[int, frozenset[int]]  # dimensions by the position of a tensor among a call's leaves
 Sizes = dict[str, int]  # by the symbol's name
+_ALIKE = (
+    "_fxhybrid_alike"  # attribute of a tensor that is traced: dimensions that are one symbol with others of the size
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,22 +79,26 @@ class SizeDecisions:
         return [guard.expr for guard in self._env.guards[self._n_guards :]]
 
 
-def capture_symbolic(module: nn.Module, args: tuple[Any, ...], dims: Dims, *, exact: bool = True) -> SymbolicCapture:
+def capture_symbolic(
+    module: nn.Module, args: tuple[Any, ...], dims: Dims, *, alike: Dims | None = None, exact: bool = True
+) -> SymbolicCapture:
     """Traces ``module(*args)`` and its backward pass with some sizes symbolic.
 
     Args:
         module: to be traced.
         args: of the call.
         dims: what to make symbolic where the model allows it; sizes 0 and 1 always stay as they are.
+        alike: those of ``dims`` that get one symbol where they have one size. A model mostly finds two sizes of a batch
+            equal at the end only, and all that was traced before is traced in other words from then on.
         exact: see ``capture``.
 
     Raises:
         CaptureError: a static capture may succeed where this does: the step cannot be traced so, or computes numbers
             from sizes whose rounding may differ from eager's.
     """
-    marked = _marked(args, dims)
+    marked = _marked(args, dims, alike or {})
     try:
-        with remembered_arithmetic():
+        with remembered_arithmetic(), one_symbol_for_alike_dims():
             captured = capture(module, marked, exact=exact)
         _check_supported(captured.joint)
         env = _shape_env(captured.joint)
@@ -106,7 +115,24 @@ def capture_symbolic(module: nn.Module, args: tuple[Any, ...], dims: Dims, *, ex
     return SymbolicCapture(captured, dims, SizeDecisions(env), read, parameters)
 
 
-def _marked(args: tuple[Any, ...], dims: Dims) -> tuple[Any, ...]:
+@contextlib.contextmanager
+def one_symbol_for_alike_dims() -> Iterator[None]:
+    """Lets Dynamo give marked dimensions of one size one symbol; a guard says that they are equal."""
+    name = "_automatic_dynamic"
+    torchs_own = getattr(builder, name)
+
+    def with_alike(tensor: Any, *args: Any, **options: Any) -> Any:
+        context = torchs_own(tensor, *args, **options)
+        for dim in getattr(tensor, _ALIKE, ()):
+            if context.dynamic_sizes[dim] is DimDynamic.DYNAMIC:
+                context.dynamic_sizes[dim] = DimDynamic.DUCK
+        return context
+
+    with patch.object(builder, name, with_alike):
+        yield
+
+
+def _marked(args: tuple[Any, ...], dims: Dims, alike: Dims) -> tuple[Any, ...]:
     """Returns the arguments with aliases of tensors, of which Dynamo takes ``dims`` as dynamic if it can."""
     leaves, spec = pytree.tree_flatten(args)
     aliases: dict[int, Tensor] = {}
@@ -116,6 +142,7 @@ def _marked(args: tuple[Any, ...], dims: Dims) -> tuple[Any, ...]:
             aliases[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
         for dim in marked:
             maybe_mark_dynamic(aliases[id(tensor)], dim)
+        setattr(aliases[id(tensor)], _ALIKE, alike.get(position, frozenset()))
     return tuple(pytree.tree_unflatten([aliases.get(id(leaf), leaf) for leaf in leaves], spec))
 
 

@@ -60,6 +60,13 @@ class CallShape:
             return {}
         return dict.fromkeys(first, frozenset([0]))
 
+    def alike(self, other: CallShape, dims: Dims) -> Dims:
+        """Returns those of ``dims`` that have the size of others of them in this and in another call of the kind."""
+        pairs = {(i, d): (self.sizes[i][d], other.sizes[i][d]) for i, each in dims.items() for d in sorted(each)}
+        first = {mine: (mine, theirs) for mine, theirs in reversed(pairs.values())}
+        shared = [place for place, pair in pairs.items() if first[pair[0]] == pair]
+        return joined(*({i: frozenset([d])} for i, d in shared))
+
 
 def joined(*dims: Dims) -> Dims:
     """Returns the dimensions that are in any of ``dims``."""

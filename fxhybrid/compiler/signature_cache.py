@@ -134,7 +134,7 @@ class SignatureCache:
         wanted = joined(differing, *(f.symbolic.dims for f in self.families if f.kind == shape.kind))
         with_batch = joined(wanted, shape.batch_dims())
         for dims in [with_batch, wanted] if with_batch != wanted else [wanted]:
-            family = _captured_family(step, call, dims, state, earlier)
+            family = _captured_family(step, call, dims, state, earlier, shape.alike(earlier, dims))
             if family is not None:
                 return family
         self._tries[shape.kind] += 1  # the next one would most likely be in vain, too
@@ -142,11 +142,12 @@ class SignatureCache:
 
 
 def _captured_family(
-    step: Step, call: StepCall, dims: Dims, state: PlanningState, earlier: CallShape
+    step: Step, call: StepCall, dims: Dims, state: PlanningState, earlier: CallShape, alike: Dims
 ) -> SizeFamily | None:
     """Captures a call symbolically; None unless that is what the static capture of an earlier call of its kind is."""
     try:
-        symbolic = capture_symbolic(step, tuple(call.detached()), dims, exact=not state.options.reordered)
+        exact = not state.options.reordered
+        symbolic = capture_symbolic(step, tuple(call.detached()), dims, alike=alike, exact=exact)
         graph, sizes = SymbolicGraph(symbolic.capture.joint), symbolic.sizes(step, *earlier.call())
         static = state.prepared.capture.joint
         if not sizes or fingerprint(graph.at(sizes)) != fingerprint(concretize(static, {})):
