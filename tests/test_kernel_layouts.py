@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fxhybrid.capture.tracing_settings import tracing_settings
+from tests.compare import twins
 from tests.operator_parts import Head, N, check, rows
 
 aten = torch.ops.aten
@@ -112,3 +113,17 @@ def test_gradients_that_autograd_fills_in_place() -> None:
         return torch.maximum(turned, turned.flip(2))
 
     check(Head(function), rows(4, 6, N))
+
+
+@pytest.mark.parametrize("batches", [(48,), (48, 24, 12)], ids=["one size", "many sizes"])
+def test_strides_along_one_element_reach_the_next_convolution(batches: tuple[int, ...]) -> None:
+    """Kernels of convolutions are chosen by them, and round in other ways."""
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1))
+    pair = twins(net, compression="lossless")
+    seen: list[tuple[int, ...]] = []
+    pair.plain[3].register_forward_pre_hook(lambda _, args: seen.append(args[0].stride()))
+    for batch in batches:
+        x = torch.randn(batch, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+        pair.same(lambda model, x=x: model(x).square().mean().backward())
+    *_, convolution = pair.hybrid.forward_graph.graph.find_nodes(op="call_function", target=aten.convolution.default)
+    assert convolution.args[0].meta["val"].stride() == seen[-1] == (8, 1, 8, 8)
