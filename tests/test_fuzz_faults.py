@@ -102,3 +102,31 @@ def test_a_pool_whose_inputs_begin_with_a_size() -> None:
 
     for batch, pixels in ((2, 8), (4, 8), (5, 10), (3, 6)):
         pair.same(partial(step, batch=batch, pixels=pixels))
+
+
+class Dropped(nn.Module):
+    """Drops nothing, and changes what is left in place: dropout gives back its argument then."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.trunk, self.dropout = nn.Linear(8, 8), nn.Dropout(rate)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.trunk(x)
+        return self.dropout(h).relu_(), h * 2
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_dropout_of_nothing_is_no_copy(rate: float) -> None:
+    model = Dropped(rate)
+    model.dropout.eval()
+    if rate == 0:
+        model.dropout.train()
+    pair = twins(model, budget=1 << 20)
+
+    def step(model: nn.Module) -> tuple[Tensor, Tensor]:
+        first, second = model(torch.randn(3, 8))
+        (first.square().mean() + second.square().mean()).backward()
+        return first, second
+
+    pair.same(step)

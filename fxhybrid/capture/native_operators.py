@@ -49,11 +49,18 @@ def _resize_with(op: Any) -> Callable[..., Tensor]:
     return resize
 
 
+def _dropout(x: Tensor, p: float, train: bool | None) -> Tensor:
+    """Gives back its argument where nothing is dropped, as the kernel does; the decomposition copies it."""
+    kept: Tensor = aten.native_dropout(x, p, train)[0] if train and p != 0 else x
+    return kept
+
+
 def _replacements() -> Mapping[Any, Callable[..., Tensor] | None]:
     """Returns what takes the place of each operator's decomposition; None stands for the operator itself."""
     resizing = [getattr(aten, name) for name in _RESIZING]
     whole = [*resizing, *(getattr(aten, name) for name in _TAKEN_APART)]
     own: dict[Any, Callable[..., Tensor] | None] = dict.fromkeys(op.default for op in whole)
+    own[aten.dropout.default] = _dropout
     return own | {op.vec: _resize_with(op.default) for op in resizing} | REPLACEMENTS
 
 
