@@ -127,4 +127,4 @@ def test_a_guest_runs_on_flowers_own_processes(tmp_path: Path) -> None:
         deployment.supernode(0)
         deployment.supernode(1)
         deployment.start_run(num_server_rounds=2)
-        assert deployment.result(170) == {"rounds": 2, "answers": 4, "measured": True}, deployment.logs()
+        assert deployment.result(400) == {"rounds": 2, "answers": 4, "measured": True}, deployment.logs()

@@ -22,7 +22,7 @@ def main(grid: Grid, context: Context) -> None:
     private = DifferentialPrivacyServerSideFixedClipping(planned, 0.01, 10.0, num_sampled_clients=2)
     rounds = int(context.run_config["num-server-rounds"])
     result = private.start(grid, ArrayRecord(make_model().state_dict()), num_rounds=rounds, timeout=300)
-    records = planned.scheduler.registry.records.values()
+    records = planned.scheduler.records.values()
     found = {
         "rounds": len(result.train_metrics_clientapp),
         "answers": sum(record.times_selected - record.failures for record in records),
