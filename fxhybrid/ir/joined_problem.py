@@ -77,13 +77,14 @@ class _Joining:
     def _forward_half(self, k: int, part: Part) -> None:
         ending = [key for key in self.by_python if self.sequence.shared[key].last == k]
         ending = [key for key in ending if not self.sequence.shared[key].held and key in part.arriving.values()]
-        self._mark(f"part {k} begins", [self.by_python[key] for key in ending], rise_bytes=part.rise_bytes)
+        loose = self._add_tensor(f"held by Python beside part {k}", part.loose_bytes)
+        self._mark(f"part {k} begins", [self.by_python[key] for key in ending], (loose,), part.rise_bytes)
         for key in ending:
             del self.by_python[key]
         first = self._add_tensors(k, part.problem.tensors)
         self.op_offsets.append(len(self.forward))
         self.forward += (self._shifted(op, k, first) for op in part.problem.forward)
-        made = [t + first for t in part.problem.mutations]
+        made = [loose, *(t + first for t in part.problem.mutations)]
         leaving = [key for key in part.leaving.values() if self._outlives(key, k)]
         outside = [key for key in (*part.arriving.values(), *part.taken) if self._outlives(key, k)]
         new = [key for key in dict.fromkeys((*leaving, *outside)) if key not in self.by_python]

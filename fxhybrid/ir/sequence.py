@@ -55,6 +55,7 @@ class Part:
         rise_bytes: what they take while they run, beyond what is alive when the part begins.
         backward_rise_bytes: what their backward pass takes, beyond what is alive when the part's backward half is over.
         passing_bytes: gradients that Python's operators have made when the part's backward half begins, for others.
+        loose_bytes: what else Python holds when the part begins.
         dying: gradients of its outputs that die in its backward half: bytes, and the last operator that reads them, by
             position; -1 for none. The others live through the whole half.
     """
@@ -69,6 +70,7 @@ class Part:
     rise_bytes: int = 0
     backward_rise_bytes: int = 0
     passing_bytes: int = 0
+    loose_bytes: int = 0
     dying: tuple[tuple[int, int], ...] = ()
 
 
@@ -223,6 +225,7 @@ class _Tally:
             self.sequence.resident_bytes
             + sum(self.needs[j].stored_bytes for j in range(k))
             + sum(part.beside_bytes for part in self.sequence.parts[: k + 1])
+            + part.loose_bytes
             + self._shared_bytes((self._kept(k) | by_python | part.taken) - arriving)
         )
 

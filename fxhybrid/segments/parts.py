@@ -70,6 +70,7 @@ def _part(k: int, call: RecordedCall, prepared: Prepared, shared: Sequence[Share
         call.rise_bytes,
         call.backward_rise_bytes,
         call.passing_bytes,
+        call.loose_bytes,
         _dying(call, prepared, shared),
     )
 

@@ -43,6 +43,7 @@ class RecordedCall:
         rise_bytes: what they take while they run, beyond what is alive when the call begins.
         backward_rise_bytes: what their backward pass takes, beyond what is alive when the call's own is over.
         passing_bytes: gradients that Python's operators have made when the call's backward pass begins, for others.
+        loose_bytes: what else Python holds when the call begins: tensors that it hands to no graph.
     """
 
     segment: Segment
@@ -54,6 +55,7 @@ class RecordedCall:
     rise_bytes: int = 0
     backward_rise_bytes: int = 0
     passing_bytes: int = 0
+    loose_bytes: int = 0
 
 
 class _Storages:
@@ -200,15 +202,27 @@ class StepRecording:
     def _note_rises(self, segments: Sequence[Sequence[Event]]) -> dict[int, int]:
         """Notes how far memory rose between the calls, which are marked at both ends; returns what is alive then."""
         live: dict[int, int] = {}
-        levels = [walk(events, live) for events in segments[: 2 * len(self.calls) + 1]]
-        *rises, tail = (peak - end for peak, end in levels[::2])
-        for recorded, rise in zip(self.calls, rises, strict=True):
-            recorded.rise_bytes = rise
-        counted = sum(recorded.beside_bytes for recorded in self.calls) + self.tail.beside_bytes
-        counted += sum(shared.size_bytes for shared in self.shared if shared.held)
-        more = max(sum(end for _, end in levels) - counted, 0)  # numbers that operators keep as tensors, for one
-        self.tail = replace(self.tail, beside_bytes=self.tail.beside_bytes + more, rise_bytes=tail)
+        rises: list[int] = []
+        levels: list[int] = []
+        for events in segments[: 2 * len(self.calls) + 1]:
+            freed, ran = split_at_birth(events)  # what goes first counts in the call before
+            began = walk(freed, live)[1]
+            peak, end = walk(ran, live)
+            rises.append(peak - end)
+            levels.append(sum(levels[-1:]) + began + end)
+        for k, recorded in enumerate(self.calls):
+            recorded.rise_bytes = rises[2 * k]
+            recorded.loose_bytes = max(levels[2 * k] - self._counted_bytes(k), 0)
+        more = max(levels[-1] - self._counted_bytes(len(self.calls)), 0)  # numbers that operators keep as tensors
+        self.tail = replace(self.tail, beside_bytes=self.tail.beside_bytes + more, rise_bytes=rises[-1])
         return live
+
+    def _counted_bytes(self, k: int) -> int:
+        """Adds up what is known to be alive when a call begins; at the end of the forward pass for their number."""
+        taken = set(self.calls[k].inputs.values()) if k < len(self.calls) else set()
+        alive = (s for i, s in enumerate(self.shared) if s.last >= k and (s.maker < k or i in taken))
+        beside = sum(recorded.beside_bytes for recorded in self.calls[: k + 1])
+        return beside + sum(s.size_bytes for s in alive) + (self.tail.beside_bytes if k == len(self.calls) else 0)
 
     def _note_backward(
         self, segments: Sequence[Sequence[Event]], live: dict[int, int], results: Sequence[Tensor]
