@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fxhybrid
 from tests.compare import tighten, twins
 from tests.operator_parts import Head, check, rows
+
+BAG = torch.ops.aten._embedding_bag.default
 
 
 class TwoLayouts(nn.Module):
@@ -130,3 +133,17 @@ def test_dropout_of_nothing_is_no_copy(rate: float) -> None:
         return first, second
 
     pair.same(step)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_embedding_bags_keep_is_counted(mode: str, dtype: torch.dtype) -> None:
+    """The kernel makes one more number than there are indices, and a size for each offset, the last one included."""
+    model = nn.EmbeddingBag(7, 3, mode=mode, include_last_offset=True, dtype=dtype)
+    words, offsets = torch.randint(7, (40,)), torch.tensor([0, 10, 40])
+    hybrid = fxhybrid.compile(model, budget=1 << 20, example_inputs=(words, offsets), compression="off")
+    sizes = {tensor.name: tensor.size_bytes for tensor in hybrid.planning_problem.tensors}
+    number = {"sum": 0, "mean": 1, "max": 2}[mode]
+    results = BAG(model.weight, words, offsets, False, number, False, None, True)
+    for i in (1, 2):
+        assert sizes[f"_embedding_bag.default.0:{i}"] == results[i].untyped_storage().nbytes()

@@ -57,6 +57,7 @@ _ALWAYS_CONTIGUOUS = (aten.native_layer_norm.default, aten.native_layer_norm_bac
 _GROUP_NORMS = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
 _REDUCED = (torch.bfloat16, torch.float16)
 _NO_REDUCTION = 0
+_EMBEDDING_BAG = aten._embedding_bag.default
 
 
 @contextlib.contextmanager
@@ -207,6 +208,8 @@ def fix_kernel_results(module: fx.GraphModule) -> None:
             _shrink(node)
         elif node.target is aten.native_dropout_backward.default:
             _round_noise(node)
+        elif node.target is _EMBEDDING_BAG:
+            _widen_bags(node)
     module.recompile()
 
 
@@ -220,6 +223,23 @@ def _shrink(node: fx.Node) -> None:
         copied = node.graph.call_function(aten.clone.default, (node,))
     copied.meta = {"val": node.meta["val"].clone(), TAG: node.meta[TAG]}
     node.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not copied)
+
+
+def _widen_bags(node: fx.Node) -> None:
+    """Counts what is behind two results: the bag of each index, and one more; a size for each offset."""
+    outputs: list[Tensor] = list(node.meta["val"])
+    offsets = node.args[2]
+    assert isinstance(offsets, fx.Node)
+    _, bags, sizes, _ = outputs
+    if bags.device.type != "cpu":
+        return
+    n_indices = bags.shape[0]
+    if isinstance(n_indices, torch.SymInt) or n_indices > 0:  # none where the fastest kernel runs
+        outputs[1] = bags.new_empty(n_indices + 1).narrow(0, 0, n_indices)
+    outputs[2] = sizes.new_empty(offsets.meta["val"].shape[0]).narrow(0, 0, sizes.shape[0])
+    node.meta["val"] = tuple(outputs)
+    for part in node.users:
+        part.meta["val"] = outputs[part.args[1]]  # type: ignore[index]  # each is a getitem
 
 
 def _round_noise(node: fx.Node) -> None:
