@@ -35,6 +35,15 @@ def whole_frontier() -> KnownPlans:
     return plans_of(independent(), build_frontier(independent(), max_error=0.0).points, max_error=0.0)
 
 
+def test_wrong_figures_leave_the_plan_that_keeps_everything() -> None:
+    """Which peaks at 220 bytes; a file may say something else, if it was written for other sizes."""
+    known = keep_all_only()
+    wrong = replace(known.plans[0], point=replace(known.plans[0].point, peak_bytes=150))
+    plans = ensure(replace(known, plans=(wrong,)), 200)
+    assert plans.cheapest(220) is not None
+    assert all(p.point.peak_bytes == simulated(plans.problem, p.point.actions).peak_bytes for p in plans.plans)
+
+
 def test_looks_lower_only_where_no_known_plan_fits() -> None:
     plans = ensure(keep_all_only(), 220)
     assert plans.cheapest(220) is not None
