@@ -57,7 +57,6 @@ _ALWAYS_CONTIGUOUS = (aten.native_layer_norm.default, aten.native_layer_norm_bac
 _GROUP_NORMS = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
 _REDUCED = (torch.bfloat16, torch.float16)
 _NO_REDUCTION = 0
-_EMBEDDING_BAG = aten._embedding_bag.default
 
 
 @contextlib.contextmanager
@@ -208,7 +207,7 @@ def fix_kernel_results(module: fx.GraphModule) -> None:
             _shrink(node)
         elif node.target is aten.native_dropout_backward.default:
             _round_noise(node)
-        elif node.target is _EMBEDDING_BAG:
+        elif node.target is aten._embedding_bag.default:
             _widen_bags(node)
     module.recompile()
 
