@@ -134,8 +134,9 @@ def test_peak_and_layouts(plan: fxhybrid.Plan) -> None:
         hybrid(IMAGES).square().sum().backward()
 
     found = measure_step(step, modules=model, tensors=[IMAGES])
-    # The plan counts the output (4 rows of 10 floats) as held to the end, where the caller drops it; the loss is his.
-    assert found.peak_bytes == hybrid.plan.peak_bytes - 4 * 10 * 4 + 2 * 4
+    # The plan counts the output and its gradient (4 rows of 10 floats each) as held to the end, where the caller drops
+    # one and the other dies at its last use; the loss is the caller's.
+    assert found.peak_bytes == hybrid.plan.peak_bytes - 2 * 4 * 10 * 4 + 2 * 4
     results = {}
     for name, run in (("planned", hybrid), ("eager", plain)):
         torch.manual_seed(0)

@@ -23,7 +23,8 @@ def test_digits_keep_their_budget_and_their_data(tmp_path: Path) -> None:
     assert unmodified.budget_bytes is None
     assert tight.budget_bytes is not None
     assert tight.peak_bytes <= tight.budget_bytes < unmodified.peak_bytes
-    assert tight.losses[0] == unmodified.losses[0], "same weights, same first batch"
+    # Same weights, same first batch; convolutions may run in channels_last, which rounds in another way.
+    assert tight.losses[0] == pytest.approx(unmodified.losses[0], rel=1e-5)
     assert abs(tight.losses[-1] - unmodified.losses[-1]) < 0.5
     assert unmodified.losses[-1] < unmodified.losses[0]
 
