@@ -50,16 +50,22 @@ GRADIENT_INPUT: Mapping[Any, Any] = {  # the same, where the result's storage is
     aten.threshold_backward.default: aten.threshold_backward.grad_input,
 }
 COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
-OWN_STORAGES = (  # beside ATen's operators of one result
+EXACT_STORAGES = (  # beside elementwise operators: a storage of its own for each result, and no larger than that
     aten._native_batch_norm_legit.no_stats,
     aten._native_batch_norm_legit_functional.default,
+    aten._softmax.default,
+    aten._softmax_backward_data.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.clone.default,
+    aten.convolution.default,
     aten.convolution_backward.default,
+    aten.mm.default,
     aten.native_batch_norm.default,
     aten.native_batch_norm_backward.default,
     aten.native_layer_norm.default,
     aten.native_layer_norm_backward.default,
     torch.ops.fxhybrid.batch_norm_backward.default,
-    APPLY_MASK,
 )
 
 
@@ -133,11 +139,14 @@ def may_keep(target: Any) -> bool:
 
 
 def owns_results(target: Any) -> bool:
-    """Says whether each result of an operator is in a new storage of its own."""
-    if target in OWN_STORAGES:
+    """Says whether each result of an operator is in a new storage of its own, and no larger than the result.
+
+    Some kernels leave a larger storage behind (``col2im``), which would live as long as what overwrites it.
+    """
+    if target in EXACT_STORAGES or target in IN_PLACE or target in GRADIENT_INPUT:
         return True
-    is_plain = isinstance(target, OpOverload) and target.namespace == "aten" and len(target._schema.returns) == 1
-    return is_plain and all(result.alias_info is None for result in target._schema.returns)
+    is_elementwise = isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
+    return is_elementwise and len(target._schema.returns) == 1 and target._schema.returns[0].alias_info is None
 
 
 def _candidates(call: EmittedCall) -> Iterator[int]:

@@ -170,3 +170,26 @@ def test_only_new_storages_are_overwritten() -> None:
     for may_return_its_input in (HAND_ON, aten.view.default, aten.contiguous.default, aten.relu_.default):
         assert not owns_results(may_return_its_input)
     assert not owns_results(aten.split.Tensor)  # several results in one storage
+    assert not owns_results(aten.col2im.default)  # leaves a storage as large as its input
+
+
+def test_a_storage_larger_than_its_tensor_is_not_kept() -> None:
+    """The kernel of ``fold`` sums columns in a storage as large as all of them, which would live on in the result."""
+
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.wide = nn.Conv2d(8, 72, 1), nn.Conv2d(8, 160, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            folded = F.fold(self.layer(x).flatten(2), (6, 6), 3, padding=1) / 9
+            return self.wide(folded).square().mean()  # where the peak is
+
+    model, x = Folded(), torch.randn(4, 8, 6, 6)
+    hybrid = fxhybrid.compile(model, budget=1.0, example_inputs=(x,), compression="off")
+
+    def step() -> None:
+        model.zero_grad()
+        hybrid(x).backward()
+
+    assert measure_step(step, modules=model, tensors=(x,), repeats=0).peak_bytes <= hybrid.plan.peak_bytes
