@@ -52,7 +52,8 @@ _BACKWARD = (
     aten.native_batch_norm_backward.default,
 )
 _NORMS = (*_FORWARD, *_BACKWARD)
-_TORCHS_OWN = {op: fake_impls.op_implementations_dict.get(op) for op in _NORMS}
+_IN_INPUT_SIZE = (aten.col2im.default, aten.im2col.default)  # work in a storage of at least their input's size
+_TORCHS_OWN = {op: fake_impls.op_implementations_dict.get(op) for op in (*_NORMS, *_IN_INPUT_SIZE)}
 _ALWAYS_CONTIGUOUS = (aten.native_layer_norm.default, aten.native_layer_norm_backward.default)
 _GROUP_NORMS = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
 _REDUCED = (torch.bfloat16, torch.float16)
@@ -66,7 +67,7 @@ def kernel_norms() -> Iterator[None]:
     What they give must not reach the cache of fake tensors that the whole process shares: see ``own_fake_tensors``.
     """
     # A Python decomposition would come first, unless torch takes it that the operator has a meta function.
-    ours = dict.fromkeys(_NORMS, _norm)
+    ours = {**dict.fromkeys(_NORMS, _norm), **dict.fromkeys(_IN_INPUT_SIZE, _columns)}
     with replaced_entries(fake_impls.op_implementations_dict, ours | FAKES), replaced_entries(meta_table, ours):
         yield
 
@@ -198,6 +199,17 @@ def _layout(op: Any, x: Tensor, first: Tensor) -> torch.memory_format:
     if op in _GROUP_NORMS or not x.is_contiguous() or suggest_memory_format(first) != wanted:
         return wanted
     return torch.contiguous_format
+
+
+def _columns(fake_mode: Any, op: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Computes the fake result of ``fold`` or ``unfold`` in a storage of the kernel's size, unless it is symbolic."""
+    with fake_mode:
+        result = _torchs_own(op, (x, *args), kwargs)
+        assert isinstance(result, Tensor)
+        numbers = x.numel(), result.numel()
+        if x.device.type != "cpu" or not all(isinstance(n, int) for n in numbers) or numbers[0] <= numbers[1]:
+            return result
+        return x.new_empty(numbers[0]).narrow(0, 0, numbers[1]).view(result.shape)
 
 
 def fix_kernel_results(module: fx.GraphModule) -> None:
