@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,6 @@ from torch import Tensor, nn
 
 import fxhybrid
 from fxhybrid import InvalidArgument
-from fxhybrid.ir.joined_problem import join_parts
-from fxhybrid.ir.problem import Op, Problem
-from fxhybrid.ir.program import Tensor as Storage
-from fxhybrid.ir.sequence import Part, PartSequence, Shared, Tail, part_timeline, sequence_peak
 from fxhybrid.segments import graph_runner
 from tests import several_graphs_parts
 from tests.compare import MARGIN, twins
@@ -306,52 +301,3 @@ def test_numbers_that_loops_make_stay_python(monkeypatch: pytest.MonkeyPatch) ->
 
     pair.same(run)
     assert pair.hybrid.report().unplanned == ()
-
-
-def test_parts_add_up() -> None:
-    """Two parts, each one op forward and one backward; sizes in bytes.
-
-    The first makes h (100) and stores s (40); the second takes h, which becomes t (100) there, and makes y (10), held.
-    """
-
-    def part(stored: int, out: int, tangent: int, gradient: int) -> Problem:
-        tensors = (Storage("s", stored), Storage("out", out), Storage("g", gradient))
-        forward = (Op("f", (), (0, 1), 1.0, 0),)
-        backward = (Op("b", (0,), (2,), 1.0, 0),)
-        return Problem(tensors, forward, backward, (), (1,), (2,), 0, tangent)
-
-    first, second = part(40, 100, 100, 7), part(100, 10, 10, 100)
-    shared = (Shared(100, maker=0, last=1), Shared(10, maker=1, last=2, held=True, is_root=True))
-    parts = (
-        Part(first, leaving={1: 0}),
-        Part(second, arriving={0: 0}, leaving={1: 1}, input_gradients={2: frozenset({0})}),
-    )
-    sequence = PartSequence(parts, (1, 0), shared, 1000)
-    peak = sequence_peak(sequence, [part_timeline(each, {}) for each in parts])
-    # forward 1: 40 + 100; forward 2: 40 stored, h is t from here on (100), y 10
-    assert peak.forward_bytes == (1140, 1150)
-    # backward 2: s of both, y, its gradient, and the new gradient of h (100): 1000 + 40 + 100 + 10 + 10 + 100
-    # backward 1: s 40, y and its gradient, which backward() holds, the gradient of h (100), and the new one (7)
-    assert peak.backward_bytes == (1167, 1260)
-    # a gradient that nothing reads dies when the half begins, unless the backward pass begins with it
-    dying = replace(sequence, parts=(replace(parts[0], dying=((100, -1),)), parts[1]))
-    peak = sequence_peak(dying, [part_timeline(each, {}) for each in dying.parts])
-    assert peak.backward_bytes == (1067, 1260)
-    joined = join_parts(dying)
-    assert fxhybrid_peak(joined.problem) >= peak.peak_bytes
-    # Python takes 200 more before the second part, which h is alive for: 1000 + 40 + 100 + 200; and 300 after it, when
-    # both parts have stored theirs: 1000 + 40 + 100 + 10 + 300
-    sequence = replace(sequence, parts=(parts[0], replace(parts[1], rise_bytes=200)), tail=Tail(rise_bytes=300))
-    peak = sequence_peak(sequence, [part_timeline(each, {}) for each in parts])
-    assert (peak.forward_bytes[1], peak.peak_bytes) == (1340, 1450)
-    joined = join_parts(sequence)
-    assert fxhybrid_peak(joined.problem) >= peak.peak_bytes
-    assert joined.by_part({1: "a", 5: "b"})[0] == {0: "a"}  # type: ignore[dict-item]
-
-
-def fxhybrid_peak(problem: Problem) -> int:
-    from fxhybrid.ir.problem import check_problem
-    from fxhybrid.ir.simulator import simulate_actions
-
-    check_problem(problem)
-    return simulate_actions(problem, {}).peak_bytes
