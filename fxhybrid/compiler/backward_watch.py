@@ -21,6 +21,7 @@ from fxhybrid.compiler.shrunk_call import Shrunk, shrink
 from fxhybrid.compiler.storage_uses import PYTHON_USES, storage_uses
 from fxhybrid.errors import BackwardError, BudgetError
 from fxhybrid.ir.plan import Actions
+from fxhybrid.ir.schedule import Schedule
 from fxhybrid.ir.simulator import simulate
 from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.pipeline import Prepared, schedule_of
@@ -67,8 +68,7 @@ class BackwardWatch:
 
     def backward_bytes(self, held: frozenset[int], untaken: frozenset[int]) -> int:
         """Computes the peak of the backward half where outputs or gradients are held that were to be let go."""
-        prepared = self.prepared
-        schedule = schedule_of(prepared, self.actions)
+        prepared, schedule = self.prepared, self.schedule
         gradients = (prepared.gradient_nodes.keys() - self.added) | untaken
         as_held = prepared.expecting_drops(prepared.expected.dropped - held).keeping(gradients)
         during = simulate(as_held.problem, schedule).during_bytes[schedule.n_forward :]
@@ -87,6 +87,11 @@ class BackwardWatch:
         opened = OpenedCall(self, pending, watched, _Inputs.of(inputs))
         pending.opened = ref(opened)
         return opened
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """What the graphs carry out; the backward pass of each call may ask for it."""
+        return schedule_of(self.prepared, self.actions)
 
     @cached_property
     def given(self) -> tuple[int, ...]:
