@@ -83,7 +83,7 @@ def in_place(problem: Problem, layout: Layout, schedule: Schedule) -> Schedule:
     peaks = _peaks(problem, schedule, timeline)
     calls = [emitted_call(layout, i, k < schedule.n_forward) for k, i in enumerate(schedule.instructions)]
     held = _held_values(layout, schedule, calls)
-    instructions = list(schedule.instructions)
+    instructions, overwrites = list(schedule.instructions), []
     for position, call in enumerate(calls):
         instruction = instructions[position]
         if call is None or position in peaks or len(instruction.writes) != 1:
@@ -92,9 +92,10 @@ def in_place(problem: Problem, layout: Layout, schedule: Schedule) -> Schedule:
             value = _value_of(layout, call, instruction, call.args[argument])
             if value is not None and value not in held and timeline.death[value] == position:
                 rise = max(instruction.alloc_peak_bytes - schedule.values[value].size_bytes, 0)
-                instructions[position] = instruction._replace(overwrites=argument, alloc_peak_bytes=rise)
+                instructions[position] = instruction._replace(alloc_peak_bytes=rise)
+                overwrites.append((position, argument))
                 break
-    return replace(schedule, instructions=tuple(instructions))
+    return replace(schedule, instructions=tuple(instructions), overwrites=tuple(overwrites))
 
 
 def emit_in_place(node: fx.Node) -> None:

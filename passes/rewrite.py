@@ -48,25 +48,27 @@ class _Rewriter:
                 self.resident[node] = self.graph.node_copy(node)
                 self.resident[node].meta = {"val": node.meta["val"], TAG: node.meta[TAG]}
         self.read_values = frozenset(v for i in schedule.instructions for v in i.reads)
-        for instruction in schedule.instructions[: schedule.n_forward]:
-            self._emit(instruction)
+        overwrites = dict(schedule.overwrites)
+        work = [(i, overwrites.get(position)) for position, i in enumerate(schedule.instructions)]
+        for instruction, overwritten in work[: schedule.n_forward]:
+            self._emit(instruction, overwritten)
         outputs = self._outputs(of_forward=True)
         self.phase = Phase.BACKWARD
-        for instruction in schedule.instructions[schedule.n_forward :]:
-            self._emit(instruction)
+        for instruction, overwritten in work[schedule.n_forward :]:
+            self._emit(instruction, overwritten)
         outputs += self._outputs(of_forward=False)
         self._tag(self.graph.output(tuple(outputs)), None)
         return JointGraph(joint_module(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)
 
-    def _emit(self, instruction: Instruction) -> None:
+    def _emit(self, instruction: Instruction, overwritten: int | None) -> None:
         if instruction.kind is Kind.ENCODE:
             self._emit_encode(instruction)
         elif instruction.kind is Kind.DECODE:
             self._emit_decode(instruction)
         else:
-            self._emit_op(instruction)
+            self._emit_op(instruction, overwritten)
 
-    def _emit_op(self, instruction: Instruction) -> None:
+    def _emit_op(self, instruction: Instruction, overwritten: int | None) -> None:
         call = emitted_call(self.layout, instruction, self.phase is Phase.FORWARD)
         if call is None:  # the optimizer's step
             return
@@ -79,8 +81,8 @@ class _Rewriter:
             self._name("recompute") if instruction.kind is Kind.RERUN else call.op.node.name,
         )
         self._tag(new, call.op.node.meta.get("val"))
-        if instruction.overwrites is not None:
-            new.meta[OVERWRITES] = instruction.overwrites
+        if overwritten is not None:
+            new.meta[OVERWRITES] = overwritten
         self._take_outputs(call.op, new, instruction)
 
     def _take_outputs(self, op: OpCall, new: fx.Node, instruction: Instruction) -> None:

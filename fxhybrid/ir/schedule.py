@@ -52,7 +52,6 @@ class Instruction(NamedTuple):
         writes: values made.
         alloc_peak_bytes: the allocator's peak rise while it runs.
         seconds: its time.
-        overwrites: position of the operator's argument whose storage takes the result; None for a new storage.
     """
 
     kind: Kind
@@ -62,7 +61,6 @@ class Instruction(NamedTuple):
     writes: tuple[int, ...]
     alloc_peak_bytes: int
     seconds: float
-    overwrites: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ class Schedule:
         n_forward: how many of them belong to the forward pass.
         stored: values that the backward pass takes over from the forward pass.
         overhead_s: seconds beyond running every op once.
+        overwrites: positions of the instructions whose result takes over an argument's storage, with the argument's.
     """
 
     values: tuple[Value, ...]
@@ -82,6 +81,7 @@ class Schedule:
     n_forward: int
     stored: tuple[int, ...]
     overhead_s: float
+    overwrites: tuple[tuple[int, int], ...] = ()
 
 
 def lower(problem: Problem, actions: Actions) -> Schedule:

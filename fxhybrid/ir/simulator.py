@@ -55,7 +55,7 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
     rise = np.fromiter((i.alloc_peak_bytes for i in schedule.instructions), np.int64, n)
     made = np.zeros(n, np.int64)
     np.add.at(made, birth, size)
-    made[[i for i, instruction in enumerate(schedule.instructions) if instruction.overwrites is not None]] = 0
+    made[[position for position, _ in schedule.overwrites]] = 0
     during = before + np.maximum(rise, made)
     peak_at = int(during.argmax()) if n else 0
     peak_bytes = int(during[peak_at]) if n else problem.forward_base_bytes
