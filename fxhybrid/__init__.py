@@ -78,3 +78,8 @@ def __getattr__(name: str) -> Any:
     found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = found
     return found
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, imported or not, as completion at a prompt wants them."""
+    return sorted({*globals(), *__all__})

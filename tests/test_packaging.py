@@ -100,6 +100,12 @@ def test_readme_has_the_two_commands() -> None:
     assert "pip install -e '.[test]' && pytest -n auto --dist loadfile" in text
 
 
+def test_public_names_are_listed_before_their_first_use() -> None:
+    code = "import fxhybrid; print(sorted(set(fxhybrid.__all__) - set(dir(fxhybrid))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
 def test_importing_loads_neither_solvers_nor_displays() -> None:
     names = ("pulp", "highspy", "rich", "transformers", "matplotlib")
     code = f"import sys, fxhybrid; print([name for name in {names} if name in sys.modules])"
