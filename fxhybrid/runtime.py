@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fxhybrid.capture.output_structure import tangent_outputs
+from fxhybrid.capture.output_structure import output_handlers, tangent_outputs
 from fxhybrid.errors import BackwardError
 from fxhybrid.ops.leaf_nodes import leaf_nodes
 from fxhybrid.ops.leaf_takers import LeafNotes, LeafTakers, Updates
@@ -18,7 +18,7 @@ from fxhybrid.ops.take_gradient import Taker, taking
 from fxhybrid.passes.gradient_takes import taking_gradients
 from fxhybrid.passes.split import PartialBackward, SplitGraphs, backward_without
 from fxhybrid.passes.step_interface import StepInterface
-from fxhybrid.torch_internals import DisableAutocast, TensorAlias, graph_is_kept, make_output_handler
+from fxhybrid.torch_internals import DisableAutocast, TensorAlias, graph_is_kept
 
 TWICE_DIFFERENTIATED = (
     "create_graph=True asks for gradients that can be differentiated again; a planned step computes them once. "
@@ -119,7 +119,7 @@ class StepFunction:
         infos = metadata.output_info
         self.n_outputs = len(infos)
         self.constant = tuple(i for i, info in enumerate(infos) if not info.requires_grad)
-        self.handlers = [make_output_handler(info, metadata, True) for info in infos]
+        self.handlers = output_handlers(metadata)
         self.tangent_outputs = tangent_outputs(metadata)
 
     def part(self, graphs: SplitGraphs, absent: frozenset[int]) -> PartialBackward:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fxhybrid.capture.capture import Capture
 from fxhybrid.capture.joint_graph import OutputKind
 from fxhybrid.capture.python_state import unchanged_python_state
 from fxhybrid.capture.step import Step, StepCall
-from fxhybrid.torch_internals import OutputType
+from fxhybrid.torch_internals import OutputType, TensorAlias, make_output_handler
 
 _DIFFERENTIABLE = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
 _OF_A_BASE = (OutputType.alias_of_intermediate, OutputType.alias_of_intermediate_save_as_output)
@@ -42,6 +42,28 @@ def tangents_of_outputs(metadata: Any) -> Mapping[int, int]:
             if base in tangents:
                 tangents[i] = tangents[base]
     return tangents
+
+
+def output_handlers(metadata: Any) -> list[Callable[[Sequence[Any], Sequence[Any], Any], Any]]:
+    """Returns for each output what makes it: takes the step's inputs, the graph's outputs, and its own among those."""
+    return [_output_handler(info, metadata) for info in metadata.output_info]
+
+
+def _output_handler(info: Any, metadata: Any) -> Callable[[Sequence[Any], Sequence[Any], Any], Any]:
+    if info.output_type is not _OF_AN_OUTPUT or info.requires_grad:
+        handler: Callable[[Sequence[Any], Sequence[Any], Any], Any] = make_output_handler(info, metadata, True)
+        return handler
+    # What is detached from an output in the same layout. AOTAutograd's handler would apply the views that lead to that
+    # output once more, to the output itself: a transposed one would come back transposed twice.
+    return _detached(info.base_idx)
+
+
+def _detached(output: int) -> Callable[[Sequence[Any], Sequence[Any], Any], Any]:
+    def handle(_: Sequence[Any], results: Sequence[Any], __: Any) -> Tensor:
+        base = results[output]
+        return (base.alias if isinstance(base, TensorAlias) else base).detach()
+
+    return handle
 
 
 def _needs_gradient(info: Any) -> bool:
