@@ -220,6 +220,19 @@ class Aliases(nn.Module):
         return y, y.view(-1), y[:3], x, x.t()
 
 
+class DetachedViews(nn.Module):
+    """Outputs that are a view of an intermediate, square here, and what is detached from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        square = self.body(x)[:WIDTH].t()
+        part = square[1:]
+        return square, square.detach(), part, part.detach(), part.detach().t()
+
+
 class Checkpointed(nn.Module):
     """Uses torch's own recomputation already, with dropout in it."""
 
@@ -266,6 +279,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "moving_average": (MovingAverage, lambda: Batch((rows(),))),
     "writes_to_input": (WritesToInput, lambda: Batch((rows(),))),
     "aliases": (Aliases, lambda: Batch((rows(),))),
+    "detached_views": (DetachedViews, lambda: Batch((rows(),))),
     "checkpointed": (Checkpointed, lambda: Batch((rows(),))),
     "attention": (Attention, lambda: Batch((torch.randn(4, 24, WIDTH),))),
     "input_needs_grad": (mlp, lambda: Batch((rows().requires_grad_(),))),
@@ -276,8 +290,19 @@ def in_bfloat16() -> nn.Module:
     return Attention().bfloat16()
 
 
+def norm_of_the_input() -> nn.Module:
+    """Group norm in bfloat16 and channels_last, whose kernel crashes where its input's gradient is not asked for."""
+    norm = nn.GroupNorm(1, 8)
+    return norm.bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def image_with_gradient() -> Tensor:
+    return torch.randn(3, 8, 16, 16).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
 MODELS |= {
     "bfloat16": (in_bfloat16, lambda: Batch((torch.randn(4, 24, WIDTH).bfloat16(),))),
+    "norm_of_the_input": (norm_of_the_input, lambda: Batch((image_with_gradient(),))),
     "frozen_but_input": (
         lambda: mlp().requires_grad_(False),
         lambda: Batch((rows().requires_grad_(),)),

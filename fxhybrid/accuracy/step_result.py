@@ -64,6 +64,7 @@ def observe_step(
     weighed: Collection[int] | None = None,
     changed: Iterable[Tensor] = (),
     inputs: Iterable[Tensor] = (),
+    inputs_count: bool = False,
     seed: int | None = 0,
 ) -> StepResult:
     """Runs a step at a fixed seed; model, gradients, generator and ``changed`` tensors stay as they were.
@@ -76,7 +77,9 @@ def observe_step(
         has_loss: whether the first output is the loss.
         weighed: positions of the outputs that are weighted; None for all.
         changed: tensors that the step writes to.
-        inputs: tensors whose gradients count like those of parameters.
+        inputs: tensors whose gradients are computed too where they need one, as the user's backward pass does: some of
+            torch's kernels take another way without, and one of them crashes (group norm in bfloat16, channels_last).
+        inputs_count: whether those gradients count like parameters'.
         seed: of the generator; None to go on from where it is.
     """
     with trial_run(model, changed, seed=seed):
@@ -85,12 +88,12 @@ def observe_step(
         chosen = outputs if weighed is None else [t for i, t in enumerate(outputs) if i in weighed]
         scalar = outputs[0] if has_loss else _weighted_sum(chosen)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        named += [(f"input {i}", t) for i, t in enumerate(inputs) if t.requires_grad]  # type: ignore[misc]
-        parameters = [p for _, p in named]
-        gradients = _gradients(scalar, parameters)
+        others = [(f"input {i}", t) for i, t in enumerate(inputs) if t.requires_grad]
+        gradients = _gradients(scalar, [t for _, t in [*named, *others]])
+        counted = [name for name, _ in [*named, *(others if inputs_count else [])]]
         return StepResult(
             [t.detach().clone() for t in outputs],
-            {name: g for (name, _), g in zip(named, gradients, strict=True)},
+            dict(zip(counted, gradients, strict=False)),
             {name: b.detach().clone() for name, b in model.named_buffers()},
             torch.get_rng_state(),
         )

@@ -86,7 +86,8 @@ class Verifier:
             has_loss=step.loss_fn is not None,
             weighed=self.prepared.weighed,
             changed=self._changed(),
-            inputs=self.call.tensors if self.with_inputs else (),
+            inputs=self.call.tensors,
+            inputs_count=self.with_inputs,
         )
 
     def _changed(self) -> list[Tensor]:
