@@ -16,7 +16,14 @@ from torch import fx
 
 import fxhybrid.ops.masks  # noqa: F401  (registers keep_mask and apply_mask)
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, Phase, phase_of, storages
-from fxhybrid.passes.graph_edit import PlainGraph, backward_nodes, call, joint_module, tangent_free
+from fxhybrid.passes.graph_edit import (
+    PlainGraph,
+    backward_nodes,
+    call,
+    joint_module,
+    memory_format_of,
+    tangent_free,
+)
 from fxhybrid.passes.loss_heads import slice_losses
 from fxhybrid.passes.low_memory_backward import (
     chunk_batch_norm,
@@ -187,7 +194,7 @@ def own_gradients(joint: JointGraph) -> None:
         owned = not taken.intersection(storages(value)) and phase_of(node) is Phase.BACKWARD
         whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
         taken.update(storages(value))
-        layout = _memory_format(like)
+        layout = memory_format_of(like)
         if (owned and whole and value.stride() == like.stride()) or layout is None:
             continue
         with joint.module.graph.inserting_before(output):
@@ -203,15 +210,6 @@ def _same_order(value: torch.Tensor, like: torch.Tensor) -> bool:
     """Tells whether elements have the same places in memory; a dimension of one element has any stride."""
     strides = zip(value.shape, value.stride(), like.stride(), strict=True)
     return all(own == other for size, own, other in strides if size > 1) and value.storage_offset() == 0
-
-
-def _memory_format(value: torch.Tensor) -> torch.memory_format | None:
-    """The format that ``clone`` needs to give this tensor's strides; None if there is none."""
-    for layout in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
-        fits = value.dim() == {torch.channels_last: 4, torch.channels_last_3d: 5}.get(layout, value.dim())
-        if fits and value.is_contiguous(memory_format=layout):
-            return layout
-    return None
 
 
 def _erase_unused(joint: JointGraph) -> None:

@@ -110,3 +110,12 @@ def tangent_free(joint: JointGraph) -> set[fx.Node]:
         if node not in tangents and all(n in free for n in node.all_input_nodes):
             free.add(node)
     return free
+
+
+def memory_format_of(value: torch.Tensor) -> torch.memory_format | None:
+    """Returns the format that ``clone`` needs to give this tensor's strides; None if there is none."""
+    for layout in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
+        fits = value.dim() == {torch.channels_last: 4, torch.channels_last_3d: 5}.get(layout, value.dim())
+        if fits and value.is_contiguous(memory_format=layout):
+            return layout
+    return None

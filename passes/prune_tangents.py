@@ -7,6 +7,7 @@ zeros is not the same, as 0 * inf is NaN, and it costs the branch's time and mem
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, cast
 
@@ -14,16 +15,19 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+import fxhybrid.ops.batch_norm
 import fxhybrid.ops.recurrent
 import fxhybrid.ops.take_gradient  # noqa: F401  (likewise)
 from fxhybrid.capture.fake_tensor_fixes import kernel_norms
 from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, OutputKind, Phase, phase_of
 from fxhybrid.capture.kernel_layouts import kernel_layouts
-from fxhybrid.passes.graph_edit import PlainGraph, joint_module
+from fxhybrid.passes.graph_edit import PlainGraph, joint_module, memory_format_of
 from fxhybrid.torch_internals import OpOverload
 
 aten = torch.ops.aten
 _EFFECTS = (torch.ops.fxhybrid.take_gradient.default,)  # needed although nothing reads what they make
+_BATCH_NORMS = (aten.native_batch_norm_backward.default, torch.ops.fxhybrid.batch_norm_backward.default)
+_COPIES = (aten.slice_backward.default, aten.select_backward.default)  # a strided copy is no slower
 _LAYOUT_BOUND = (aten.view.default, aten._unsafe_view.default)  # they fail where strides are not the traced ones
 
 
@@ -79,6 +83,20 @@ def _layouts(value: Any) -> list[tuple[Any, ...]]:
     return [(t.shape, t.stride()) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
 
 
+def _has_moved(node: fx.Node, copy: fx.Node) -> bool:
+    """Whether a node's copy lies in memory in another way."""
+    old, new = node.meta["val"], copy.meta["val"]
+    return old is not new and _layouts(old) != _layouts(new)
+
+
+def _run(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Runs an operator on fake tensors."""
+    tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    mode: Any = getattr(tensors[0], "fake_mode", None)
+    with mode, torch.no_grad(), kernel_norms(), kernel_layouts():
+        return target(*args, **kwargs)
+
+
 class _Pruner:
     """Copies a joint graph node by node, without what is missing."""
 
@@ -114,6 +132,8 @@ class _Pruner:
         needed: list[fx.Node] = []
         fx.node.map_arg((args, node.kwargs), needed.append)
         new = {n: self._zeros(n) if n in self.missing else self.new[n] for n in needed}
+        if self._reads_one_layout(node, args, new):
+            new = {n: self._as_traced(n, copy) for n, copy in new.items()}
         copied = self.graph.create_node(
             node.op,
             self._target(node),
@@ -132,11 +152,38 @@ class _Pruner:
         if node.op != "call_function" or all(self.new[n].meta["val"] is n.meta["val"] for n in sources):
             return old
         args, kwargs = fx.node.map_arg((copied.args, copied.kwargs), lambda n: n.meta["val"])
-        tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        mode: Any = getattr(tensors[0], "fake_mode", None)
-        with mode, torch.no_grad(), kernel_norms(), kernel_layouts():
-            new = copied.target(*args, **kwargs)  # type: ignore[operator]
+        new = _run(copied.target, args, kwargs)
         return new if _may_view(copied.target) or _layouts(new) != _layouts(old) else old
+
+    def _reads_one_layout(self, node: fx.Node, args: Any, new: Mapping[fx.Node, fx.Node]) -> bool:
+        """Whether an operator needs its arguments in the layout that it was traced with, and one is in another now.
+
+        Kernels that have one layout only copy what comes in another; that copy is made here, where it is counted and
+        what it is made from can go. So it is where eager's formula copies, of which a graph shows nothing where there
+        was nothing to do, and where a convolution stands for an input gradient, whose kernel follows the input.
+        """
+        target = node.target
+        if phase_of(node) is not Phase.BACKWARD or not isinstance(target, OpOverload):
+            return False
+        if not any(_has_moved(n, copy) for n, copy in new.items()):
+            return False
+        if target in (aten.convolution.default, aten.as_strided.default):
+            return True
+        if "backward" not in str(target) or torch.Tag.pointwise in target.tags or target in (*_BATCH_NORMS, *_COPIES):
+            return False
+        arguments, kwargs = fx.node.map_arg((args, node.kwargs), lambda n: new[n].meta["val"])
+        return _layouts(_run(target, arguments, kwargs)) == _layouts(node.meta["val"])
+
+    def _as_traced(self, node: fx.Node, copy: fx.Node) -> fx.Node:
+        """The copied node in the layout that the node was traced with, where a memory format gives that."""
+        value = node.meta["val"]
+        memory_format = memory_format_of(value) if isinstance(value, torch.Tensor) else None
+        if memory_format is None or not _has_moved(node, copy):
+            return copy
+        clone = self.graph.call_function(aten.clone.default, (copy,), {"memory_format": memory_format})
+        made = _run(clone.target, (copy.meta["val"],), {"memory_format": memory_format})
+        clone.meta = {"val": made, TAG: NodeTag(Phase.BACKWARD)}
+        return clone
 
     def _target(self, node: fx.Node) -> Any:
         """The operator; a view may be of another layout than it was traced with, and copies where autograd would.
@@ -163,10 +210,12 @@ class _Pruner:
 
     def _emit_output(self, node: fx.Node) -> None:
         results = zip(self.joint.output_nodes, self.joint.outputs, strict=True)
-        kept = [
-            None if n is None or (role.kind is OutputKind.GRADIENT and n in self.missing) else self.new[n]
-            for n, role in results
-        ]
+        kept: list[fx.Node | None] = []
+        for n, role in results:
+            if n is None or (role.kind is OutputKind.GRADIENT and n in self.missing):
+                kept.append(None)
+            else:
+                kept.append(self._as_traced(n, self.new[n]))
         self.graph.output(tuple(kept)).meta = {"val": None, TAG: node.meta[TAG]}
 
     def _erase_dead(self) -> None:

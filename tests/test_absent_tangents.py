@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxhybrid
+from fxhybrid import measure_step
 from fxhybrid.capture.capture import capture
 from fxhybrid.passes.prune_tangents import prune_tangents
 from tests.compare import assert_same, state_of, tighten
@@ -204,3 +205,53 @@ def test_strides_behind_a_sum_follow_the_summand_that_is_left() -> None:
     (gradient,) = node.all_input_nodes
     for value in (gradient.meta["val"], node.meta["val"]):  # the kernel keeps the memory format
         assert value.is_contiguous(memory_format=torch.channels_last)
+
+
+class NormOfChannels(nn.Module):
+    """Has a gradient in channels_last that is added to one in the usual layout, if that arrives."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(8, 8, 3, padding=1), last
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.last(self.first(x).relu())
+        return torch.nn.functional.layer_norm(h.permute(0, 2, 3, 1), (8,)), h
+
+
+LAST = {
+    "convolution": lambda: nn.Conv2d(8, 8, 3, padding=1),  # its split form follows the gradient's layout
+    "group norm": lambda: nn.GroupNorm(2, 8),  # autograd's formula copies the gradient
+    "batch norm": lambda: nn.BatchNorm2d(8),
+    "max pool": lambda: nn.MaxPool2d(2),  # the kernel copies the gradient
+    "softmax": lambda: nn.Softmax(1),
+    "upsample": lambda: nn.Upsample(scale_factor=2),
+}
+
+
+@pytest.mark.parametrize("last", LAST)
+def test_what_is_left_of_a_sum_is_in_another_layout(last: str) -> None:
+    """Gradients have eager's bits, and a plan for all tangents holds where one does not arrive."""
+    torch.manual_seed(0)
+    plain, x = NormOfChannels(LAST[last]()), torch.randn(6, 8, 16, 16)
+    hybrid = fxhybrid.compile(copy.deepcopy(plain), budget="smallest", compression="lossless")
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad()
+        output = model(x)[0]
+        output.backward(torch.ones_like(output))
+
+    for _ in range(2):
+        step(plain)
+        step(hybrid)
+        for mine, own in zip(hybrid.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(mine.grad, own.grad)
+            assert mine.grad.stride() == own.grad.stride()
+    hybrid.zero_grad()
+
+    def whole() -> None:
+        step(hybrid)
+        hybrid.zero_grad()
+
+    measured = measure_step(whole, modules=hybrid, tensors=x, repeats=0)
+    assert measured.peak_bytes <= hybrid.plan.budget_bytes
