@@ -90,6 +90,11 @@ class Prepared:
         """Whether kernels take sums in another order than eager's."""
         return bool(self.another_order) or runs_in_segments(self.joint.module.graph)
 
+    def plain_graphs(self) -> SplitGraphs:
+        """Builds the halves of the canonical graph as it is: nothing recomputed or encoded, in eager's layouts."""
+        plain, absent = self.traced.plain, self.expected.absent
+        return split(prune_tangents(plain, absent) if absent else plain)
+
     @property
     def weighed(self) -> frozenset[int] | None:
         """Positions, among the tensors that a call returns, of those whose gradients are expected; None for all."""

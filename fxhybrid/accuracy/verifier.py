@@ -13,8 +13,7 @@ from fxhybrid.accuracy.step_result import StepResult, observe_step, relative_dif
 from fxhybrid.capture.joint_graph import InputKind
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import CaptureError
-from fxhybrid.passes.prune_tangents import prune_tangents
-from fxhybrid.passes.split import SplitGraphs, split
+from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.pipeline import Prepared
 from fxhybrid.profiling.system_memory import available_bytes
 from fxhybrid.runtime import StepFunction
@@ -69,10 +68,8 @@ class Verifier:
         return self._observe(lambda: function(self.step, *self.call))
 
     def run_plain(self) -> StepResult:
-        """Runs one step with the canonical graph as it is: nothing recomputed or encoded, in eager's layouts."""
-        traced = self.prepared.traced
-        absent = self.prepared.expected.absent
-        return self.run(split(prune_tangents(traced.plain, absent) if absent else traced.plain))
+        """Runs one step with the canonical graph as it is."""
+        return self.run(self.prepared.plain_graphs())
 
     def run_eager(self) -> StepResult:
         """Runs the user's own step, at that seed."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from fxhybrid.accuracy.verifier import CaptureCheck
 from fxhybrid.ir.sequence import PartTimeline
+from fxhybrid.pipeline import build_graphs
 from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.planned_run import PlannedPart, planned_part
 from fxhybrid.segments.segment import Segment
@@ -29,7 +30,7 @@ def parts_of(trial: Trial, actions: PartActions, needs: Sequence[PartTimeline]) 
         key = id(prepared), frozenset(chosen.items())
         if key not in built:
             shared = sum(trial.sequence.shared[i].size_bytes for i in need.stored)
-            built[key] = planned_part(call.segment, prepared, chosen, need, shared)
+            built[key] = planned_part(call.segment, prepared, build_graphs(prepared, chosen), need, shared)
         parts.append(built[key])
     return parts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from fxhybrid.ir.sequence import part_timeline
 from fxhybrid.options import Options
 from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.path import Path, parts_of
-from fxhybrid.segments.planned_run import NothingPending, PlannedRun, Room
+from fxhybrid.segments.planned_run import NothingPending, PlannedPart, PlannedRun, Room, planned_part
 from fxhybrid.segments.segment import under_way
 from fxhybrid.segments.sequence_plans import SequencePlans, estimated_plans, measured_plans
 from fxhybrid.segments.solo_plans import SoloPlans
@@ -98,12 +99,28 @@ class PathPlanner:
     def _compared_with_eager(self, trial: Trial, call: StepCall) -> tuple[StepResult, CaptureCheck]:
         found = self.trial_run(trial, tuple({} for _ in trial.calls), call)
         eager = partial(self._observed, lambda: self.step.check_result(self.step(*call)), trial)
-        return found, compare_with_eager(found, eager, is_low_precision=runs_in_low_precision(self.step))
+        plain, note = found, ""
+        if orders := dict.fromkeys(p.another_order for p in trial.prepared if p.another_order):
+            plain = self._plain_run(trial, call)
+            difference = relative_difference(found.gradients, plain.gradients)
+            note = f"; with {' and '.join(orders)} gradients differ by {difference:.1e}"
+        check = compare_with_eager(plain, eager, is_low_precision=runs_in_low_precision(self.step))
+        return found, check if check.difference is None else replace(check, note=f"{check.note}{note}")
 
     def trial_run(self, trial: Trial, actions: PartActions, call: StepCall) -> StepResult:
         """Runs a plan on a batch, from the present state of the generator; the model stays as it was."""
         needs = [part_timeline(part, chosen) for part, chosen in zip(trial.sequence.parts, actions, strict=True)]
-        run = PlannedRun(parts_of(trial, actions, needs), _ENDLESS, self.solo, NothingPending(), _ignore)
+        return self._run_parts(parts_of(trial, actions, needs), trial, call)
+
+    def _plain_run(self, trial: Trial, call: StepCall) -> StepResult:
+        """Runs the graphs as they were captured, in eager's order."""
+        needs = [part_timeline(part, {}) for part in trial.sequence.parts]
+        calls = zip(trial.calls, trial.prepared, needs, strict=True)
+        parts = [planned_part(each.segment, prepared, prepared.plain_graphs(), need) for each, prepared, need in calls]
+        return self._run_parts(parts, trial, call)
+
+    def _run_parts(self, parts: Sequence[PlannedPart], trial: Trial, call: StepCall) -> StepResult:
+        run = PlannedRun(parts, _ENDLESS, self.solo, NothingPending(), _ignore)
         call = call.detached()
 
         def forward() -> Any:

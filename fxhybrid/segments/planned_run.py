@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fxhybrid.compiler.pending_calls import PendingCall, References, references
 from fxhybrid.errors import BackwardError, BudgetError
-from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.sequence import PartTimeline
-from fxhybrid.pipeline import Prepared, build_graphs
+from fxhybrid.passes.split import SplitGraphs
+from fxhybrid.pipeline import Prepared
 from fxhybrid.runtime import LateBackward, StepFunction
 from fxhybrid.segments.leaf_notes import NOTHING_NEW
 from fxhybrid.segments.segment import Segment, run_under_way
@@ -56,18 +56,17 @@ class PlannedPart:
 
 
 def planned_part(
-    segment: Segment, prepared: Prepared, actions: Actions, needs: PartTimeline, shared_bytes: int = 0
+    segment: Segment, prepared: Prepared, graphs: SplitGraphs, needs: PartTimeline, shared_bytes: int = 0
 ) -> PlannedPart:
-    """Builds the graphs of a part.
+    """Makes a part of its two halves.
 
     Args:
         segment: what is called.
         prepared: for the form in which it is called.
-        actions: of the plan.
-        needs: what it needs by it.
+        graphs: the halves.
+        needs: what it needs by them.
         shared_bytes: of the shared storages that it keeps.
     """
-    graphs = build_graphs(prepared, actions)
     traced, metadata, absent = prepared.traced, prepared.capture.metadata, prepared.expected.absent
 
     def enter(saved: Sequence[Tensor], outputs: Sequence[Any], _: Sequence[Any]) -> _Opened:

@@ -10,7 +10,7 @@ from fxhybrid.compiler.planner import error_target
 from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.sequence import PartTimeline, part_timeline
 from fxhybrid.options import Options
-from fxhybrid.pipeline import Prepared
+from fxhybrid.pipeline import Prepared, build_graphs
 from fxhybrid.segments.parts import own_part
 from fxhybrid.segments.planned_run import PlannedPart, planned_part
 from fxhybrid.segments.segment import Segment
@@ -37,8 +37,8 @@ class OwnPlans:
     def part(self, number: int) -> PlannedPart:
         """Returns the part by one of the plans; built when first needed."""
         if number not in self._parts:
-            built = planned_part(self.segment, self.prepared, self.actions[number], self.needs[number])
-            self._parts[number] = built
+            graphs = build_graphs(self.prepared, self.actions[number])
+            self._parts[number] = planned_part(self.segment, self.prepared, graphs, self.needs[number])
         return self._parts[number]
 
 
