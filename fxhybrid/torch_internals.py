@@ -28,7 +28,8 @@ from torch._decomp import meta_table
 from torch._decomp.decompositions import upsample_compute_output_size
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, maybe_mark_dynamic, trace_rules
-from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule, innermost_backend, set_enable_dynamic
+from torch._dynamo.bytecode_transformation import create_call_function, create_instruction, transform_code_object
+from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule, innermost_backend, set_enable_dynamic, skip_code
 from torch._dynamo.exc import FailOnRecompileLimitHit, ShortenTraceback, TorchDynamoException, Unsupported, UserError
 from torch._dynamo.hooks import Hooks
 from torch._dynamo.output_graph import OutputGraph
@@ -110,6 +111,8 @@ __all__ = [
     "builder",
     "compute_required_storage_length",
     "convert_frame",
+    "create_call_function",
+    "create_instruction",
     "disable_current_modes",
     "dispatch_mode",
     "dynamo_config",
@@ -131,11 +134,13 @@ __all__ = [
     "saved_tensor_hooks",
     "set_enable_dynamic",
     "set_inplace_requires_grad_allowed",
+    "skip_code",
     "storage_use_count",
     "suggest_memory_format",
     "tensorify_python_scalars",
     "trace_rules",
     "tracing",
+    "transform_code_object",
     "transform_stack",
     "tree_leaves",
     "tree_map",

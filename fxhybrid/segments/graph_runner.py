@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
 from fxhybrid.errors import CaptureError
+from fxhybrid.segments.continuations import returning_calls, run_parts
 from fxhybrid.torch_internals import (
     DictViewIterator,
     FailOnRecompileLimitHit,
@@ -64,13 +65,13 @@ def in_graphs(function: Callable[..., Any], backend: Backend, left_to_eager: Lef
     context = OptimizeContext(
         _Frames(converted, hooks), contextlib.nullcontext, first_ctx=True, isolate_recompiles=True
     )
-    compiled = context(function)
+    compiled = context(run_parts)
 
     def run(*args: Any) -> Any:
         limits = {"accumulated_recompile_limit": MOST_VARIANTS * 16, "fail_on_recompile_limit_hit": True}
         with without_value_checks(), dynamo_config.patch(limits):
             try:
-                return compiled(*args)
+                return compiled(function, [*args])
             except FailOnRecompileLimitHit as error:
                 raise CaptureError(TOO_MANY) from error
 
@@ -87,13 +88,22 @@ class _Converted:
         self._floats: dict[tuple[CodeType, str], set[float]] = {}  # seen, by the function that they come into
 
     def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
-        numpy: Any = dynamo_config.patch(trace_numpy=False)
-        with tracing_settings(), numpy, _graphs_within_loops(), _iterators_between_graphs(), self._numbers_as_inputs():
+        with contextlib.ExitStack() as settings:
+            for each in self._settings():
+                settings.enter_context(each)
             result = self.inner(frame, *args, **kwargs)
         if _SUPPRESSED in (getattr(result, "skip_reason", None) or "") and _holds_tensors(frame):
             code = frame.f_code
             self.left_to_eager(LEFT.format(name=code.co_qualname, file=code.co_filename, line=code.co_firstlineno))
         return result
+
+    def _settings(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        yield tracing_settings()
+        yield dynamo_config.patch(trace_numpy=False)
+        yield convert_frame.register_bytecode_hook(lambda _, converted: returning_calls(converted))
+        yield _graphs_within_loops()
+        yield _iterators_between_graphs()
+        yield self._numbers_as_inputs()
 
     @contextlib.contextmanager
     def _numbers_as_inputs(self) -> Iterator[None]:

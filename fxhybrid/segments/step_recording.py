@@ -159,6 +159,8 @@ class StepRecording:
             live = self._note_rises(self._memory.segments)
             if is_run and tuple(self._halves.ran) == self.backward:
                 self._note_backward(self._memory.segments, live, results)
+            elif halves:
+                self._assume_backward()
 
     def _forward(self, forward: Callable[[], Any]) -> Any:
         pack, unpack = map(torch.compiler.disable, (self._pack, _as_it_is))  # Dynamo would trace them between graphs
@@ -251,6 +253,20 @@ class StepRecording:
         gone_bytes = sum(n for _, n in self._beside) - kept_bytes
         self.tail = replace(self.tail, gone_bytes=gone_bytes, rise_bytes=rise, left_bytes=max(level, 0))
         self.shared = tuple(replace(s, held=s.held and key in held) for key, s in enumerate(self.shared))
+
+    def _assume_backward(self) -> None:
+        """Lets Python's backward pass, which was not seen, take one more gradient of all that graphs take and make.
+
+        Behind the last graph it may take twice what the forward pass took: a loss reads what it made, and its gradient.
+        """
+        self.tail = replace(self.tail, rise_bytes=2 * self.tail.rise_bytes)
+        for recorded in self.calls:
+            taken, made = (
+                sum(self.shared[key].size_bytes for key in set(keys.values()))
+                for keys in (recorded.inputs, recorded.outputs)
+            )
+            recorded.passing_bytes = made
+            recorded.backward_rise_bytes = taken + made
 
     def _keys(self, values: Sequence[Any], now: int) -> dict[int, int]:
         strided = {i: t for i, t in enumerate(values) if isinstance(t, Tensor) and t.layout is torch.strided}
