@@ -103,23 +103,24 @@ def test_what_was_let_go_is_not_recomputed_from_changed_weights() -> None:
 
 
 def test_the_same_step_fits_when_it_is_run_again() -> None:
-    """The plan of one call needs 560,424 bytes; two fit into 588,445 by plans that hold less from the start."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(16, 3, 12, 12) for _ in range(2)]
-    hybrid = compiled(Encoder(), inputs[0])
-    hybrid.set_budget(int(1.05 * hybrid.plan.budget_bytes))
+    """The plan of one call needs 575,016 bytes; two fit into 661,268 by plans that hold less from the start.
+
+    No convolutions: how much their kernels take depends on the processor.
+    """
+    inputs = batches(2)
+    torch.manual_seed(5)
+    layers = [nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()]
+    hybrid = compiled(nn.Sequential(*layers, nn.Linear(64, 6)), inputs[0])
+    hybrid.set_budget(int(1.15 * hybrid.plan.budget_bytes))
 
     def step() -> None:
         hybrid.zero_grad()
         joint_loss(hybrid, inputs).backward()
 
-    with pytest.raises(BudgetError) as caught:
+    with pytest.raises(BudgetError, match="run the same step again") as caught:
         step()
-    minimum, text = caught.value.minimum_bytes, str(caught.value)
+    assert caught.value.minimum_bytes <= hybrid.plan.budget_bytes
     del caught
-    if minimum > hybrid.plan.budget_bytes:
-        pytest.skip("kernels of this processor take less for one call, and two do not fit into 1.05 of that")
-    assert "run the same step again" in text
     step()
     assert peak_bytes(step, [hybrid], inputs) <= hybrid.plan.budget_bytes
 
