@@ -137,7 +137,7 @@ def compare(plain: nn.Module, hybrid: HybridModule, case: Case) -> None:
     is_rounded = any(layer.name in ROUNDED for layer in case.layers) or shares_memory(plain, case)
     expected, found = train(plain, case), train(hybrid, case)
     if case.compression == "auto":
-        is_rounded |= "channels_last" in hybrid.report().signatures[0].capture_check
+        is_rounded |= bool(hybrid.plan.channels_last)
         states = [{k: v for k, v in state.items() if k.startswith("grad ")} for state in (found, expected)]
         error = relative_difference(*states)
         assert error <= MAX_ERROR, f"the gradient's error is {error}"
