@@ -138,25 +138,48 @@ def check_capture(reference: Reference) -> CaptureCheck:
     Raises:
         CaptureError: the graph computes something else than the model.
     """
-    verifier, found, laid_out = reference.verifier, reference.result, ""
-    if verifier.prepared.another_order:
-        difference = relative_difference(found.gradients, verifier.run_eager().gradients)
-        laid_out = f"; with {verifier.prepared.another_order} gradients differ by {difference:.1e}"
-        found = verifier.run_plain()
-    low = runs_in_low_precision(verifier.step)
-    check = compare_with_eager(found, verifier.run_eager, is_low_precision=low)
-    return check if check.difference is None else replace(check, note=f"{check.note}{laid_out}")
+    verifier = reference.verifier
+    return compare_with_eager(
+        reference.result,
+        verifier.run_plain,
+        verifier.run_eager,
+        another_order=verifier.prepared.another_order,
+        is_low_precision=runs_in_low_precision(verifier.step),
+    )
 
 
 def compare_with_eager(
-    found: StepResult, run_eager: Callable[[], StepResult], *, is_low_precision: bool
+    found: StepResult,
+    run_plain: Callable[[], StepResult],
+    run_eager: Callable[[], StepResult],
+    *,
+    another_order: str,
+    is_low_precision: bool,
 ) -> CaptureCheck:
-    """Compares what a captured step left behind with the user's own step.
+    """Compares what a captured step leaves behind with the user's own step.
+
+    Args:
+        found: what the save-all step left behind.
+        run_plain: runs the graph as it was captured, which is compared where the save-all step takes another order.
+        run_eager: runs the user's own step.
+        another_order: what takes sums in another order than eager's, in words; empty for nothing.
+        is_low_precision: whether the step computes in bfloat16 or float16.
 
     Raises:
         CaptureError: the captured step computes something else than the model.
     """
     eager = run_eager()
+    if not another_order:
+        return _compared(found, eager, run_eager, is_low_precision=is_low_precision)
+    check = _compared(run_plain(), eager, run_eager, is_low_precision=is_low_precision)
+    difference = relative_difference(found.gradients, eager.gradients)
+    note = f"{check.note}; with {another_order} gradients differ by {difference:.1e}"
+    return check if check.difference is None else replace(check, note=note)
+
+
+def _compared(
+    found: StepResult, eager: StepResult, run_eager: Callable[[], StepResult], *, is_low_precision: bool
+) -> CaptureCheck:
     note = "" if eager.finite else "; eager itself is not finite on this batch"
     if found.same_bits(eager):
         return CaptureCheck(0.0, f"bit-equal to eager: outputs, gradients, buffers and generator{note}")

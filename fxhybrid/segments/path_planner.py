@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -99,13 +98,14 @@ class PathPlanner:
     def _compared_with_eager(self, trial: Trial, call: StepCall) -> tuple[StepResult, CaptureCheck]:
         found = self.trial_run(trial, tuple({} for _ in trial.calls), call)
         eager = partial(self._observed, lambda: self.step.check_result(self.step(*call)), trial)
-        plain, note = found, ""
-        if orders := dict.fromkeys(p.another_order for p in trial.prepared if p.another_order):
-            plain = self._plain_run(trial, call)
-            difference = relative_difference(found.gradients, plain.gradients)
-            note = f"; with {' and '.join(orders)} gradients differ by {difference:.1e}"
-        check = compare_with_eager(plain, eager, is_low_precision=runs_in_low_precision(self.step))
-        return found, check if check.difference is None else replace(check, note=f"{check.note}{note}")
+        check = compare_with_eager(
+            found,
+            partial(self._plain_run, trial, call),
+            eager,
+            another_order=" and ".join(dict.fromkeys(p.another_order for p in trial.prepared if p.another_order)),
+            is_low_precision=runs_in_low_precision(self.step),
+        )
+        return found, check
 
     def trial_run(self, trial: Trial, actions: PartActions, call: StepCall) -> StepResult:
         """Runs a plan on a batch, from the present state of the generator; the model stays as it was."""
