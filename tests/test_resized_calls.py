@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -13,93 +13,11 @@ from torch.nn import functional as F
 import fxhybrid
 from fxhybrid.capture.step import StepCall
 from fxhybrid.compiler import signature_cache, sized_costs
-from fxhybrid.compiler.signature_cache import SignatureCache
 from fxhybrid.compiler.workspace_formula import WorkspaceFormula, follows_formula
 from fxhybrid.passes.sized_halves import SharedGraphs
 from fxhybrid.profiling.allocator import measure_step
 from fxhybrid.profiling.op_profiler import Call, measure_alloc_peaks
-from fxhybrid.suite.small_models import CausalBlock
-
-WORDS, LENGTH = 64, 64
-
-
-class LanguageModel(nn.Module):
-    """Predicts the next word of pieces of any length up to ``LENGTH``, through one block with dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(WORDS, 32), nn.Parameter(torch.randn(LENGTH, 32) * 0.02)
-        self.block, self.drop = CausalBlock(32, 4, is_packed=True), nn.Dropout(0.1)
-        self.head = nn.Linear(32, WORDS)
-        self.register_buffer("n_words", torch.zeros((), dtype=torch.long))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        self.n_words += ids.numel()
-        return self.head(self.block(self.drop(self.tokens(ids) + self.places[: ids.shape[1]])))
-
-
-def words_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-
-class Compared:
-    """A model within a budget beside itself in eager mode."""
-
-    def __init__(
-        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], budget: float, **options: str
-    ) -> None:
-        self.eager = copy.deepcopy(model)
-        self.model = model
-        self.loss = loss
-        self.hybrid = fxhybrid.compile(model, budget=budget, loss_fn=loss, solver="mps", **options)
-
-    @property
-    def cache(self) -> SignatureCache:
-        return self.hybrid._fxhybrid_session.cache
-
-    @property
-    def n_captures(self) -> int:
-        return len(self.cache.captured) + len(self.cache.families)
-
-    def check(self, x: Tensor, y: Tensor, *, exact: bool = True) -> None:
-        """Runs one step of both; gradients, loss, buffers and generator are equal, and the budget is kept."""
-        torch.manual_seed(1)
-        loss = self.hybrid(x, loss_args=(y,))
-        loss.backward()
-        mine, rng = [p.grad for p in self.model.parameters()], torch.get_rng_state()
-        torch.manual_seed(1)
-        expected = self.loss(self.eager(x), y)
-        expected.backward()
-        theirs = [p.grad for p in self.eager.parameters()]
-        assert torch.equal(rng, torch.get_rng_state())
-        if exact:
-            assert torch.equal(loss, expected)
-            assert all(map(torch.equal, mine, theirs))
-            assert all(map(torch.equal, self.model.buffers(), self.eager.buffers()))
-        else:
-            difference = sum((a - b).square().sum() for a, b in zip(mine, theirs, strict=True))
-            assert float(difference / sum(b.square().sum() for b in theirs)) ** 0.5 < 0.1
-        self.model.zero_grad(set_to_none=True)
-        self.eager.zero_grad(set_to_none=True)
-
-    def check_peak(self, x: Tensor, y: Tensor) -> None:
-        """Measures one step: its peak is at most the predicted one, and within the budget."""
-        buffers = [b.clone() for b in self.model.buffers()]
-
-        def step() -> None:
-            self.model.zero_grad(set_to_none=True)
-            self.hybrid(x, loss_args=(y,)).backward()
-
-        measured = measure_step(step, modules=self.model, tensors=(x, y), repeats=0).peak_bytes
-        plan = self.hybrid.plan
-        assert plan.peak_bytes - 64 <= measured <= plan.peak_bytes <= plan.budget_bytes  # numbers as tensors
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        self.model.zero_grad(set_to_none=True)
-
-
-def words(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    return torch.randint(0, WORDS, (batch, length)), torch.randint(0, WORDS, (batch, length))
+from tests.resized_parts import WORDS, Compared, LanguageModel, words, words_loss
 
 
 @pytest.fixture(scope="module")
@@ -288,50 +206,6 @@ def test_what_no_symbolic_trace_can_carry_is_captured_as_it_is() -> None:
         compared.check(x, torch.randn(4, length, 16))
     assert len(compared.cache.captured) == 3
     assert not compared.cache.families
-
-
-def test_the_largest_declared_size_is_planned_first() -> None:
-    model, batch = LanguageModel(), words(8, 20)
-    options = {"loss_fn": words_loss, "compression": "lossless", "solver": "mps"}
-    largest = fxhybrid.compile(
-        model, budget=0.85, example_inputs=(batch[0],), loss_args=(batch[1],), dynamic={"ids": {1: 60}}, **options
-    )
-    assert len(largest.plans) == 2  # of lengths 60 and 20
-    assert largest.plans[1].peak_bytes > largest.plans[0].peak_bytes
-    budget = largest.plan.budget_bytes
-    assert budget == int(0.85 * largest.report().signatures[1].save_all_bytes)
-    assert "(8, 60) int64" in str(largest.report()).replace("\n", " ")
-    for size in ((8, 60), (8, 33), (5, 60)):
-        ids, target = words(*size)
-        largest(ids, loss_args=(target,)).backward()
-        assert largest.plan.peak_bytes <= budget
-        model.zero_grad(set_to_none=True)
-    with pytest.raises(fxhybrid.BudgetError):  # length 20 alone would fit
-        fxhybrid.compile(
-            model,
-            budget=budget // 2,
-            example_inputs=(batch[0],),
-            loss_args=(batch[1],),
-            dynamic={"ids": {1: 60}},
-            **options,
-        )
-
-
-@pytest.mark.parametrize(
-    ("dynamic", "message"),
-    [
-        ({"words": {1: 60}}, "ids, loss_args"),
-        ({"ids": {2: 60}}, "whose shape is"),
-        ({"ids": {1: 10}}, "at most 10"),
-        ({"ids": 60}, "input_ids"),
-    ],
-)
-def test_declarations_that_fit_no_call(dynamic: dict[str, dict[int, int]], message: str) -> None:
-    ids, target = words(8, 20)
-    with pytest.raises(fxhybrid.InvalidArgument, match=message):
-        fxhybrid.compile(
-            LanguageModel(), budget=1.0, example_inputs=(ids,), loss_args=(target,), loss_fn=words_loss, dynamic=dynamic
-        )
 
 
 class InnerLoss(LanguageModel):
