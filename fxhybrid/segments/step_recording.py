@@ -26,6 +26,7 @@ from fxhybrid.profiling.recording import Event, Recording, recording, split_at_b
 from fxhybrid.runtime import Enter, StepFunction
 from fxhybrid.segments.backward_order import halves_behind
 from fxhybrid.segments.backward_recording import ZeroHalves
+from fxhybrid.segments.handed_storages import HandedStorages, storage_identity
 from fxhybrid.segments.segment import Form, Segment, under_way
 
 
@@ -58,52 +59,6 @@ class RecordedCall:
     loose_bytes: int = 0
 
 
-class _Storages:
-    """Follows the storages that are made within a step."""
-
-    def __init__(self, existing: Sequence[Tensor]) -> None:
-        self.existing = {_identity(t) for t in existing}
-        self.references: list[StorageWeakRef] = []
-        self.shared: list[Shared] = []
-        self.keys: dict[int, int] = {}
-
-    def key(self, tensor: Tensor, maker: int) -> int | None:
-        """Returns the storage of a tensor; None for one that exists through the whole step."""
-        identity = _identity(tensor)
-        if identity in self.existing:
-            return None
-        if identity not in self.keys:
-            storage = tensor.untyped_storage()
-            self.keys[identity] = len(self.shared)
-            self.references.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]  # keeps the identity
-            self.shared.append(Shared(storage.nbytes(), maker, maker))
-        return self.keys[identity]
-
-    def knows(self, tensor: Tensor) -> bool:
-        """Says whether a tensor's storage exists through the whole step, or is handed from graph to graph."""
-        return _identity(tensor) in self.existing or _identity(tensor) in self.keys
-
-    def look(self, now: int) -> None:
-        """Notes what is alive when a call begins."""
-        for key, reference in enumerate(self.references):
-            if not reference.expired():  # type: ignore[no-untyped-call]
-                self.shared[key] = replace(self.shared[key], last=max(self.shared[key].last, now))
-
-    def look_at_end(self, n_calls: int) -> None:
-        """Notes what the caller holds after the forward pass."""
-        for key, reference in enumerate(self.references):
-            if not reference.expired():  # type: ignore[no-untyped-call]
-                self.shared[key] = replace(self.shared[key], last=n_calls, held=True)
-
-    def left(self) -> set[int]:
-        """Returns what is alive now."""
-        return {key for key, reference in enumerate(self.references) if not reference.expired()}  # type: ignore[no-untyped-call]
-
-
-def _identity(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 class StepRecording:
     """Runs a step by graphs that store nothing, and records it.
 
@@ -121,7 +76,7 @@ class StepRecording:
         self.backward: tuple[int, ...] = ()
         self.weighed: Collection[int] | None = None
         self.tail = Tail()
-        self._storages = _Storages(existing)
+        self._storages = HandedStorages(existing)
         self._steps: list[StepFunction] = []
         self._halves = ZeroHalves(self._mark, self._look_in_backward)
         self._within = False
@@ -153,7 +108,7 @@ class StepRecording:
             for position, present in halves:
                 self.calls[position].present = present
             is_run = self._memory is not None and bool(halves) and self._halves.run(results)
-        roots = {self._storages.keys.get(_identity(t)) for t in results if t.requires_grad}
+        roots = {self._storages.keys.get(storage_identity(t)) for t in results if t.requires_grad}
         self.shared = tuple(replace(s, is_root=key in roots) for key, s in enumerate(self._storages.shared))
         if self._memory is not None:
             live = self._note_rises(self._memory.segments)
@@ -281,8 +236,8 @@ class StepRecording:
 
     def _count(self, tensor: Tensor) -> None:
         """Counts what operators between graphs keep, unless it is handed from graph to graph and counted there."""
-        if tensor.layout is torch.strided and _identity(tensor) not in self._counted:
-            self._counted.add(_identity(tensor))
+        if tensor.layout is torch.strided and storage_identity(tensor) not in self._counted:
+            self._counted.add(storage_identity(tensor))
             if not self._storages.knows(tensor):
                 storage = tensor.untyped_storage()
                 self._beside.append((StorageWeakRef(storage), storage.nbytes()))  # type: ignore[no-untyped-call]
