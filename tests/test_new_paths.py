@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import random
 from collections import deque
 from functools import partial
 from typing import Any
@@ -43,6 +44,30 @@ def test_every_path_keeps_the_budget_from_its_first_step_on(share: float, compre
     assert refused <= 1
     assert len(peaks) > 1  # of paths with more layers and with fewer
     assert "one by one" in hybrid.report().signatures[0].capture_check
+
+
+def test_small_budgets_leave_room_to_trace_another_path() -> None:
+    """Of a model so small that a step takes less than the generator's states that live while a graph is traced."""
+
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.last = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i in random.sample(range(4), 3):
+                x = torch.tanh(self.layers[i](x))
+            return self.last(x * random.uniform(0.5, 1.5))
+
+    x = X[:16, :8].contiguous()
+    random.seed(8)
+    hybrid = fxhybrid.compile(Shuffled(), budget="smallest", example_inputs=(x,), loss_fn=loss_of)
+    base = sum(t.nbytes for t in (*hybrid.parameters(), x))
+    for seed in range(8):
+        hybrid.zero_grad()
+        random.seed(seed)
+        rise = memory_rise(lambda: hybrid(x).backward()).peak_rise_bytes
+        assert base + rise <= hybrid.plan.budget_bytes, seed
 
 
 def test_new_paths_train_like_the_model() -> None:

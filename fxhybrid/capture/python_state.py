@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -91,6 +91,12 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         finder.take(part)
     memo |= {id(t): t.detach().clone() for t in finder.found if t.grad_fn is not None}
     return copy.deepcopy(module, memo)
+
+
+@cache
+def generator_state_bytes() -> int:
+    """Returns the size of the tensor that holds a state of torch's CPU generator."""
+    return torch.get_rng_state().nbytes
 
 
 def _generators() -> Iterator[Undo]:

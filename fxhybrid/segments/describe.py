@@ -55,13 +55,13 @@ def report_of(path: Path, found: SequencePlan, budget_bytes: int, more_bytes: in
         more_bytes: older gradients, where they exist.
         unplanned: why graphs run without a plan, in words.
     """
-    needed = path.plans.smallest_known.peak.peak_bytes + more_bytes
+    needed = path.plans.smallest_known.needed_bytes + more_bytes
     fits = "fits too" if needed <= budget_bytes else f"does not fit ({format_bytes(needed)})"
     signature = SignatureReport(
         inputs=path.inputs,
         plan=plan_of(path, found, budget_bytes),
         save_all_bytes=path.plans.save_all.peak.peak_bytes,
-        minimum_bytes=path.plans.smallest_known.peak.peak_bytes,
+        minimum_bytes=path.plans.smallest_known.needed_bytes,
         capture_check=path.check.note,
         accumulating=f"{fits} while older gradients exist",
         loss="planned with the model"

@@ -21,6 +21,7 @@ from fxhybrid.pipeline import Prepared
 from fxhybrid.runtime import LateBackward, StepFunction
 from fxhybrid.segments.leaf_notes import NOTHING_NEW
 from fxhybrid.segments.segment import Segment, run_under_way
+from fxhybrid.segments.sequence_plans import tracing_bytes
 from fxhybrid.units import format_bytes
 
 UNEXPECTED = (
@@ -164,7 +165,7 @@ class PlannedRun:
         taken = sum(arguments[i].untyped_storage().nbytes() for i in form.boundaries)  # counted in the part itself
         stored = room.resident_bytes + self._stored_bytes
         before = stored + max(self._output_bytes - taken, 0)
-        following = max(room.least_bytes()[len(self.path) + 1 :], default=0)
+        following = max([*room.least_bytes()[len(self.path) + 1 :], tracing_bytes()])
         needed: list[int] = []
 
         def fits(needs: PartTimeline, *, leaving: int) -> bool:

@@ -189,10 +189,10 @@ class SegmentedStep:
 
     def _resolved(self, budget: Any, path: Path) -> int:
         if budget is NamedBudget.SMALLEST:
-            return path.plans.smallest.peak.peak_bytes
+            return path.plans.smallest.needed_bytes
         if budget is NamedBudget.AUTO:
             return auto_bytes(self.step.model, self.options.optimizer)
-        return budget if isinstance(budget, int) else int(budget * path.plans.save_all.peak.peak_bytes)
+        return budget if isinstance(budget, int) else int(budget * path.plans.save_all.needed_bytes)
 
     def fitting(self, path: Path, extra_bytes: int) -> tuple[SequencePlan, list[PlannedPart]]:
         """Returns the plan of a path beside what else is alive.
@@ -240,7 +240,7 @@ class SegmentedStep:
         each = sum(storages_of(call.tensors).values()) + outputs
         together = Together(n_others, each, gradient_bytes(model) + self._older_bytes())
         found = self._together.fitting(path, self.budget_bytes, together)
-        if found is None or found[0].peak.peak_bytes + extra > self.budget_bytes:
+        if found is None or found[0].needed_bytes + extra > self.budget_bytes:
             found = path.within(self.budget_bytes - extra)
         if found is None:
             raise self._together.error(path, self.budget_bytes, together, extra)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from fxhybrid.capture.python_state import generator_state_bytes
 from fxhybrid.compiler.planner import error_target
 from fxhybrid.errors import BudgetError
 from fxhybrid.ir.joined_problem import JoinedProblem, join_parts
@@ -20,6 +21,12 @@ from fxhybrid.units import format_bytes
 MAX_ROUNDS = 4
 BINDING = 0.7  # share of the limit from which on estimated errors decide which plans are found
 RESCALE_MARGIN = 1.1  # errors are scaled up by this more than was measured
+TRACED_STATES = 3  # of the generator, alive while a graph is traced: Dynamo's, and AOTAutograd's with its copy
+
+
+def tracing_bytes() -> int:
+    """Returns how far memory rises while a graph is traced in the middle of a step."""
+    return TRACED_STATES * generator_state_bytes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +53,11 @@ class SequencePlan:
         return self.known.point.error if self.measured_error is None else self.measured_error
 
     @property
+    def needed_bytes(self) -> int:
+        """The budget that it takes: its peak, and room to trace a graph wherever a step leaves the planned path."""
+        return max(self.peak.peak_bytes, max(self.peak.before_bytes) + tracing_bytes())
+
+    @property
     def held_bytes(self) -> int:
         """What the parts keep together when the forward pass is over."""
         return sum(need.stored_bytes for need in self.needs)
@@ -58,7 +70,7 @@ def measured_plans(sequence: PartSequence, options: Options, measure: Measure) -
     what ends the search, the smallest plan is run, and the errors of each part are scaled by what it shows.
     """
     plans = SequencePlans(sequence, options, measure)
-    plans.cheapest(plans.smallest.peak.peak_bytes)
+    plans.cheapest(plans.smallest.needed_bytes)
     smallest = plans.smallest
     estimated = smallest.known.point.error
     if estimated < BINDING * plans.known.max_error:
@@ -68,7 +80,7 @@ def measured_plans(sequence: PartSequence, options: Options, measure: Measure) -
         return plans
     scales = measured_scales(sequence, smallest.actions, measure)
     plans = SequencePlans(with_scaled_errors(sequence, scales), options, measure, scale)
-    plans.cheapest(plans.smallest.peak.peak_bytes)
+    plans.cheapest(plans.smallest.needed_bytes)
     return plans
 
 
@@ -122,7 +134,7 @@ class SequencePlans:
     def smallest_known(self) -> SequencePlan:
         """The plan with the smallest peak that was found so far."""
         plans = sorted(self._within_error(), key=lambda plan: plan.point.peak_bytes)
-        return min(map(self._judge, plans[:4]), key=lambda plan: plan.peak.peak_bytes)
+        return min(map(self._judge, plans[:4]), key=lambda plan: plan.needed_bytes)
 
     def cheapest(self, limit_bytes: int) -> SequencePlan | None:
         """Returns the cheapest plan within a limit, whose gradient error is within its own limit by measurement."""
@@ -146,13 +158,13 @@ class SequencePlans:
         return [(peak.peak_bytes + n_others * (peak.waiting_bytes + each_bytes), plan) for peak, plan in peaks]
 
     def _cheapest(self, limit_bytes: int) -> SequencePlan | None:
-        if self.save_all.peak.peak_bytes <= limit_bytes:
+        if self.save_all.needed_bytes <= limit_bytes:
             return self.save_all
         self.known, _ = Portfolio(self.options.solver).extend(self.known, limit_bytes)
         plan = self._first_fitting(limit_bytes)
         if plan is None:
             smallest = self.smallest
-            plan = self._first_fitting(limit_bytes) or (smallest if smallest.peak.peak_bytes <= limit_bytes else None)
+            plan = self._first_fitting(limit_bytes) or (smallest if smallest.needed_bytes <= limit_bytes else None)
         return plan
 
     def _first_fitting(self, limit_bytes: int) -> SequencePlan | None:
@@ -161,10 +173,10 @@ class SequencePlans:
         low, high = 0, len(plans)
         while low < high:
             middle = (low + high) // 2
-            fits = self._judge(plans[middle]).peak.peak_bytes <= limit_bytes
+            fits = self._judge(plans[middle]).needed_bytes <= limit_bytes
             low, high = (low, middle) if fits else (middle + 1, high)
         fitting = (self._judge(plan) for plan in plans[low:])
-        return next((plan for plan in fitting if plan.peak.peak_bytes <= limit_bytes), None)
+        return next((plan for plan in fitting if plan.needed_bytes <= limit_bytes), None)
 
     def _within_error(self) -> list[KnownPlan]:
         limit = self.known.max_error / self._scale
@@ -190,11 +202,11 @@ class SequencePlans:
     def budget_error(self, budget_bytes: int, extra_bytes: int) -> BudgetError:
         """Builds the error for a budget that no known plan meets."""
         smallest = self.smallest
-        minimum = smallest.peak.peak_bytes + extra_bytes
+        minimum = smallest.needed_bytes + extra_bytes
         beside = f" beside {extra_bytes} bytes of earlier gradients and calls" if extra_bytes else ""
         return BudgetError(
             f"the budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) cannot be met{beside}: the smallest "
-            f"known plan of the step, which is {len(self.sequence.parts)} graphs with Python between them, peaks at "
+            f"known plan of the step, which is {len(self.sequence.parts)} graphs with Python between them, takes "
             f"{minimum} bytes ({format_bytes(minimum)}). Raise the budget, shrink the batch, or allow more: "
             'compression="auto", a larger max_grad_error',
             budget_bytes=budget_bytes,

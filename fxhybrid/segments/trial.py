@@ -15,6 +15,7 @@ from fxhybrid.accuracy.calibration import Calibration, calibrate
 from fxhybrid.accuracy.step_result import trial_run
 from fxhybrid.accuracy.verifier import check_capture, reference
 from fxhybrid.capture.output_structure import output_tensors
+from fxhybrid.capture.python_state import generator_state_bytes
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import get_codec
 from fxhybrid.console import stage
@@ -110,7 +111,7 @@ def _with_errors(prepared: Prepared, measured: Calibration | None) -> Prepared:
 def _trial_bytes(prepared: Prepared) -> int:
     """Estimates what comparing a part takes: a save-all step of its own beside the results of two others."""
     needs = part_timeline(own_part(prepared), {})
-    return 3 * max(needs.forward_bytes, needs.backward_bytes)
+    return 3 * (max(needs.forward_bytes, needs.backward_bytes) + generator_state_bytes())
 
 
 @dataclass(eq=False)
