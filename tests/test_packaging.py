@@ -70,7 +70,7 @@ def test_pyproject_holds_only_the_build_system_and_ruff() -> None:
 def test_extras_and_dependencies() -> None:
     config = setup_cfg()
     needed = config["options"]["install_requires"].split()
-    assert "torch>=2.13,<2.14" in needed
+    assert "torch>=2.13,<2.15" in needed
     extras = {name: set(text.split()) for name, text in config["options.extras_require"].items()}
     assert extras["demo"] <= extras["test"], "the test extra includes the demo's packages"
     assert {name for name, needed in extras.items() if "scikit-learn>=1.4" in needed} == {"demo", "test", "federated"}
@@ -97,7 +97,9 @@ def test_public_names_exist_and_have_docstrings() -> None:
 def test_readme_has_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "pip install -e '.[demo]' && fxhybrid demo" in text
-    assert "pip install -e '.[test]' && pytest -n auto --dist loadfile" in text
+    command = "pip install -c .ci/constraints.txt -e '.[test]' && pytest -n auto --dist loadfile"
+    assert command in text
+    assert command.replace("install", "install -q") in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_public_names_are_listed_before_their_first_use() -> None:
