@@ -65,7 +65,16 @@ def environment(version: str) -> Path:
 def run_tests(python: Path) -> Record:
     """Runs the core tests; counts what passed, and names what failed."""
     files = [f"tests/test_{name}.py" for name in CORE]
-    options = ("-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider", "-o", "addopts=-m 'not slow and not fuzz and not gpu'")
+    options = (
+        "-n",
+        "auto",
+        "--dist",
+        "loadfile",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=-m 'not slow and not fuzz and not gpu'",
+    )
     with tempfile.TemporaryDirectory() as cache:
         variables = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": cache}
         command = [str(python), "-m", "pytest", *options, *files]
