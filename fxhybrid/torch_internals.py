@@ -1,4 +1,4 @@
-"""Gathers what torch 2.13 does not call public and this project builds on; 2.12 and 2.14 have it, too.
+"""Gathers what torch 2.13 does not call public and this project builds on; 2.14 has it, too.
 
 No other file reaches into torch's private modules, so a torch release that moves something is met here, and by
 ``tests/test_torch_internals.py``.
@@ -37,8 +37,9 @@ from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic
 from torch._dynamo.source import RandomValueSource
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase, TensorifyState
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
-from torch._dynamo.variables import TupleVariable, builder, builtin
-from torch._dynamo.variables import iter as iterators
+from torch._dynamo.variables import TupleVariable, builder
+from torch._dynamo.variables.builtin import SetAttrBuiltinVariable
+from torch._dynamo.variables.iter import DictViewIterator
 from torch._dynamo.variables.lists import ListIteratorVariable
 from torch._dynamo.variables.misc import RandomVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
@@ -64,7 +65,6 @@ from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
     "PROXY",
-    "SET_ATTRIBUTE",
     "BypassDispatchCache",
     "DictViewIterator",
     "DisableAutocast",
@@ -95,7 +95,7 @@ __all__ = [
     "RandomValueSource",
     "RandomVariable",
     "RecordScope",
-    "SetAttribute",
+    "SetAttrBuiltinVariable",
     "ShortenTraceback",
     "SymNode",
     "TensorAlias",
@@ -148,10 +148,6 @@ __all__ = [
     "with_effects",
 ]
 
-# Dynamo's method for ``setattr``, and its class; torch 2.12 has it among all builtins.
-SetAttribute: Any = getattr(builtin, "SetAttrBuiltinVariable", builtin.BuiltinVariable)
-SET_ATTRIBUTE = "_call_setattr" if hasattr(SetAttribute, "_call_setattr") else "call_setattr"
-DictViewIterator: Any = getattr(iterators, "DictViewIterator", None)  # torch 2.12 has none, and no need of it
 PROXY: Any = torch._C._TorchDispatchModeKey.PROXY
 DisableAutocast: Any = torch._C._DisableAutocast
 ExcludeDispatchKey: Any = torch._C._SetExcludeDispatchKeyGuard

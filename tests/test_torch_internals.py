@@ -16,7 +16,7 @@ from tests.test_layering import MODULES, ROOT
 
 PATCHED = (
     (torch_internals.OutputGraph, intermediate_leaves._CHECK),
-    (torch_internals.SetAttribute, torch_internals.SET_ATTRIBUTE),
+    (torch_internals.SetAttrBuiltinVariable, intermediate_leaves._ASSIGN),
     (torch_internals.TorchInGraphFunctionVariable, "_get_handlers"),
     (torch_internals.builder, "process_automatic_dynamic"),
     (torch_internals.builder, "_automatic_dynamic"),

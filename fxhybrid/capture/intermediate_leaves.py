@@ -17,21 +17,21 @@ from torch import Tensor, fx
 
 from fxhybrid.errors import CaptureError
 from fxhybrid.torch_internals import (
-    SET_ATTRIBUTE,
     OutputGraph,
-    SetAttribute,
+    SetAttrBuiltinVariable,
     set_inplace_requires_grad_allowed,
     tree_leaves,
 )
 
 _CHECK = "_check_requires_grad_intermediate_outputs"  # Dynamo refuses whatever an output is computed from
+_ASSIGN = "_call_setattr"
 _SWITCH = set_inplace_requires_grad_allowed
 
 
 @contextlib.contextmanager
 def intermediate_leaves() -> Iterator[None]:
     """Lets Dynamo trace outputs that follow from such a tensor; ``drop_intermediate_leaves`` must come after it."""
-    before, assign = getattr(OutputGraph, _CHECK), getattr(SetAttribute, SET_ATTRIBUTE)
+    before, assign = getattr(OutputGraph, _CHECK), getattr(SetAttrBuiltinVariable, _ASSIGN)
 
     def as_call(builtin: Any, tx: Any, obj: Any, name: Any, value: Any) -> Any:
         if obj.is_tensor() and name.is_python_constant() and name.as_python_constant() == "requires_grad":
@@ -40,12 +40,12 @@ def intermediate_leaves() -> Iterator[None]:
         return assign(builtin, tx, obj, name, value)
 
     setattr(OutputGraph, _CHECK, lambda *_: None)
-    setattr(SetAttribute, SET_ATTRIBUTE, as_call)
+    setattr(SetAttrBuiltinVariable, _ASSIGN, as_call)
     try:
         yield
     finally:
         setattr(OutputGraph, _CHECK, before)
-        setattr(SetAttribute, SET_ATTRIBUTE, assign)
+        setattr(SetAttrBuiltinVariable, _ASSIGN, assign)
 
 
 def drop_intermediate_leaves(module: fx.GraphModule) -> None:

@@ -41,6 +41,7 @@ TOO_MANY = (
     "would run outside of any plan from now on. Pad what changes its size, or pass numbers as tensors"
 )
 _LOOPS = "maybe_has_backedge"
+_RECONSTRUCT = "reconstruct"
 _ATTRIBUTE = "L['self']"  # a module's: a rate, which operators take as a constant
 _BUILDER: Any = builder
 _SUPPRESSED = "an error was suppressed"  # Dynamo's words for a function that it gives up on
@@ -152,14 +153,14 @@ def _graphs_within_loops() -> Iterator[None]:
 @contextlib.contextmanager
 def _iterators_between_graphs() -> Iterator[None]:
     """Lets a graph end within a loop over a dictionary, such as ``for layer in self.layers``, as Dynamo does not."""
-    if DictViewIterator is None or "reconstruct" in vars(DictViewIterator):
+    if _RECONSTRUCT in vars(DictViewIterator):
         yield
         return
-    DictViewIterator.reconstruct = _reconstruct
+    setattr(DictViewIterator, _RECONSTRUCT, _reconstruct)
     try:
         yield
     finally:
-        del DictViewIterator.reconstruct
+        delattr(DictViewIterator, _RECONSTRUCT)
 
 
 def _reconstruct(iterator: Any, codegen: Any) -> None:
