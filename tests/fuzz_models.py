@@ -46,6 +46,7 @@ class Case:
         calls: calls before one backward pass.
         accumulate: whether a further step adds to the gradients.
         later: batch sizes of steps that follow, all smaller.
+        breaks: what Python does behind a layer, as (after how many layers, what); a graph ends there.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class Case:
     calls: int = 1
     accumulate: bool = False
     later: tuple[int, ...] = ()
+    breaks: tuple[tuple[int, str], ...] = ()
 
 
 FORMS = {
@@ -77,6 +79,44 @@ FORMS = {
     "in a dict": lambda y: {"value": y * 1, "size": y.shape[0]},
 }
 WITHOUT_GRADIENT = ("detached", "argmax", "positive")
+
+
+def _ended(x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return x
+
+
+def _checked(x: Tensor) -> Tensor:
+    return x if torch.isfinite(x).all() else torch.nan_to_num(x)
+
+
+def _looked_at(x: Tensor) -> Tensor:
+    return x * 0.5 if x.detach().float().mean().item() > 0 else x + 1
+
+
+@torch._dynamo.disable
+def _by_python(x: Tensor) -> Tensor:
+    return (x * 1.5).abs()
+
+
+@torch._dynamo.disable
+def _in_place(x: Tensor) -> Tensor:
+    return (x + 0.5).mul_(2)
+
+
+@torch._dynamo.disable
+def _kept_too(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, x.detach() * 0.1)
+
+
+BREAKS = {
+    "ended": _ended,
+    "checked": _checked,
+    "looked at": _looked_at,
+    "by Python": _by_python,
+    "in place": _in_place,
+    "kept too": _kept_too,
+}
 
 
 class RandomModule(nn.Module):
@@ -113,6 +153,8 @@ class RandomModule(nn.Module):
             same_kind = [v for v, k in zip(values, self.kinds, strict=False) if k == kind]
             other = same_kind[max(-layer.back, -len(same_kind))]
             values.append(module(values[-1], Context(other, words, mask)))
+            for what in (what for after, what in self.case.breaks if after == len(values) - 1):
+                values[-1] = BREAKS[what](values[-1])
         outputs = [FORMS[form](values[max(-1 - back, -len(values))]) for back, form in self.case.outputs]
         return [values[-1] * self.last, *outputs]
 
@@ -162,4 +204,5 @@ def cases(draw: st.DrawFn) -> Case:
         budget=draw(st.sampled_from([0.0, 0.0, 0.1, 0.3, 0.6, 1.0])),
         accumulate=draw(st.booleans()),
         later=draw(st.sampled_from([(), (20, 7, 33, 2)])) if size[0] == 48 else (),
+        breaks=tuple(draw(st.lists(st.tuples(st.integers(1, len(layers)), st.sampled_from(list(BREAKS))), max_size=3))),
     )
