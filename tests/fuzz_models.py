@@ -184,6 +184,10 @@ def cases(draw: st.DrawFn) -> Case:
         name = draw(st.sampled_from(list(LAYERS[at])))
         layers.append(Layer(name, draw(st.integers(0, len(LAYERS[at][name]) - 1)), draw(st.integers(1, 3))))
         at = name.removeprefix("to ") if name.startswith("to ") else at
+    dtype = draw(st.sampled_from(["float32", "float32", "float32", "float64", "bfloat16"]))
+    # a gradient that comes to a graph in another layout is rounded in another way, by tenths in bfloat16
+    ends = st.tuples(st.integers(1, len(layers)), st.sampled_from(list(BREAKS)))
+    breaks = tuple(draw(st.lists(ends, max_size=3))) if dtype != "bfloat16" else ()
     form = st.tuples(st.integers(0, len(layers)), st.sampled_from(list(FORMS)))
     outputs = tuple(draw(st.lists(form, max_size=3)))
     possible = [0, *(i for i, (_, form) in enumerate(outputs, 1) if form not in WITHOUT_GRADIENT)]
@@ -197,12 +201,12 @@ def cases(draw: st.DrawFn) -> Case:
         tied=draw(st.booleans()),
         frozen=draw(st.sampled_from([0, 0, 2, 3])),
         input_gradient=draw(st.booleans()),
-        dtype=draw(st.sampled_from(["float32", "float32", "float32", "float64", "bfloat16"])),
+        dtype=dtype,
         channels_last=draw(st.booleans()),
         loss=(loss := draw(st.booleans())),
         compression=draw(st.sampled_from(["lossless", "off", "auto"] if loss else ["lossless", "off"])),
         budget=draw(st.sampled_from([0.0, 0.0, 0.1, 0.3, 0.6, 1.0])),
         accumulate=draw(st.booleans()),
         later=draw(st.sampled_from([(), (20, 7, 33, 2)])) if size[0] == 48 else (),
-        breaks=tuple(draw(st.lists(st.tuples(st.integers(1, len(layers)), st.sampled_from(list(BREAKS))), max_size=3))),
+        breaks=breaks,
     )

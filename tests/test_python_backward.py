@@ -89,6 +89,38 @@ def test_what_pythons_operators_take_in_backward_counts(name: str) -> None:
         assert measured <= budget <= 1.02 * measured
 
 
+class Returning(nn.Module):
+    """Returns what Python makes of an early value, the last one, and an early one cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.early = torch.compiler.disable(torch.sin)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.first(x).tanh()
+        early = self.early(h)
+        return early, self.last(h).tanh().exp().exp(), h.detach()
+
+
+@pytest.mark.parametrize("chosen", [(0,), (1,), (0, 1)], ids=str)
+def test_results_count_whether_or_not_they_get_a_gradient(chosen: tuple[int, ...]) -> None:
+    """Where only the early one does, what the last layer stores stays; gradients given by the caller live to the end."""
+
+    def run(model: nn.Module) -> tuple[Tensor, ...]:
+        model.zero_grad()
+        results = model(X)
+        torch.autograd.backward([results[i] for i in chosen], [torch.ones_like(results[i]) for i in chosen])
+        return tuple(t.detach() for t in results)
+
+    pair = twins(Returning().train(), example_inputs=(X,))
+    for budget in (pair.hybrid.plan.budget_bytes, smallest(pair.hybrid)):
+        pair.hybrid.set_budget(budget)
+        pair.same(run)
+        measured = fxhybrid.measure_step(lambda: run(pair.hybrid), modules=pair.hybrid, tensors=X, repeats=0)
+        assert measured.peak_bytes <= budget
+
+
 def test_leaves_see_nothing_of_a_recorded_backward_pass() -> None:
     seen: list[Tensor] = []
     weight = torch.ones(3, requires_grad=True)

@@ -103,6 +103,7 @@ class PartSequence:
         resident_bytes: alive through the whole step.
         update_bytes: how far memory rises above the gradients while the optimizer steps; None without one.
         tail: what Python's own operators after the last part take.
+        partial: the same as ``backward`` in steps in which some results get no gradient.
     """
 
     parts: tuple[Part, ...]
@@ -111,6 +112,7 @@ class PartSequence:
     resident_bytes: int
     update_bytes: int | None = None
     tail: Tail = Tail()
+    partial: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,9 +202,18 @@ def sequence_peak(sequence: PartSequence, needs: Sequence[PartTimeline]) -> Sequ
         backward[k] = tally.run_backward(k)
     end = tally.end_bytes()
     overhead_s = math.fsum(need.overhead_s for need in needs)
-    highest = max(*forward, after, *backward, end)
+    highest = max(*forward, after, *backward, end, _left_out_bytes(sequence, needs))
     waiting = after - sequence.resident_bytes - sequence.tail.rise_bytes
     return SequencePeak(highest, tuple(forward), tuple(backward), tuple(before), waiting, overhead_s)
+
+
+def _left_out_bytes(sequence: PartSequence, needs: Sequence[PartTimeline]) -> int:
+    """Returns the highest point of backward passes in which some parts get no gradient, and keep what they store."""
+    highest = 0
+    for backward in sequence.partial:
+        tally = _Tally(sequence, needs)
+        highest = max(highest, *map(tally.run_backward, backward))
+    return highest
 
 
 class _Tally:

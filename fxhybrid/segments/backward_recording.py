@@ -59,8 +59,7 @@ class ZeroHalves:
         return lambda *_: half
 
     def run(self, results: Sequence[Tensor]) -> bool:
-        """Runs the backward pass from ``results``; says whether it came to its end."""
-        results = [t for t in results if t.requires_grad]
+        """Runs the backward pass from ``results``, which need a gradient; says whether it came to its end."""
         leaves = [node.variable for node in autograd_nodes(results) if hasattr(node, "variable")]
         self._is_running = True
         try:

@@ -68,6 +68,7 @@ class StepRecording:
         backward: the calls in the order in which their backward halves will run; likewise.
         weighed: positions of the results that get gradients, among the tensors that a call returns; likewise.
         tail: what Python's operators after the last call take; likewise.
+        partial: what ``backward`` is where only one of the results gets a gradient, or all but one; likewise.
     """
 
     def __init__(self, existing: Sequence[Tensor]) -> None:
@@ -76,6 +77,7 @@ class StepRecording:
         self.backward: tuple[int, ...] = ()
         self.weighed: Collection[int] | None = None
         self.tail = Tail()
+        self.partial: tuple[tuple[int, ...], ...] = ()
         self._storages = HandedStorages(existing)
         self._steps: list[StepFunction] = []
         self._halves = ZeroHalves(self._mark, self._look_in_backward)
@@ -102,13 +104,15 @@ class StepRecording:
             self._mark()
             self.weighed = weighed(result)
             outputs = list(output_tensors(result))
-            results = [t for i, t in enumerate(outputs) if self.weighed is None or i in self.weighed]
+            chosen = (t for i, t in enumerate(outputs) if self.weighed is None or i in self.weighed)
+            results = [t for t in chosen if t.requires_grad]
             halves = halves_behind(results, self._steps)
             self.backward = tuple(position for position, _ in halves)
             for position, present in halves:
                 self.calls[position].present = present
+            self.partial = tuple(self._partial(results) - {self.backward, ()})
             is_run = self._memory is not None and bool(halves) and self._halves.run(results)
-        roots = {self._storages.keys.get(storage_identity(t)) for t in results if t.requires_grad}
+        roots = {self._storages.keys.get(storage_identity(t)) for t in results}
         self.shared = tuple(replace(s, is_root=key in roots) for key, s in enumerate(self._storages.shared))
         if self._memory is not None:
             live = self._note_rises(self._memory.segments)
@@ -147,6 +151,12 @@ class StepRecording:
         self._steps.append(step)
         recorded.outputs = self._keys(outputs, now)
         return outputs
+
+    def _partial(self, results: Sequence[Tensor]) -> set[tuple[int, ...]]:
+        """Returns the orders of backward passes in which one result gets a gradient, or all but one do."""
+        alone = ([result] for result in results)
+        others = ([*results[:i], *results[i + 1 :]] for i in range(len(results)))
+        return {tuple(k for k, _ in halves_behind(some, self._steps)) for some in (*alone, *others) if some}
 
     def _look_in_backward(self) -> None:
         """Looks at what is left when the first half begins."""

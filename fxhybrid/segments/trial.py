@@ -206,7 +206,7 @@ class Recorder:
         optimizer = self.options.optimizer
         update = optimizer_bytes(optimizer).rise_bytes if optimizer is not None else None
         sequence = sequence_of(calls, prepared, recording.backward, recording.shared, resident, update)
-        sequence = replace(sequence, tail=recording.tail)
+        sequence = replace(sequence, tail=recording.tail, partial=recording.partial)
         return Trial(calls, prepared, sequence, recording.weighed)
 
     def _weighed(self, result: Any) -> Collection[int] | None:
