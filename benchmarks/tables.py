@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import convnets, operators, second_start, table_rows
+from benchmarks import convnets, operators, second_start, table_rows, torch_versions
 from benchmarks.lib import federated_tables, zoo_results
 from benchmarks.lib.results import RESULTS, Record, latest, read_headed
 from benchmarks.studies import frontier_phases
@@ -108,6 +108,7 @@ TABLES = {
     "forecasts, populations": DocTable(
         "predictor", ("population", "30", "60", "120", "300", "600", "1800"), table_rows.forecast_population_rows
     ),
+    "versions": DocTable("torch_versions", ("environment", "core tests passed", "failed"), torch_versions.rows),
     "zoo, counts": DocTable("zoo", zoo_results.COUNT_COLUMNS, zoo_results.count_rows),
     "zoo, models": DocTable("zoo", zoo_results.MODEL_COLUMNS, zoo_results.model_rows),
     "zoo, failures": DocTable("zoo", zoo_results.FAILURE_COLUMNS, zoo_results.failure_rows),

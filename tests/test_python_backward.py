@@ -105,7 +105,7 @@ class Returning(nn.Module):
 
 @pytest.mark.parametrize("chosen", [(0,), (1,), (0, 1)], ids=str)
 def test_results_count_whether_or_not_they_get_a_gradient(chosen: tuple[int, ...]) -> None:
-    """Where only the early one does, what the last layer stores stays; gradients given by the caller live to the end."""
+    """Where only the early one does, what the last layer stores stays; gradients from a caller live to the end."""
 
     def run(model: nn.Module) -> tuple[Tensor, ...]:
         model.zero_grad()
