@@ -90,22 +90,26 @@ def test_what_pythons_operators_take_in_backward_counts(name: str) -> None:
 
 
 class Returning(nn.Module):
-    """Returns what Python makes of an early value, the last one, and an early one cut off."""
+    """Returns what Python makes of an early value, before and behind the last layer, the last one, and one cut off."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.early = torch.compiler.disable(torch.sin)
+        self.by_python = torch.compiler.disable(torch.sin)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         h = self.first(x).tanh()
-        early = self.early(h)
-        return early, self.last(h).tanh().exp().exp(), h.detach()
+        early = self.by_python(h)
+        last = self.last(h).tanh().exp().exp()
+        return early, last, self.by_python(h), h.detach()
 
 
-@pytest.mark.parametrize("chosen", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("chosen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
 def test_results_count_whether_or_not_they_get_a_gradient(chosen: tuple[int, ...]) -> None:
-    """Where only the early one does, what the last layer stores stays; gradients from a caller live to the end."""
+    """Where early ones do, what the last layer stores stays; gradients from a caller live to the end.
+
+    A gradient that Python makes of the late one is there while the last layer's half runs, and is added to afterwards.
+    """
 
     def run(model: nn.Module) -> tuple[Tensor, ...]:
         model.zero_grad()

@@ -19,6 +19,7 @@ from fxhybrid.accuracy.step_result import autograd_nodes
 from fxhybrid.errors import CaptureError
 from fxhybrid.passes.step_interface import StepInterface
 from fxhybrid.runtime import Enter, LateBackward
+from fxhybrid.segments.handed_storages import storage_identity
 from fxhybrid.segments.leaf_notes import NOTHING_NEW
 
 WITHIN_FORWARD = (
@@ -35,13 +36,17 @@ class ZeroHalves:
         mark: is called when a half begins, and when it ends, and at the end of the pass.
         first: is called when the first half begins.
         ran: positions of the parts whose half has run, in order.
+        counted_bytes: in each of them, gradients that came to it, and those of other halves that are on their way,
+            without those that the pass began with.
         carried_bytes: after each of them, the gradients that halves have made and that are still on their way.
     """
 
     mark: Callable[[], None]
     first: Callable[[], None]
     ran: list[int] = field(default_factory=list)
+    counted_bytes: list[int] = field(default_factory=list)
     carried_bytes: list[int] = field(default_factory=list)
+    _given: set[int] = field(default_factory=set)
     _made: list[tuple[StorageWeakRef, int]] = field(default_factory=list)
     _is_running: bool = False
 
@@ -65,6 +70,7 @@ class ZeroHalves:
         try:
             with _without_hooks(leaves):
                 zeros = [torch.zeros_like(t) for t in results]
+                self._given = {storage_identity(t) for t in zeros}
                 gradients = torch.autograd.grad(results, leaves, zeros, allow_unused=True)
                 self.mark()
                 del gradients
@@ -89,10 +95,12 @@ class ZeroHalves:
 
     def ends(self, arrived: Sequence[Tensor], made: Sequence[Tensor | None]) -> None:
         """Notes what a half has made; what arrived goes now."""
-        gone = {t.untyped_storage()._cdata for t in arrived}
-        self._made += ((_reference(t), t.untyped_storage().nbytes()) for t in made if t is not None)
-        on_their_way = (n for ref, n in self._made if ref.cdata not in gone and not ref.expired())  # type: ignore[no-untyped-call]
-        self.carried_bytes.append(sum(on_their_way))
+        gone = {storage_identity(t): t.untyped_storage().nbytes() for t in arrived}
+        others = sum(n for ref, n in self._made if ref.cdata not in gone and not ref.expired())  # type: ignore[no-untyped-call, misc]
+        self.counted_bytes.append(others + sum(n for identity, n in gone.items() if identity not in self._given))
+        new = [(_reference(t), t.untyped_storage().nbytes()) for t in made if t is not None]
+        self._made += new
+        self.carried_bytes.append(others + sum(n for _, n in new))
         self.mark()
 
 

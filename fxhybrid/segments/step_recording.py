@@ -43,7 +43,8 @@ class RecordedCall:
         beside_bytes: what Python's own operators before the call keep for their backward pass.
         rise_bytes: what they take while they run, beyond what is alive when the call begins.
         backward_rise_bytes: what their backward pass takes, beyond what is alive when the call's own is over.
-        passing_bytes: gradients that Python's operators have made when the call's backward pass begins, for others.
+        passing_bytes: gradients that Python's operators have made for others, alive in the call's backward pass or
+            behind it.
         loose_bytes: what else Python holds when the call begins: tensors that it hands to no graph.
     """
 
@@ -207,12 +208,13 @@ class StepRecording:
         born: dict[int, int] = {}  # in the backward pass, in which halves make nothing but what they hand on
         given = sum(t.numel() * t.element_size() for t in results if self._storages.knows(t))
         level = walk(before, born)[1] - given  # gradients of graphs' outputs are counted there
-        halves_and_behind = zip(halves.ran, halves.carried_bytes, rest[::2], rest[1::2], strict=False)
-        for position, carried_bytes, half, behind in halves_and_behind:
+        counts = zip(halves.ran, halves.counted_bytes, halves.carried_bytes, rest[::2], rest[1::2], strict=False)
+        for position, counted_bytes, carried_bytes, half, behind in counts:
+            passing_bytes = level - counted_bytes  # behind the half some may be summed with what it has made
             freed, ran = split_at_birth(behind)
             level += walk([*half, *freed], born)[1]
             walk([*half, *freed], live)
-            self.calls[position].passing_bytes = max(level - carried_bytes, 0)
+            self.calls[position].passing_bytes = max(passing_bytes, level - carried_bytes, 0)
             self.calls[position].backward_rise_bytes = walk(ran, live)[0]
             level += walk(ran, born)[1]
         gone_bytes = sum(n for _, n in self._beside) - kept_bytes
