@@ -33,6 +33,7 @@ CORE = (
     *("several_graphs", "simulator", "step_in_backward", "symbolic", "torch_internals"),
 )
 PACKAGES = ("scikit-learn", "transformers>=5", "matplotlib", "pytest", "pytest-xdist", "hypothesis", "expecttest")
+QUICK = "addopts=-m 'not slow and not fuzz and not gpu'"
 COUNTED = re.compile(r"(\d+) (passed|failed|error|skipped)")
 
 
@@ -65,16 +66,7 @@ def environment(version: str) -> Path:
 def run_tests(python: Path) -> Record:
     """Runs the core tests; counts what passed, and names what failed."""
     files = [f"tests/test_{name}.py" for name in CORE]
-    options = (
-        "-n",
-        "auto",
-        "--dist",
-        "loadfile",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=-m 'not slow and not fuzz and not gpu'",
-    )
+    options = ("-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider", "-o", QUICK)
     with tempfile.TemporaryDirectory() as cache:
         variables = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": cache}
         command = [str(python), "-m", "pytest", *options, *files]

@@ -40,6 +40,12 @@ def test_parts_add_up() -> None:
     dying = replace(sequence, parts=(replace(parts[0], dying=((100, -1),)), parts[1]))
     peak = sequence_peak(dying, [part_timeline(each, {}) for each in dying.parts])
     assert peak.backward_bytes == (1067, 1260)
+    # only the first part's result gets a gradient, and a new one of 70 bytes is made there: s 40, the gradient of h
+    # (100), y 10, and h (100), which the second part keeps
+    large = replace(sequence, parts=(replace(parts[0], problem=part(40, 100, 100, 70)), parts[1]))
+    needs = [part_timeline(each, {}) for each in large.parts]
+    assert sequence_peak(large, needs).peak_bytes == 1260
+    assert sequence_peak(replace(large, partial=((0,),)), needs).peak_bytes == 1000 + 40 + 100 + 10 + 100 + 70
     joined = join_parts(dying)
     assert fxhybrid_peak(joined.problem) >= peak.peak_bytes
     # Python takes 200 more before the second part, which h is alive for: 1000 + 40 + 100 + 200; and 300 after it, when
