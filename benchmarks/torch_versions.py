@@ -32,7 +32,6 @@ CORE = (
     *("pending_calls", "pending_room", "plan_cache", "python_state", "recording", "resized_calls", "schedule"),
     *("several_graphs", "simulator", "step_in_backward", "symbolic", "torch_internals"),
 )
-PACKAGES = ("scikit-learn", "transformers>=5", "matplotlib", "pytest", "pytest-xdist", "hypothesis", "expecttest")
 QUICK = "addopts=-m 'not slow and not fuzz and not gpu'"
 COUNTED = re.compile(r"(\d+) (passed|failed|error|skipped)")
 
@@ -57,9 +56,8 @@ def environment(version: str) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        needed = ("networkx>=3.2", "pulp>=3.3.1,<4", "highspy>=1.10", "numpy", "psutil", "rich", *PACKAGES)
-        subprocess.run([python, "-m", "pip", "install", "-q", f"torch=={version}", *needed], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "-e", str(ROOT)], check=True)
+        command = [str(python), "-m", "pip", "install", "-q", f"torch=={version}", "-e", f"{ROOT}[test]"]
+        subprocess.run(command, check=True)
     return python
 
 
