@@ -28,6 +28,7 @@ aten = torch.ops.aten
 _EFFECTS = (torch.ops.fxhybrid.take_gradient.default,)  # needed although nothing reads what they make
 _BATCH_NORMS = (aten.native_batch_norm_backward.default, torch.ops.fxhybrid.batch_norm_backward.default)
 _COPIES = (aten.slice_backward.default, aten.select_backward.default)  # a strided copy is no slower
+_BIAS = 2  # of a convolution's gradients
 _LAYOUT_BOUND = (aten.view.default, aten._unsafe_view.default)  # they fail where strides are not the traced ones
 
 
@@ -106,13 +107,14 @@ class _Pruner:
         self.missing = {node for node, tangents in behind.items() if tangents and tangents <= absent}
         self.graph = PlainGraph()
         self.new: dict[fx.Node, fx.Node] = {}
+        self.biases: dict[fx.Node, fx.Node] = {}  # by convolution: what computes the bias's gradient alone
 
     def run(self) -> JointGraph:
         for node in self.joint.module.graph.nodes:
             if node.op == "output":
                 self._emit_output(node)
             elif node.op == "placeholder" or node not in self.missing:
-                self.new[node] = self._summand(node) or self._copy(node)
+                self.new[node] = self._summand(node) or self._bias(node) or self._copy(node)
         self._erase_dead()
         return JointGraph(joint_module(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)
 
@@ -133,6 +135,8 @@ class _Pruner:
         fx.node.map_arg((args, node.kwargs), needed.append)
         new = {n: self._zeros(n) if n in self.missing else self.new[n] for n in needed}
         if self._reads_one_layout(node, args, new):
+            if node.target is aten.convolution_backward.default and args[-1][_BIAS]:
+                self.biases[node] = self._bias_alone(node, new)
             new = {n: self._as_traced(n, copy) for n, copy in new.items()}
         copied = self.graph.create_node(
             node.op,
@@ -173,6 +177,24 @@ class _Pruner:
             return False
         arguments, kwargs = fx.node.map_arg((args, node.kwargs), lambda n: new[n].meta["val"])
         return _layouts(_run(target, arguments, kwargs)) == _layouts(node.meta["val"])
+
+    def _bias_alone(self, node: fx.Node, new: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """Emits a convolution's bias gradient: a sum over the output gradient, in the order in which that lies."""
+        args = (*fx.node.map_arg(node.args[:-1], new.__getitem__), [False, False, True])
+        alone = self.graph.call_function(aten.convolution_backward.default, args)
+        values = fx.node.map_arg(args, lambda n: n.meta["val"])
+        alone.meta = {"val": _run(alone.target, values, {}), TAG: NodeTag(Phase.BACKWARD)}
+        return alone
+
+    def _bias(self, node: fx.Node) -> fx.Node | None:
+        """Reads the bias's gradient where it was computed alone."""
+        source = node.args[0] if node.target is operator.getitem and node.args[1] == _BIAS else None
+        alone = self.biases.get(source) if isinstance(source, fx.Node) else None
+        if alone is None:
+            return None
+        bias = self.graph.call_function(operator.getitem, (alone, _BIAS))
+        bias.meta = {"val": alone.meta["val"][_BIAS], TAG: node.meta[TAG]}
+        return bias
 
     def _as_traced(self, node: fx.Node, copy: fx.Node) -> fx.Node:
         """The copied node in the layout that the node was traced with, where a memory format gives that."""
