@@ -135,7 +135,7 @@ class _Pruner:
         fx.node.map_arg((args, node.kwargs), needed.append)
         new = {n: self._zeros(n) if n in self.missing else self.new[n] for n in needed}
         if self._reads_one_layout(node, args, new):
-            if node.target is aten.convolution_backward.default and args[-1][_BIAS]:
+            if node.target is aten.convolution_backward.default and cast(list[bool], args[-1])[_BIAS]:
                 self.biases[node] = self._bias_alone(node, new)
             new = {n: self._as_traced(n, copy) for n, copy in new.items()}
         copied = self.graph.create_node(
