@@ -73,10 +73,7 @@ def test_memory_that_never_moves_is_used_almost_whole_and_never_missed() -> None
     missed = play(predictor, [[800.0 * MIB] * 6] * 60)
     assert not any(missed)
     predictor.observe("d", 3600.0, 800.0 * MIB)
-    # ~59 stretches side by side: caution is 1 - 0.5 / 60^2
-    assert predictor.predict("d", now_s=3600.0, horizon_s=60.0) == pytest.approx(
-        800 * MIB * (1 - 0.5 / 60**2), rel=1e-4
-    )
+    assert predictor.predict("d", now_s=3600.0, horizon_s=60.0) == 800 * MIB
 
 
 def test_a_longer_round_gets_less() -> None:
@@ -99,15 +96,60 @@ def test_cold_start_is_careful_and_never_above_the_reading() -> None:
     predictor = MemoryBudgetPredictor()
     assert predictor.predict("new", now_s=0.0, horizon_s=60.0) == 0
     predictor.observe("new", 0.0, 1000.0 * MIB)
-    assert predictor.predict("new", now_s=0.0, horizon_s=60.0) == 500 * MIB
+    assert predictor.predict("new", now_s=0.0, horizon_s=60.0) == 400 * MIB  # COLD_SHARE
 
 
 def test_overhead_is_subtracted_and_never_makes_it_negative() -> None:
     predictor = MemoryBudgetPredictor(overhead_bytes=200 * MIB)
     predictor.observe("a", 0.0, 1000.0 * MIB)
     predictor.observe("b", 0.0, 100.0 * MIB)
-    assert predictor.predict("a", now_s=0.0, horizon_s=60.0) == 300 * MIB  # half of the reading, less 200
+    assert predictor.predict("a", now_s=0.0, horizon_s=60.0) == 200 * MIB  # 0.4 of the reading, less 200
     assert predictor.predict("b", now_s=0.0, horizon_s=60.0) == 0
+
+
+def fallen(n_rounds: int) -> list[list[float]]:
+    """Rounds of which every fourth ends at a quarter of what it begins with."""
+    return [[1000.0 * MIB] * 5 + [(250.0 if i % 4 == 3 else 1000.0) * MIB] for i in range(n_rounds)]
+
+
+def test_a_new_device_gets_what_others_kept() -> None:
+    predictor = MemoryBudgetPredictor()
+    play(predictor, fallen(200))
+    predictor.observe("new", 0.0, 800.0 * MIB)
+    # a quarter of all outcomes, so that the level near 1 in 20 is among them, kept 0.25 of the reading
+    assert predictor.predict("new", now_s=0.0, horizon_s=60.0) == pytest.approx(0.25 * 800 * MIB)
+
+
+def test_few_outcomes_count_by_their_number() -> None:
+    predictor = MemoryBudgetPredictor()
+    play(predictor, [[1000.0 * MIB] * 6] * 6)
+    predictor.observe("new", 0.0, 1000.0 * MIB)
+    # the last of 6 rounds is still open: 5 of 20 outcomes kept everything, for the others stands COLD_SHARE
+    assert predictor.predict("new", now_s=0.0, horizon_s=60.0) == (5 * 1000 + 15 * 400) // 20 * MIB
+
+
+def test_a_short_past_counts_by_its_length() -> None:
+    predictor = MemoryBudgetPredictor()
+    play(predictor, fallen(200))
+    for i in range(6 * 5 + 1):
+        predictor.observe("new", 10.0 * i, 1000.0 * MIB)
+    found = predictor.predict("new", now_s=300.0, horizon_s=60.0)
+    # about 4 stretches of its own, in which nothing fell, against 1 / 0.05 = 20 in which a quarter was left
+    n = predictor._devices["new"].history.windows(60.0).independent
+    assert 3 < n < 5
+    assert found == pytest.approx((n * 1000 + 20 * 250) / (n + 20) * MIB, rel=1e-6)
+
+
+def test_the_fleets_level_learns_from_forecasts_that_it_took_part_in() -> None:
+    predictor = steady()
+    levels = [predictor.to_state()["fleet"]["level"]]
+    for i in range(2):
+        predictor.observe("new", 10_000.0 * i, 1000.0 * MIB)  # so far apart that no stretch lies between them
+        predictor.predict("new", now_s=10_000.0 * i, horizon_s=60.0)
+        predictor.observe("new", 10_000.0 * i + 70.0, 10.0 * MIB * (i == 0) + 1000.0 * MIB * (i == 1))
+        levels.append(predictor.to_state()["fleet"]["level"])
+    # nothing of its own: the whole step, 0.01 * 0.95 down and 0.01 * 0.05 up
+    assert np.diff(levels) == pytest.approx([-0.0095, 0.0005])
 
 
 def steady(n_rounds: int = 40) -> MemoryBudgetPredictor:

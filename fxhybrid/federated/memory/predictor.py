@@ -4,18 +4,27 @@ A round dies if available memory falls under the plan's peak once. So the foreca
 over the round, and it must be missed in ``miss_rate`` of all rounds, whatever the process is.
 
     share_i    = minimum_i / reference_i             over past stretches of the round's length
-    forecast   = reference_now * quantile(share, level)
+    own        = reference_now * quantile(share, level)
     level     += GAIN * (miss_rate - missed)         after every round
 
 The last line is adaptive conformal inference (Gibbs and Candes, 2021): it holds the rate without a model of the
 process. The reference is the reading now; or the lowest reading over one horizon before, or nothing (the plain
-quantile of minima), where that has clearly the lower pinball loss on the same past. Why this and not another:
-docs/adr/0007-memory-forecast.md.
+quantile of minima), where that has clearly the lower pinball loss on the same past.
+
+The least of n independent stretches is undercut in one round of n + 1: a short past cannot tell what happens in
+``miss_rate`` of all rounds. So what all devices met since their forecasts fills in for it, as 1 / miss_rate stretches:
+
+    weight     = n / (n + 1 / miss_rate)
+    fleet      = reading_now * quantile(lowest reading / reading at the start, fleet's level)
+    forecast   = weight * own + (1 - weight) * min(own, fleet)
+
+Why this and not another: docs/adr/0007-memory-forecast.md.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,7 +35,8 @@ from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.memory.history import ReadingHistory, Windows
 
 GAIN = 0.01
-COLD_SHARE = 0.5  # of the reading, for a device of which nothing else is known
+COLD_SHARE = 0.4  # of the reading, where no forecast of any device has had an outcome
+FLEET_OUTCOMES = 400  # the last of all devices that are kept
 SWITCH = 0.9  # another reference must have at most this share of the pinball loss
 SETBACK, RECOVERY = 0.8, 0.97  # after an out-of-memory reply that the readings do not explain
 _BEYOND_WORST = 4.0  # a level under zero asks for less than the worst seen, and at -1/4 for nothing
@@ -42,6 +52,8 @@ class _Forecast:
     start_s: float
     end_s: float
     available_bytes: float
+    reading_bytes: float
+    weight: float  # of the device's own past
     low_bytes: float = math.inf
     last_s: float = -math.inf
     missed: bool = False
@@ -55,12 +67,27 @@ class _Device:
     setback: float = 1.0
 
 
+@dataclass
+class _Fleet:
+    """Holds what all devices met since their forecasts: lowest readings as shares of the readings at the start."""
+
+    level: float
+    shares: deque[float] = field(default_factory=lambda: deque(maxlen=FLEET_OUTCOMES))
+
+    def share(self, least: float) -> float:
+        """Computes the share of a reading that is left; fewer outcomes than ``least`` count by their number."""
+        if not self.shares:
+            return COLD_SHARE
+        known = min(len(self.shares) / least, 1.0)
+        return known * _quantile(np.array(self.shares), self.level) + (1 - known) * COLD_SHARE
+
+
 class MemoryBudgetPredictor:
     """Forecasts the memory that a device will have throughout a coming stretch of time.
 
-    Every device has its own history and its own quantile level. Readings should come from the whole round, not only
-    from its start: a device sends what it has recorded since its last message. Times are seconds of one clock per
-    device; they rise.
+    Every device has its own history and its own quantile level; one of which little is known is forecast from what
+    all devices met. Readings should come from the whole round, not only from its start: a device sends what it has
+    recorded since its last message. Times are seconds of one clock per device; they rise.
 
     Args:
         miss_rate: share of forecasts that may turn out too high.
@@ -75,6 +102,7 @@ class MemoryBudgetPredictor:
         self.miss_rate = miss_rate
         self.overhead_bytes = overhead_bytes
         self._devices: dict[str, _Device] = {}
+        self._fleet = _Fleet(miss_rate)
 
     def observe(self, device: str, t_s: float, available_bytes: float) -> None:
         """Takes a reading and closes the forecasts whose time is over; one older than the last is left out."""
@@ -104,9 +132,16 @@ class MemoryBudgetPredictor:
         if own is None or own.history.last_s == -math.inf:
             return 0
         self._close_forecasts(own, now_s)
-        bytes_free = _forecast(own, now_s, horizon_s, self.miss_rate) * own.setback
+        past = own.history.windows(horizon_s)
+        weight = past.independent / (past.independent + 1 / self.miss_rate)
+        reading_bytes = own.history.last_bytes
+        bytes_free = fleet_bytes = reading_bytes * self._fleet.share(1 / self.miss_rate)
+        if past.independent:
+            own_bytes = _forecast(own, past, now_s - horizon_s, self.miss_rate)
+            bytes_free = weight * own_bytes + (1 - weight) * min(own_bytes, fleet_bytes)
+        bytes_free *= own.setback
         own.open_forecasts = [forecast for forecast in own.open_forecasts if forecast.start_s != now_s]
-        own.open_forecasts.append(_Forecast(now_s, now_s + horizon_s, bytes_free))
+        own.open_forecasts.append(_Forecast(now_s, now_s + horizon_s, bytes_free, reading_bytes, weight))
         return max(0, int(bytes_free) - self.overhead_bytes)
 
     def report_miss(self, device: str, t_s: float) -> None:
@@ -121,8 +156,9 @@ class MemoryBudgetPredictor:
             own.setback *= SETBACK
         for forecast in hit:
             forecast.missed = True
-        for _ in range(max(1, len(hit))):
-            self._learn(own, missed=True)
+            self._learn(own, forecast.weight, missed=True)
+        if not hit:
+            self._learn(own, 1.0, missed=True)
 
     def _device(self, device: str) -> _Device:
         return self._devices.setdefault(device, _Device(self.miss_rate))
@@ -131,15 +167,22 @@ class MemoryBudgetPredictor:
         over = [forecast for forecast in own.open_forecasts if forecast.end_s <= now_s]
         own.open_forecasts = [forecast for forecast in own.open_forecasts if forecast.end_s > now_s]
         for forecast in over:
-            # without a reading after its start a forecast has no outcome: a silent device is not a safe one
-            if not forecast.missed and forecast.last_s > forecast.start_s:
-                self._learn(own, missed=forecast.low_bytes < forecast.available_bytes)
+            if forecast.last_s <= forecast.start_s:
+                continue  # without a reading after its start it has no outcome: a silent device is not a safe one
+            if not forecast.missed:
+                self._learn(own, forecast.weight, missed=forecast.low_bytes < forecast.available_bytes)
+            self._fleet.shares.append(min(forecast.low_bytes / max(forecast.reading_bytes, 1.0), 1.0))
 
-    def _learn(self, own: _Device, *, missed: bool) -> None:
-        own.level += GAIN * (self.miss_rate - missed)
-        own.level = min(max(own.level, -1 / _BEYOND_WORST), _HIGHEST_LEVEL * self.miss_rate)
+    def _learn(self, own: _Device, weight: float, *, missed: bool) -> None:
+        """Moves both levels, the fleet's by its part in the forecast."""
+        own.level = self._moved(own.level, GAIN, missed)
+        self._fleet.level = self._moved(self._fleet.level, GAIN * (1 - weight), missed)
         if not missed:
             own.setback = min(1.0, own.setback / RECOVERY)
+
+    def _moved(self, level: float, gain: float, missed: bool) -> float:
+        level += gain * (self.miss_rate - missed)
+        return min(max(level, -1 / _BEYOND_WORST), _HIGHEST_LEVEL * self.miss_rate)
 
     def to_state(self) -> dict[str, Any]:
         """Returns everything as JSON values; forecasts go on bit-exactly after :meth:`from_state`."""
@@ -152,12 +195,16 @@ class MemoryBudgetPredictor:
             }
             for name, own in self._devices.items()
         }
-        return {"miss_rate": self.miss_rate, "overhead_bytes": self.overhead_bytes, "devices": devices}
+        fleet = {"level": self._fleet.level, "shares": list(self._fleet.shares)}
+        own = {"miss_rate": self.miss_rate, "overhead_bytes": self.overhead_bytes}
+        return {**own, "devices": devices, "fleet": fleet}
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> MemoryBudgetPredictor:
         """Restores the predictor that gave ``state``."""
         predictor = MemoryBudgetPredictor(state["miss_rate"], overhead_bytes=state["overhead_bytes"])
+        predictor._fleet.level = state["fleet"]["level"]
+        predictor._fleet.shares.extend(state["fleet"]["shares"])
         for name, saved in state["devices"].items():
             predictor._devices[name] = _Device(
                 saved["level"],
@@ -168,17 +215,10 @@ class MemoryBudgetPredictor:
         return predictor
 
 
-def _forecast(own: _Device, now_s: float, horizon_s: float, miss_rate: float) -> float:
+def _forecast(own: _Device, past: Windows, since_s: float, miss_rate: float) -> float:
     """Forecasts the available bytes at the quantile level of the device; never above its last reading."""
-    history = own.history
-    past = history.windows(horizon_s)
-    # few stretches have hardly seen what happens in 1 of 20; soon nothing, or memory that hardly moves is never missed
-    caution = 1 - COLD_SHARE / (1 + past.independent) ** 2
-    if not past.independent:
-        return caution * history.last_bytes
-    reference, shares = _reference(past, history, now_s - horizon_s, miss_rate)
-    share = _quantile(shares, own.level)
-    return min(caution * reference * share, history.last_bytes)
+    reference, shares = _reference(past, own.history, since_s, miss_rate)
+    return min(reference * _quantile(shares, own.level), own.history.last_bytes)
 
 
 def _reference(past: Windows, history: ReadingHistory, since_s: float, miss_rate: float) -> tuple[float, _Floats]:

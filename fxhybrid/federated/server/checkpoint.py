@@ -15,7 +15,7 @@ import numpy as np
 from fxhybrid.errors import InvalidArgument
 from fxhybrid.federated.protocol.messages import Array, Arrays, Kind, Request
 
-FORMAT = 5
+FORMAT = 6
 _MODEL, _OPEN = "model/", "open/"
 _HEAD = ("device", "round", "now_s", "deadline_s")
 
