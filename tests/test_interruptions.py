@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import signal
@@ -261,3 +262,33 @@ def test_two_threads_use_one_module() -> None:
 
     in_threads(lambda: repeat(0), lambda: repeat(1))
     assert len(pair.hybrid.plans) == 2
+
+
+# --- the garbage collector
+
+
+@pytest.mark.parametrize("n_graphs", [1, 2])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_collector_is_left_as_it_was(frozen: bool, n_graphs: int) -> None:
+    """While a call is planned older objects are frozen, unless the program froze some itself; also where that fails."""
+    gc.freeze() if frozen else gc.unfreeze()
+    during: list[int] = []
+
+    def loss(y: Tensor) -> Tensor:
+        during.append(gc.get_freeze_count())
+        if len(during) > 1:
+            raise KeyboardInterrupt
+        return y.sum()
+
+    def broken(y: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return loss(y)
+
+    hybrid = fxhybrid.compile(mlp(), budget=1.0, loss_fn=loss if n_graphs == 1 else broken)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            hybrid(rows(4))
+    assert during[0] > 0
+    assert (gc.get_freeze_count() > 0) == frozen
+    assert gc.isenabled()
+    gc.freeze()  # as it is before each test

@@ -39,7 +39,7 @@ from fxhybrid.errors import BudgetError, InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.options import Options
 from fxhybrid.passes.expected_backward import ExpectedBackward
-from fxhybrid.profiling.collector import paused_collector
+from fxhybrid.profiling.collector import paused_collector, without_older_objects
 from fxhybrid.solvers.portfolio.known_plans import KnownPlan
 from fxhybrid.units import Budget, NamedBudget, check_budget
 
@@ -107,6 +107,7 @@ class Session:
                 return
         self._plan(call)
 
+    @without_older_objects()
     def _plan(self, call: StepCall) -> None:
         """Captures and plans a kind of call, which becomes the first signature."""
         refuse_sharded(self.model)

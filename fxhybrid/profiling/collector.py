@@ -21,3 +21,20 @@ def paused_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def without_older_objects() -> Iterator[None]:
+    """Keeps the collector from looking at what exists when the block begins, until it ends.
+
+    What planning makes and drops is collected; what torch and the user's program hold, a hundred times as much, is not
+    gone through meanwhile. A program that has frozen objects itself is left alone, as they would be thawed.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -23,6 +23,7 @@ from fxhybrid.compiler.report import Report
 from fxhybrid.errors import BudgetError, GraphBreakError, InvalidArgument
 from fxhybrid.ir.plan import Plan
 from fxhybrid.options import Options
+from fxhybrid.profiling.collector import without_older_objects
 from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.segments.calls_together import CallsTogether, Together
 from fxhybrid.segments.describe import plan_of, report_of
@@ -176,6 +177,7 @@ class SegmentedStep:
                 known[:] = [*known[1:], path]  # calls that take one of the others are planned
                 raise
 
+    @without_older_objects()
     def _planned(self, call: StepCall, known: Sequence[Path]) -> Path:
         """Returns the path of a call, planned if it is new."""
         if self.budget_bytes is not None and self._is_compared:
