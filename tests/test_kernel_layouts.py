@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fxhybrid.capture import kernel_layouts
 from fxhybrid.capture.tracing_settings import tracing_settings
 from tests.compare import twins
 from tests.operator_parts import Head, N, check, rows
@@ -127,3 +129,19 @@ def test_strides_along_one_element_reach_the_next_convolution(batches: tuple[int
         pair.same(lambda model, x=x: model(x).square().mean().backward())
     *_, convolution = pair.hybrid.forward_graph.graph.find_nodes(op="call_function", target=aten.convolution.default)
     assert convolution.args[0].meta["val"].stride() == seen[-1] == (8, 1, 8, 8)
+
+
+@pytest.mark.parametrize("op", kernel_layouts._FOLLOWS_GRADIENT, ids=str)
+def test_fake_gradients_of_interpolations_at_symbolic_sizes(op: torch._ops.OpOverload) -> None:
+    (n,) = (int(c) for c in str(op) if c.isdigit())
+    is_aligned = (False,) * ("align_corners" in [argument.name for argument in op._schema.arguments])
+    size, large = (2, 3, *(4, 5, 6)[:n]), tuple(2 * s for s in (4, 5, 6)[:n])
+    for gradient in (torch.rand(2, 3, *large), torch.rand(2, *large, 3).movedim(-1, 1)):
+        with tracing_settings():
+            mode = FakeTensorMode(shape_env=ShapeEnv())
+            fake = mode.from_tensor(gradient, static_shapes=False)
+            sizes = (fake.shape[0], 3, *(s // 2 for s in fake.shape[2:]))
+            found = op(fake, large, sizes, *is_aligned)
+        expected = op(gradient, large, size, *is_aligned)
+        assert tuple(map(int, found.shape)) == expected.shape
+        assert tuple(map(int, found.stride())) == expected.stride()

@@ -159,6 +159,15 @@ def test_a_convnet_over_batch_sizes() -> None:
     assert compared.n_captures == 2
 
 
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_interpolation_over_batch_sizes(mode: str) -> None:
+    up = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Upsample(scale_factor=2, mode=mode), nn.Conv2d(8, 4, 1))
+    compared = Compared(up, F.cross_entropy, 1.0, compression="lossless")
+    for n in (24, 20, 18):
+        compared.check(torch.randn(n, 3, 8, 8), torch.randint(0, 4, (n, 12, 12)))
+    assert compared.n_captures == 2
+
+
 class Pairs(nn.Module):
     """Compares two pieces of text of any lengths."""
 

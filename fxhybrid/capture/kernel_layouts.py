@@ -81,24 +81,50 @@ _LAYOUTS: dict[Any, Layout] = {
     aten.logaddexp.default: _FIRST_TWO,
     aten.binary_cross_entropy.default: _FIRST_TWO,
 }
-_TORCHS_OWN = {op: fake_impls.op_implementations_dict.get(op) for op in _LAYOUTS}
+# Whether they follow their gradient's memory format. Those of torch's meta functions take no symbolic sizes.
+_FOLLOWS_GRADIENT = {
+    aten.upsample_linear1d_backward.default: False,
+    aten.upsample_nearest1d_backward.default: False,
+    aten._upsample_nearest_exact1d_backward.default: False,  # noqa: SLF001 (an operator's name)
+    aten.upsample_bilinear2d_backward.default: True,
+    aten.upsample_bicubic2d_backward.default: False,
+    aten._upsample_bicubic2d_aa_backward.default: False,  # noqa: SLF001 (an operator's name)
+    aten.upsample_nearest3d_backward.default: False,
+    aten._upsample_nearest_exact3d_backward.default: False,  # noqa: SLF001 (an operator's name)
+    aten.upsample_trilinear3d_backward.default: True,
+}
+_TORCHS_OWN = {op: fake_impls.op_implementations_dict.get(op) for op in (*_LAYOUTS, *_FOLLOWS_GRADIENT)}
 
 
 @contextlib.contextmanager
 def kernel_layouts() -> Iterator[None]:
     """Lets fake tensors have the strides of the CPU kernels' results, while a model is traced."""
     # A Python decomposition would come first, unless torch takes it that the operator has a meta function.
-    ours = dict.fromkeys(_LAYOUTS, _fake)
+    ours = {**dict.fromkeys(_LAYOUTS, _fake), **dict.fromkeys(_FOLLOWS_GRADIENT, _upsampled)}
     with replaced_entries(fake_impls.op_implementations_dict, ours), replaced_entries(meta_table, ours):
         yield
 
 
+def _by_torch(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    own = replaced_entries(fake_impls.op_implementations_dict, {op: _TORCHS_OWN[op]})
+    with own, replaced_entries(meta_table, {op: None}):
+        return op(*args, **kwargs)
+
+
+def _upsampled(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Computes the fake input gradient of an interpolation."""
+    gradient, _, input_size, *_ = args
+    with fake_mode:
+        if all(isinstance(size, int) for size in input_size):
+            return _by_torch(op, args, kwargs)
+        made = gradient.new_empty(input_size)
+        return made.contiguous(memory_format=suggest_memory_format(gradient)) if _FOLLOWS_GRADIENT[op] else made
+
+
 def _fake(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
     """Computes an operator's fake results, and gives them the kernel's strides."""
-    own = replaced_entries(fake_impls.op_implementations_dict, {op: _TORCHS_OWN[op]})
     with fake_mode:
-        with own, replaced_entries(meta_table, {op: None}):
-            results: Any = op(*args, **kwargs)
+        results = _by_torch(op, args, kwargs)
         tensors = [a for a in args if isinstance(a, Tensor) and a.dim() > 0]
         if any(t.device.type != "cpu" for t in tensors):
             return results
