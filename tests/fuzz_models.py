@@ -74,6 +74,7 @@ FORMS = {
     "slice": lambda y: y[:, 1:3],
     "transposed": lambda y: y.transpose(0, 1),
     "mean": lambda y: y.mean(),
+    "normed": lambda y: nn.functional.layer_norm(y.movedim(1, -1), y.shape[1:2]),  # its gradient: channels come last
     "argmax": lambda y: y.argmax(1),
     "positive": lambda y: y > 0,
     "in a dict": lambda y: {"value": y * 1, "size": y.shape[0]},

@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05}  # 
 SEED = 0  # of every step: the gradient error is promised for the random numbers that it was measured with
 RIGHT, ACCUMULATED = "right", "right; older gradients leave no room in the budget"
 HELD = "without a gradient, are still"  # the smallest plans expect that such outputs are dropped
-FRESH = ("mean", "in a dict")  # forms of outputs that share no memory with others
+FRESH = ("mean", "normed", "in a dict")  # forms of outputs that share no memory with others
 UNCLEAR = ("tracing the step fails", "the traced graph does not compute", "cannot measure", "no cost is known")
 
 
