@@ -146,13 +146,27 @@ def replaced_entries(table: dict[Any, Any], entries: Mapping[Any, Any]) -> Itera
                 table[op] = entry
 
 
+def by_torch(own: Any, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Computes an operator's fake results as torch does.
+
+    Args:
+        own: torch's entry for the operator in its table of fakes; None where it has none.
+        op: that has another entry now.
+        args: of the call.
+        kwargs: of the call.
+    """
+    entry = replaced_entries(fake_impls.op_implementations_dict, {op: own})
+    with entry, replaced_entries(meta_table, {op: None}):
+        return op(*args, **kwargs)
+
+
 def _norm(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
     """Computes the fake outputs of a norm, or of its backward pass, as the CPU kernels lay them out."""
     x = args[1] if op in _BACKWARD else args[0]
     with fake_mode:
         outputs = _gradients(op, x, args) if x.device.type == "cpu" and not kwargs else None
         if outputs is None:
-            outputs = _torchs_own(op, args, kwargs)
+            outputs = by_torch(_TORCHS_OWN[op], op, args, kwargs)
         if x.device.type != "cpu":
             return tuple(outputs)
         layout = torch.contiguous_format if op in _ALWAYS_CONTIGUOUS else _layout(op, x, args[0])
@@ -163,13 +177,6 @@ def _norm(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | 
         statistics = torch.float32 if torch.float32 in dtypes else x.dtype
         # Running statistics (outputs 3 and 4 of the functional form) keep their type, which is all others' too.
         return (first, *(None if t is None else torch.empty_like(t, dtype=statistics) for t in outputs[1:]))
-
-
-def _torchs_own(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Tensor | None]:
-    own = replaced_entries(fake_impls.op_implementations_dict, {op: _TORCHS_OWN[op]})
-    with own, replaced_entries(meta_table, {op: None}):
-        outputs: Sequence[Tensor | None] = op(*args, **kwargs)
-    return outputs
 
 
 def _gradients(op: Any, x: Tensor, args: tuple[Any, ...]) -> Sequence[Tensor | None] | None:
@@ -204,7 +211,7 @@ def _layout(op: Any, x: Tensor, first: Tensor) -> torch.memory_format:
 def _columns(fake_mode: Any, op: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Computes the fake result of ``fold`` or ``unfold`` in a storage of the kernel's size, unless it is symbolic."""
     with fake_mode:
-        result = _torchs_own(op, (x, *args), kwargs)
+        result = by_torch(_TORCHS_OWN[op], op, (x, *args), kwargs)
         assert isinstance(result, Tensor)
         numbers = x.numel(), result.numel()
         if x.device.type != "cpu" or not all(isinstance(n, int) for n in numbers) or numbers[0] <= numbers[1]:

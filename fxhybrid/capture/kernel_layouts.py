@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxhybrid.capture.fake_tensor_fixes import replaced_entries
+from fxhybrid.capture.fake_tensor_fixes import by_torch, replaced_entries
 from fxhybrid.torch_internals import fake_impls, meta_table, suggest_memory_format, tree_map
 
 aten = torch.ops.aten
@@ -105,18 +105,12 @@ def kernel_layouts() -> Iterator[None]:
         yield
 
 
-def _by_torch(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    own = replaced_entries(fake_impls.op_implementations_dict, {op: _TORCHS_OWN[op]})
-    with own, replaced_entries(meta_table, {op: None}):
-        return op(*args, **kwargs)
-
-
 def _upsampled(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
     """Computes the fake input gradient of an interpolation."""
     gradient, _, input_size, *_ = args
     with fake_mode:
         if all(isinstance(size, int) for size in input_size):
-            return _by_torch(op, args, kwargs)
+            return by_torch(_TORCHS_OWN[op], op, args, kwargs)
         made = gradient.new_empty(input_size)
         return made.contiguous(memory_format=suggest_memory_format(gradient)) if _FOLLOWS_GRADIENT[op] else made
 
@@ -124,7 +118,7 @@ def _upsampled(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
 def _fake(fake_mode: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
     """Computes an operator's fake results, and gives them the kernel's strides."""
     with fake_mode:
-        results = _by_torch(op, args, kwargs)
+        results: Any = by_torch(_TORCHS_OWN[op], op, args, kwargs)
         tensors = [a for a in args if isinstance(a, Tensor) and a.dim() > 0]
         if any(t.device.type != "cpu" for t in tensors):
             return results
