@@ -177,6 +177,12 @@ def test_an_exception_that_only_the_trace_raises_is_named() -> None:
         in_one_graph(model, rows())
 
 
+def test_a_model_that_computes_something_else_when_it_is_compiled_is_named() -> None:
+    model = model_of(lambda h: h.square().sum() if torch.compiler.is_compiling() else h.sum())
+    with pytest.raises(fxhybrid.CaptureError, match=r"asks torch\.compiler\.is_compiling\(\) and computes something"):
+        fxhybrid.compile(model, budget=1.0, example_inputs=(rows(),))
+
+
 def test_what_is_set_up_under_a_lock_at_the_first_call() -> None:
     """As transformers installs its hooks for hidden states."""
 

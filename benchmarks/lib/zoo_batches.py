@@ -213,6 +213,15 @@ def _image_and_text(model: Any, image_tokens: int, side: int = SIDE) -> Batch:
     return Batch(kwargs={"input_ids": tokens, "pixel_values": _pixels(side), "labels": tokens.clone()})
 
 
+def _prompt_and_answer(model: Any, image_tokens: int, side: int = SIDE) -> Batch:
+    """As processors make it of an image, a prompt and an answer: only the answer is learnt, and attends causally."""
+    batch = _image_and_text(model, image_tokens, side)
+    tokens = batch.kwargs["input_ids"]
+    is_answer = (torch.arange(tokens.shape[1]) >= image_tokens + LENGTH // 2).expand_as(tokens)
+    given = {"token_type_ids": is_answer.long(), "labels": tokens.where(is_answer, -100)}
+    return Batch(kwargs=batch.kwargs | given)
+
+
 MAKERS: dict[str, Callable[..., Batch]] = {
     "causal LM": _text,
     "masked LM": _text,
@@ -242,6 +251,7 @@ MAKERS: dict[str, Callable[..., Batch]] = {
     "captions": _captions,
     "captions classes": _answered_image,
     "image and text": _image_and_text,
+    "image, prompt and answer": _prompt_and_answer,
 }
 
 

@@ -29,6 +29,7 @@ HEADS = {  # what a kind of batch trains, unless an architecture names a class o
     "CTC": "AutoModelForCTC",
     "speech to text": "AutoModelForSpeechSeq2Seq",
     "image and text": "AutoModelForImageTextToText",
+    "image, prompt and answer": "AutoModelForImageTextToText",
     "contrastive": "AutoModel",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from fxhybrid.units import format_bytes
 
 SAME_GRAPH = 1e-3  # relative gradient difference above which a capture is not the user's model
 LOW_PRECISION = 5e-2  # the same where bfloat16 or float16 is involved
+STATE = "does the model depend on Python state that changes between calls?"
+ASKS = (
+    ". The model asks torch.compiler.is_compiling() and computes something else where it is: torch.compile would train "
+    "that, too. Pass arguments with which both ways agree, or leave the question out of forward"
+)
 HEADROOM = 1.25  # of the save-all peak: two steps' gradients and copied buffers stay for comparison
 
 
@@ -190,13 +196,25 @@ def _compared(
     if own > 0:
         return CaptureCheck(difference, f"eager does not repeat itself here (its own difference: {own:.1e})")
     same_rng = torch.equal(eager.rng_state, found.rng_state)
-    if not difference <= (LOW_PRECISION if is_low_precision else SAME_GRAPH) or not same_rng:
+    limit = LOW_PRECISION if is_low_precision else SAME_GRAPH
+    if not difference <= limit or not same_rng:
         raise CaptureError(
             f"the traced graph does not compute what the model does: gradients differ by {difference:.2g}"
             + ("" if same_rng else ", and random numbers are drawn in another order")
-            + "; does the model depend on Python state that changes between calls?"
+            + (ASKS if _is_way_when_compiled(found, run_eager, limit) else "; " + STATE)
         )
     return CaptureCheck(difference, f"gradients differ from eager by {difference:.1e}")
+
+
+def _is_way_when_compiled(found: StepResult, run_eager: Callable[[], StepResult], limit: float) -> bool:
+    """Says whether eager computes what a trace does where the model is told that it is compiled."""
+    try:
+        with patch.object(torch.compiler, "is_compiling", lambda: True):
+            told = run_eager()
+    except Exception:  # noqa: BLE001  that way may be open to tracers only
+        return False
+    is_close = relative_difference(found.gradients, told.gradients) <= limit
+    return is_close and torch.equal(told.rng_state, found.rng_state)
 
 
 def runs_in_low_precision(step: Step) -> bool:
