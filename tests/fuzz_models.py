@@ -188,7 +188,8 @@ def cases(draw: st.DrawFn) -> Case:
     dtype = draw(st.sampled_from(["float32", "float32", "float32", "float64", "bfloat16"]))
     # a gradient that comes to a graph in another layout is rounded in another way, by tenths in bfloat16
     ends = st.tuples(st.integers(1, len(layers)), st.sampled_from(list(BREAKS)))
-    breaks = tuple(draw(st.lists(ends, max_size=3))) if dtype != "bfloat16" else ()
+    several = draw(st.sampled_from([False, False, False, True])) and dtype != "bfloat16"
+    breaks = tuple(draw(st.lists(ends, min_size=1, max_size=3))) if several else ()
     form = st.tuples(st.integers(0, len(layers)), st.sampled_from(list(FORMS)))
     outputs = tuple(draw(st.lists(form, max_size=3)))
     possible = [0, *(i for i, (_, form) in enumerate(outputs, 1) if form not in WITHOUT_GRADIENT)]

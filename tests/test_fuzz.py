@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from fxhybrid.profiling import op_profiler
 from tests.compare import assert_same, state_of, tensors_of
 from tests.fuzz_models import Case, RandomModule, cases, inputs
 
+KEPT = 10  # cases
 CI_EXAMPLES = 27  # in about 25 seconds
 MAX_ERROR = 0.1
 ROUNDED = ("recurrent",)
@@ -213,6 +216,15 @@ def quick_profile() -> Iterator[None]:
         yield
 
 
+def forget() -> None:
+    """Empties what grows from case to case: Dynamo's caches, the heap that measured steps collect, the file of times."""
+    for file in (Path(os.environ["XDG_CACHE_HOME"]) / "fxhybrid").glob("profile-*.json"):
+        file.unlink()
+    torch.compiler.reset()
+    gc.collect()
+    gc.freeze()
+
+
 def fuzz(n_examples: int, capsys: pytest.CaptureFixture[str], **options: Any) -> None:
     """Checks random cases; prints how many were right, and how many were refused for which reason."""
     results: Counter[str] = Counter()
@@ -220,6 +232,8 @@ def fuzz(n_examples: int, capsys: pytest.CaptureFixture[str], **options: Any) ->
     @settings(max_examples=n_examples, database=None, deadline=None, suppress_health_check=list(HealthCheck), **options)
     @given(cases())
     def run(case: Case) -> None:
+        if results.total() % KEPT == 0:
+            forget()
         results[check(case)] += 1
 
     with quick_profile():
