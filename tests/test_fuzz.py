@@ -217,7 +217,7 @@ def quick_profile() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Empties what grows from case to case: Dynamo's caches, the heap that measured steps collect, the file of times."""
+    """Empties what grows from case to case: Dynamo's caches, the heap that is collected, operators' times."""
     for file in (Path(os.environ["XDG_CACHE_HOME"]) / "fxhybrid").glob("profile-*.json"):
         file.unlink()
     torch.compiler.reset()
