@@ -125,7 +125,7 @@ class Frontier:
         """
         figure, axes = pyplot().subplots(figsize=(7.5, 5), layout="constrained")
         for place, (technique, (colour, marker)) in enumerate(zip(Technique, STYLES, strict=True)):
-            self._draw(axes, technique, colour, marker, 0.99 - 0.03 * place)
+            self._draw(axes, technique, colour, marker, 0.99 - 0.03 * place, zorder=3 - 0.1 * place)
         axes.plot([], [], ":", color="black", label="lower bound")
         axes.plot([], [], "x", color="black", label="not reached")
         axes.set_title(f"{self.model or 'the model'}: what a budget costs")
@@ -142,7 +142,7 @@ class Frontier:
         axes.legend()
         save(figure, path)
 
-    def _draw(self, axes: Any, technique: Technique, colour: str, marker: str, height: float) -> None:
+    def _draw(self, axes: Any, technique: Technique, colour: str, marker: str, height: float, zorder: float) -> None:
         """Draws one technique; what it does not reach are crosses at this share of the picture's height."""
         rows = self.line(technique)
         reached = [row for row in rows if row.added_s is not None]
@@ -153,8 +153,8 @@ class Frontier:
             for line in ([row.added_s for row in reached], [row.lower_bound_s for row in reached])
         )
         if reached:
-            axes.plot(budgets, added, marker=marker, color=colour, label=technique.value)
-            axes.plot(budgets, bounds, linestyle=":", color=colour)
+            axes.plot(budgets, added, marker=marker, color=colour, label=technique.value, zorder=zorder)
+            axes.plot(budgets, bounds, linestyle=":", color=colour, zorder=zorder)
         axes.plot(missed, [height] * len(missed), "x", color=colour, transform=axes.get_xaxis_transform())
 
     def __rich__(self) -> Table:

@@ -13,7 +13,7 @@ from fxhybrid.explain.plot import pyplot
 
 STYLE = """
 body { font-family: system-ui, sans-serif; max-width: 85rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-img { max-width: 100% } pre { overflow-x: auto; line-height: 1.3; font-size: 0.68rem }
+img { max-width: 100% } pre { overflow-x: auto; line-height: 1.3; font-size: min(0.68rem, 0.8vw) }
 table { border-collapse: collapse }
 td, th { padding: 0.2rem 0.8rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
 """

@@ -46,7 +46,6 @@ def memory_figure(unmodified: MemoryTimeline, planned: MemoryTimeline, budget_by
         axes.axhline(budget_bytes / MIB, color="black", linestyle="--", linewidth=1)
         axes.axvline(timeline.forward_s * 1e3, color="black", linewidth=0.5)
         axes.set_title(f"{name}: peak {format_bytes(timeline.peak_bytes)}")
-        axes.set_xlabel("predicted time in the step, ms (line: end of the forward pass)")
         axes.set_ylim(0, top * 1.15)
         axes.margins(x=0)
     panels[0].set_ylabel("memory, MiB")
@@ -55,6 +54,7 @@ def memory_figure(unmodified: MemoryTimeline, planned: MemoryTimeline, budget_by
     handles, names = panels[1].get_legend_handles_labels()
     figure.legend(handles[::-1], names[::-1], loc="outside right center", frameon=False)
     figure.suptitle(title)
+    figure.supxlabel("predicted time in the step, ms (line: end of the forward pass)", fontsize="medium")
     return figure
 
 
