@@ -14,7 +14,7 @@ from fxhybrid.ir.sequence import PartSequence, PartTimeline, SequencePeak, part_
 from fxhybrid.options import Options
 from fxhybrid.segments.part_errors import Measure, PartActions, measured_scales, with_scaled_errors
 from fxhybrid.solvers.portfolio.extend_plans import find_smallest_peak, frontier_plans
-from fxhybrid.solvers.portfolio.known_plans import KnownPlan, KnownPlans, pareto
+from fxhybrid.solvers.portfolio.known_plans import WAYS_OUT, KnownPlan, KnownPlans, pareto
 from fxhybrid.solvers.portfolio.solvers import Portfolio
 from fxhybrid.units import format_bytes
 
@@ -207,8 +207,7 @@ class SequencePlans:
         return BudgetError(
             f"the budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) cannot be met{beside}: the smallest "
             f"known plan of the step, which is {len(self.sequence.parts)} graphs with Python between them, takes "
-            f"{minimum} bytes ({format_bytes(minimum)}). Raise the budget, shrink the batch, or allow more: "
-            'compression="auto", a larger max_grad_error',
+            f"{minimum} bytes ({format_bytes(minimum)}). {WAYS_OUT}",
             budget_bytes=budget_bytes,
             minimum_bytes=minimum,
             minimum_lower_bound_bytes=min(self.known.lower_bound_bytes + extra_bytes, minimum),

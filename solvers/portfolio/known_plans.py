@@ -20,6 +20,9 @@ from fxhybrid.solvers.bounds import peak_lower_bound
 from fxhybrid.solvers.ilp.min_peak import MinPeak
 from fxhybrid.units import format_bytes
 
+WAYS_OUT = (
+    'Raise the budget, shrink the batch, or allow more: compression="auto" (the default), a larger max_grad_error'
+)
 PROVEN = 0.01  # a plan whose relative gap is at most this counts as optimal
 
 
@@ -126,9 +129,7 @@ class KnownPlans:
         return BudgetError(
             f"the budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) cannot be met{state}: the "
             f"smallest known plan peaks at {minimum} bytes ({format_bytes(minimum)}), held by {holder}; no plan "
-            f"that makes each tensor at most once more can go below {format_bytes(bound)}. Raise the budget, shrink "
-            "the batch, or allow more: "
-            'compression="auto", a larger max_grad_error',
+            f"that makes each tensor at most once more can go below {format_bytes(bound)}. {WAYS_OUT}",
             budget_bytes=budget_bytes,
             minimum_bytes=minimum,
             minimum_lower_bound_bytes=bound,
