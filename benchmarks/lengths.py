@@ -2,8 +2,8 @@
 
 Each model takes one training step at each size, the largest first and the others in random order, within a share of the
 first call's save-all peak. Seconds are of the processor, on one thread, beside those of ``torch.compile`` with its
-default handling of dynamic shapes. Afterwards each size is compared with eager and its peak is measured. Judges the
-checks at the end.
+default handling of dynamic shapes: both several times in turn, each time in a fresh process, and medians are compared.
+Once, each size is compared with eager afterwards, and its peak is measured. Judges the checks at the end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import cProfile
 import gc
 import pstats
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ BUDGET = 0.8  # of the save-all peak of the largest size
 LENGTHS, BATCHES = range(9, 49), range(17, 57)  # oneDNN takes other convolutions for fewer than 16 samples
 MANY = 200  # sizes over which resident memory is watched
 SETTLED = 80  # sizes after which it is to stay where it is
+ROUNDS = 5  # of ours and torch's in turn
 MOST_CAPTURES, MOST_SECONDS, MOST_GROWTH_MIB = 3, 1.1, 32
 PARTS = {  # functions in which the seconds of a new size are counted
     "sizes evaluated": ("size_template.py", "figures"),
@@ -62,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.lengths", description=__doc__)
     parser.add_argument("--models", metavar="LIST", help=f"default: {','.join(MODELS)}")
     parser.add_argument("--part", choices=tuple(RUNS), help="run one part in this process")
+    parser.add_argument("--round", type=int, default=0, help="number of a part that is run several times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this JSON-lines file")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="judge the records of a file; runs nothing")
     arguments = parser.parse_args(argv)
@@ -69,16 +72,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.part:
         torch.set_num_threads(1)
         for model in models:
-            record = {"model": model, "part": arguments.part} | RUNS[arguments.part](model)
+            record = {"model": model, "part": arguments.part, "key": arguments.round} | RUNS[arguments.part](model)
             append_record(arguments.json, record)
             print(record, flush=True)
         return
     path = arguments.summary or arguments.json
     if arguments.summary is None:
         for model in models:
-            for part in RUNS:
-                command = [sys.executable, "-m", "benchmarks.lengths", "--models", model, "--part", part]
-                subprocess.run([*command, *(["--json", str(path)] if path else [])], check=True)
+            timed = ("ours", "torch", *("ours, timed alone", "torch") * (ROUNDS - 1))
+            for i, part in enumerate((*timed, "memory")):
+                chosen = ["--models", model, "--part", part, "--round", str(i // 2)]
+                where = ["--json", str(path)] if path else []
+                subprocess.run([sys.executable, "-m", "benchmarks.lengths", *chosen, *where], check=True)
     if path:
         wide_console().print(checks_table(checks(read_records(path))))
 
@@ -125,15 +130,8 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 def run_ours(name: str) -> Record:
     """Steps through all sizes, timed; then compares each with eager and measures its peak."""
     case = load(name)
-    hybrid = compiled(case)
-
-    def step(size: int) -> None:
-        inputs, loss_args = batch(case, size)
-        hybrid(*inputs, loss_args=loss_args).backward()
-        case.model.zero_grad(set_to_none=True)
-
-    sizes = sizes_of(case)
-    seconds = [cpu_seconds(partial(step, size)) for size in sizes]
+    hybrid, sizes = compiled(case), sizes_of(case)
+    seconds = _timed(case, hybrid, sizes)
     cache = hybrid._fxhybrid_session.cache
     captures = len(cache.captured) + len(cache.families)
     found = [_check_size(case, hybrid, size) for size in sizes]
@@ -148,6 +146,23 @@ def run_ours(name: str) -> Record:
         "not_bit_equal": sum(not equal for _, equal in found),
         "parts_ms": _parts(case, hybrid),
     }
+
+
+def run_ours_timed(name: str) -> Record:
+    """Steps through all sizes, timed."""
+    case = load(name)
+    return {"seconds": sum(_timed(case, compiled(case), sizes_of(case)))}
+
+
+def _timed(case: suite.SuiteCase, hybrid: HybridModule, sizes: Sequence[int]) -> list[float]:
+    """Returns the seconds of a training step at each size in turn."""
+
+    def step(size: int) -> None:
+        inputs, loss_args = batch(case, size)
+        hybrid(*inputs, loss_args=loss_args).backward()
+        case.model.zero_grad(set_to_none=True)
+
+    return [cpu_seconds(partial(step, size)) for size in sizes]
 
 
 def _check_size(case: suite.SuiteCase, hybrid: HybridModule, size: int) -> tuple[float, bool]:
@@ -234,7 +249,12 @@ def _pairs() -> Iterator[tuple[int, int]]:
     return ((length, samples) for length in range(48, 8, -1) for samples in (8, 7, 6, 5, 4))
 
 
-RUNS: dict[str, Callable[[str], Record]] = {"ours": run_ours, "torch": run_torch, "memory": run_memory}
+RUNS: dict[str, Callable[[str], Record]] = {
+    "ours": run_ours,
+    "ours, timed alone": run_ours_timed,
+    "torch": run_torch,
+    "memory": run_memory,
+}
 
 
 def checks(records: Sequence[Record]) -> list[Check]:
@@ -242,8 +262,12 @@ def checks(records: Sequence[Record]) -> list[Check]:
     parts: dict[str, dict[str, Record]] = {part: {} for part in RUNS}
     for record in records:
         parts[record["part"]][record["model"]] = record
-    ours, theirs, memory = (parts[part] for part in RUNS)
-    ratios = {model: ours[model]["seconds"] / theirs[model]["seconds"] for model in ours if model in theirs}
+    ours, memory = parts["ours"], parts["memory"]
+
+    def seconds(model: str, whose: str) -> float:
+        return statistics.median(r["seconds"] for r in records if r["model"] == model and r["part"].startswith(whose))
+
+    ratios = {model: seconds(model, "ours") / seconds(model, "torch") for model in ours if model in parts["torch"]}
     captures, shares, unequal = (
         {model: float(record[field]) for model, record in ours.items()}
         for field in ("captures", "worst_peak_share", "not_bit_equal")

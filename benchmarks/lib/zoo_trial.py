@@ -32,7 +32,11 @@ MOST_RAISES = 8  # of a budget to what an error names
 ROUNDING = (
     1e-5  # relative difference of gradients; of which two steps of eager differ, or those of another order of sums
 )
-BREAKS = ("cannot be traced into one graph", "depends on values")  # what Dynamo needs several graphs for
+BREAKS = (  # what Dynamo needs several graphs for
+    "cannot be traced into one graph",
+    "depends on values",
+    "between the graphs of the step",
+)
 
 Gradients = dict[str, Tensor | None]
 
