@@ -52,7 +52,8 @@ def count_rows(records: Sequence[Record]) -> Iterator[Row]:
     rows.append((sum(counts.values(), Counter()), several.total()))
     for family, (found, n_several) in zip((*counts, "all"), rows, strict=True):
         faults = sum(found[verdict] for verdict in FAULTS)
-        cells = (found.total(), found.total() - n_several, found[WORKS], found[REFUSED], n_several, faults)
+        refused = found[REFUSED] + found[BREAK]
+        cells = (found.total(), found.total() - n_several, found[WORKS], refused, n_several, faults)
         yield family, *map(str, cells)
 
 
