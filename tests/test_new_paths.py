@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxhybrid
 from fxhybrid import BudgetError, CaptureError
@@ -167,3 +168,51 @@ def test_layers_that_run_by_the_same_code_keep_their_own_parameters() -> None:
     pair = twins(Alike().train(), budget="1MiB", loss_fn=loss_of, example_inputs=(X,))
     for seed in range(3):
         pair.same(step, seed=seed)
+
+
+class InPlace(nn.Module):
+    """Changes its argument in place, in a graph or in Python between two, where it is told so."""
+
+    def __init__(self, between: bool) -> None:
+        super().__init__()
+        self.between, self.first, self.last = between, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor, writes: bool) -> Tensor:
+        if writes and self.between:
+            double(x)
+        elif writes:
+            F.dropout(x, inplace=True)
+        h = self.first(x).relu()
+        torch._dynamo.graph_break()
+        return self.last(h * x).sum()
+
+
+@torch._dynamo.disable
+def double(x: Tensor) -> None:
+    x.mul_(2)
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["in a graph", "in Python"])
+def test_planning_leaves_arguments_that_a_call_changes_in_place(between: bool) -> None:
+    example = X.clone()
+    pair = twins(InPlace(between), example_inputs=(example, True), compression="lossless")
+    assert torch.equal(example, X)
+    for rows in (len(X), len(X) // 2, len(X) - 1):  # the latter two are planned when they are called
+        arguments = []
+
+        def once(model: nn.Module, rows: int = rows, arguments: list[Tensor] = arguments) -> None:
+            x = X[:rows].clone()
+            model.zero_grad()
+            torch.manual_seed(rows)
+            model(x, True).backward()
+            arguments.append(x)
+
+        pair.same(once)
+        assert torch.equal(*arguments)
+        assert not torch.equal(arguments[0], X[:rows])
+
+
+def test_the_first_call_that_changes_an_argument_in_place_is_refused_behind_others() -> None:
+    hybrid = fxhybrid.compile(InPlace(between=True), budget=1.0, example_inputs=(X, False))
+    with pytest.raises(CaptureError, match=r"changes an argument in place, .*example_inputs, or pass a copy: x\.clone"):
+        hybrid(X.clone(), True)

@@ -70,9 +70,8 @@ def undo_of_step(module: nn.Module, changed: Iterable[Tensor] = ()) -> UndoOfRun
     kept = [(tensor, tensor.detach().clone()) for tensor in (*module.buffers(), *changed)]
 
     def undo() -> None:
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
+        for tensor, value in kept:
+            _put_back(tensor, value)
 
     n_bytes = undo_runs.n_bytes + sum(value.untyped_storage().nbytes() for _, value in kept)
     return UndoOfRuns((*undo_runs.undo_all, undo), n_bytes)
@@ -166,12 +165,7 @@ class _Snapshot:
         kept = value.detach().clone()
         self.n_bytes += kept.untyped_storage().nbytes() if kept.layout is torch.strided else 0
 
-        def undo() -> None:
-            if not torch.equal(value, kept):  # writing bumps the version that a pending backward pass looks at
-                with torch.no_grad():
-                    value.copy_(kept)
-
-        self.undo_all.append(undo)
+        self.undo_all.append(partial(_put_back, value, kept))
         return ()
 
     def _note_container(self, value: Any) -> Iterable[object]:
@@ -223,6 +217,13 @@ class _TensorFinder(_Snapshot):
     def _note_tensor(self, value: Tensor) -> Iterable[object]:
         self.found.append(value)
         return ()
+
+
+def _put_back(tensor: Tensor, value: Tensor) -> None:
+    """Writes a value where it is another one: writing bumps the version that a pending backward pass looks at."""
+    if not torch.equal(tensor, value):
+        with torch.no_grad():
+            tensor.copy_(value)
 
 
 def _set_generator(generator: torch.Generator, kept: torch.Generator) -> None:

@@ -85,7 +85,8 @@ class PathPlanner:
         for path in known:
             if path.segments == taken:
                 return path
-        trial = self.recorder.prepare(recording, call, limit_bytes)
+        copies_bytes = sum(t.untyped_storage().nbytes() for t in self.recorder.changed(call))
+        trial = self.recorder.prepare(recording, call, limit_bytes - copies_bytes)
         plans = estimated_plans(trial.sequence, self.options, self._error_scale)
         left_out = sum(not segment.is_compared for segment in set(taken))
         note = "its graphs compared with eager one by one"
@@ -97,7 +98,7 @@ class PathPlanner:
 
     def _compared_with_eager(self, trial: Trial, call: StepCall) -> tuple[StepResult, CaptureCheck]:
         found = self.trial_run(trial, tuple({} for _ in trial.calls), call)
-        eager = partial(self._observed, lambda: self.step.check_result(self.step(*call)), trial)
+        eager = partial(self._observed, lambda: self.step.check_result(self.step(*call)), trial, call)
         check = compare_with_eager(
             found,
             partial(self._plain_run, trial, call),
@@ -127,11 +128,17 @@ class PathPlanner:
             with under_way(run):
                 return self.step.check_result(self.run(*call))
 
-        return self._observed(forward, trial)
+        return self._observed(forward, trial, call)
 
-    def _observed(self, forward: Callable[[], Any], trial: Trial) -> StepResult:
-        has_loss = self.step.loss_fn is not None
-        return observe_step(forward, self.step.model, has_loss=has_loss, weighed=trial.weighed, seed=None)
+    def _observed(self, forward: Callable[[], Any], trial: Trial, call: StepCall) -> StepResult:
+        return observe_step(
+            forward,
+            self.step.model,
+            has_loss=self.step.loss_fn is not None,
+            weighed=trial.weighed,
+            changed=self.recorder.changed(call),
+            seed=None,
+        )
 
 
 def _inputs_text(call: StepCall) -> str:

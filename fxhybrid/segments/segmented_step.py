@@ -138,7 +138,7 @@ class SegmentedStep:
         if self._straight.get(self.last, 0) >= STRAIGHT:
             return None
         assert self.budget_bytes is not None
-        undo = undo_of_step(self.step.model)
+        undo = undo_of_step(self.step.model, self._planner.recorder.changed(call))
         fits = self.path.within(self.budget_bytes - self._beside(call) - undo.n_bytes) is not None
         return undo if fits else None
 

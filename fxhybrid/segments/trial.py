@@ -29,6 +29,10 @@ from fxhybrid.segments.segment import Form, Segment, under_way
 from fxhybrid.segments.step_recording import RecordedCall, StepRecording, run_forward
 
 Run = Callable[..., Any]
+WRITES = (
+    "the call changes an argument in place, which no call before it did: it has run once to be planned, and the "
+    "argument holds what that left. Compile with such a call as example_inputs, or pass a copy: x.clone()"
+)
 CHANGES = "the model takes another path each time it runs on the same batch and seed; no step of it can be planned"
 
 
@@ -154,12 +158,18 @@ class Recorder:
         options: what the user asked for.
         calibration: of parts by themselves.
         all_outputs: whether all outputs get gradients, even beside a loss.
+        changes_call: whether steps have changed their arguments in place; None while no step is recorded.
     """
 
     def __init__(self, run: Run, step: Step, options: Options) -> None:
         self.run, self.step, self.options = run, step, options
         self.calibration = PartCalibration(options)
         self.all_outputs = False
+        self.changes_call: bool | None = None
+
+    def changed(self, call: StepCall) -> list[Tensor]:
+        """Returns the tensors of a call that a step may write to, and that are to be put back after trial runs."""
+        return [] if self.changes_call is False else call.tensors
 
     def record(self, call: StepCall) -> StepRecording:
         """Records the graphs of a step.
@@ -169,13 +179,20 @@ class Recorder:
 
         Raises:
             NothingToPlan: no graph can be planned.
-            CaptureError: a graph cannot be traced, or a custom autograd function runs between the graphs.
+            CaptureError: a graph cannot be traced, a custom autograd function runs between the graphs, or this step is
+                the first one that changes its arguments in place.
         """
         existing = [*self.step.parameters(), *self.step.buffers(), *call.tensors]
+        changed = self.changed(call)
         for _ in range(2):  # tracing holds tensors for longer than running does
             recording = StepRecording(existing)
-            with stage("record"), trial_run(self.step.model, seed=None):
+            with stage("record"), trial_run(self.step.model, changed, seed=None):
+                before = _versions(call)
                 recording.run(lambda: self.run(*call), self._weighed)
+                is_changed = before != _versions(call)
+            if is_changed and not changed:
+                raise CaptureError(WRITES)
+        self.changes_call = self.changes_call or is_changed
         if not recording.calls:
             raise NothingToPlan("no part of the step can be planned: none of its graphs has a gradient")
         return recording
@@ -198,7 +215,7 @@ class Recorder:
             return None if limit_bytes is None else limit_bytes - resident - alive
 
         preparation = _Preparation(recording.calls, self.calibration, room_bytes)
-        with trial_run(self.step.model, seed=None), under_way(preparation):
+        with trial_run(self.step.model, self.changed(call), seed=None), under_way(preparation):
             self.run(*call)
         calls, prepared = tuple(recording.calls), tuple(preparation.prepared)
         if len(prepared) != len(calls):
@@ -213,6 +230,11 @@ class Recorder:
         if self.step.loss_fn is not None:
             return (0,)
         return None if self.all_outputs else _loss_position(result)
+
+
+def _versions(call: StepCall) -> list[int]:
+    """Returns how often the tensors of a call were changed in place; those of inference mode do not count that."""
+    return [t._version for t in call.tensors if not t.is_inference()]  # noqa: SLF001 (has no public name)
 
 
 def _loss_position(result: Any) -> Collection[int] | None:
