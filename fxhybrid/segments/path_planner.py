@@ -85,7 +85,7 @@ class PathPlanner:
         for path in known:
             if path.segments == taken:
                 return path
-        copies_bytes = sum(t.untyped_storage().nbytes() for t in self.recorder.changed(call))
+        copies_bytes = sum(t.nbytes for t in self.recorder.changed(call))
         trial = self.recorder.prepare(recording, call, limit_bytes - copies_bytes)
         plans = estimated_plans(trial.sequence, self.options, self._error_scale)
         left_out = sum(not segment.is_compared for segment in set(taken))

@@ -31,7 +31,8 @@ from fxhybrid.segments.step_recording import RecordedCall, StepRecording, run_fo
 Run = Callable[..., Any]
 WRITES = (
     "the call changes an argument in place, which no call before it did: it has run once to be planned, and the "
-    "argument holds what that left. Compile with such a call as example_inputs, or pass a copy: x.clone()"
+    "argument holds what that left. Pass the argument as it was again: from now on it is put back. Or compile with "
+    "such a call as example_inputs"
 )
 CHANGES = "the model takes another path each time it runs on the same batch and seed; no step of it can be planned"
 
@@ -190,9 +191,9 @@ class Recorder:
                 before = _versions(call)
                 recording.run(lambda: self.run(*call), self._weighed)
                 is_changed = before != _versions(call)
+            self.changes_call = self.changes_call or is_changed
             if is_changed and not changed:
                 raise CaptureError(WRITES)
-        self.changes_call = self.changes_call or is_changed
         if not recording.calls:
             raise NothingToPlan("no part of the step can be planned: none of its graphs has a gradient")
         return recording
