@@ -114,17 +114,19 @@ class NetBench(Bench):
     def with_images(self, seed: int) -> NetBench:
         """Returns the same net on random images."""
         generator = torch.Generator().manual_seed(seed)
-        images = tuple(torch.randn(x.shape, generator=generator) for x in self.case.inputs)
+        return self.with_case(inputs=tuple(torch.randn(x.shape, generator=generator) for x in self.case.inputs))
+
+    def with_case(self, **changes: Any) -> NetBench:
+        """Returns a bench whose case differs in these fields."""
         other = NetBench(self.name, self.size)
-        other.case = replace(self.case, inputs=images)
+        other.case = replace(self.case, **changes)
         return other
 
     def observe_in_channels_last(self) -> StepResult:
         """Returns what the eager step leaves behind where model and images are in channels_last."""
-        other = NetBench(self.name, self.size)
         model = copy.deepcopy(self.case.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = tuple(x.to(memory_format=torch.channels_last) for x in self.case.inputs)
-        other.case = SuiteCase(self.name, model, images, self.case.loss_fn, self.case.loss_args)
+        other = self.with_case(model=model, inputs=images)
         return other.observe(other.case.loss)
 
 

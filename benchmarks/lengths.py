@@ -56,7 +56,8 @@ PARTS = {  # functions in which the seconds of a new size are counted
     "graphs of one size alone": ("concretize.py", "at"),
 }
 
-Batch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+Tensors = tuple[Tensor, ...]
+Batch = tuple[Tensors, Tensors]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,7 +132,7 @@ def run_ours(name: str) -> Record:
     """Steps through all sizes, timed; then compares each with eager and measures its peak."""
     case = load(name)
     hybrid, sizes = compiled(case), sizes_of(case)
-    seconds = _timed(case, hybrid, sizes)
+    seconds = _timed(case, partial(_loss, hybrid))
     cache = hybrid._fxhybrid_session.cache
     captures = len(cache.captured) + len(cache.families)
     found = [_check_size(case, hybrid, size) for size in sizes]
@@ -151,18 +152,22 @@ def run_ours(name: str) -> Record:
 def run_ours_timed(name: str) -> Record:
     """Steps through all sizes, timed."""
     case = load(name)
-    return {"seconds": sum(_timed(case, compiled(case), sizes_of(case)))}
+    return {"seconds": sum(_timed(case, partial(_loss, compiled(case))))}
 
 
-def _timed(case: suite.SuiteCase, hybrid: HybridModule, sizes: Sequence[int]) -> list[float]:
+def _loss(hybrid: HybridModule, inputs: Tensors, loss_args: Tensors) -> Tensor:
+    loss: Tensor = hybrid(*inputs, loss_args=loss_args)
+    return loss
+
+
+def _timed(case: suite.SuiteCase, loss_of: Callable[[Tensors, Tensors], Tensor]) -> list[float]:
     """Returns the seconds of a training step at each size in turn."""
 
     def step(size: int) -> None:
-        inputs, loss_args = batch(case, size)
-        hybrid(*inputs, loss_args=loss_args).backward()
+        loss_of(*batch(case, size)).backward()
         case.model.zero_grad(set_to_none=True)
 
-    return [cpu_seconds(partial(step, size)) for size in sizes]
+    return [cpu_seconds(partial(step, size)) for size in sizes_of(case)]
 
 
 def _check_size(case: suite.SuiteCase, hybrid: HybridModule, size: int) -> tuple[float, bool]:
@@ -211,15 +216,12 @@ def run_torch(name: str) -> Record:
     case = load(name)
     model = torch.compile(case.model, backend="aot_eager")
 
-    def step(model: Callable[..., object], size: int) -> None:
-        inputs, loss_args = batch(case, size)
-        case.loss_fn(model(*inputs), *loss_args).backward()
-        case.model.zero_grad(set_to_none=True)
+    def loss(model: Callable[..., object], inputs: Tensors, loss_args: Tensors) -> Tensor:
+        return case.loss_fn(model(*inputs), *loss_args)
 
-    sizes = sizes_of(case)
     return {
-        "seconds": sum(cpu_seconds(partial(step, model, size)) for size in sizes),
-        "eager_s": sum(cpu_seconds(partial(step, case.model, size)) for size in sizes),
+        "seconds": sum(_timed(case, partial(loss, model))),
+        "eager_s": sum(_timed(case, partial(loss, case.model))),
     }
 
 

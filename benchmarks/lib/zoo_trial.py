@@ -21,6 +21,7 @@ from benchmarks.lib.zoo_batches import Batch, make_batch
 from benchmarks.lib.zoo_configs import build_model
 from benchmarks.lib.zoo_list import ARCHITECTURES
 from fxhybrid.accuracy.step_result import relative_difference
+from fxhybrid.accuracy.verifier import told_that_it_is_compiled
 from fxhybrid.capture.python_state import copied
 
 WORKS, REFUSED, BREAK = "works", "refused", "graph break"
@@ -181,15 +182,11 @@ def lossless(model: nn.Module, batch: Batch) -> Record:
     record = {"bit_equal": equal, "eager_repeats": repeats, "gradient_error": error}
     is_one_graph = n_graphs(trainee) == 1
     if repeats and not equal and error <= ROUNDING and is_one_graph:
-        with mock.patch("torch.compiler.is_compiling", _yes):
+        with told_that_it_is_compiled():
             other_path = Trainee(copied(model), batch).train()
         record["bit_equal_when_compiling"] = found.same_bits(other_path)
     close = error <= ROUNDING and not (repeats and is_one_graph and not record.get("bit_equal_when_compiling"))
     return record | _verdict(trainee, right=equal or close)
-
-
-def _yes() -> bool:
-    return True
 
 
 def smallest(model: nn.Module, batch: Batch) -> Record:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -209,12 +210,19 @@ def _compared(
 def _is_way_when_compiled(found: StepResult, run_eager: Callable[[], StepResult], limit: float) -> bool:
     """Says whether eager computes what a trace does where the model is told that it is compiled."""
     try:
-        with patch.object(torch.compiler, "is_compiling", lambda: True):
+        with told_that_it_is_compiled():
             told = run_eager()
     except Exception:  # noqa: BLE001  that way may be open to tracers only
         return False
     is_close = relative_difference(found.gradients, told.gradients) <= limit
     return is_close and torch.equal(told.rng_state, found.rng_state)
+
+
+@contextlib.contextmanager
+def told_that_it_is_compiled() -> Iterator[None]:
+    """Lets eager models that ask whether they are compiled take the way that a trace of them takes."""
+    with patch.object(torch.compiler, "is_compiling", lambda: True):
+        yield
 
 
 def runs_in_low_precision(step: Step) -> bool:
