@@ -71,6 +71,63 @@ def test_small_budgets_leave_room_to_trace_another_path() -> None:
         assert base + rise <= hybrid.plan.budget_bytes, seed
 
 
+def test_small_budgets_leave_room_to_trace_beside_what_a_frame_was_given() -> None:
+    """What a function was given lives while its graph is traced, also what the graph reads and what nobody reads."""
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(128))
+            self.register_buffer("shift", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            values = [x, x * 0.5]
+            values.append(values[-1] + self.scale)
+            y = values[-1]
+            values[-1] = y * 0.5 if (y + self.shift).mean().item() > 0 else y + 1
+            return (values[-1] * self.scale).sum()
+
+    x = torch.rand(2, 128)
+    hybrid = fxhybrid.compile(Looking(), budget="smallest", example_inputs=(x,))
+    base = sum(t.nbytes for t in (*hybrid.parameters(), *hybrid.buffers(), x))
+    for shift in (0.0, 9.0, -9.0, 8.0, -8.0):  # each branch is traced again with its second value
+        hybrid.zero_grad()
+        hybrid.shift.fill_(shift)
+        rise = memory_rise(lambda: hybrid(x).backward()).peak_rise_bytes
+        assert base + rise <= hybrid.plan.budget_bytes, shift
+
+
+def test_a_graph_is_not_traced_where_there_is_no_room_for_it() -> None:
+    """Where Python holds more results than on the planned path: refused before the budget is exceeded."""
+
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(128))
+            self.register_buffer("turns", torch.tensor(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            values = [x * self.scale]
+            for i in range(int(self.turns)):
+                values.append(torch.tanh(values[-1] * self.scale * float(i + 2)))
+                if not torch.isfinite(values[-1]).all():
+                    raise ValueError
+            return sum(value.sum() for value in values)
+
+    x = torch.rand(4, 128)
+    hybrid = fxhybrid.compile(Turning(), budget="smallest", example_inputs=(x,))
+    base = sum(t.nbytes for t in (*hybrid.parameters(), *hybrid.buffers(), x))
+    hybrid(x).backward()
+    hybrid.zero_grad()
+    hybrid.turns.fill_(2)
+
+    def refused() -> None:
+        with pytest.raises(BudgetError, match="another path"):
+            hybrid(x)
+
+    assert base + memory_rise(refused).peak_rise_bytes <= hybrid.plan.budget_bytes
+
+
 def test_new_paths_train_like_the_model() -> None:
     pair = twins(Blocks((), 0.3).train(), loss_fn=loss_of, budget=1.0)
     for seed in range(4):

@@ -148,6 +148,8 @@ class SequencePeak:
         forward_bytes: highest point in each part's forward half, and before it since the last part.
         backward_bytes: highest point in each part's backward half, and after it until the next; 0 where it has none.
         before_bytes: alive before each part's forward half.
+        traced_bytes: the most that is alive where a step may leave the path and trace a graph: before a part, or at
+            the end of the forward pass.
         waiting_bytes: kept between forward and backward pass, beside what lives through the whole step.
         overhead_s: seconds beyond running every op once.
     """
@@ -156,6 +158,7 @@ class SequencePeak:
     forward_bytes: tuple[int, ...]
     backward_bytes: tuple[int, ...]
     before_bytes: tuple[int, ...]
+    traced_bytes: int
     waiting_bytes: int
     overhead_s: float
 
@@ -196,6 +199,7 @@ def sequence_peak(sequence: PartSequence, needs: Sequence[PartTimeline]) -> Sequ
         alive = tally.before_forward(k)
         before.append(alive)
         forward.append(max(alive + needs[k].forward_bytes, tally.between_forward(k)))
+    traced = max(map(tally.while_tracing, range(len(sequence.parts) + 1)))
     after = tally.after_forward()
     backward = [0] * len(sequence.parts)
     for k in sequence.backward:
@@ -204,7 +208,7 @@ def sequence_peak(sequence: PartSequence, needs: Sequence[PartTimeline]) -> Sequ
     overhead_s = math.fsum(need.overhead_s for need in needs)
     highest = max(*forward, after, *backward, end, _left_out_bytes(sequence, needs))
     waiting = after - sequence.resident_bytes - sequence.tail.rise_bytes
-    return SequencePeak(highest, tuple(forward), tuple(backward), tuple(before), waiting, overhead_s)
+    return SequencePeak(highest, tuple(forward), tuple(backward), tuple(before), traced, waiting, overhead_s)
 
 
 def _left_out_bytes(sequence: PartSequence, needs: Sequence[PartTimeline]) -> int:
@@ -244,6 +248,23 @@ class _Tally:
         """Returns the highest point while Python's own operators run before a part."""
         part = self.sequence.parts[k]
         return self.before_forward(k) + self._shared_bytes(set(part.arriving.values())) + part.rise_bytes
+
+    def while_tracing(self, k: int) -> int:
+        """Returns what is alive while a graph is traced in place of a part, or behind the last one.
+
+        All that its frame was given lives on, whether it is read or not: what was alive when the last part was over.
+        """
+        parts = self.sequence.parts
+        given = {i for i, s in enumerate(self.sequence.shared) if s.maker < k and (s.held or k - 1 <= s.last)}
+        taken = {*parts[k].arriving.values(), *parts[k].taken} if k < len(parts) else set()
+        return (
+            self.sequence.resident_bytes
+            + sum(need.stored_bytes for need in self.needs[:k])
+            + sum(part.beside_bytes for part in parts[: k + 1])
+            + (self.sequence.tail.beside_bytes if k == len(parts) else 0)
+            + max(part.loose_bytes for part in parts[max(k - 1, 0) : k + 1])
+            + self._shared_bytes(self._kept(k) | given | taken)
+        )
 
     def after_forward(self) -> int:
         """Returns the highest point while Python's own operators run after the last part, forward and backward."""

@@ -51,18 +51,22 @@ Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 LeftToEager = Callable[[str], None]
 
 
-def in_graphs(function: Callable[..., Any], backend: Backend, left_to_eager: LeftToEager) -> Callable[..., Any]:
+def in_graphs(
+    function: Callable[..., Any], backend: Backend, before: Callable[[], None], left_to_eager: LeftToEager
+) -> Callable[..., Any]:
     """Returns a function that runs ``function`` by graphs that ``backend`` gets to see.
 
     Args:
         function: plain Python.
         backend: takes each graph when it is traced first, with example inputs; returns what runs it.
+        before: is called when a part of the function is going to be traced; what it raises ends the run.
         left_to_eager: is told of functions whose operators run outside of any graph.
 
     The function raises ``CaptureError`` where one of its parts is traced too often.
     """
     hooks = Hooks()
-    converted = _Converted(convert_frame.convert_frame(backend, hooks, recompile_limit=MOST_VARIANTS), left_to_eager)
+    inner = convert_frame.convert_frame(backend, hooks, recompile_limit=MOST_VARIANTS)
+    converted = _Converted(inner, before, left_to_eager)
     context = OptimizeContext(
         _Frames(converted, hooks), contextlib.nullcontext, first_ctx=True, isolate_recompiles=True
     )
@@ -82,13 +86,16 @@ def in_graphs(function: Callable[..., Any], backend: Backend, left_to_eager: Lef
 class _Converted:
     """Converts frames under the settings of a capture."""
 
-    def __init__(self, inner: convert_frame.ConvertFrame, left_to_eager: LeftToEager) -> None:
-        self.inner, self.left_to_eager = inner, left_to_eager
+    def __init__(
+        self, inner: convert_frame.ConvertFrame, before: Callable[[], None], left_to_eager: LeftToEager
+    ) -> None:
+        self.inner, self.before, self.left_to_eager = inner, before, left_to_eager
         self._torchdynamo_orig_backend = inner._torchdynamo_orig_backend
         self._clone_with_backend = inner._clone_with_backend
         self._floats: dict[tuple[CodeType, str], set[float]] = {}  # seen, by the function that they come into
 
     def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        self.before()
         with contextlib.ExitStack() as settings:
             for each in self._settings():
                 settings.enter_context(each)

@@ -20,7 +20,7 @@ from fxhybrid.segments.sequence_plans import SequencePlans, estimated_plans, mea
 from fxhybrid.segments.solo_plans import SoloPlans
 from fxhybrid.segments.trial import NothingToPlan, Recorder, Run, Trial
 
-_ENDLESS = Room(1 << 62, 0, 0, list)
+_ENDLESS = Room(1 << 62, 0, dict, 0, list)
 
 
 class PathPlanner:

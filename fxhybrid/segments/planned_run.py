@@ -6,7 +6,7 @@ the smallest plan of what usually follows. Where none fits, the step is refused 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -51,9 +51,25 @@ class PlannedPart:
     @cached_property
     def output_bytes(self) -> int:
         """What it returns."""
-        joint, layout, problem = self.prepared.joint, self.prepared.layout, self.prepared.problem
-        behind = {t for node in joint.output_nodes if node is not None for t in layout.storages_of.get(node, ())}
-        return sum(problem.tensors[t].size_bytes for t in behind if t in problem.producer)
+        return output_bytes_of(self.prepared)
+
+
+def output_bytes_of(prepared: Prepared) -> int:
+    """Adds up what a part returns."""
+    joint, layout, problem = prepared.joint, prepared.layout, prepared.problem
+    behind = {t for node in joint.output_nodes if node is not None for t in layout.storages_of.get(node, ())}
+    return sum(problem.tensors[t].size_bytes for t in behind if t in problem.producer)
+
+
+def before_tracing() -> None:
+    """Makes sure that the step under way, if it is planned, has room to trace a graph.
+
+    Raises:
+        BudgetError: it has not.
+    """
+    run = run_under_way()
+    if isinstance(run, PlannedRun):
+        run.make_room_to_trace()
 
 
 def planned_part(
@@ -86,12 +102,14 @@ class Room:
     Attributes:
         limit_bytes: of the peak, less what stands beside the call.
         resident_bytes: alive through the whole step.
+        resident: returns the identities of the storages that are.
         gradient_bytes: of all parameters that get one on the planned path.
         least_bytes: returns what each part of the planned path takes at least, above what is alive before it.
     """
 
     limit_bytes: int
     resident_bytes: int
+    resident: Callable[[], Collection[int]]
     gradient_bytes: int
     least_bytes: Callable[[], Sequence[int]]
 
@@ -102,9 +120,15 @@ class NothingPending:
 
     held: References = ()
 
+    def alive(self) -> dict[int, int]:
+        """Returns nothing: a trial run has all the room it needs."""
+        return {}
+
 
 class OfferedPlans(Protocol):
     """Is the plans of a part by itself."""
+
+    prepared: Prepared
 
     @property
     def needs(self) -> Sequence[PartTimeline]:
@@ -159,19 +183,31 @@ class PlannedRun:
         self._ran(part)
         return tuple(part.function(None, segment.lifted.free_of(arguments), {}, ()))
 
+    def make_room_to_trace(self) -> None:
+        """Makes sure that a graph can be traced beside what is alive.
+
+        Raises:
+            BudgetError: the budget is exceeded by it.
+        """
+        resident = self.room.resident()
+        pending = sum(n_bytes for storage, n_bytes in self.pending.alive().items() if storage not in resident)
+        alive = self.room.resident_bytes + pending
+        if alive + tracing_bytes() > self.room.limit_bytes:
+            raise self._error(alive, alive + tracing_bytes())
+
     def _admitted(self, segment: Segment, arguments: Sequence[Any]) -> PlannedPart:
         """Returns a part beside those that ran already; what they returned is taken for held by Python."""
         room, form = self.room, segment.form_of(arguments)
         taken = sum(arguments[i].untyped_storage().nbytes() for i in form.boundaries)  # counted in the part itself
         stored = room.resident_bytes + self._stored_bytes
         before = stored + max(self._output_bytes - taken, 0)
-        following = max([*room.least_bytes()[len(self.path) + 1 :], tracing_bytes()])
         needed: list[int] = []
 
-        def fits(needs: PartTimeline, *, leaving: int) -> bool:
+        def fits(needs: PartTimeline, *, as_usual: bool) -> bool:
             earlier = max(self._backward_bytes, default=0) + needs.gradient_bytes
-            usual = max(room.gradient_bytes - self._gradient_bytes - needs.gradient_bytes, 0) if leaving else 0
-            backward = max(stored + needs.backward_bytes, earlier) + usual
+            later = max(room.gradient_bytes - self._gradient_bytes - needs.gradient_bytes, 0) if as_usual else 0
+            backward = max(stored + needs.backward_bytes, earlier) + later
+            leaving = following if as_usual else 0
             needed.append(max(before + max(needs.forward_bytes, needs.stored_bytes + leaving), backward))
             return needed[-1] <= room.limit_bytes
 
@@ -180,10 +216,12 @@ class PlannedRun:
             for j in range(self._made.get(storage._cdata, -1) + 1, len(self.path)):
                 self._backward_bytes[j] += storage.nbytes()
         offered = self.solo.plans(segment, arguments, room.limit_bytes - before - taken)
-        roomy = (n for n, needs in enumerate(offered.needs) if fits(needs, leaving=following))
+        traced = taken + output_bytes_of(offered.prepared) + tracing_bytes()  # whatever comes next may be new
+        following = max([*room.least_bytes()[len(self.path) + 1 :], traced])
+        roomy = (n for n, needs in enumerate(offered.needs) if fits(needs, as_usual=True))
         chosen = next(roomy, None)
         if chosen is None:  # then the one that leaves most
-            fitting = [n for n, needs in enumerate(offered.needs) if fits(needs, leaving=0)]
+            fitting = [n for n, needs in enumerate(offered.needs) if fits(needs, as_usual=False)]
             chosen = min(fitting, key=lambda n: (offered.needs[n].stored_bytes, n), default=None)
         if chosen is None:
             raise self._error(before, min(needed, default=before))

@@ -31,7 +31,7 @@ from fxhybrid.segments.graph_runner import in_graphs
 from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.path import Path
 from fxhybrid.segments.path_planner import PathPlanner
-from fxhybrid.segments.planned_run import PlannedPart, PlannedRun, Room
+from fxhybrid.segments.planned_run import PlannedPart, PlannedRun, Room, before_tracing
 from fxhybrid.segments.same_graph import identity_of
 from fxhybrid.segments.segment import NOTHING, Segment, under_way
 from fxhybrid.segments.sequence_plans import SequencePlan
@@ -80,7 +80,7 @@ class SegmentedStep:
         self.segments: list[Segment] = []
         self.paths: dict[Hashable, list[Path]] = {}
         self.last: Hashable = None
-        self._run = in_graphs(step.forward, self._traced, self._left_to_eager.append)
+        self._run = in_graphs(step.forward, self._traced, before_tracing, self._left_to_eager.append)
         self._planner = PathPlanner(self._run, step, options, reason)
         self._is_compared = False  # whether a path has been compared with eager as a whole
         self._left: set[Hashable] = set()  # kinds of calls whose last one left all planned paths
@@ -254,7 +254,11 @@ class SegmentedStep:
         assert self.budget_bytes is not None
         resident = path.trial.sequence.resident_bytes
         gradients = sum(needs.gradient_bytes for needs in plan.needs)
-        room = Room(self.budget_bytes - extra, resident, gradients, path.least_bytes)
+
+        def own() -> dict[int, int]:
+            return model_storages(self.step.model) | storages_of(call.tensors)
+
+        room = Room(self.budget_bytes - extra, resident, own, gradients, path.least_bytes)
         pending = self._pending_call(path, plan, extra, call.tensors)
         return PlannedRun(parts, room, self._planner.solo, pending, self._expect_all)
 

@@ -22,11 +22,12 @@ MAX_ROUNDS = 4
 BINDING = 0.7  # share of the limit from which on estimated errors decide which plans are found
 RESCALE_MARGIN = 1.1  # errors are scaled up by this more than was measured
 TRACED_STATES = 3  # of the generator, alive while a graph is traced: Dynamo's, and AOTAutograd's with its copy
+TRACED_NUMBERS_BYTES = 256  # Python's numbers, of which Dynamo makes tensors of 8 bytes
 
 
 def tracing_bytes() -> int:
     """Returns how far memory rises while a graph is traced in the middle of a step."""
-    return TRACED_STATES * generator_state_bytes()
+    return TRACED_STATES * generator_state_bytes() + TRACED_NUMBERS_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class SequencePlan:
     @property
     def needed_bytes(self) -> int:
         """The budget that it takes: its peak, and room to trace a graph wherever a step leaves the planned path."""
-        return max(self.peak.peak_bytes, max(self.peak.before_bytes) + tracing_bytes())
+        return max(self.peak.peak_bytes, self.peak.traced_bytes + tracing_bytes())
 
     @property
     def held_bytes(self) -> int:
