@@ -30,6 +30,7 @@ from fxhybrid.passes.low_memory_backward import (
     chunk_batch_norm_by_pixels,
     parameter_gradients_first,
     split_convolution_gradients,
+    split_grouped_convolution_gradients,
 )
 from fxhybrid.passes.storages import is_random
 
@@ -52,7 +53,7 @@ def canonicalize(joint: JointGraph, *, reordered: bool = False) -> JointGraph:
         twin.meta.update({"val": node.meta.get("val"), TAG: node.meta[TAG]})
     graph.output_node().meta = {TAG: NodeTag(Phase.BACKWARD)}
     result = JointGraph(joint_module(joint.module, graph), joint.inputs, joint.outputs)
-    for rewrite in (chunk_batch_norm_by_pixels, *PASSES) if reordered else PASSES:
+    for rewrite in REORDERING if reordered else PASSES:
         rewrite(result)
     _erase_unused(result)
     graph.lint()
@@ -231,4 +232,9 @@ PASSES: tuple[Pass, ...] = (
     chunk_batch_norm,
     split_convolution_gradients,
     parameter_gradients_first,
+)
+# The same where sums may be taken in another order.
+REORDERING: tuple[Pass, ...] = (
+    chunk_batch_norm_by_pixels,
+    *(split_grouped_convolution_gradients if each is split_convolution_gradients else each for each in PASSES),
 )

@@ -1,4 +1,4 @@
-"""Low-memory backward: operators in forms that hold less at once, with the very same results."""
+"""Low-memory backward: operators in forms that hold less at once, with the very same results where they must be."""
 
 from __future__ import annotations
 
@@ -21,14 +21,25 @@ def split_convolution_gradients(joint: JointGraph) -> None:
 
     One call for both holds input, output gradient and input gradient together. The input gradient alone is a
     transposed convolution, which does not need the input, so that the input may be gone by then. On CPU both
-    forms end in the same oneDNN primitive and give the same bits.
+    forms end in the same oneDNN primitive and give the same bits, but for groups in channels_last, which are left out.
     """
+    _split_convolution_gradients(joint, _is_same_primitive)
+
+
+def split_grouped_convolution_gradients(joint: JointGraph) -> None:
+    """Does the same for groups in channels_last, too: sums are taken in another order."""
+    _split_convolution_gradients(joint, lambda *_: True)
+
+
+def _split_convolution_gradients(joint: JointGraph, fits: Callable[[torch.Tensor, torch.Tensor, int], bool]) -> None:
     for node in backward_nodes(joint):
         if node.target is not aten.convolution_backward.default:
             continue
         gradient, x, weight, _, stride, padding, dilation, transposed, _, groups, mask = node.args
         value = x.meta["val"]
         if not (mask[0] and mask[1]) or transposed or not _is_onednn_convolution(value):
+            continue
+        if not fits(value, weight.meta["val"], groups):
             continue
         parts = output_parts(node)
         if 0 not in parts:
@@ -61,6 +72,12 @@ def _is_onednn_convolution(x: torch.Tensor) -> bool:
     plain = x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
     dense = any(x.is_contiguous(memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last))
     return plain and x.dim() == 4 and x.dtype is torch.float32 and dense
+
+
+def _is_same_primitive(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
+    """Tells whether both forms give the same bits; of groups in channels_last those do that have one channel each."""
+    is_depthwise = weight.shape[0] == groups and weight.shape[1] == 1
+    return groups == 1 or is_depthwise or x.is_contiguous()
 
 
 def chunk_batch_norm(joint: JointGraph) -> None:

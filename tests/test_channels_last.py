@@ -182,6 +182,23 @@ def test_lossless_models_in_channels_last_keep_eagers_bits() -> None:
     same_at_both_budgets(pair, lambda: pair.same(step))
 
 
+@pytest.mark.parametrize("n_groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("n_out", [8, 16])
+def test_lossless_groups_of_convolutions_keep_eagers_bits(n_groups: int, n_out: int) -> None:
+    """The gradient of the input alone is another kernel of oneDNN for most groups in channels_last."""
+    layers = nn.Conv2d(3, 8, 1), nn.Conv2d(8, n_out, 3, padding=1, groups=n_groups)
+    pair = twins(nn.Sequential(*layers).to(memory_format=CHANNELS_LAST))  # type: ignore[call-overload]
+    x = IMAGES.contiguous(memory_format=CHANNELS_LAST)
+
+    def step(model: nn.Module) -> Tensor:
+        model.zero_grad()
+        output: Tensor = model(x)
+        output.square().mean().backward()
+        return output
+
+    same_at_both_budgets(pair, lambda: pair.same(step))
+
+
 def test_batch_norm_some_pixels_at_a_time() -> None:
     """One channel far from 0, whose sums would cancel if the mean were taken off late."""
     x = torch.randn(8, 96, 40, 20).contiguous(memory_format=CHANNELS_LAST)
