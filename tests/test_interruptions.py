@@ -60,6 +60,14 @@ def nothing_pending() -> Iterator[None]:
     assert not pending_calls()
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def train_once(model: nn.Module, x: Tensor = X) -> Tensor:
     model.zero_grad()
     loss = model(x).square().mean()
