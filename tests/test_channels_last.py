@@ -56,6 +56,13 @@ class Mixed(nn.Module):
         return self.head(tokens.mean(1))  # type: ignore[no-any-return]
 
 
+def squared_step(model: nn.Module, x: Tensor) -> Tensor:
+    model.zero_grad()
+    output: Tensor = model(x)
+    output.square().mean().backward()
+    return output
+
+
 def all_laid_out(model: nn.Module, *args: Tensor) -> Traced:
     """The model's step with every group of convolutions in channels_last, whether or not that is faster."""
     step = Step(model, None, False)
@@ -172,14 +179,7 @@ def test_lossless_models_in_channels_last_keep_eagers_bits() -> None:
     plain = Mixed().to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
     x = IMAGES.contiguous(memory_format=CHANNELS_LAST)
     pair = twins(plain)
-
-    def step(model: nn.Module) -> Tensor:
-        model.zero_grad()
-        output: Tensor = model(x)
-        output.square().mean().backward()
-        return output
-
-    same_at_both_budgets(pair, lambda: pair.same(step))
+    same_at_both_budgets(pair, lambda: pair.same(lambda model: squared_step(model, x)))
 
 
 @pytest.mark.parametrize("n_groups", [1, 2, 4, 8])
@@ -189,14 +189,7 @@ def test_lossless_groups_of_convolutions_keep_eagers_bits(n_groups: int, n_out: 
     layers = nn.Conv2d(3, 8, 1), nn.Conv2d(8, n_out, 3, padding=1, groups=n_groups)
     pair = twins(nn.Sequential(*layers).to(memory_format=CHANNELS_LAST))  # type: ignore[call-overload]
     x = IMAGES.contiguous(memory_format=CHANNELS_LAST)
-
-    def step(model: nn.Module) -> Tensor:
-        model.zero_grad()
-        output: Tensor = model(x)
-        output.square().mean().backward()
-        return output
-
-    same_at_both_budgets(pair, lambda: pair.same(step))
+    same_at_both_budgets(pair, lambda: pair.same(lambda model: squared_step(model, x)))
 
 
 def test_batch_norm_some_pixels_at_a_time() -> None:
