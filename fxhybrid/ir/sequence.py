@@ -234,15 +234,8 @@ class _Tally:
     def before_forward(self, k: int) -> int:
         """Returns what is alive when a part's forward half begins, less what it takes from others."""
         part = self.sequence.parts[k]
-        arriving = set(part.arriving.values())
-        by_python = {i for i, s in enumerate(self.sequence.shared) if s.maker < k and (s.held or k <= s.last)}
-        return (
-            self.sequence.resident_bytes
-            + sum(self.needs[j].stored_bytes for j in range(k))
-            + sum(part.beside_bytes for part in self.sequence.parts[: k + 1])
-            + part.loose_bytes
-            + self._shared_bytes((self._kept(k) | by_python | part.taken) - arriving)
-        )
+        shared = (self._kept(k) | self._held_by_python(k, k) | part.taken) - set(part.arriving.values())
+        return self._between_halves(k, shared) + part.loose_bytes
 
     def between_forward(self, k: int) -> int:
         """Returns the highest point while Python's own operators run before a part."""
@@ -255,29 +248,29 @@ class _Tally:
         All that its frame was given lives on, whether it is read or not: what was alive when the last part was over.
         """
         parts = self.sequence.parts
-        given = {i for i, s in enumerate(self.sequence.shared) if s.maker < k and (s.held or k - 1 <= s.last)}
         taken = {*parts[k].arriving.values(), *parts[k].taken} if k < len(parts) else set()
-        return (
-            self.sequence.resident_bytes
-            + sum(need.stored_bytes for need in self.needs[:k])
-            + sum(part.beside_bytes for part in parts[: k + 1])
-            + (self.sequence.tail.beside_bytes if k == len(parts) else 0)
-            + max(part.loose_bytes for part in parts[max(k - 1, 0) : k + 1])
-            + self._shared_bytes(self._kept(k) | given | taken)
-        )
+        alive = self._between_halves(k, self._kept(k) | self._held_by_python(k, k - 1) | taken)
+        beside = self.sequence.tail.beside_bytes if k == len(parts) else 0
+        return alive + beside + max(part.loose_bytes for part in parts[max(k - 1, 0) : k + 1])
 
     def after_forward(self) -> int:
         """Returns the highest point while Python's own operators run after the last part, forward and backward."""
-        n = len(self.needs)
-        by_python = {i for i, s in enumerate(self.sequence.shared) if s.held or s.last == n}
+        n, tail = len(self.needs), self.sequence.tail
+        alive = self._between_halves(n, self._kept(n) | self._held_by_python(n, n))
+        return alive + tail.beside_bytes + tail.rise_bytes
+
+    def _between_halves(self, k: int, shared: set[int]) -> int:
+        """Returns what is alive before a part's forward half, or behind the last one, with some shared storages."""
         return (
             self.sequence.resident_bytes
-            + sum(need.stored_bytes for need in self.needs)
-            + sum(part.beside_bytes for part in self.sequence.parts)
-            + self._shared_bytes(self._kept(n) | by_python)
-            + self.sequence.tail.beside_bytes
-            + self.sequence.tail.rise_bytes
+            + sum(need.stored_bytes for need in self.needs[:k])
+            + sum(part.beside_bytes for part in self.sequence.parts[: k + 1])
+            + self._shared_bytes(shared)
         )
+
+    def _held_by_python(self, k: int, since: int) -> set[int]:
+        """Returns the shared storages of the parts before one that Python holds, or has held since an earlier one."""
+        return {i for i, s in enumerate(self.sequence.shared) if s.maker < k and (s.held or since <= s.last)}
 
     def _kept(self, k: int) -> set[int]:
         """Returns the shared storages that the parts before one keep."""

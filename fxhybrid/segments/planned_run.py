@@ -69,7 +69,7 @@ def before_tracing() -> None:
     """
     run = run_under_way()
     if isinstance(run, PlannedRun):
-        run.make_room_to_trace()
+        run.check_room_to_trace()
 
 
 def planned_part(
@@ -183,7 +183,7 @@ class PlannedRun:
         self._ran(part)
         return tuple(part.function(None, segment.lifted.free_of(arguments), {}, ()))
 
-    def make_room_to_trace(self) -> None:
+    def check_room_to_trace(self) -> None:
         """Makes sure that a graph can be traced beside what is alive.
 
         Raises:
@@ -193,7 +193,7 @@ class PlannedRun:
         pending = sum(n_bytes for storage, n_bytes in self.pending.alive().items() if storage not in resident)
         alive = self.room.resident_bytes + pending
         if alive + tracing_bytes() > self.room.limit_bytes:
-            raise self._error(alive, alive + tracing_bytes())
+            raise self._error(alive, alive + tracing_bytes(), "to be traced it takes")
 
     def _admitted(self, segment: Segment, arguments: Sequence[Any]) -> PlannedPart:
         """Returns a part beside those that ran already; what they returned is taken for held by Python."""
@@ -224,7 +224,7 @@ class PlannedRun:
             fitting = [n for n, needs in enumerate(offered.needs) if fits(needs, as_usual=False)]
             chosen = min(fitting, key=lambda n: (offered.needs[n].stored_bytes, n), default=None)
         if chosen is None:
-            raise self._error(before, min(needed, default=before))
+            raise self._error(before, min(needed, default=before), "by its smallest known plan it takes")
         return offered.part(chosen)
 
     def _ran(self, part: PlannedPart) -> None:
@@ -236,13 +236,13 @@ class PlannedRun:
         self._output_bytes += part.output_bytes
         self._gradient_bytes += needs.gradient_bytes
 
-    def _error(self, alive: int, needed: int) -> BudgetError:
+    def _error(self, alive: int, needed: int, takes: str) -> BudgetError:
         limit = self.room.limit_bytes
         return BudgetError(
             f"the step takes another path than before, and the budget of {limit} bytes ({format_bytes(limit)}) cannot "
-            f"be met for its graph {len(self.path) + 1}: {alive} bytes ({format_bytes(alive)}) are pending, and by the "
-            f"smallest known plan the graph takes {needed} bytes ({format_bytes(needed)}) with them. Raise the budget, "
-            "or run the step again: the next path is planned as a whole",
+            f"be met for its graph {len(self.path) + 1}: {alive} bytes ({format_bytes(alive)}) are pending, and "
+            f"{takes} {needed} bytes ({format_bytes(needed)}) with them. Raise the budget, or run the step again: the "
+            "next path is planned as a whole",
             budget_bytes=limit,
             minimum_bytes=needed,
             minimum_lower_bound_bytes=min(alive, needed),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -223,8 +224,12 @@ class SegmentedStep:
         model, extra = self.step.model, self._older_bytes()
         others = pending_calls(next((p.device for p in model.parameters()), None))
         if others:
-            extra += beside_bytes(Participant(model, model_storages(model) | storages_of(call.tensors)), others)
+            extra += beside_bytes(Participant(model, self._own_storages(call)), others)
         return extra
+
+    def _own_storages(self, call: StepCall) -> dict[int, int]:
+        """Maps the identity to the bytes of every storage that a call's plan counts through the whole step."""
+        return model_storages(self.step.model) | storages_of(call.tensors)
 
     def _older_bytes(self) -> int:
         """Counts the gradients of an earlier backward pass."""
@@ -254,10 +259,7 @@ class SegmentedStep:
         assert self.budget_bytes is not None
         resident = path.trial.sequence.resident_bytes
         gradients = sum(needs.gradient_bytes for needs in plan.needs)
-
-        def own() -> dict[int, int]:
-            return model_storages(self.step.model) | storages_of(call.tensors)
-
+        own = partial(self._own_storages, call)
         room = Room(self.budget_bytes - extra, resident, own, gradients, path.least_bytes)
         pending = self._pending_call(path, plan, extra, call.tensors)
         return PlannedRun(parts, room, self._planner.solo, pending, self._expect_all)
