@@ -49,8 +49,23 @@ class LateBackward:
     peak_bytes: int
 
 
+class LeftOut(Protocol):
+    """Is what a call did not store, though its backward half takes it."""
+
+    def restore(self, saved: list[Tensor | None]) -> None:
+        """Makes it again, in place of what stands for it among the saved values.
+
+        Raises:
+            BackwardError: what it is made from was changed since.
+        """
+
+
 class Opened(Protocol):
     """Is a call whose backward pass has not begun."""
+
+    @property
+    def left_out(self) -> LeftOut | None:
+        """What is made again when the backward half begins."""
 
     @property
     def leaf_notes(self) -> LeafNotes:
@@ -68,7 +83,7 @@ class Opened(Protocol):
         """
 
 
-Enter = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Any]], Opened]
+Enter = Callable[[list[Tensor], Sequence[Any], Sequence[Any]], Opened]
 
 
 class StepFunction:
@@ -99,7 +114,7 @@ class StepFunction:
             adding: positions of the inputs whose gradients are added to those that exist as soon as they are made.
             updates: what updates parameters by gradients that the graphs hand over; None where they are returned.
             enter: takes saved values, outputs and inputs after a forward pass; what it returns lives until the backward
-                pass begins, or with the graph if that is retained.
+                pass begins, or with the graph if that is retained. It may put others in place of saved values.
         """
         self.graphs = graphs
         self.absent = absent
@@ -199,6 +214,7 @@ class _Step(torch.autograd.Function):
         nodes = leaf_nodes(ctx, step.tensor_inputs) if step.looks_at_leaves(notes) else {}
         takers = step.leaves.takers(nodes)
         late = None if entered is None else entered.begins(present, step.leaves.untaken(nodes, takers))
+        left_out = None if entered is None else entered.left_out
         del entered
         if present & step.absent and late is None:
             raise BackwardError(UNEXPECTED.format(outputs=[step.tangent_outputs[k] for k in present & step.absent]))
@@ -206,7 +222,8 @@ class _Step(torch.autograd.Function):
             ctx.entered = None
         if not present:
             return (None, *(None for _ in step.gradient_tangents))
-        arguments: list[Tensor | None] = list(_take_saved(ctx, step))
+        arguments = _take_saved(ctx, step, left_out)
+        del left_out
         if late is not None:
             arguments = [*(arguments[i] for i in late.saved), *late.inputs]
         arguments += [_tangent(t, like) for t, like in zip(arrived, step.tangent_values, strict=True)]
@@ -242,15 +259,17 @@ def step_of(node: Any) -> StepFunction | None:
     return node.step if getattr(type(node), "_forward_cls", None) is _Step else None
 
 
-def _take_saved(ctx: Any, step: StepFunction) -> list[Tensor]:
-    """The saved tensors, no longer held by autograd unless the graph is retained."""
+def _take_saved(ctx: Any, step: StepFunction, left_out: LeftOut | None) -> list[Tensor | None]:
+    """The saved tensors, no longer held by autograd unless the graph is retained, with what was left out."""
     try:
-        saved = list(ctx.saved_tensors)
+        saved: list[Tensor | None] = list(ctx.saved_tensors)
     except RuntimeError as error:  # they were changed in place
         if step.leaves.updates is None:
             raise
         raise BackwardError(UPDATED) from error
     ctx.maybe_clear_saved_tensors()
+    if left_out is not None:
+        left_out.restore(saved)
     return saved
 
 

@@ -122,6 +122,7 @@ class OpenedCall:
     watched: Mapping[int, tuple[StorageWeakRef, int]]
     inputs: _Inputs
     shrunk: Shrunk | None = None
+    left_out = None  # what a call leaves out that shrinks, its late backward half makes
 
     def shrink(self, target: Actions, room_bytes: int) -> PlanBytes | None:
         """Lets go of what a plan would not store, if the backward pass can do without; returns what it needs then."""

@@ -7,12 +7,13 @@ tensors that operators of no cost make and read; nothing is decided on them. Lif
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fxhybrid.ir.plan import Action, Actions
+from fxhybrid.ir.part import Part, Source
+from fxhybrid.ir.plan import RECOMPUTE, Action, Actions, Compress
 from fxhybrid.ir.problem import Op, Problem, Tensor
-from fxhybrid.ir.sequence import Part, PartSequence
+from fxhybrid.ir.sequence import PartSequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,16 +24,21 @@ class JoinedProblem:
         problem: of the whole step.
         offsets: of each part's first tensor.
         sizes: number of each part's tensors.
+        again: what a part read to make a tensor that it can make again for a later one.
     """
 
     problem: Problem
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    again: Mapping[int, tuple[int, ...]]
 
     def by_part(self, actions: Actions) -> tuple[dict[int, Action], ...]:
-        """Splits actions of the whole step."""
+        """Splits actions of the whole step; what is made again from an encoded form is kept instead."""
+        encoded = {t for t, action in actions.items() if isinstance(action, Compress)}
+        again = {t: read for t, read in self.again.items() if actions.get(t) is RECOMPUTE}
+        kept = {t for t, read in again.items() if not encoded.isdisjoint(read)}
         return tuple(
-            {t - first: action for t, action in actions.items() if first <= t < first + size}
+            {t - first: action for t, action in actions.items() if first <= t < first + size and t not in kept}
             for first, size in zip(self.offsets, self.sizes, strict=True)
         )
 
@@ -52,6 +58,7 @@ class _Joining:
         self.backward: list[Op] = []
         self.by_python: dict[int, int] = {}  # shared storage -> tensor that stands for what Python holds of it
         self.carried: dict[int, list[int]] = {}  # shared storage -> gradients of it on their way
+        self.again: dict[int, tuple[int, ...]] = {}
 
     def run(self) -> JoinedProblem:
         parts = self.sequence.parts
@@ -72,7 +79,8 @@ class _Joining:
             gradients=tuple(self._gradients()),
             resident_bytes=self._resident_bytes(),
         )
-        return JoinedProblem(problem, tuple(self.offsets), tuple(len(part.problem.tensors) for part in parts))
+        sizes = tuple(len(part.problem.tensors) for part in parts)
+        return JoinedProblem(problem, tuple(self.offsets), sizes, self.again)
 
     def _forward_half(self, k: int, part: Part) -> None:
         ending = [key for key in self.by_python if self.sequence.shared[key].last == k]
@@ -83,7 +91,8 @@ class _Joining:
             del self.by_python[key]
         first = self._add_tensors(k, part.problem.tensors)
         self.op_offsets.append(len(self.forward))
-        self.forward += (self._shifted(op, k, first) for op in part.problem.forward)
+        sources = {t + first: source for t, source in part.sources.items()}
+        self.forward += (self._made_again(self._shifted(op, k, first), sources) for op in part.problem.forward)
         made = [loose, *(t + first for t in part.problem.mutations)]
         leaving = [key for key in part.leaving.values() if self._outlives(key, k)]
         outside = [key for key in (*part.arriving.values(), *part.taken) if self._outlives(key, k)]
@@ -141,6 +150,18 @@ class _Joining:
         fusion = replace(op.fusion, op=op.fusion.op + self.op_offsets[k]) if op.fusion else None
         inputs, outputs = (tuple(t + first for t in ts) for ts in (op.inputs, op.outputs))
         return replace(op, name=f"{k}/{op.name}", inputs=inputs, outputs=outputs, fusion=fusion)
+
+    def _made_again(self, op: Op, sources: Mapping[int, Source]) -> Op:
+        """Lets what hands a tensor on run its source when it runs again.
+
+        The first time that takes no memory and no time: the rise here is an upper bound, the seconds no overhead.
+        """
+        source = next((sources[t] for t in op.outputs if t in sources), None)
+        if source is None:
+            return op
+        reads = tuple(t + self.offsets[source.part] for t in self.sequence.parts[source.part].arriving)
+        self.again |= dict.fromkeys(op.outputs, reads)
+        return replace(op, inputs=reads, seconds=source.seconds, alloc_peak_bytes=source.rise_bytes, recomputable=True)
 
     def _gradients(self) -> Iterator[int]:
         """Yields the gradients that live to the end of the backward pass."""

@@ -8,15 +8,10 @@ to part is counted once while any of them, or Python, holds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fxhybrid.ir.plan import Actions
-from fxhybrid.ir.problem import Problem
-from fxhybrid.ir.schedule import Kind, lower
-from fxhybrid.ir.simulator import simulate
-
-_BACKWARD_OPS = (Kind.RUN, Kind.FUSED, Kind.FASTER)
+from fxhybrid.ir.part import Part, PartTimeline
 
 
 @dataclass(frozen=True)
@@ -30,6 +25,7 @@ class Shared:
             the whole forward pass.
         held: whether Python holds it through the backward pass of the parts, too.
         is_root: whether the backward pass begins with its gradient, which is held to the end then.
+        changed: whether Python's own operators change it in place.
     """
 
     size_bytes: int
@@ -37,41 +33,7 @@ class Shared:
     last: int
     held: bool = False
     is_root: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Holds one part of the step.
-
-    Attributes:
-        problem: of the part alone. Storages that it takes from others, and its own outputs, are tensors that live to
-            the end of its forward half (``mutations``).
-        arriving: shared storages that it takes and decides on, by tensor.
-        taken: shared storages that it takes as they are, and keeps for its backward half.
-        leaving: shared storages that it makes, by tensor.
-        input_gradients: shared storages whose gradients it makes, by tensor; one tensor may be the gradient of several.
-        passing: shared storages whose gradient is the very one of an output.
-        beside_bytes: what Python's own operators before the part keep for their backward pass.
-        rise_bytes: what they take while they run, beyond what is alive when the part begins.
-        backward_rise_bytes: what their backward pass takes, beyond what is alive when the part's backward half is over.
-        passing_bytes: gradients that Python's operators have made when the part's backward half begins, for others.
-        loose_bytes: what else Python holds when the part begins.
-        dying: gradients of its outputs that die in its backward half: bytes, and the last operator that reads them, by
-            position; -1 for none. The others live through the whole half.
-    """
-
-    problem: Problem
-    arriving: Mapping[int, int] = field(default_factory=dict)
-    taken: frozenset[int] = frozenset()
-    leaving: Mapping[int, int] = field(default_factory=dict)
-    input_gradients: Mapping[int, frozenset[int]] = field(default_factory=dict)
-    passing: frozenset[int] = frozenset()
-    beside_bytes: int = 0
-    rise_bytes: int = 0
-    backward_rise_bytes: int = 0
-    passing_bytes: int = 0
-    loose_bytes: int = 0
-    dying: tuple[tuple[int, int], ...] = ()
+    changed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,30 +77,6 @@ class PartSequence:
     partial: tuple[tuple[int, ...], ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class PartTimeline:
-    """Holds what one part needs by a plan.
-
-    Attributes:
-        forward_bytes: the highest point of its forward half, above what was alive before.
-        backward_bytes: likewise of its backward half; gradients of its outputs and what it stored itself are included.
-        beside_others_bytes: the same where shared storages that it keeps live through its backward half, since others
-            keep them, too.
-        stored_bytes: what it keeps between the halves, shared storages left out.
-        stored: shared storages that it keeps as they are.
-        gradient_bytes: gradients of parameters and of the step's own inputs that it leaves.
-        overhead_s: seconds beyond running every op once.
-    """
-
-    forward_bytes: int
-    backward_bytes: int
-    beside_others_bytes: int
-    stored_bytes: int
-    stored: frozenset[int]
-    gradient_bytes: int
-    overhead_s: float
-
-
 @dataclass(frozen=True)
 class SequencePeak:
     """Holds the peak of a sequence.
@@ -161,34 +99,6 @@ class SequencePeak:
     traced_bytes: int
     waiting_bytes: int
     overhead_s: float
-
-
-def part_timeline(part: Part, actions: Actions) -> PartTimeline:
-    """Simulates one part by its own actions."""
-    problem = part.problem
-    schedule = lower(problem, actions)
-    timeline = simulate(problem, schedule)
-    n = schedule.n_forward
-    during = timeline.during_bytes - problem.resident_bytes
-    ends = {each.op: i for i, each in enumerate(schedule.instructions) if i >= n and each.kind in _BACKWARD_OPS}
-    for size_bytes, last in part.dying:
-        during[ends.get(last, n - 1) + 1 :] -= size_bytes
-    crossing = [i for i in range(len(schedule.values)) if timeline.birth[i] < n <= timeline.death[i]]
-    keys = {**part.arriving, **part.leaving}
-    raw = {i: keys[v.tensor] for i in crossing if not (v := schedule.values[i]).encoded and v.tensor in keys}
-    gradients = {t for t in problem.gradients if t not in part.input_gradients}
-    longer = during[n:].copy()
-    for i in raw:
-        longer[timeline.death[i] + 1 - n :] += schedule.values[i].size_bytes
-    return PartTimeline(
-        forward_bytes=int(during[:n].max(initial=0)),
-        backward_bytes=int(during[n:].max(initial=0)),
-        beside_others_bytes=int(longer.max(initial=0)),
-        stored_bytes=sum(schedule.values[i].size_bytes for i in crossing if i not in raw),
-        stored=part.taken.union(raw.values()),
-        gradient_bytes=sum(problem.tensors[t].size_bytes for t in gradients),
-        overhead_s=timeline.overhead_s,
-    )
 
 
 def sequence_peak(sequence: PartSequence, needs: Sequence[PartTimeline]) -> SequencePeak:

@@ -108,6 +108,7 @@ class _ZeroHalf(nn.Module):
     """Is the backward half of one call, as autograd and :class:`ZeroHalves` see it."""
 
     leaf_notes = NOTHING_NEW
+    left_out = None
 
     def __init__(self, halves: ZeroHalves, position: int, likes: Sequence[Tensor | None]) -> None:
         super().__init__()

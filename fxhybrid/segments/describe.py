@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 
 from fxhybrid.compiler.plan_transfer import named_actions, versions
@@ -25,7 +26,7 @@ def plan_of(path: Path, found: SequencePlan, budget_bytes: int, extra_bytes: int
         peak_bytes=found.peak.peak_bytes + extra_bytes,
         added_s=found.peak.overhead_s,
         lower_bound_s=min(known.lower_bound_s, found.peak.overhead_s),
-        step_s=problem.step_s,
+        step_s=math.fsum(part.problem.step_s for part in path.trial.sequence.parts),
         gradient_error=GradientError(found.error, source),
         status=known.status.value,
         solver=known.solver,

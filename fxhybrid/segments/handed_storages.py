@@ -27,6 +27,7 @@ class HandedStorages:
         self.references: list[StorageWeakRef] = []
         self.shared: list[Shared] = []
         self.keys: dict[int, int] = {}
+        self._versions: list[int] = []  # how often they had been changed in place when they were made
 
     def key(self, tensor: Tensor, maker: int) -> int | None:
         """Returns the storage of a tensor; None for one that exists through the whole step."""
@@ -38,7 +39,11 @@ class HandedStorages:
             self.keys[identity] = len(self.shared)
             self.references.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]  # keeps the identity
             self.shared.append(Shared(storage.nbytes(), maker, maker))
-        return self.keys[identity]
+            self._versions.append(version_of(tensor))
+        key = self.keys[identity]
+        if self._versions[key] != version_of(tensor):
+            self.shared[key] = replace(self.shared[key], changed=True)
+        return key
 
     def knows(self, tensor: Tensor) -> bool:
         """Says whether a tensor's storage exists through the whole step, or is handed from graph to graph."""
@@ -59,6 +64,11 @@ class HandedStorages:
     def left(self) -> set[int]:
         """Returns what is alive now."""
         return {key for key, reference in enumerate(self.references) if not reference.expired()}  # type: ignore[no-untyped-call]
+
+
+def version_of(tensor: Tensor) -> int:
+    """Returns how often a tensor was changed in place; those of inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 (has no public name)
 
 
 def storage_identity(tensor: Tensor) -> int:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from fxhybrid.capture.joint_graph import InputKind, OutputKind, storages
 from fxhybrid.capture.output_structure import tangent_outputs
-from fxhybrid.ir.sequence import Part, PartSequence, Shared
+from fxhybrid.ir.part import Part
+from fxhybrid.ir.sequence import PartSequence, Shared
 from fxhybrid.pipeline import Prepared
 from fxhybrid.segments.segment import boundary_tensors
+from fxhybrid.segments.sources import with_sources
 from fxhybrid.segments.step_recording import RecordedCall
 
 
@@ -31,6 +33,7 @@ def sequence_of(
         update_bytes: how far memory rises while the optimizer steps; None without one.
     """
     parts = tuple(_part(k, call, p, shared) for k, (call, p) in enumerate(zip(calls, prepared, strict=True)))
+    parts = with_sources(parts, prepared, shared, backward)
     return PartSequence(parts, tuple(backward), shared, resident_bytes, update_bytes)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fxhybrid.accuracy.verifier import CaptureCheck
-from fxhybrid.ir.sequence import PartTimeline
+from fxhybrid.ir.part import PartTimeline, own_actions
 from fxhybrid.pipeline import build_graphs
+from fxhybrid.segments.left_out import Remaking
 from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.planned_run import PlannedPart, planned_part
 from fxhybrid.segments.segment import Segment
 from fxhybrid.segments.sequence_plans import SequencePlan, SequencePlans
+from fxhybrid.segments.sources import forward_alone, result_positions
 from fxhybrid.segments.trial import Trial
 
 
@@ -26,13 +28,35 @@ def parts_of(trial: Trial, actions: PartActions, needs: Sequence[PartTimeline]) 
     """
     built: dict[tuple[int, frozenset[Any]], PlannedPart] = {}
     parts = []
-    for call, prepared, chosen, need in zip(trial.calls, trial.prepared, actions, needs, strict=True):
+    for k, (call, prepared, need) in enumerate(zip(trial.calls, trial.prepared, needs, strict=True)):
+        chosen = own_actions(trial.sequence.parts[k], actions[k])
         key = id(prepared), frozenset(chosen.items())
+        shared = sum(trial.sequence.shared[i].size_bytes for i in need.stored)
         if key not in built:
-            shared = sum(trial.sequence.shared[i].size_bytes for i in need.stored)
-            built[key] = planned_part(call.segment, prepared, build_graphs(prepared, chosen), need, shared)
-        parts.append(built[key])
+            built[key] = planned_part(call.segment, prepared, build_graphs(prepared, chosen), need)
+        remakings = remakings_of(trial, k, need.remade)
+        parts.append(replace(built[key], needs=need, stored_bytes=need.stored_bytes + shared, remakings=remakings))
     return parts
+
+
+def remakings_of(trial: Trial, k: int, remade: frozenset[int]) -> tuple[Remaking, ...]:
+    """Returns what runs again for the backward half of a part.
+
+    Args:
+        trial: of the path.
+        k: position of the part.
+        remade: tensors that it takes and does not keep.
+    """
+    part = trial.sequence.parts[k]
+    sources = sorted({part.sources[t].part for t in remade})
+    keys = {i: key for i, key in trial.calls[k].inputs.items() if any(part.arriving[t] == key for t in remade)}
+    found = []
+    for source in sources:
+        prepared = trial.prepared[source]
+        positions = result_positions(prepared, trial.calls[source].outputs, keys.values())
+        results = {i: positions[key] for i, key in keys.items() if key in positions}
+        found.append(Remaking(source, forward_alone(prepared).forward, results))
+    return tuple(found)
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from fxhybrid.accuracy.step_result import StepResult, observe_step, relative_dif
 from fxhybrid.accuracy.verifier import CaptureCheck, compare_with_eager, runs_in_low_precision
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import FxHybridError, GraphBreakError
-from fxhybrid.ir.sequence import part_timeline
+from fxhybrid.ir.part import part_timeline
 from fxhybrid.options import Options
 from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.path import Path, parts_of

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from fxhybrid.compiler.pending_calls import PendingCall, References, references
 from fxhybrid.errors import BackwardError, BudgetError
-from fxhybrid.ir.sequence import PartTimeline
+from fxhybrid.ir.part import PartTimeline
 from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.pipeline import Prepared
 from fxhybrid.runtime import LateBackward, StepFunction
+from fxhybrid.segments.handed_storages import storage_identity, version_of
 from fxhybrid.segments.leaf_notes import NOTHING_NEW
+from fxhybrid.segments.left_out import KeptInputs, LeftOutValues, Remaking, leave_out
 from fxhybrid.segments.segment import Segment, run_under_way
 from fxhybrid.segments.sequence_plans import tracing_bytes
 from fxhybrid.units import format_bytes
@@ -40,6 +42,7 @@ class PlannedPart:
         needs: what it needs.
         function: runs it.
         stored_bytes: what it keeps between the halves, shared or not.
+        remakings: what earlier parts make again for its backward half.
     """
 
     segment: Segment
@@ -47,6 +50,7 @@ class PlannedPart:
     needs: PartTimeline
     function: Callable[..., Any]
     stored_bytes: int
+    remakings: tuple[Remaking, ...] = ()
 
     @cached_property
     def output_bytes(self) -> int:
@@ -72,9 +76,7 @@ def before_tracing() -> None:
         run.check_room_to_trace()
 
 
-def planned_part(
-    segment: Segment, prepared: Prepared, graphs: SplitGraphs, needs: PartTimeline, shared_bytes: int = 0
-) -> PlannedPart:
+def planned_part(segment: Segment, prepared: Prepared, graphs: SplitGraphs, needs: PartTimeline) -> PlannedPart:
     """Makes a part of its two halves.
 
     Args:
@@ -82,17 +84,16 @@ def planned_part(
         prepared: for the form in which it is called.
         graphs: the halves.
         needs: what it needs by them.
-        shared_bytes: of the shared storages that it keeps.
     """
     traced, metadata, absent = prepared.traced, prepared.capture.metadata, prepared.expected.absent
 
-    def enter(saved: Sequence[Tensor], outputs: Sequence[Any], _: Sequence[Any]) -> _Opened:
+    def enter(saved: list[Tensor], outputs: Sequence[Any], inputs: Sequence[Any]) -> _Opened:
         run = run_under_way()
         assert isinstance(run, PlannedRun), "a planned part runs within a planned step"
-        return run.entered(saved, [t for t in outputs if isinstance(t, Tensor)], absent)
+        return run.entered(saved, [t for t in outputs if isinstance(t, Tensor)], inputs, absent)
 
     function = prepared.capture.bind(StepFunction(graphs, traced.interface, metadata, absent=absent, enter=enter))
-    return PlannedPart(segment, prepared, needs, function, needs.stored_bytes + shared_bytes)
+    return PlannedPart(segment, prepared, needs, function, needs.stored_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +171,8 @@ class PlannedRun:
     _gradient_bytes: int = 0
     _backward_bytes: list[int] = field(default_factory=list)  # heights of the backward halves to come
     _made: dict[int, int] = field(default_factory=dict)  # storage -> part
+    _kept: dict[int, KeptInputs] = field(default_factory=dict)  # of parts that will run again
+    _versions: dict[int, int] = field(default_factory=dict)  # of what they returned, by storage
 
     def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
         """Runs a graph."""
@@ -177,11 +180,18 @@ class PlannedRun:
             return segment.plain(arguments)
         position = len(self.path)
         expected = self.parts[position] if self.is_on_path and position < len(self.parts) else None
-        self.is_on_path = expected is not None and expected.segment is segment
+        if expected is not None and (expected.segment is not segment or not self._is_as_made(expected, arguments)):
+            expected = None
+        self.is_on_path = expected is not None
         part = expected if expected is not None and self.is_on_path else self._admitted(segment, arguments)
         self.path.append(segment)
         self._ran(part)
         return tuple(part.function(None, segment.lifted.free_of(arguments), {}, ()))
+
+    def _is_as_made(self, part: PlannedPart, arguments: Sequence[Any]) -> bool:
+        """Says whether what is to be made again is as its part made it: Python may have changed it in place."""
+        taken = (arguments[i] for remaking in part.remakings for i in remaking.results)
+        return all(self._versions.get(storage_identity(t)) == version_of(t) for t in taken)
 
     def check_room_to_trace(self) -> None:
         """Makes sure that a graph can be traced beside what is alive.
@@ -249,12 +259,25 @@ class PlannedRun:
             holder="graphs whose backward pass is still to come",
         )
 
-    def entered(self, saved: Sequence[Tensor], outputs: Sequence[Tensor], absent: frozenset[int]) -> _Opened:
-        """Counts what a part holds for a backward pass to come."""
+    @cached_property
+    def _sources(self) -> frozenset[int]:
+        """Positions of the parts that will run again."""
+        return frozenset(remaking.source for part in self.parts for remaking in part.remakings)
+
+    def entered(
+        self, saved: list[Tensor], outputs: Sequence[Tensor], inputs: Sequence[Any], absent: frozenset[int]
+    ) -> _Opened:
+        """Counts what a part holds for a backward pass to come, and leaves out what is made again."""
+        position, left_out = len(self.path) - 1, None
+        if self.is_on_path:
+            left_out = leave_out(saved, inputs, self.parts[position].remakings, self._kept)
+        if self.is_on_path and position in self._sources:
+            self._kept[position] = KeptInputs(inputs)
+            self._versions |= {storage_identity(t): version_of(t) for t in outputs}
         returned = references(outputs)
-        self._made |= {reference.cdata: len(self.path) - 1 for reference, _ in returned}
+        self._made |= {reference.cdata: position for reference, _ in returned}
         self.pending.held = (*self.pending.held, *references(saved), *returned)
-        return _Opened(self.pending, absent, self.unexpected)
+        return _Opened(self.pending, absent, self.unexpected, left_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +287,7 @@ class _Opened:
     pending: PendingCall | NothingPending
     absent: frozenset[int]
     unexpected: Callable[[], None]
+    left_out: LeftOutValues | None
     leaf_notes = NOTHING_NEW
 
     def begins(self, present: frozenset[int], _: frozenset[int]) -> LateBackward | None:

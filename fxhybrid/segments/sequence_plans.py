@@ -9,8 +9,9 @@ from fxhybrid.capture.python_state import generator_state_bytes
 from fxhybrid.compiler.planner import error_target
 from fxhybrid.errors import BudgetError
 from fxhybrid.ir.joined_problem import JoinedProblem, join_parts
+from fxhybrid.ir.part import PartTimeline, part_timeline
 from fxhybrid.ir.plan import Action
-from fxhybrid.ir.sequence import PartSequence, PartTimeline, SequencePeak, part_timeline, sequence_peak
+from fxhybrid.ir.sequence import PartSequence, SequencePeak, sequence_peak
 from fxhybrid.options import Options
 from fxhybrid.segments.part_errors import Measure, PartActions, measured_scales, with_scaled_errors
 from fxhybrid.solvers.portfolio.extend_plans import find_smallest_peak, frontier_plans

@@ -7,8 +7,8 @@ from typing import Any
 
 from fxhybrid.capture.planning_lock import PLANNING
 from fxhybrid.compiler.planner import error_target
+from fxhybrid.ir.part import PartTimeline, part_timeline
 from fxhybrid.ir.plan import Actions
-from fxhybrid.ir.sequence import PartTimeline, part_timeline
 from fxhybrid.options import Options
 from fxhybrid.pipeline import Prepared, build_graphs
 from fxhybrid.segments.parts import own_part

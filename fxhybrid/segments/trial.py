@@ -20,10 +20,12 @@ from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import get_codec
 from fxhybrid.console import stage
 from fxhybrid.errors import CaptureError
-from fxhybrid.ir.sequence import PartSequence, part_timeline
+from fxhybrid.ir.part import part_timeline
+from fxhybrid.ir.sequence import PartSequence
 from fxhybrid.options import Options
 from fxhybrid.pipeline import Prepared, resident_bytes_of
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
+from fxhybrid.segments.handed_storages import version_of
 from fxhybrid.segments.parts import own_part, sequence_of
 from fxhybrid.segments.segment import Form, Segment, under_way
 from fxhybrid.segments.step_recording import RecordedCall, StepRecording, run_forward
@@ -234,8 +236,8 @@ class Recorder:
 
 
 def _versions(call: StepCall) -> list[int]:
-    """Returns how often the tensors of a call were changed in place; those of inference mode do not count that."""
-    return [t._version for t in call.tensors if not t.is_inference()]  # noqa: SLF001 (has no public name)
+    """Returns how often the tensors of a call were changed in place."""
+    return [version_of(t) for t in call.tensors]
 
 
 def _loss_position(result: Any) -> Collection[int] | None:
