@@ -66,8 +66,10 @@ class _Slot:
     shape: torch.Size
     strides: tuple[int, ...]
     offset: int
+    storage_bytes: int
 
     def look_at(self, result: Tensor) -> Tensor:
+        assert result.untyped_storage().nbytes() == self.storage_bytes, "a graph makes what it made before"
         empty = torch.empty(0, dtype=self.dtype, device=result.device)
         return empty.set_(result.untyped_storage(), self.offset, self.shape, self.strides)
 
@@ -114,8 +116,8 @@ def leave_out(
         for position, value in enumerate(saved):
             result = results.get(storage_identity(value))
             if result is not None:
-                offset = int(value.storage_offset())
-                slots.append(_Slot(position, result, value.dtype, value.shape, value.stride(), offset))
+                offset, n_bytes = int(value.storage_offset()), value.untyped_storage().nbytes()
+                slots.append(_Slot(position, result, value.dtype, value.shape, value.stride(), offset, n_bytes))
                 saved[position] = value.new_empty(0)
         again.append((remaking, kept[remaking.source], tuple(slots)))
     return LeftOutValues(tuple(again)) if again else None
