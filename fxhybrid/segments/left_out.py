@@ -68,6 +68,11 @@ class _Slot:
     offset: int
     storage_bytes: int
 
+    @classmethod
+    def of(cls, value: Tensor, position: int, result: int) -> _Slot:
+        form = value.dtype, value.shape, value.stride()
+        return cls(position, result, *form, int(value.storage_offset()), value.untyped_storage().nbytes())
+
     def look_at(self, result: Tensor) -> Tensor:
         assert result.untyped_storage().nbytes() == self.storage_bytes, "a graph makes what it made before"
         empty = torch.empty(0, dtype=self.dtype, device=result.device)
@@ -98,26 +103,44 @@ class LeftOutValues:
             del results
 
 
-def leave_out(
-    saved: list[Tensor], inputs: Sequence[Any], remakings: Iterable[Remaking], kept: Mapping[int, KeptInputs]
-) -> LeftOutValues | None:
-    """Puts empty tensors in place of saved values that earlier parts make again; None where there are none.
+class PartsAgain:
+    """Keeps, within one call, what the parts need that will run again."""
 
-    Args:
-        saved: values of a part's forward half, which change.
-        inputs: of the part.
-        remakings: what is to be left out.
-        kept: inputs of the earlier parts, by position.
-    """
-    again = []
-    for remaking in remakings:
-        results = {storage_identity(inputs[i]): result for i, result in remaking.results.items()}
-        slots = []
-        for position, value in enumerate(saved):
-            result = results.get(storage_identity(value))
-            if result is not None:
-                offset, n_bytes = int(value.storage_offset()), value.untyped_storage().nbytes()
-                slots.append(_Slot(position, result, value.dtype, value.shape, value.stride(), offset, n_bytes))
-                saved[position] = value.new_empty(0)
-        again.append((remaking, kept[remaking.source], tuple(slots)))
-    return LeftOutValues(tuple(again)) if again else None
+    def __init__(self, sources: Iterable[int]) -> None:
+        """Takes the positions of these parts."""
+        self._sources = frozenset(sources)
+        self._inputs: dict[int, KeptInputs] = {}
+        self._versions: dict[int, int] = {}  # of what they returned, by storage
+
+    def note(self, position: int, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        """Notes what a part took and returned."""
+        if position in self._sources:
+            self._inputs[position] = KeptInputs(inputs)
+            self._versions |= {storage_identity(t): version_of(t) for t in outputs}
+
+    def are_as_made(self, remakings: Iterable[Remaking], arguments: Sequence[Any]) -> bool:
+        """Says whether what is to be made again is as its part returned it: Python may have changed it in place."""
+        taken = (arguments[i] for remaking in remakings for i in remaking.results)
+        return all(self._versions.get(storage_identity(t)) == version_of(t) for t in taken)
+
+    def leave_out(
+        self, saved: list[Tensor], inputs: Sequence[Any], remakings: Iterable[Remaking]
+    ) -> LeftOutValues | None:
+        """Puts empty tensors in place of saved values that are made again; returns what does that, None for nothing.
+
+        Args:
+            saved: values of a part's forward half.
+            inputs: of the part.
+            remakings: what it does not keep.
+        """
+        again = []
+        for remaking in remakings:
+            results = {storage_identity(inputs[i]): result for i, result in remaking.results.items()}
+            slots = []
+            for position, value in enumerate(saved):
+                result = results.get(storage_identity(value))
+                if result is not None:
+                    slots.append(_Slot.of(value, position, result))
+                    saved[position] = value.new_empty(0)
+            again.append((remaking, self._inputs[remaking.source], tuple(slots)))
+        return LeftOutValues(tuple(again)) if again else None

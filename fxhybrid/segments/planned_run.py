@@ -19,9 +19,8 @@ from fxhybrid.ir.part import PartTimeline
 from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.pipeline import Prepared
 from fxhybrid.runtime import LateBackward, StepFunction
-from fxhybrid.segments.handed_storages import storage_identity, version_of
 from fxhybrid.segments.leaf_notes import NOTHING_NEW
-from fxhybrid.segments.left_out import KeptInputs, LeftOutValues, Remaking, leave_out
+from fxhybrid.segments.left_out import LeftOutValues, PartsAgain, Remaking
 from fxhybrid.segments.segment import Segment, run_under_way
 from fxhybrid.segments.sequence_plans import tracing_bytes
 from fxhybrid.units import format_bytes
@@ -171,8 +170,6 @@ class PlannedRun:
     _gradient_bytes: int = 0
     _backward_bytes: list[int] = field(default_factory=list)  # heights of the backward halves to come
     _made: dict[int, int] = field(default_factory=dict)  # storage -> part
-    _kept: dict[int, KeptInputs] = field(default_factory=dict)  # of parts that will run again
-    _versions: dict[int, int] = field(default_factory=dict)  # of what they returned, by storage
 
     def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
         """Runs a graph."""
@@ -180,18 +177,23 @@ class PlannedRun:
             return segment.plain(arguments)
         position = len(self.path)
         expected = self.parts[position] if self.is_on_path and position < len(self.parts) else None
-        if expected is not None and (expected.segment is not segment or not self._is_as_made(expected, arguments)):
-            expected = None
-        self.is_on_path = expected is not None
-        part = expected if expected is not None and self.is_on_path else self._admitted(segment, arguments)
+        if (
+            expected is not None
+            and expected.segment is segment
+            and self._again.are_as_made(expected.remakings, arguments)
+        ):
+            part = expected
+        else:
+            self.is_on_path = False
+            part = self._admitted(segment, arguments)
         self.path.append(segment)
         self._ran(part)
         return tuple(part.function(None, segment.lifted.free_of(arguments), {}, ()))
 
-    def _is_as_made(self, part: PlannedPart, arguments: Sequence[Any]) -> bool:
-        """Says whether what is to be made again is as its part made it: Python may have changed it in place."""
-        taken = (arguments[i] for remaking in part.remakings for i in remaking.results)
-        return all(self._versions.get(storage_identity(t)) == version_of(t) for t in taken)
+    @cached_property
+    def _again(self) -> PartsAgain:
+        """What the parts need that will run again."""
+        return PartsAgain(remaking.source for part in self.parts for remaking in part.remakings)
 
     def check_room_to_trace(self) -> None:
         """Makes sure that a graph can be traced beside what is alive.
@@ -259,21 +261,14 @@ class PlannedRun:
             holder="graphs whose backward pass is still to come",
         )
 
-    @cached_property
-    def _sources(self) -> frozenset[int]:
-        """Positions of the parts that will run again."""
-        return frozenset(remaking.source for part in self.parts for remaking in part.remakings)
-
     def entered(
         self, saved: list[Tensor], outputs: Sequence[Tensor], inputs: Sequence[Any], absent: frozenset[int]
     ) -> _Opened:
         """Counts what a part holds for a backward pass to come, and leaves out what is made again."""
         position, left_out = len(self.path) - 1, None
         if self.is_on_path:
-            left_out = leave_out(saved, inputs, self.parts[position].remakings, self._kept)
-        if self.is_on_path and position in self._sources:
-            self._kept[position] = KeptInputs(inputs)
-            self._versions |= {storage_identity(t): version_of(t) for t in outputs}
+            left_out = self._again.leave_out(saved, inputs, self.parts[position].remakings)
+            self._again.note(position, inputs, outputs)
         returned = references(outputs)
         self._made |= {reference.cdata: position for reference, _ in returned}
         self.pending.held = (*self.pending.held, *references(saved), *returned)
