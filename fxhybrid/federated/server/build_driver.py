@@ -23,7 +23,7 @@ from fxhybrid.federated.tasks.tasks import Score, Task, score_model
 
 # Of all forecasts. Those of the devices chosen are missed more often, since selection prefers who is forecast much; of
 # their answers at most 5 % are to be deaths.
-MISS_RATE = 0.03
+MISS_RATE = 0.025
 
 
 def build_driver(

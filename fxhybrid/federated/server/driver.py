@@ -1,8 +1,8 @@
 """The driver: rounds of report, forecast, plan, select, train, check and average, over any transport.
 
-A synchronous round asks more devices than it needs, and ends when enough have answered. An asynchronous one (FedBuff,
-Nguyen et al., AISTATS 2022) keeps as many at work all the time, each on the model of the moment it was asked, and ends
-when half as many have answered.
+A synchronous round asks more devices than it needs, and ends when there are enough updates or all have answered. An
+asynchronous one (FedBuff, Nguyen et al., AISTATS 2022) keeps as many at work all the time, each on the model of the
+moment it was asked, and ends with half as many updates, or half as many answers as devices were at work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from fxhybrid.federated.server.run_log import RoundRecord, RunLog, log_entry
 from fxhybrid.federated.server.scheduler import Scheduler
 from fxhybrid.federated.tasks.tasks import Score
 
-MOST_ANSWERS = 4  # of an asynchronous round, times the devices at work: it must end even if all of them fail
 _log = logging.getLogger(__name__)
 
 
@@ -87,10 +86,10 @@ class Driver:
         start_s, wanted = self.clock_s, self.scheduler.settings.updates_wanted(self.policy)
         refused = self._reports()
         deadline_s, selection = self._launch()
-        most = MOST_ANSWERS * self.scheduler.settings.n_asked
+        most = self.policy.part_of(len(self.scheduler.open))
         selections, replies = [selection], []
         updates: list[Update] = []
-        while len(updates) < wanted and (found := self._receive()) is not None:
+        while len(updates) < wanted and len(replies) < most and (found := self._receive()) is not None:
             reply, request = found
             replies.append(reply)
             if reply.outcome is Outcome.OK:

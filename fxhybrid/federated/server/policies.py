@@ -48,6 +48,10 @@ class Policy:
         """Returns how to average, see ``weight_of``: selectors that prefer much data have counted it already."""
         return "examples" if self.selector == "random" else "uniform"
 
+    def part_of(self, n: int) -> int:
+        """Returns how many of ``n`` devices a round waits for: all of them, or half in an asynchronous one."""
+        return math.ceil(BUFFER_SHARE * n) if self.is_async else n
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -88,7 +92,7 @@ class Settings:
 
     def updates_wanted(self, policy: Policy) -> int:
         """Returns how many updates end a round."""
-        return math.ceil(BUFFER_SHARE * self.devices_per_round) if policy.is_async else self.devices_per_round
+        return policy.part_of(self.devices_per_round)
 
     def __post_init__(self) -> None:
         """Checks the numbers.
