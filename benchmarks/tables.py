@@ -104,6 +104,9 @@ TABLES = {
     "federated, times": DocTable("federated", federated_tables.TIME_COLUMNS, federated_tables.time_rows),
     "federated, failures": DocTable("federated", federated_tables.FAILURE_COLUMNS, federated_tables.failure_rows),
     "federated, asynchronous": DocTable("federated", federated_tables.RATIO_COLUMNS, federated_tables.buffered_rows),
+    "federated, both asynchronous": DocTable(
+        "federated", federated_tables.RATIO_COLUMNS, federated_tables.among_buffered_rows
+    ),
     "forecasts": DocTable("predictor", ("round, s", "30", "60", "120", "300", "600", "1800"), table_rows.forecast_rows),
     "forecasts, populations": DocTable(
         "predictor", ("population", "30", "60", "120", "300", "600", "1800"), table_rows.forecast_population_rows

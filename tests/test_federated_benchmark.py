@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.federated import TARGETS, mean_over, runs, time_to
-from benchmarks.lib.federated_tables import failure_rows, ratio_rows, time_rows
+from benchmarks.lib.federated_tables import buffered_rows, failure_rows, ratio_rows, time_rows
 from benchmarks.lib.fixed_forecasts import Rounds, methods, rounds_of, score, tuned
 from benchmarks.predictor import compare, forecasts_of, judge, table_of
 from fxhybrid.federated.memory.traces import MemoryTrace
@@ -89,6 +89,17 @@ def test_rows_say_who_never_got_there() -> None:
     assert ratios[4] == "> 5.5 (3.0, 8.0)"  # 90 / 30, and at least 240 / 30
     assert ratios[7] == "> 4.0, 1 of 2"
     assert next(iter(failure_rows(records)))[2:] == ("40", "40", "40", "-")
+    records += [record("random-async", seed, [5, None, 45, 48, None, None], hours=4.0) for seed in (0, 1)]
+    buffered = next(iter(buffered_rows(records)))
+    assert buffered[2:6] == ("3.0 (2.0, 4.0)", "slower", "> 3.7 (2.0, 5.3)", "> 5.0 (5.0, 5.0)")  # 240 / 45, 240 / 48
+    records[-1] |= {"reached_s": {"heartbeat": [None] * 6}}
+    # never within 240 minutes, against 10; and against 90
+    assert next(iter(buffered_rows(records)))[2::2] == (
+        "< 2.0 (0.0, 4.0)",
+        "~ 2.9 (0.4, 5.3)",
+        "never",
+        "0.0 (0.0, 0.0)",
+    )
 
 
 def test_every_population_is_run_by_every_policy() -> None:

@@ -60,6 +60,13 @@ def buffered_rows(records: Sequence[Record]) -> Iterator[Row]:
         yield from _ratio_row("all", other, [both for cell in cells for both in _both(cell, policy, other)])
 
 
+def among_buffered_rows(records: Sequence[Record]) -> Iterator[Row]:
+    """Yields how many times sooner asynchronous rounds of fxhybrid are than the others', in the first population."""
+    first = next(iter(GRID))
+    own, *others = BUFFERED
+    yield from _ratio_rows([r for r in records if r["cell"] == first], [(own, other) for other in others])
+
+
 def _ratio_rows(records: Sequence[Record], pairs: Sequence[tuple[str, str]]) -> Iterator[Row]:
     for name, cell in _cells(records).items():
         for policy, other in pairs:
@@ -103,18 +110,19 @@ def _minutes(times_s: Sequence[float | None]) -> str:
 def _ratio(both: Sequence[Pair], place: int) -> str:
     """Returns the mean ratio of times, its spread, and of how many seeds if not all.
 
-    Where the other never got there it counts with its whole run, marked by ">".
+    Where one of the two never got there it counts with its whole run. The mark is ">" where that is the other, so that
+    the ratio is at least so large, "<" where it is the policy itself, and "~" where there are both.
     """
-    times = [[r["reached_s"][ASSUMED][place] for r in pair] for pair in both]
-    if any(own_s is None and other_s is not None for own_s, other_s in times):
-        return "slower"
-    ends_s = [3600 * against["hours"] for _, against in both]
-    got_there = [(own_s, other_s or end_s) for (own_s, other_s), end_s in zip(times, ends_s, strict=True) if own_s]
-    if not got_there:
-        return NEVER
-    mark = "> " if any(own_s and not other_s for own_s, other_s in times) else ""
-    seeds = "" if len(got_there) == len(both) else f", {len(got_there)} of {len(both)}"
-    return f"{mark}{_spread([other_s / own_s for own_s, other_s in got_there])}{seeds}"
+    times = [[run["reached_s"][ASSUMED][place] for run in pair] for pair in both]
+    ends_s = [[3600 * run["hours"] for run in pair] for pair in both]
+    known = [(pair, ends) for pair, ends in zip(times, ends_s, strict=True) if any(pair)]
+    if not any(own_s for (own_s, _), _ in known):
+        return "slower" if known else NEVER
+    later, sooner = (sum(pair[i] is None for pair, _ in known) for i in (0, 1))
+    mark = "~ " if later and sooner else "< " if later else "> " if sooner else ""
+    ratios = [(other_s or other_end_s) / (own_s or own_end_s) for (own_s, other_s), (own_end_s, other_end_s) in known]
+    seeds = "" if len(known) == len(both) else f", {len(known)} of {len(both)}"
+    return f"{mark}{_spread(ratios)}{seeds}"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -87,7 +87,8 @@ class Driver:
         refused = self._reports()
         deadline_s, selection = self._launch()
         most = self.policy.part_of(len(self.scheduler.open))
-        selections, replies = [selection], []
+        selections = [selection]
+        replies: list[Reply] = []
         updates: list[Update] = []
         while len(updates) < wanted and len(replies) < most and (found := self._receive()) is not None:
             reply, request = found
