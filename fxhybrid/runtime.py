@@ -53,7 +53,7 @@ class LeftOut(Protocol):
     """Is what a call did not store, though its backward half takes it."""
 
     def restore(self, saved: list[Tensor | None]) -> None:
-        """Makes it again, in place of what stands for it among the saved values.
+        """Recomputes it, in place of the empty tensors among the saved values.
 
         Raises:
             BackwardError: what it is made from was changed since.
@@ -65,7 +65,7 @@ class Opened(Protocol):
 
     @property
     def left_out(self) -> LeftOut | None:
-        """What is made again when the backward half begins."""
+        """What is recomputed when the backward half begins."""
 
     @property
     def leaf_notes(self) -> LeafNotes:

@@ -84,7 +84,7 @@ def test_a_part_runs_again_for_a_later_one() -> None:
     assert (saved.forward_bytes[2], saved.backward_bytes[2]) == (1170, 1000 + 100 + 60 + 10 + 10 + 60)
     needs = [part_timeline(each, actions) for each, actions in zip(parts, ({}, {}, {0: RECOMPUTE}), strict=True)]
     again = sequence_peak(sequence, needs)
-    assert (needs[2].stored, needs[2].remade, again.overhead_s) == ({0}, {0}, 3.0)
+    assert (needs[2].stored, needs[2].recomputed, again.overhead_s) == ({0}, {0}, 3.0)
     # the forward pass ends with a and y; then a, y, its gradient, and 80 more, or h and its gradient
     assert again.waiting_bytes == saved.waiting_bytes - 60 == 110
     assert again.backward_bytes[2] == 1000 + 100 + 10 + 10 + 60 + 60

@@ -24,19 +24,19 @@ class JoinedProblem:
         problem: of the whole step.
         offsets: of each part's first tensor.
         sizes: number of each part's tensors.
-        again: what a part read to make a tensor that it can make again for a later one.
+        sources: what a part read to make a tensor that it can recompute for a later one.
     """
 
     problem: Problem
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    again: Mapping[int, tuple[int, ...]]
+    sources: Mapping[int, tuple[int, ...]]
 
     def by_part(self, actions: Actions) -> tuple[dict[int, Action], ...]:
-        """Splits actions of the whole step; what is made again from an encoded form is kept instead."""
+        """Splits actions of the whole step; what would be recomputed from an encoded form is kept instead."""
         encoded = {t for t, action in actions.items() if isinstance(action, Compress)}
-        again = {t: read for t, read in self.again.items() if actions.get(t) is RECOMPUTE}
-        kept = {t for t, read in again.items() if not encoded.isdisjoint(read)}
+        recomputed = {t: read for t, read in self.sources.items() if actions.get(t) is RECOMPUTE}
+        kept = {t for t, read in recomputed.items() if not encoded.isdisjoint(read)}
         return tuple(
             {t - first: action for t, action in actions.items() if first <= t < first + size and t not in kept}
             for first, size in zip(self.offsets, self.sizes, strict=True)
@@ -58,7 +58,7 @@ class _Joining:
         self.backward: list[Op] = []
         self.by_python: dict[int, int] = {}  # shared storage -> tensor that stands for what Python holds of it
         self.carried: dict[int, list[int]] = {}  # shared storage -> gradients of it on their way
-        self.again: dict[int, tuple[int, ...]] = {}
+        self.reads: dict[int, tuple[int, ...]] = {}
 
     def run(self) -> JoinedProblem:
         parts = self.sequence.parts
@@ -80,7 +80,7 @@ class _Joining:
             resident_bytes=self._resident_bytes(),
         )
         sizes = tuple(len(part.problem.tensors) for part in parts)
-        return JoinedProblem(problem, tuple(self.offsets), sizes, self.again)
+        return JoinedProblem(problem, tuple(self.offsets), sizes, self.reads)
 
     def _forward_half(self, k: int, part: Part) -> None:
         ending = [key for key in self.by_python if self.sequence.shared[key].last == k]
@@ -92,7 +92,7 @@ class _Joining:
         first = self._add_tensors(k, part.problem.tensors)
         self.op_offsets.append(len(self.forward))
         sources = {t + first: source for t, source in part.sources.items()}
-        self.forward += (self._made_again(self._shifted(op, k, first), sources) for op in part.problem.forward)
+        self.forward += (self._recomputable(self._shifted(op, k, first), sources) for op in part.problem.forward)
         made = [loose, *(t + first for t in part.problem.mutations)]
         leaving = [key for key in part.leaving.values() if self._outlives(key, k)]
         outside = [key for key in (*part.arriving.values(), *part.taken) if self._outlives(key, k)]
@@ -151,8 +151,8 @@ class _Joining:
         inputs, outputs = (tuple(t + first for t in ts) for ts in (op.inputs, op.outputs))
         return replace(op, name=f"{k}/{op.name}", inputs=inputs, outputs=outputs, fusion=fusion)
 
-    def _made_again(self, op: Op, sources: Mapping[int, Source]) -> Op:
-        """Lets what hands a tensor on run its source when it runs again.
+    def _recomputable(self, op: Op, sources: Mapping[int, Source]) -> Op:
+        """Lets what hands a tensor on run its source when it is recomputed.
 
         The first time that takes no memory and no time: the rise here is an upper bound, the seconds no overhead.
         """
@@ -160,7 +160,7 @@ class _Joining:
         if source is None:
             return op
         reads = tuple(t + self.offsets[source.part] for t in self.sequence.parts[source.part].arriving)
-        self.again |= dict.fromkeys(op.outputs, reads)
+        self.reads |= dict.fromkeys(op.outputs, reads)
         return replace(op, inputs=reads, seconds=source.seconds, alloc_peak_bytes=source.rise_bytes, recomputable=True)
 
     def _gradients(self) -> Iterator[int]:

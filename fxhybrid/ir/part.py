@@ -15,7 +15,7 @@ _BACKWARD_OPS = (Kind.RUN, Kind.FUSED, Kind.FASTER)
 
 @dataclass(frozen=True)
 class Source:
-    """Describes an earlier part that runs forward again, to make what a later one did not keep.
+    """Describes an earlier part whose forward half is recomputed for what a later one did not keep.
 
     Attributes:
         part: its position.
@@ -49,7 +49,7 @@ class Part:
         loose_bytes: what else Python holds when the part begins.
         dying: gradients of its outputs that die in its backward half: bytes, and the last operator that reads them, by
             position; -1 for none. The others live through the whole half.
-        sources: earlier parts that can make what it takes again, by tensor of ``arriving``. To recompute such a tensor
+        sources: earlier parts that can recompute what it takes, by tensor of ``arriving``. To recompute such a tensor
             is an action of the whole step: the part by itself cannot.
     """
 
@@ -74,13 +74,13 @@ class PartTimeline:
 
     Attributes:
         forward_bytes: the highest point of its forward half, above what was alive before.
-        backward_bytes: likewise of its backward half, and of earlier parts that run again before it; gradients of its
-            outputs and what it stored itself are included.
+        backward_bytes: likewise of its backward half, and of earlier parts that are recomputed before it; gradients of
+            its outputs and what it stored itself are included.
         beside_others_bytes: the same where shared storages that it keeps live through its backward half, since others
             keep them, too.
         stored_bytes: what it keeps between the halves, shared storages left out.
-        stored: shared storages that it keeps as they are, or has kept for the parts that run again.
-        remade: tensors that it takes and does not keep; their sources run again.
+        stored: shared storages that it keeps as they are, or has kept for the parts that are recomputed.
+        recomputed: tensors that it takes and does not keep; their sources are recomputed.
         gradient_bytes: gradients of parameters and of the step's own inputs that it leaves.
         overhead_s: seconds beyond running every op once.
     """
@@ -90,25 +90,25 @@ class PartTimeline:
     beside_others_bytes: int
     stored_bytes: int
     stored: frozenset[int]
-    remade: frozenset[int]
+    recomputed: frozenset[int]
     gradient_bytes: int
     overhead_s: float
 
 
-def remade_by(part: Part, actions: Actions) -> frozenset[int]:
-    """Returns the tensors that a plan lets earlier parts make again."""
+def recomputed_by(part: Part, actions: Actions) -> frozenset[int]:
+    """Returns the tensors that a plan recomputes by earlier parts."""
     return frozenset(t for t in part.sources if actions.get(t) is RECOMPUTE)
 
 
 def own_actions(part: Part, actions: Actions) -> dict[int, Action]:
-    """Returns what the part itself does: what earlier parts make again is there when its backward half begins."""
-    remade = remade_by(part, actions)
-    return {t: action for t, action in actions.items() if t not in remade}
+    """Returns what the part itself does: what earlier parts recompute is there when its backward half begins."""
+    recomputed = recomputed_by(part, actions)
+    return {t: action for t, action in actions.items() if t not in recomputed}
 
 
 def part_timeline(part: Part, actions: Actions) -> PartTimeline:
     """Simulates one part by its actions in a plan of the whole step."""
-    problem, dropped = part.problem, remade_by(part, actions)
+    problem, dropped = part.problem, recomputed_by(part, actions)
     schedule = lower(problem, own_actions(part, actions))
     timeline = simulate(problem, schedule)
     n = schedule.n_forward
@@ -117,8 +117,8 @@ def part_timeline(part: Part, actions: Actions) -> PartTimeline:
     for size_bytes, last in part.dying:
         during[ends.get(last, n - 1) + 1 :] -= size_bytes
     crossing = [i for i in range(len(schedule.values)) if timeline.birth[i] < n <= timeline.death[i]]
-    remade = dropped.intersection(schedule.values[i].tensor for i in crossing)
-    crossing = [i for i in crossing if schedule.values[i].tensor not in remade]
+    recomputed = dropped.intersection(schedule.values[i].tensor for i in crossing)
+    crossing = [i for i in crossing if schedule.values[i].tensor not in recomputed]
     keys = {**part.arriving, **part.leaving}
     raw = {i: keys[v.tensor] for i in crossing if not (v := schedule.values[i]).encoded and v.tensor in keys}
     gradients = {t for t in problem.gradients if t not in part.input_gradients}
@@ -126,27 +126,27 @@ def part_timeline(part: Part, actions: Actions) -> PartTimeline:
     for i in raw:
         longer[timeline.death[i] + 1 - n :] += schedule.values[i].size_bytes
     kept_bytes = sum(schedule.values[i].size_bytes for i in crossing)
-    sources, rise_bytes = _remaking(part, remade)
+    sources, rise_bytes = _recomputation(part, recomputed)
     reads = dict(read for source in sources for read in source.reads)
     read_bytes = sum(reads.values())
-    again_bytes = problem.tangent_bytes + kept_bytes + read_bytes + rise_bytes if sources else 0
+    recomputing_bytes = problem.tangent_bytes + kept_bytes + read_bytes + rise_bytes if sources else 0
     return PartTimeline(
         forward_bytes=int(during[:n].max(initial=0)),
-        backward_bytes=int(during[n:].max(initial=again_bytes)),
-        beside_others_bytes=max(int(longer.max(initial=0)) + read_bytes, again_bytes),
+        backward_bytes=int(during[n:].max(initial=recomputing_bytes)),
+        beside_others_bytes=max(int(longer.max(initial=0)) + read_bytes, recomputing_bytes),
         stored_bytes=sum(schedule.values[i].size_bytes for i in crossing if i not in raw),
         stored=part.taken.union(raw.values(), reads),
-        remade=remade,
+        recomputed=recomputed,
         gradient_bytes=sum(problem.tensors[t].size_bytes for t in gradients),
         overhead_s=timeline.overhead_s + sum(source.seconds for source in sources),
     )
 
 
-def _remaking(part: Part, remade: frozenset[int]) -> tuple[list[Source], int]:
-    """Returns the parts that run again, one after the other, and how far memory rises meanwhile."""
-    sources = sorted({part.sources[t] for t in remade}, key=lambda source: source.part)
+def _recomputation(part: Part, recomputed: frozenset[int]) -> tuple[list[Source], int]:
+    """Returns the parts that are recomputed, one after the other, and how far memory rises meanwhile."""
+    sources = sorted({part.sources[t] for t in recomputed}, key=lambda source: source.part)
     made_bytes = highest = 0
     for source in sources:
         highest = max(highest, made_bytes + source.rise_bytes)
-        made_bytes += sum(part.problem.tensors[t].size_bytes for t in remade if part.sources[t] == source)
+        made_bytes += sum(part.problem.tensors[t].size_bytes for t in recomputed if part.sources[t] == source)
     return sources, highest

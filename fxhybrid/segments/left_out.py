@@ -1,4 +1,4 @@
-"""Leaves out of what a graph stores what an earlier graph of the step makes again when the backward half begins."""
+"""Leaves out of what a graph stores what is recomputed by an earlier graph when the backward half begins."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CHANGED = (
 
 
 @dataclass(frozen=True, eq=False)
-class Remaking:
-    """Says what a part takes and does not keep, and what makes it again.
+class Recomputation:
+    """Says what a part takes and does not keep, and what recomputes it.
 
     Attributes:
         source: position of the earlier part that ran it first.
@@ -35,7 +35,7 @@ class Remaking:
 
 
 class KeptInputs:
-    """Holds the inputs of a part that may run again; they are alive anyway, since its own backward half needs them."""
+    """Holds the inputs of a part that is recomputed; the plan counts them for as long (``Source.reads``)."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         """Takes the inputs, cut off from what computed them."""
@@ -81,30 +81,30 @@ class _Slot:
 
 @dataclass(frozen=True, eq=False)
 class LeftOutValues:
-    """Holds what makes the values again that a part did not keep.
+    """Holds what recomputes the values that a part did not keep.
 
     Attributes:
-        again: for each source, what runs it, its inputs, and the saved values that look at its results.
+        recomputations: for each source, what runs it, its inputs, and the saved values that look at its results.
     """
 
-    again: tuple[tuple[Remaking, KeptInputs, tuple[_Slot, ...]], ...]
+    recomputations: tuple[tuple[Recomputation, KeptInputs, tuple[_Slot, ...]], ...]
 
     def restore(self, saved: list[Tensor | None]) -> None:
-        """Makes the values again.
+        """Recomputes the values.
 
         Raises:
             BackwardError: what they are made from was changed since.
         """
-        for remaking, inputs, slots in self.again:
+        for recomputation, inputs, slots in self.recomputations:
             with DisableAutocast(), torch.no_grad():
-                results = remaking.run(inputs.get())
+                results = recomputation.run(inputs.get())
                 for slot in slots:
                     saved[slot.position] = slot.look_at(results[slot.result])
             del results
 
 
-class PartsAgain:
-    """Keeps, within one call, what the parts need that will run again."""
+class RecomputedParts:
+    """Keeps, within one call, what the parts need that are recomputed in its backward pass."""
 
     def __init__(self, sources: Iterable[int]) -> None:
         """Takes the positions of these parts."""
@@ -118,29 +118,29 @@ class PartsAgain:
             self._inputs[position] = KeptInputs(inputs)
             self._versions |= {storage_identity(t): version_of(t) for t in outputs}
 
-    def are_as_made(self, remakings: Iterable[Remaking], arguments: Sequence[Any]) -> bool:
-        """Says whether what is to be made again is as its part returned it: Python may have changed it in place."""
-        taken = (arguments[i] for remaking in remakings for i in remaking.results)
+    def are_as_made(self, recomputations: Iterable[Recomputation], arguments: Sequence[Any]) -> bool:
+        """Says whether what is to be recomputed is as its part returned it: Python may have changed it in place."""
+        taken = (arguments[i] for recomputation in recomputations for i in recomputation.results)
         return all(self._versions.get(storage_identity(t)) == version_of(t) for t in taken)
 
     def leave_out(
-        self, saved: list[Tensor], inputs: Sequence[Any], remakings: Iterable[Remaking]
+        self, saved: list[Tensor], inputs: Sequence[Any], recomputations: Iterable[Recomputation]
     ) -> LeftOutValues | None:
-        """Puts empty tensors in place of saved values that are made again; returns what does that, None for nothing.
+        """Puts empty tensors in place of saved values; returns what recomputes these, None for nothing.
 
         Args:
             saved: values of a part's forward half.
             inputs: of the part.
-            remakings: what it does not keep.
+            recomputations: what it does not keep.
         """
-        again = []
-        for remaking in remakings:
-            results = {storage_identity(inputs[i]): result for i, result in remaking.results.items()}
+        found = []
+        for recomputation in recomputations:
+            results = {storage_identity(inputs[i]): result for i, result in recomputation.results.items()}
             slots = []
             for position, value in enumerate(saved):
                 result = results.get(storage_identity(value))
                 if result is not None:
                     slots.append(_Slot.of(value, position, result))
                     saved[position] = value.new_empty(0)
-            again.append((remaking, self._inputs[remaking.source], tuple(slots)))
-        return LeftOutValues(tuple(again)) if again else None
+            found.append((recomputation, self._inputs[recomputation.source], tuple(slots)))
+        return LeftOutValues(tuple(found)) if found else None

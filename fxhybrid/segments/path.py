@@ -9,7 +9,7 @@ from typing import Any
 from fxhybrid.accuracy.verifier import CaptureCheck
 from fxhybrid.ir.part import PartTimeline, own_actions
 from fxhybrid.pipeline import build_graphs
-from fxhybrid.segments.left_out import Remaking
+from fxhybrid.segments.left_out import Recomputation
 from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.planned_run import PlannedPart, planned_part
 from fxhybrid.segments.segment import Segment
@@ -34,28 +34,31 @@ def parts_of(trial: Trial, actions: PartActions, needs: Sequence[PartTimeline]) 
         shared = sum(trial.sequence.shared[i].size_bytes for i in need.stored)
         if key not in built:
             built[key] = planned_part(call.segment, prepared, build_graphs(prepared, chosen), need)
-        remakings = remakings_of(trial, k, need.remade)
-        parts.append(replace(built[key], needs=need, stored_bytes=need.stored_bytes + shared, remakings=remakings))
+        recomputations = recomputations_of(trial, k, need.recomputed)
+        parts.append(
+            replace(built[key], needs=need, stored_bytes=need.stored_bytes + shared, recomputations=recomputations)
+        )
     return parts
 
 
-def remakings_of(trial: Trial, k: int, remade: frozenset[int]) -> tuple[Remaking, ...]:
-    """Returns what runs again for the backward half of a part.
+def recomputations_of(trial: Trial, k: int, recomputed: frozenset[int]) -> tuple[Recomputation, ...]:
+    """Returns what earlier parts recompute for the backward half of a part.
 
     Args:
         trial: of the path.
         k: position of the part.
-        remade: tensors that it takes and does not keep.
+        recomputed: tensors that it takes and does not keep.
     """
     part = trial.sequence.parts[k]
-    sources = sorted({part.sources[t].part for t in remade})
-    keys = {i: key for i, key in trial.calls[k].inputs.items() if any(part.arriving[t] == key for t in remade)}
+    sources = sorted({part.sources[t].part for t in recomputed})
+    taken = {part.arriving[t] for t in recomputed}
+    keys = {i: key for i, key in trial.calls[k].inputs.items() if key in taken}
     found = []
     for source in sources:
         prepared = trial.prepared[source]
-        positions = result_positions(prepared, trial.calls[source].outputs, keys.values())
+        positions = result_positions(prepared, trial.calls[source].outputs, taken)
         results = {i: positions[key] for i, key in keys.items() if key in positions}
-        found.append(Remaking(source, forward_alone(prepared).forward, results))
+        found.append(Recomputation(source, forward_alone(prepared).forward, results))
     return tuple(found)
 
 

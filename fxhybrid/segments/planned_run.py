@@ -20,7 +20,7 @@ from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.pipeline import Prepared
 from fxhybrid.runtime import LateBackward, StepFunction
 from fxhybrid.segments.leaf_notes import NOTHING_NEW
-from fxhybrid.segments.left_out import LeftOutValues, PartsAgain, Remaking
+from fxhybrid.segments.left_out import LeftOutValues, Recomputation, RecomputedParts
 from fxhybrid.segments.segment import Segment, run_under_way
 from fxhybrid.segments.sequence_plans import tracing_bytes
 from fxhybrid.units import format_bytes
@@ -41,7 +41,7 @@ class PlannedPart:
         needs: what it needs.
         function: runs it.
         stored_bytes: what it keeps between the halves, shared or not.
-        remakings: what earlier parts make again for its backward half.
+        recomputations: what earlier parts recompute for its backward half.
     """
 
     segment: Segment
@@ -49,7 +49,7 @@ class PlannedPart:
     needs: PartTimeline
     function: Callable[..., Any]
     stored_bytes: int
-    remakings: tuple[Remaking, ...] = ()
+    recomputations: tuple[Recomputation, ...] = ()
 
     @cached_property
     def output_bytes(self) -> int:
@@ -180,7 +180,7 @@ class PlannedRun:
         if (
             expected is not None
             and expected.segment is segment
-            and self._again.are_as_made(expected.remakings, arguments)
+            and self._recomputed.are_as_made(expected.recomputations, arguments)
         ):
             part = expected
         else:
@@ -191,9 +191,9 @@ class PlannedRun:
         return tuple(part.function(None, segment.lifted.free_of(arguments), {}, ()))
 
     @cached_property
-    def _again(self) -> PartsAgain:
-        """What the parts need that will run again."""
-        return PartsAgain(remaking.source for part in self.parts for remaking in part.remakings)
+    def _recomputed(self) -> RecomputedParts:
+        """What the parts need that are recomputed in the backward pass."""
+        return RecomputedParts(recomputation.source for part in self.parts for recomputation in part.recomputations)
 
     def check_room_to_trace(self) -> None:
         """Makes sure that a graph can be traced beside what is alive.
@@ -264,11 +264,11 @@ class PlannedRun:
     def entered(
         self, saved: list[Tensor], outputs: Sequence[Tensor], inputs: Sequence[Any], absent: frozenset[int]
     ) -> _Opened:
-        """Counts what a part holds for a backward pass to come, and leaves out what is made again."""
+        """Counts what a part holds for a backward pass to come, and leaves out what is recomputed."""
         position, left_out = len(self.path) - 1, None
         if self.is_on_path:
-            left_out = self._again.leave_out(saved, inputs, self.parts[position].remakings)
-            self._again.note(position, inputs, outputs)
+            left_out = self._recomputed.leave_out(saved, inputs, self.parts[position].recomputations)
+            self._recomputed.note(position, inputs, outputs)
         returned = references(outputs)
         self._made |= {reference.cdata: position for reference, _ in returned}
         self.pending.held = (*self.pending.held, *references(saved), *returned)

@@ -1,4 +1,4 @@
-"""Finds the graphs that can run forward again in the backward pass, to make what a later graph did not keep.
+"""Finds the graphs whose forward half can be recomputed in the backward pass for what a later graph did not keep.
 
 What one graph hands to the next must be kept otherwise, however long the row of graphs is: nothing can be recomputed
 across a break by operators. Every second one is offered, so that what the graph in front took is there to begin with.
@@ -26,7 +26,7 @@ from fxhybrid.segments.segment import boundary_tensors
 def with_sources(
     parts: Sequence[Part], prepared: Sequence[Prepared], shared: Sequence[Shared], backward: Collection[int]
 ) -> tuple[Part, ...]:
-    """Returns the parts of a step, each with what makes again what it takes.
+    """Returns the parts of a step, each with what can recompute what it takes.
 
     Args:
         parts: in the order of their forward halves.
@@ -50,7 +50,7 @@ def with_sources(
 
 
 def _source(position: int, part: Part, prepared: Prepared, key: int) -> Source | None:
-    """Returns a part as the source of a shared storage; None where it cannot make that again."""
+    """Returns a part as the source of a shared storage; None where it cannot recompute that."""
     problem, boundaries = prepared.problem, set(boundary_tensors(prepared).values())
     ops = [op for op in problem.forward if boundaries.isdisjoint(op.outputs)]
     is_pure = (
