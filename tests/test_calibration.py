@@ -290,7 +290,7 @@ def test_plans_aim_below_the_limit_by_measurement(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_plan_a_little_above_the_aim_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every lossy plan measures 4 % above a third of the limit: within what is taken for the aim, so the first stays."""
+    """Every lossy plan measures 4 % above a third of the limit, which is near enough to the aim: the first stays."""
     call, limit = batch(), 0.1
     measured: list[Actions] = []
 
