@@ -1,7 +1,8 @@
 """Compares memory, gradient error and step time with all other common ways to train in less memory or time.
 
 Each way runs in a process of its own, and all of a model run their steps in turn, so that what else the machine does
-falls on all alike. fxhybrid runs at the measured peak of each other way, where the two are compared by time.
+falls on all alike. fxhybrid runs at the measured peak of each other way, where the two are compared by time, and
+without dropout where that way does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.lib.checks import Check, checks_table
 from benchmarks.lib.common import add_record_files, names_of, records_of, wide_console
-from benchmarks.lib.peer_methods import EAGER, INT8, METHODS, OURS
+from benchmarks.lib.peer_methods import BOTH_OURS, EAGER, INT8, METHODS, OURS, ours_for
 from benchmarks.lib.peer_process import Case, Peer
 from benchmarks.lib.results import Record
 from fxhybrid import suite
@@ -60,14 +61,14 @@ def compare(model: str, size: suite.Size, methods: Sequence[str], rounds: int) -
     cases = [
         Case(model, size, name, setting)
         for name in dict.fromkeys((EAGER, *methods))
-        if name != OURS and model in (METHODS[name].models or (model,))
+        if name not in BOTH_OURS and model in (METHODS[name].models or (model,))
         for setting in SETTINGS.get(name, ("",))
     ]
     peers: list[Peer] = []
     try:
         peers += [Peer(case) for case in cases]
-        if OURS in methods:
-            peers += [Peer(Case(model, size, OURS, str(n))) for n in _budgets(peers)]
+        own = [(name, n) for name in BOTH_OURS if name in methods for n in _budgets(peers, name)]
+        peers += [Peer(Case(model, size, name, str(n))) for name, n in own]
         running = [peer for peer in peers if "error" not in peer.found]
         seconds = interleaved(running, rounds)
     finally:
@@ -82,13 +83,17 @@ def compare(model: str, size: suite.Size, methods: Sequence[str], rounds: int) -
         yield record | {"rounds": rounds}
 
 
-def _budgets(peers: Sequence[Peer]) -> list[int]:
-    """Returns the peaks of other ways, and some shares of eager's, the largest first, each once."""
+def _budgets(peers: Sequence[Peer], ours: str) -> list[int]:
+    """Returns the peaks of ways that a form of fxhybrid is compared with, of near ones the smallest.
+
+    The usual form gets some shares of eager's peak, too.
+    """
     eager_bytes = peers[0].found["peak_bytes"]
-    peaks = [peer.found["peak_bytes"] for peer in peers if "error" not in peer.found]
+    alike = [p for p in peers if "error" not in p.found and ours_for(p.case.method, p.case.model) == ours]
+    shares = [int(share * eager_bytes) for share in SHARES] if ours == OURS else []
     found: list[int] = []
-    for n in sorted((*peaks, *(int(share * eager_bytes) for share in SHARES)), reverse=True):
-        if n <= eager_bytes and (not found or n < found[-1] * (1 - SAME_PEAK)):
+    for n in sorted((*(p.found["peak_bytes"] for p in alike), *shares)):
+        if n <= eager_bytes and (not found or n > found[-1] * (1 + SAME_PEAK)):
             found.append(n)
     return found
 
@@ -115,7 +120,7 @@ def ours_at(record: Record, records: Sequence[Record]) -> Record | None:
         r
         for r in records
         if r["model"] == record["model"]
-        and r["method"] == OURS
+        and r["method"] == ours_for(record["method"], record["model"])
         and "ratio" in r
         and r["peak_bytes"] <= record["peak_bytes"]
     ]
@@ -133,7 +138,7 @@ def peers_table(records: Sequence[Record]) -> Table:
         if "ratio" not in r:
             table.add_row(r["model"], r["key"], r.get("error", "")[:60])
             continue
-        ours = ours_at(r, records) if r["method"] != OURS else None
+        ours = None if r["method"] in BOTH_OURS else ours_at(r, records)
         same = (f"{ours['ratio']:.2f}", f"{ours['gradient_error']:.1e}") if ours else ("", "")
         figures = f"{r['peak_bytes'] / r['eager_peak_bytes']:.2f}", f"{r['gradient_error']:.1e}", f"{r['ratio']:.2f}"
         table.add_row(r["model"], r["key"], *figures, f"{r['cpu_ratio']:.2f}", f"{r['compile_s']:.0f} s", *same)
@@ -148,9 +153,10 @@ def draw(records: Sequence[Record], path: Path) -> None:
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 5), squeeze=False, layout="constrained")
     for axis, model in zip(axes[0], models, strict=True):
         own = [r for r in timed if r["model"] == model]
-        ours = sorted((r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"]) for r in own if r["method"] == OURS)
-        axis.plot(*zip(*ours, strict=True), "o-", label=OURS) if ours else None
-        others = (r for r in own if r["method"] != OURS)
+        for name, line in zip(BOTH_OURS, ("o-", "o--"), strict=True):
+            ours = sorted((r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"]) for r in own if r["method"] == name)
+            axis.plot(*zip(*ours, strict=True), line, label=name) if ours else None
+        others = (r for r in own if r["method"] not in BOTH_OURS)
         for r, marker in zip(others, itertools.cycle("x+^vsD*P<>"), strict=False):
             axis.plot(r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"], marker, label=r["key"])
         axis.set(title=model, xlabel="peak, share of eager's", ylabel="step time over eager's")
@@ -160,7 +166,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 def judge(records: Sequence[Record]) -> list[Check]:
     """Checks where another way is faster at the same peak, and the gradient error against the int8 recipe's."""
-    others = [r for r in records if r["method"] != OURS and "ratio" in r]
+    others = [r for r in records if r["method"] not in BOTH_OURS and "ratio" in r]
     compared = [(r, ours) for r in others if (ours := ours_at(r, records)) is not None]
     faster = [
         f"{r['model']}, {r['key']}: {r['ratio']:.2f}, ours {ours['ratio']:.2f}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.convergence import TASKS, bound, complete_seeds, score
 from benchmarks.held_out_error import WHEN, quantile
-from benchmarks.lib.peer_methods import OURS
+from benchmarks.lib.peer_methods import BOTH_OURS
 from benchmarks.lib.results import Record
 from benchmarks.peers import ours_at
 from fxhybrid.ir.plan import GAP_FLOOR_SHARE
@@ -121,7 +121,7 @@ def held_out_case_rows(records: Sequence[Record]) -> Iterator[Row]:
 def peer_rows(records: Sequence[Record]) -> Iterator[Row]:
     """Yields share of the peak, step time and first step of each other way, and our time at no higher a peak."""
     for r in records:
-        if r["method"] == OURS or "ratio" not in r:
+        if r["method"] in BOTH_OURS or "ratio" not in r:
             continue
         ours = ours_at(r, records)
         same = f"{ours['ratio']:.2f} ({ours['gradient_error']:.0e})" if ours else "not reached"

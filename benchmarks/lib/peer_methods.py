@@ -17,7 +17,9 @@ from benchmarks.lib.common import Bench
 
 Loss = Callable[[], Tensor]
 SMALLEST = 4096  # elements below which int8 is not worth it
-EAGER, INT8, OURS = "eager", "int8 saved-tensor hooks", "fxhybrid"
+EAGER, INT8, OURS, OURS_WITHOUT = "eager", "int8 saved-tensor hooks", "fxhybrid", "fxhybrid without dropout"
+BOTH_OURS = (OURS, OURS_WITHOUT)
+WITH_DROPOUT = ("gru", "bert", "gpt2", "t5")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _ours(bench: Bench, setting: str) -> Loss:
 
 METHODS = {
     EAGER: Method(_eager),
-    "eager without dropout": Method(_eager, without_dropout=True, models=("gru", "bert", "gpt2", "t5")),
+    "eager without dropout": Method(_eager, without_dropout=True, models=WITH_DROPOUT),
     "eager channels_last": Method(_channels_last, models=("mobilenetv2", "resnet50", "unet")),
     "checkpoint per block": Method(_checkpoints),
     "torch.compile": Method(_compiled, without_dropout=True),
@@ -124,7 +126,13 @@ METHODS = {
     INT8: Method(_int8_hooks),
     "linear_cross_entropy": Method(_chunked_loss, models=("gpt2",)),
     OURS: Method(_ours),
+    OURS_WITHOUT: Method(_ours, without_dropout=True, models=WITH_DROPOUT),
 }
+
+
+def ours_for(method: str, model: str) -> str:
+    """Returns the form of fxhybrid that trains a model as another way does: with dropout or without."""
+    return OURS_WITHOUT if METHODS[method].without_dropout and model in WITH_DROPOUT else OURS
 
 
 def switch_dropout_off(model: nn.Module) -> None:
