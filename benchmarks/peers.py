@@ -8,8 +8,10 @@ without dropout where that way does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import statistics
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,16 +66,19 @@ def compare(model: str, size: suite.Size, methods: Sequence[str], rounds: int) -
         if name not in BOTH_OURS and model in (METHODS[name].models or (model,))
         for setting in SETTINGS.get(name, ("",))
     ]
-    peers: list[Peer] = []
-    try:
-        peers += [Peer(case) for case in cases]
+    with contextlib.ExitStack() as ending:
+        cache = ending.enter_context(tempfile.TemporaryDirectory())
+
+        def started(case: Case) -> Peer:
+            peer = Peer(case, cache)
+            ending.callback(peer.close)
+            return peer
+
+        peers = [started(case) for case in cases]
         own = [(name, n) for name in BOTH_OURS if name in methods for n in _budgets(peers, name)]
-        peers += [Peer(Case(model, size, name, str(n))) for name, n in own]
+        peers += [started(Case(model, size, name, str(n))) for name, n in own]
         running = [peer for peer in peers if "error" not in peer.found]
         seconds = interleaved(running, rounds)
-    finally:
-        for peer in peers:
-            peer.close()
     eager_peak_bytes = peers[0].found["peak_bytes"]
     for peer in peers:
         record: Record = {"model": model, "part": "peers", "key": peer.case.key, "method": peer.case.method}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,12 +38,17 @@ class Case:
 class Peer:
     """Holds the process of one case, which is idle between steps."""
 
-    def __init__(self, case: Case) -> None:
-        """Starts the process and waits until it has measured peak, gradient error and seconds of the first step."""
+    def __init__(self, case: Case, cache: str) -> None:
+        """Starts the process and waits until it has measured peak, gradient error and seconds of the first step.
+
+        Args:
+            case: the way to train.
+            cache: a folder for what compilers keep; where it is empty, the first step compiles all.
+        """
         context = mp.get_context("spawn")
         self.case = case
         self._connection, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(case, torch.get_num_threads(), there), daemon=True)
+        self._process = context.Process(target=_serve, args=(case, torch.get_num_threads(), cache, there), daemon=True)
         self._process.start()
         there.close()
         self.found: Record = self._received()
@@ -67,9 +73,10 @@ class Peer:
             return {"error": f"its process ended with code {self._process.exitcode}"}
 
 
-def _serve(case: Case, threads: int, connection: Connection) -> None:
+def _serve(case: Case, threads: int, cache: str, connection: Connection) -> None:
     """Measures a case once, then runs a step for each message."""
     torch.set_num_threads(threads)
+    os.environ |= {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": os.path.join(cache, case.key)}
     try:
         bench, method = Bench(case.model, case.size), METHODS[case.method]
         if method.without_dropout:

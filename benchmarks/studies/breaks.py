@@ -1,8 +1,9 @@
 """Decides ADR 21: what a step of four graphs costs against the same model in one.
 
-Models of four stages, with a break behind each of the first three and without: the smallest peak that can be planned,
-as measured, and the processor time of steps at the peak of the save-all step, in pairs, for this batch and a larger
-one. The C library keeps what is freed: which steps pay for pages that it gave back is chance.
+Models of four stages, with a break behind each of the first three and without, and the suite's BERT likewise: the
+smallest peak that can be planned, as measured, and the processor time of steps at the peak of the save-all step, in
+pairs, for this batch and a larger one. The C library keeps what is freed: which steps pay for pages that it gave back
+is chance.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +22,18 @@ from torch import Tensor, nn
 from torch._dynamo import graph_break
 
 import fxhybrid
-from benchmarks.lib.common import Step, pair_ratios, table_of_rows, wide_console
+from benchmarks.lib.common import Bench, Step, pair_ratios, seconds, table_of_rows, wide_console
 from fxhybrid import HybridModule, measure_step
 from fxhybrid.units import Budget
 
-MINUTES = 6
-NEEDS = ""
+MINUTES = 8
+NEEDS = "transformers"
 N_STAGES = 4
 CHANNELS, WIDTH, CLASSES = 24, 64, 10
 LARGER = 8
+N_TIMED = 7
+Compiled = tuple[HybridModule, Step]
+Maker = Callable[[bool, str, Budget], Compiled]
 KEEP = {-1: 1 << 30, -3: 1 << 30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc's malloc.h
 
 
@@ -94,6 +99,56 @@ class Stages(nn.Module):
         return self.head(x.flatten(2).mean(2) if x.dim() == 4 else x)
 
 
+class Ended(nn.Module):
+    """Ends a graph behind a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the layer returns."""
+        result = self.layer(*args, **kwargs)
+        graph_break()
+        return result
+
+
+def of_stages(kind: Kind) -> Maker:
+    """Returns what compiles the models of a kind."""
+    x = torch.randn(kind.shape, generator=torch.Generator().manual_seed(0))
+
+    def compiled(broken: bool, compression: str, budget: Budget) -> Compiled:
+        hybrid = fxhybrid.compile(
+            Stages(kind, broken=broken), budget=budget, example_inputs=(x,), loss_fn=_loss, compression=compression
+        )
+
+        def step() -> None:
+            hybrid(x).backward()
+            hybrid.zero_grad()
+
+        return hybrid, step
+
+    return compiled
+
+
+def bert(broken: bool, compression: str, budget: Budget) -> Compiled:
+    """Compiles the suite's BERT, with a break behind each of its four layers but the last, or without."""
+    bench = Bench("bert", "full")
+    layers: Any = bench.case.model.get_submodule("bert.encoder.layer")
+    for i in range(N_STAGES - 1) if broken else ():
+        layers[i] = Ended(layers[i])
+    hybrid = bench.compile(budget, compression=compression)
+    return hybrid, bench.step_of(hybrid)
+
+
+def _makers() -> Iterator[tuple[str, Maker, Maker | None]]:
+    """Yields what compiles each model, and what compiles it for a larger batch, where its step is small."""
+    for name, kind in KINDS.items():
+        larger = replace(kind, shape=(LARGER * kind.shape[0], *kind.shape[1:]))
+        yield name, of_stages(kind), of_stages(larger)
+    yield "BERT", bert, None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints a table, a row for each model and mode."""
     parser = argparse.ArgumentParser("python -m benchmarks.studies.breaks", description=__doc__)
@@ -101,50 +156,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     for parameter, n_bytes in KEEP.items():
         ctypes.CDLL(None).mallopt(parameter, n_bytes)
-    columns = ("model", "compression", "smallest peak", "with breaks", "more", "time with breaks", "of a larger batch")
+    columns = ("model", "compression", "smallest peak", "with breaks", "more", "step: with breaks", "of a larger batch")
     wide_console().print(table_of_rows("a step of four graphs", columns, _rows(arguments.pairs)))
 
 
 def _rows(n_pairs: int) -> Iterator[tuple[str, ...]]:
-    for name, kind in KINDS.items():
+    for name, usual, larger in _makers():
         for compression in ("lossless", "auto"):
-            whole, split = (_smallest(kind, broken, compression) for broken in (False, True))
-            larger = replace(kind, shape=(LARGER * kind.shape[0], *kind.shape[1:]))
-            ratios = (f"{_time_ratio(each, compression, n_pairs):.3f}" for each in (kind, larger))
-            more = f"{split / whole - 1:+.1%}"
-            yield name, compression, f"{whole / 1e6:.2f} MB", f"{split / 1e6:.2f} MB", more, *ratios
+            whole, split = (_smallest_bytes(usual, broken, compression) for broken in (False, True))
+            peaks = f"{whole / 1e6:.2f} MB", f"{split / 1e6:.2f} MB", f"{split / whole - 1:+.1%}"
+            times = (_times(maker, compression, n_pairs) if maker else "" for maker in (usual, larger))
+            yield name, compression, *peaks, *times
 
 
-def _time_ratio(kind: Kind, compression: str, n_pairs: int) -> float:
-    """Compares steps that save all, with breaks and without."""
-    steps = [_step_of(_compiled(kind, broken, compression, 1.0), kind) for broken in (False, True)]
-    return median(pair_ratios(steps[0], steps[1], n_pairs, time.process_time))
+def _times(compiled: Maker, compression: str, n_pairs: int) -> str:
+    """Compares steps that save all: milliseconds without breaks, and the ratio."""
+    (_, whole), (_, split) = (compiled(broken, compression, 1.0) for broken in (False, True))
+    ratio = median(pair_ratios(whole, split, n_pairs, time.process_time))
+    whole_s = median(seconds(whole, time.process_time) for _ in range(N_TIMED))
+    return f"{1e3 * whole_s:.0f} ms: {ratio:.3f}"
 
 
-def _compiled(kind: Kind, broken: bool, compression: str, budget: Budget) -> HybridModule:
-    x = torch.randn(kind.shape, generator=torch.Generator().manual_seed(0))
-    model = Stages(kind, broken=broken)
-    return fxhybrid.compile(model, budget=budget, example_inputs=(x,), loss_fn=_loss, compression=compression)
+def _smallest_bytes(compiled: Maker, broken: bool, compression: str) -> int:
+    """Measures the smallest peak."""
+    hybrid, step = compiled(broken, compression, "smallest")
+    return measure_step(step, modules=hybrid, repeats=0).peak_bytes
 
 
 def _loss(output: Tensor) -> Tensor:
     return F.cross_entropy(output, torch.arange(len(output)) % CLASSES)
-
-
-def _step_of(hybrid: HybridModule, kind: Kind) -> Step:
-    x = torch.randn(kind.shape, generator=torch.Generator().manual_seed(0))
-
-    def step() -> None:
-        hybrid(x).backward()
-        hybrid.zero_grad()
-
-    return step
-
-
-def _smallest(kind: Kind, broken: bool, compression: str) -> int:
-    """Measures the smallest peak."""
-    hybrid = _compiled(kind, broken, compression, "smallest")
-    return measure_step(_step_of(hybrid, kind), modules=hybrid, repeats=0).peak_bytes
 
 
 if __name__ == "__main__":
