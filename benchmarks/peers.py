@@ -119,6 +119,11 @@ def ratio(seconds: dict[Peer, list[tuple[float, float]]], peer: Peer, eager: Pee
     return statistics.median(own[clock] / usual[clock] for own, usual in pairs)
 
 
+def newest(records: Sequence[Record]) -> list[Record]:
+    """Returns the last record of each way: a model's ways may run in several parts, each with eager."""
+    return list({(r["model"], r["key"]): r for r in records}.values())
+
+
 def ours_at(record: Record, records: Sequence[Record]) -> Record | None:
     """Returns the fastest run of fxhybrid at no higher a peak than a record's, on the same model."""
     fits = [
@@ -139,7 +144,7 @@ def peers_table(records: Sequence[Record]) -> Table:
         table.add_column(name)
     for name in ("peak", "grad error", "time", "CPU time", "first step", "ours: time", "grad error"):
         table.add_column(name, justify="right")
-    for r in records:
+    for r in newest(records):
         if "ratio" not in r:
             table.add_row(r["model"], r["key"], r.get("error", "")[:60])
             continue
@@ -153,7 +158,7 @@ def peers_table(records: Sequence[Record]) -> Table:
 def draw(records: Sequence[Record], path: Path) -> None:
     """Draws peak against time, a panel for each model, with a line through the points of fxhybrid."""
     plt = require("matplotlib.pyplot", "a plot")
-    timed = [r for r in records if "ratio" in r]
+    timed = [r for r in newest(records) if "ratio" in r]
     models = list(dict.fromkeys(r["model"] for r in timed))
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 5), squeeze=False, layout="constrained")
     for axis, model in zip(axes[0], models, strict=True):

@@ -10,7 +10,7 @@ from benchmarks.convergence import TASKS, bound, complete_seeds, score
 from benchmarks.held_out_error import WHEN, quantile
 from benchmarks.lib.peer_methods import BOTH_OURS
 from benchmarks.lib.results import Record
-from benchmarks.peers import ours_at
+from benchmarks.peers import newest, ours_at
 from fxhybrid.ir.plan import GAP_FLOOR_SHARE
 
 Row = tuple[str, ...]
@@ -120,7 +120,7 @@ def held_out_case_rows(records: Sequence[Record]) -> Iterator[Row]:
 
 def peer_rows(records: Sequence[Record]) -> Iterator[Row]:
     """Yields share of the peak, step time and first step of each other way, and our time at no higher a peak."""
-    for r in records:
+    for r in newest(records):
         if r["method"] in BOTH_OURS or "ratio" not in r:
             continue
         ours = ours_at(r, records)
