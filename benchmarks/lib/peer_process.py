@@ -76,7 +76,7 @@ class Peer:
 def _serve(case: Case, threads: int, cache: str, connection: Connection) -> None:
     """Measures a case once, then runs a step for each message."""
     torch.set_num_threads(threads)
-    os.environ |= {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": os.path.join(cache, case.key)}
+    os.environ |= {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": os.path.join(cache, case.key.replace(" ", "-"))}
     try:
         bench, method = Bench(case.model, case.size), METHODS[case.method]
         if method.without_dropout:
