@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -156,21 +157,26 @@ def peers_table(records: Sequence[Record]) -> Table:
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """Draws peak against time, a panel for each model, with a line through the points of fxhybrid."""
+    """Draws peak against time, a panel for each model, with lines through the points of fxhybrid."""
     plt = require("matplotlib.pyplot", "a plot")
     timed = [r for r in newest(records) if "ratio" in r]
     models = list(dict.fromkeys(r["model"] for r in timed))
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 5), squeeze=False, layout="constrained")
+    others = list(dict.fromkeys(r["key"] for r in timed if r["method"] not in BOTH_OURS))
+    marks = dict(zip(others, itertools.cycle("x+^vsD*P<>"), strict=False))
+    figure, axes = plt.subplots(1, len(models), figsize=(4.5 * len(models), 5), squeeze=False, layout="constrained")
+    shown: dict[str, Any] = {}
     for axis, model in zip(axes[0], models, strict=True):
         own = [r for r in timed if r["model"] == model]
-        for name, line in zip(BOTH_OURS, ("o-", "o--"), strict=True):
+        for i, name in enumerate(BOTH_OURS):
             ours = sorted((r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"]) for r in own if r["method"] == name)
-            axis.plot(*zip(*ours, strict=True), line, label=name) if ours else None
-        others = (r for r in own if r["method"] not in BOTH_OURS)
-        for r, marker in zip(others, itertools.cycle("x+^vsD*P<>"), strict=False):
-            axis.plot(r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"], marker, label=r["key"])
-        axis.set(title=model, xlabel="peak, share of eager's", ylabel="step time over eager's")
-        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)  # hides no point
+            if ours:
+                (shown[name],) = axis.plot(*zip(*ours, strict=True), "o-", color=f"C{i}")
+        for r in own:
+            if r["key"] in marks:
+                point = r["peak_bytes"] / r["eager_peak_bytes"], r["ratio"]
+                (shown[r["key"]],) = axis.plot(*point, marks[r["key"]], color=f"C{2 + others.index(r['key']) % 8}")
+        axis.set(title=model, xlabel="peak, share of eager's", ylabel="step time over eager's", xlim=(0, 1.05))
+    figure.legend(shown.values(), shown.keys(), fontsize="small", loc="outside lower center", ncols=4)
     figure.savefig(path)
 
 
