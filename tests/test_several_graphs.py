@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import time
 from collections.abc import Callable
@@ -41,6 +42,36 @@ def test_a_model_with_breaks_trains_like_the_same_without() -> None:
     assert hybrid.check_error(X) == 0
     with pytest.raises(InvalidArgument, match="several graphs"):
         _ = hybrid.joint_graph
+
+
+def test_layers_that_look_at_their_functions_run_in_a_loop_with_breaks() -> None:
+    """Layers of transformers count the parameters of their own methods; Dynamo then asks for the method's identity."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, WIDTH)
+
+        def chunk(self, x: Tensor) -> Tensor:
+            return self.inner(x).tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.chunk(x) * len(inspect.signature(self.chunk).parameters)
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _, layer in enumerate(self.layers):
+                x = layer(x)
+                torch._dynamo.graph_break()
+            return x
+
+    pair = twins(Layers().train(), example_inputs=(X,), loss_fn=loss_of)
+    pair.same(step)
+    assert len(pair.hybrid.report().parts) == 4
 
 
 def test_lossy_codecs_keep_their_limit_over_all_graphs() -> None:

@@ -27,12 +27,14 @@ from fxhybrid.torch_internals import (
     InstructionTranslatorBase,
     ListIteratorVariable,
     OptimizeContext,
+    OutputGraph,
     TupleVariable,
     auto_dynamic,
     builder,
     convert_frame,
     disable_current_modes,
     dynamo_config,
+    names_in_guards,
 )
 
 MOST_VARIANTS = 256  # graphs of one function, each for other sizes or Python values
@@ -42,6 +44,7 @@ TOO_MANY = (
 )
 _LOOPS = "maybe_has_backedge"
 _RECONSTRUCT = "reconstruct"
+_RESOLVE = "resolve_source_value"
 _ATTRIBUTE = "L['self']"  # a module's: a rate, which operators take as a constant
 _BUILDER: Any = builder
 _SUPPRESSED = "an error was suppressed"  # Dynamo's words for a function that it gives up on
@@ -111,6 +114,7 @@ class _Converted:
         yield convert_frame.register_bytecode_hook(lambda _, converted: returning_calls(converted))
         yield _graphs_within_loops()
         yield _iterators_between_graphs()
+        yield _values_of_iterators()
         yield self._numbers_as_inputs()
 
     @contextlib.contextmanager
@@ -168,6 +172,22 @@ def _iterators_between_graphs() -> Iterator[None]:
         yield
     finally:
         delattr(DictViewIterator, _RECONSTRUCT)
+
+
+@contextlib.contextmanager
+def _values_of_iterators() -> Iterator[None]:
+    """Lets Dynamo look at what it takes from an iterator that an earlier graph began, in words that guards know."""
+    torchs_own = getattr(OutputGraph, _RESOLVE)
+
+    def resolve(output: Any, source: Any) -> Any:
+        frame = output.root_tx
+        return source.get_value({**names_in_guards(), "G": frame.f_globals, "L": frame.f_locals}, {}, {})
+
+    setattr(OutputGraph, _RESOLVE, resolve)
+    try:
+        yield
+    finally:
+        setattr(OutputGraph, _RESOLVE, torchs_own)
 
 
 def _reconstruct(iterator: Any, codegen: Any) -> None:
