@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def run() -> Iterator[Record]:
         return itertools.chain.from_iterable(compare(m, arguments.size, methods, arguments.rounds) for m in models)
 
-    records = records_of(arguments, run, lambda record: f"{record['model']}: {record['key']}")
+    records = newest(records_of(arguments, run, lambda record: f"{record['model']}: {record['key']}"))
     if arguments.plot:
         draw(records, arguments.plot)
     console = wide_console()
@@ -145,7 +145,7 @@ def peers_table(records: Sequence[Record]) -> Table:
         table.add_column(name)
     for name in ("peak", "grad error", "time", "CPU time", "first step", "ours: time", "grad error"):
         table.add_column(name, justify="right")
-    for r in newest(records):
+    for r in records:
         if "ratio" not in r:
             table.add_row(r["model"], r["key"], r.get("error", "")[:60])
             continue
@@ -159,7 +159,7 @@ def peers_table(records: Sequence[Record]) -> Table:
 def draw(records: Sequence[Record], path: Path) -> None:
     """Draws peak against time, a panel for each model, with lines through the points of fxhybrid."""
     plt = require("matplotlib.pyplot", "a plot")
-    timed = [r for r in newest(records) if "ratio" in r]
+    timed = [r for r in records if "ratio" in r]
     models = list(dict.fromkeys(r["model"] for r in timed))
     others = list(dict.fromkeys(r["key"] for r in timed if r["method"] not in BOTH_OURS))
     marks = dict(zip(others, itertools.cycle("x+^vsD*P<>"), strict=False))

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -44,7 +45,6 @@ TOO_MANY = (
 )
 _LOOPS = "maybe_has_backedge"
 _RECONSTRUCT = "reconstruct"
-_RESOLVE = "resolve_source_value"
 _ATTRIBUTE = "L['self']"  # a module's: a rate, which operators take as a constant
 _BUILDER: Any = builder
 _SUPPRESSED = "an error was suppressed"  # Dynamo's words for a function that it gives up on
@@ -114,11 +114,10 @@ class _Converted:
         yield convert_frame.register_bytecode_hook(lambda _, converted: returning_calls(converted))
         yield _graphs_within_loops()
         yield _iterators_between_graphs()
-        yield _values_of_iterators()
+        yield patch.object(OutputGraph, "resolve_source_value", _resolve)
         yield self._numbers_as_inputs()
 
-    @contextlib.contextmanager
-    def _numbers_as_inputs(self) -> Iterator[None]:
+    def _numbers_as_inputs(self) -> contextlib.AbstractContextManager[Any]:
         """Lets floats of Python between graphs become inputs of the later one from their second value on."""
         torchs_own = _BUILDER.process_automatic_dynamic
 
@@ -132,11 +131,7 @@ class _Converted:
                 FrameStateSizeEntry(scalar=auto_dynamic) if len(values) > 1 else torchs_own(tx, name, entry, **options)
             )
 
-        _BUILDER.process_automatic_dynamic = process
-        try:
-            yield
-        finally:
-            _BUILDER.process_automatic_dynamic = torchs_own
+        return patch.object(_BUILDER, "process_automatic_dynamic", process)
 
 
 class _Frames(convert_frame.CatchErrorsWrapper):
@@ -151,14 +146,9 @@ class _Frames(convert_frame.CatchErrorsWrapper):
         return super().__call__(frame, cache_entry, frame_state)
 
 
-@contextlib.contextmanager
-def _graphs_within_loops() -> Iterator[None]:
+def _graphs_within_loops() -> contextlib.AbstractContextManager[Any]:
     torchs_own = getattr(InstructionTranslatorBase, _LOOPS)
-    setattr(InstructionTranslatorBase, _LOOPS, lambda frame: torchs_own(frame) and _has_no_tensor(frame))
-    try:
-        yield
-    finally:
-        setattr(InstructionTranslatorBase, _LOOPS, torchs_own)
+    return patch.object(InstructionTranslatorBase, _LOOPS, lambda frame: torchs_own(frame) and _has_no_tensor(frame))
 
 
 @contextlib.contextmanager
@@ -174,20 +164,13 @@ def _iterators_between_graphs() -> Iterator[None]:
         delattr(DictViewIterator, _RECONSTRUCT)
 
 
-@contextlib.contextmanager
-def _values_of_iterators() -> Iterator[None]:
-    """Lets Dynamo look at what it takes from an iterator that an earlier graph began, in words that guards know."""
-    torchs_own = getattr(OutputGraph, _RESOLVE)
+def _resolve(output: Any, source: Any) -> Any:
+    """Returns a value that Dynamo looks at, which may come from an iterator that an earlier graph began.
 
-    def resolve(output: Any, source: Any) -> Any:
-        frame = output.root_tx
-        return source.get_value({**names_in_guards(), "G": frame.f_globals, "L": frame.f_locals}, {}, {})
-
-    setattr(OutputGraph, _RESOLVE, resolve)
-    try:
-        yield
-    finally:
-        setattr(OutputGraph, _RESOLVE, torchs_own)
+    Sources name iterators as guards do; Dynamo's own function does not know those names.
+    """
+    frame = output.root_tx
+    return source.get_value({**names_in_guards(), "G": frame.f_globals, "L": frame.f_locals}, {}, {})
 
 
 def _reconstruct(iterator: Any, codegen: Any) -> None:
