@@ -16,6 +16,7 @@ from fxhybrid.capture.output_structure import OutputStructure, output_structure
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.console import stage
+from fxhybrid.ir.part import NO_HEADROOM, Headroom
 from fxhybrid.ir.plan import Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import Schedule, lower
@@ -276,18 +277,29 @@ def resident_bytes_of(step: Step, call: StepCall, options: Options) -> int:
     return storage_bytes(tensors) + optimizer_bytes(options.optimizer).state_bytes + options.reserve_bytes
 
 
-def schedule_of(prepared: Prepared, actions: Actions) -> Schedule:
-    """Returns the schedule by which a plan is carried out."""
+def schedule_of(prepared: Prepared, actions: Actions, headroom: Headroom = NO_HEADROOM) -> Schedule:
+    """Returns the schedule by which a plan is carried out.
+
+    Args:
+        prepared: the problem.
+        actions: of the plan.
+        headroom: how far the halves may rise beyond what they take by it.
+    """
     schedule = lower(prepared.problem, actions)
     if prepared.sharing is not None:
         return schedule
     problem, layout = prepared.problem, prepared.layout
-    return in_place(problem, layout, with_faster_forms(problem, layout, prepared.profile.costs, schedule))
+    schedule = with_faster_forms(problem, layout, prepared.profile.costs, schedule, headroom.backward_bytes)
+    return in_place(problem, layout, schedule, headroom)
 
 
 def build_graphs(prepared: Prepared, actions: Actions) -> SplitGraphs:
     """Builds the halves of a step by a plan, or takes those that other sizes have."""
-    schedule = schedule_of(prepared, actions)
+    return scheduled_graphs(prepared, schedule_of(prepared, actions))
+
+
+def scheduled_graphs(prepared: Prepared, schedule: Schedule) -> SplitGraphs:
+    """Builds the halves of a step by a schedule, or takes those that other sizes have."""
 
     def build() -> SplitGraphs:
         with stage("rewrite"), paused_collector():

@@ -36,16 +36,19 @@ def faster_calls(layout: Layout) -> Iterator[Call]:
             yield call_of(*form)
 
 
-def with_faster_forms(problem: Problem, layout: Layout, costs: Mapping[str, OpCost], schedule: Schedule) -> Schedule:
-    """Chooses the usual form of operators where memory rises no higher by it than it does in the backward pass anyway.
+def with_faster_forms(
+    problem: Problem, layout: Layout, costs: Mapping[str, OpCost], schedule: Schedule, headroom_bytes: int
+) -> Schedule:
+    """Chooses the usual form of operators where memory rises no higher by it than it may in the backward half.
 
-    So the peak of the step, and that of its backward half, stay what they are.
+    Without headroom the peak of the step, and that of its backward half, stay what they are.
 
     Args:
         problem: of the plan.
         layout: its operators.
         costs: by call key; operators whose usual form is not among them stay as they are.
         schedule: of the plan.
+        headroom_bytes: how far the backward half may rise beyond its peak; below zero, how far it stays under it.
     """
     places = [
         position
@@ -55,14 +58,15 @@ def with_faster_forms(problem: Problem, layout: Layout, costs: Mapping[str, OpCo
     if not places:
         return schedule
     during = simulate(problem, schedule).during_bytes
-    limit = int(during[schedule.n_forward :].max())
+    peak = int(during[schedule.n_forward :].max())
+    limit = peak + headroom_bytes
     instructions = list(schedule.instructions)
     for position in places:
         instruction = instructions[position]
         form = _form(layout, instruction)
         cost = costs.get(call_of(*form).key) if form else None
-        if cost is None or cost.seconds >= instruction.seconds or int(during[position]) == limit:
-            continue  # what holds the peak stays, or the step would rise less than was predicted
+        if cost is None or cost.seconds >= instruction.seconds or (headroom_bytes <= 0 and during[position] == peak):
+            continue  # what holds the peak of the step stays, or it would rise less than was predicted
         made = sum(schedule.values[value].size_bytes for value in instruction.writes)
         before = int(during[position]) - max(instruction.alloc_peak_bytes, made)
         if before + max(cost.alloc_peak_bytes, made) <= limit:

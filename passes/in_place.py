@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 import fxhybrid.ops.batch_norm  # noqa: F401  (registers the operator that is looked for)
+from fxhybrid.ir.part import Headroom
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import Instruction, Schedule
 from fxhybrid.ir.simulator import Timeline, simulate
@@ -69,18 +70,19 @@ EXACT_STORAGES = (  # beside elementwise operators: a storage of its own for eac
 )
 
 
-def in_place(problem: Problem, layout: Layout, schedule: Schedule) -> Schedule:
-    """Lets operators overwrite inputs that die with them, except where a half of the step has its peak.
+def in_place(problem: Problem, layout: Layout, schedule: Schedule, headroom: Headroom) -> Schedule:
+    """Lets operators overwrite inputs that die with them, except where a half without headroom has its peak.
 
-    There they stay as they are, so that both halves rise as high as was predicted.
+    There they stay as they are, so that the step rises as high as was predicted.
 
     Args:
         problem: of the plan.
         layout: its operators.
         schedule: of the plan.
+        headroom: how far the halves may rise beyond their peaks; where that is nothing, they may hold the step's.
     """
     timeline = simulate(problem, schedule)
-    peaks = _peaks(problem, schedule, timeline)
+    peaks = _peaks(problem, schedule, timeline, headroom)
     calls = [emitted_call(layout, i, k < schedule.n_forward) for k, i in enumerate(schedule.instructions)]
     held = _held_values(layout, schedule, calls)
     instructions, overwrites = list(schedule.instructions), []
@@ -110,10 +112,14 @@ def emit_in_place(node: fx.Node) -> None:
     node.target = IN_PLACE.get(node.target) or GRADIENT_INPUT[node.target]
 
 
-def _peaks(problem: Problem, schedule: Schedule, timeline: Timeline) -> set[int]:
-    """Finds where memory is highest in each half, whether gradients live to its end or are taken as they are made."""
+def _peaks(problem: Problem, schedule: Schedule, timeline: Timeline, headroom: Headroom) -> set[int]:
+    """Finds where memory is highest in each half that may hold the step's peak.
+
+    That is so whether gradients live to the half's end or are taken as they are made.
+    """
     taken = simulate(replace(problem, gradients=()), schedule)
-    halves = (0, schedule.n_forward), (schedule.n_forward, len(schedule.instructions))
+    halves = [] if headroom.forward_bytes > 0 else [(0, schedule.n_forward)]
+    halves += [] if headroom.backward_bytes > 0 else [(schedule.n_forward, len(schedule.instructions))]
     found: set[int] = set()
     for during in (timeline.during_bytes, taken.during_bytes):
         for start, end in halves:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxhybrid.ir.joined_problem import join_parts
-from fxhybrid.ir.part import Part, Source, part_timeline
+from fxhybrid.ir.part import Headroom, Part, Source, part_timeline
 from fxhybrid.ir.plan import RECOMPUTE, Compress
 from fxhybrid.ir.problem import Op, Problem, check_problem
 from fxhybrid.ir.program import Tensor as Storage
@@ -38,6 +38,7 @@ def test_parts_add_up() -> None:
     # backward 2: s of both, y, its gradient, and the new gradient of h (100): 1000 + 40 + 100 + 10 + 10 + 100
     # backward 1: s 40, y and its gradient, which backward() holds, the gradient of h (100), and the new one (7)
     assert peak.backward_bytes == (1167, 1260)
+    assert peak.headroom == (Headroom(120, 93), Headroom(110, 0))
     # a gradient that nothing reads dies when the half begins, unless the backward pass begins with it
     dying = replace(sequence, parts=(replace(parts[0], dying=((100, -1),)), parts[1]))
     peak = sequence_peak(dying, [part_timeline(each, {}) for each in dying.parts])

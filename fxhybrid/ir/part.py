@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fxhybrid.ir.plan import RECOMPUTE, Action, Actions
 from fxhybrid.ir.problem import Problem
-from fxhybrid.ir.schedule import Kind, lower
+from fxhybrid.ir.schedule import Kind, Schedule, lower
 from fxhybrid.ir.simulator import simulate
 
 _BACKWARD_OPS = (Kind.RUN, Kind.FUSED, Kind.FASTER)
@@ -95,6 +95,22 @@ class PartTimeline:
     overhead_s: float
 
 
+@dataclass(frozen=True)
+class Headroom:
+    """Says how far the halves of a part may rise beyond what they take by a plan, and the step takes no more.
+
+    Attributes:
+        forward_bytes: the forward half.
+        backward_bytes: the backward half.
+    """
+
+    forward_bytes: int
+    backward_bytes: int
+
+
+NO_HEADROOM = Headroom(0, 0)
+
+
 def recomputed_by(part: Part, actions: Actions) -> frozenset[int]:
     """Returns the tensors that a plan recomputes by earlier parts."""
     return frozenset(t for t in part.sources if actions.get(t) is RECOMPUTE)
@@ -108,8 +124,12 @@ def own_actions(part: Part, actions: Actions) -> dict[int, Action]:
 
 def part_timeline(part: Part, actions: Actions) -> PartTimeline:
     """Simulates one part by its actions in a plan of the whole step."""
+    return scheduled_timeline(part, actions, lower(part.problem, own_actions(part, actions)))
+
+
+def scheduled_timeline(part: Part, actions: Actions, schedule: Schedule) -> PartTimeline:
+    """Simulates one part by a schedule of its own actions."""
     problem, dropped = part.problem, recomputed_by(part, actions)
-    schedule = lower(problem, own_actions(part, actions))
     timeline = simulate(problem, schedule)
     n = schedule.n_forward
     during = timeline.during_bytes - problem.resident_bytes

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxhybrid.ir.part import Part, PartTimeline
+from fxhybrid.ir.part import Headroom, Part, PartTimeline
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class SequencePeak:
         before_bytes: alive before each part's forward half.
         traced_bytes: the most that is alive where a step may leave the path and trace a graph: before a part, or at
             the end of the forward pass.
+        headroom: how far the halves of each part may rise further while the step rises no higher.
         waiting_bytes: kept between forward and backward pass, beside what lives through the whole step.
         overhead_s: seconds beyond running every op once.
     """
@@ -97,6 +98,7 @@ class SequencePeak:
     backward_bytes: tuple[int, ...]
     before_bytes: tuple[int, ...]
     traced_bytes: int
+    headroom: tuple[Headroom, ...]
     waiting_bytes: int
     overhead_s: float
 
@@ -104,30 +106,31 @@ class SequencePeak:
 def sequence_peak(sequence: PartSequence, needs: Sequence[PartTimeline]) -> SequencePeak:
     """Adds up what the parts need, in the order in which their halves run."""
     tally = _Tally(sequence, needs)
-    before, forward = [], []
-    for k in range(len(sequence.parts)):
-        alive = tally.before_forward(k)
-        before.append(alive)
-        forward.append(max(alive + needs[k].forward_bytes, tally.between_forward(k)))
+    before = [tally.before_forward(k) for k in range(len(sequence.parts))]
+    halves = [alive + need.forward_bytes for alive, need in zip(before, needs, strict=True)]
+    forward = [max(half, tally.between_forward(k)) for k, half in enumerate(halves)]
     traced = max(map(tally.while_tracing, range(len(sequence.parts) + 1)))
     after = tally.after_forward()
-    backward = [0] * len(sequence.parts)
-    for k in sequence.backward:
-        backward[k] = tally.run_backward(k)
+    runs = [{k: tally.run_backward(k) for k in sequence.backward}]
     end = tally.end_bytes()
-    overhead_s = math.fsum(need.overhead_s for need in needs)
-    highest = max(*forward, after, *backward, end, _left_out_bytes(sequence, needs))
-    waiting = after - sequence.resident_bytes - sequence.tail.rise_bytes
-    return SequencePeak(highest, tuple(forward), tuple(backward), tuple(before), traced, waiting, overhead_s)
-
-
-def _left_out_bytes(sequence: PartSequence, needs: Sequence[PartTimeline]) -> int:
-    """Returns the highest point of backward passes in which some parts get no gradient, and keep what they store."""
-    highest = 0
-    for backward in sequence.partial:
+    for order in sequence.partial:  # parts that get no gradient keep what they store
         tally = _Tally(sequence, needs)
-        highest = max(highest, *map(tally.run_backward, backward))
-    return highest
+        runs.append({k: tally.run_backward(k) for k in order})
+    highest = max(*forward, after, end, *(max(points) for run in runs for points in run.values()))
+    headroom = (
+        Headroom(highest - half, highest - max((run[k][0] for run in runs if k in run), default=highest))
+        for k, half in enumerate(halves)
+    )
+    return SequencePeak(
+        peak_bytes=highest,
+        forward_bytes=tuple(forward),
+        backward_bytes=tuple(max(runs[0].get(k, (0,))) for k in range(len(needs))),
+        before_bytes=tuple(before),
+        traced_bytes=traced,
+        headroom=tuple(headroom),
+        waiting_bytes=after - sequence.resident_bytes - sequence.tail.rise_bytes,
+        overhead_s=math.fsum(need.overhead_s for need in needs),
+    )
 
 
 class _Tally:
@@ -186,8 +189,8 @@ class _Tally:
         """Returns the shared storages that the parts before one keep."""
         return {key for j in range(k) for key in self.needs[j].stored}
 
-    def run_backward(self, k: int) -> int:
-        """Returns the highest point of a part's backward half and behind it, and leaves its gradients behind."""
+    def run_backward(self, k: int) -> tuple[int, int]:
+        """Returns the highest points of a part's backward half and behind it, and leaves its gradients behind."""
         part, need = self.sequence.parts[k], self.needs[k]
         self.pending.discard(k)
         for key in part.leaving.values():
@@ -203,7 +206,7 @@ class _Tally:
                 self.carried.setdefault(key, {})[k, t] = part.problem.tensors[t].size_bytes
         for key in part.passing:
             self.carried.setdefault(key, {})[k, -1 - key] = self.sequence.shared[key].size_bytes
-        return max(within, self._beside_half(k, kept) + part.backward_rise_bytes)
+        return within, self._beside_half(k, kept) + part.backward_rise_bytes
 
     def _beside_half(self, k: int, shared: set[int]) -> int:
         """Returns what is alive beside a part's backward half, or behind it, with some shared storages."""

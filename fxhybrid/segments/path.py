@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from fxhybrid.accuracy.verifier import CaptureCheck
-from fxhybrid.ir.part import PartTimeline, own_actions
-from fxhybrid.pipeline import build_graphs
+from fxhybrid.ir.part import Headroom, Part, PartTimeline, own_actions, scheduled_timeline
+from fxhybrid.ir.plan import Actions
+from fxhybrid.ir.schedule import Schedule
+from fxhybrid.ir.sequence import sequence_peak
+from fxhybrid.pipeline import Prepared, schedule_of, scheduled_graphs
 from fxhybrid.segments.left_out import Recomputation
 from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.planned_run import PlannedPart, planned_part
@@ -19,26 +21,46 @@ from fxhybrid.segments.trial import Trial
 
 
 def parts_of(trial: Trial, actions: PartActions, needs: Sequence[PartTimeline]) -> list[PlannedPart]:
-    """Builds the graphs of a plan; the same graph by the same actions is built once.
+    """Builds the graphs of a plan; the same graph by the same schedule is built once.
+
+    Where the step rises higher elsewhere, a part takes faster forms of its operators.
 
     Args:
         trial: of the path.
         actions: of each part.
         needs: what each part needs by them.
     """
-    built: dict[tuple[int, frozenset[Any]], PlannedPart] = {}
+    built: dict[tuple[int, Schedule], PlannedPart] = {}
     parts = []
-    for k, (call, prepared, need) in enumerate(zip(trial.calls, trial.prepared, needs, strict=True)):
-        chosen = own_actions(trial.sequence.parts[k], actions[k])
-        key = id(prepared), frozenset(chosen.items())
+    headroom = sequence_peak(trial.sequence, needs).headroom
+    for k, (call, prepared) in enumerate(zip(trial.calls, trial.prepared, strict=True)):
+        schedule, need = _scheduled(prepared, trial.sequence.parts[k], actions[k], needs[k], headroom[k])
+        key = id(prepared), schedule
         shared = sum(trial.sequence.shared[i].size_bytes for i in need.stored)
         if key not in built:
-            built[key] = planned_part(call.segment, prepared, build_graphs(prepared, chosen), need)
+            built[key] = planned_part(call.segment, prepared, scheduled_graphs(prepared, schedule), need)
         recomputations = recomputations_of(trial, k, need.recomputed)
         parts.append(
             replace(built[key], needs=need, stored_bytes=need.stored_bytes + shared, recomputations=recomputations)
         )
     return parts
+
+
+def _scheduled(
+    prepared: Prepared, part: Part, actions: Actions, need: PartTimeline, headroom: Headroom
+) -> tuple[Schedule, PartTimeline]:
+    """Returns the fastest schedule of a part by its actions that keeps to the headroom, and what it needs by that."""
+    own, more = own_actions(part, actions), headroom
+    while True:
+        schedule = schedule_of(prepared, own, more)
+        found = scheduled_timeline(part, actions, schedule)
+        backward_bytes = max(found.backward_bytes, need.backward_bytes)
+        beside_others_bytes = max(found.beside_others_bytes, need.beside_others_bytes)
+        rise = max(backward_bytes - need.backward_bytes, beside_others_bytes - need.beside_others_bytes)
+        if rise <= headroom.backward_bytes:
+            return schedule, replace(need, backward_bytes=backward_bytes, beside_others_bytes=beside_others_bytes)
+        # the part's own peak counts what dies earlier within the step
+        more = replace(more, backward_bytes=more.backward_bytes - (rise - headroom.backward_bytes))
 
 
 def recomputations_of(trial: Trial, k: int, recomputed: frozenset[int]) -> tuple[Recomputation, ...]:
