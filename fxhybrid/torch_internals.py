@@ -31,6 +31,7 @@ from torch._dynamo import convert_frame, maybe_mark_dynamic, trace_rules
 from torch._dynamo.bytecode_transformation import create_call_function, create_instruction, transform_code_object
 from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule, innermost_backend, set_enable_dynamic, skip_code
 from torch._dynamo.exc import FailOnRecompileLimitHit, ShortenTraceback, TorchDynamoException, Unsupported, UserError
+from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.guards import _get_closure_vars as names_in_guards
 from torch._dynamo.hooks import Hooks
 from torch._dynamo.output_graph import OutputGraph
@@ -79,6 +80,7 @@ __all__ = [
     "FrameStateSizeEntry",
     "FunctionalTensor",
     "FunctionalTensorMode",
+    "GuardBuilder",
     "Hooks",
     "InstructionTranslatorBase",
     "LazyGraphModule",

@@ -22,9 +22,10 @@ from torch.utils import _pytree as pytree
 from fxhybrid.capture.fake_tensor_fixes import contiguous_first, kernel_norms, own_fake_tensors
 from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, OutputKind, phase_of
 from fxhybrid.capture.kernel_layouts import kernel_layouts
+from fxhybrid.ops.hand_on import HAND_ON
 from fxhybrid.passes.graph_edit import PlainGraph, joint_module
 from fxhybrid.passes.storages import is_random
-from fxhybrid.torch_internals import OpOverload
+from fxhybrid.torch_internals import FakeTensor, OpOverload
 
 aten = torch.ops.aten
 CHANNELS_LAST = torch.channels_last
@@ -79,6 +80,22 @@ class Group:
     nodes: tuple[fx.Node, ...]
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """Says which images are in channels_last where they come into a graph from others of the step, or go to others.
+
+    Attributes:
+        inputs: positions of the inputs.
+        outputs: positions of the outputs; their gradients come in channels_last, too.
+    """
+
+    inputs: frozenset[int] = frozenset()
+    outputs: frozenset[int] = frozenset()
+
+
+USUAL_LAYOUT = Crossing()
+
+
 def channels_last_groups(joint: JointGraph) -> tuple[Group, ...]:
     """Finds the groups of a captured graph, in the order of their first operators.
 
@@ -97,9 +114,41 @@ def channels_last_groups(joint: JointGraph) -> tuple[Group, ...]:
     return tuple(sorted(groups, key=lambda group: group.number))
 
 
-def in_channels_last(joint: JointGraph, groups: Collection[Group]) -> JointGraph:
-    """Builds the joint graph in which the operators of these groups run in channels_last; names of nodes stay."""
-    return _Converter(joint, frozenset(node for group in groups for node in group.nodes)).run() if groups else joint
+def in_channels_last(
+    joint: JointGraph, groups: Collection[Group], coming: Collection[fx.Node] = (), going: Collection[int] = ()
+) -> JointGraph:
+    """Builds the joint graph in which the operators of these groups run in channels_last; names of nodes stay.
+
+    Args:
+        joint: in eager's layouts.
+        groups: of its operators.
+        coming: inputs and tangents that are in channels_last as they come.
+        going: positions of outputs that are left in channels_last.
+    """
+    if not groups and not coming:
+        return joint
+    members = frozenset(node for group in groups for node in group.nodes)
+    return _Converter(joint, members, frozenset(coming), frozenset(going)).run()
+
+
+def images_that_come(joint: JointGraph) -> frozenset[int]:
+    """Returns the positions of the inputs from other graphs that a laid out joint graph converts to channels_last."""
+    positions = {node: i for i, node in enumerate(joint.placeholders)}
+    handed = joint.module.graph.find_nodes(op="call_function", target=HAND_ON)
+    return frozenset(positions[n.args[0]] for n in handed if any(_converts_to(u, CHANNELS_LAST) for u in n.users))
+
+
+def images_that_go(joint: JointGraph) -> frozenset[int]:
+    """Returns the positions of the outputs that a laid out joint graph converts from channels_last."""
+    results = zip(joint.output_nodes, joint.outputs, strict=True)
+    outputs = ((node, role.of) for node, role in results if role.kind is OutputKind.USER_OUTPUT and node is not None)
+    converted = ((node, i) for node, i in outputs if _converts_to(node, torch.contiguous_format))
+    return frozenset(i for node, i in converted if is_channels_last(node.all_input_nodes[0].meta["val"]))
+
+
+def _converts_to(node: fx.Node, layout: torch.memory_format) -> bool:
+    is_image = isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim() == 4
+    return is_image and node.target is aten.clone.default and node.kwargs.get("memory_format") is layout
 
 
 def _follows(node: fx.Node) -> bool:
@@ -164,8 +213,10 @@ def kernel_results() -> Iterator[None]:
 class _Converter:
     """Copies a joint graph node by node, with conversions where tensors come into and out of the members."""
 
-    def __init__(self, joint: JointGraph, members: frozenset[fx.Node]) -> None:
-        self.joint, self.members = joint, members
+    def __init__(
+        self, joint: JointGraph, members: frozenset[fx.Node], coming: frozenset[fx.Node], going: frozenset[int]
+    ) -> None:
+        self.joint, self.members, self.coming, self.going = joint, members, coming, going
         self.graph = PlainGraph()
         self.new: dict[fx.Node, fx.Node] = {}
         self.converted: dict[tuple[fx.Node, torch.memory_format], fx.Node] = {}
@@ -179,7 +230,9 @@ class _Converter:
                     self.new[node] = self._copy(node)
                 else:
                     self.new[node] = self.graph.node_copy(node)
-                    self.new[node].meta = {"val": node.meta.get("val"), TAG: node.meta[TAG]}
+                    value = node.meta.get("val")
+                    laid_out = _laid_out(value) if node in self.coming else value
+                    self.new[node].meta = {"val": laid_out, TAG: node.meta[TAG]}
         return JointGraph(joint_module(self.joint.module, self.graph), self.joint.inputs, self.joint.outputs)
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -187,6 +240,8 @@ class _Converter:
         inside = set(_images(node)) if node in self.members else set()
 
         def argument(source: fx.Node) -> fx.Node:
+            if node.target is HAND_ON:
+                return self.new[source]
             return self._inside(source, tag) if source in inside else self._outside(source, tag)
 
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), argument)
@@ -222,14 +277,23 @@ class _Converter:
         return value if is_view or _layouts(value) != _layouts(old) else old
 
     def _emit_output(self, node: fx.Node) -> None:
-        """Returns gradients as they come, which get their parameters' layout later; all else is laid out as before."""
+        """Returns gradients as they come, which get their parameters' layout later; all else is laid out as before.
+
+        Not so outputs that go to other graphs as they are.
+        """
         results = []
         for source, role in zip(self.joint.output_nodes, self.joint.outputs, strict=True):
-            if source is None or role.kind is OutputKind.GRADIENT:
+            goes = role.kind is OutputKind.USER_OUTPUT and role.of in self.going
+            if source is None or role.kind is OutputKind.GRADIENT or goes:
                 results.append(source and self.new[source])
             else:
                 results.append(self._outside(source, NodeTag(phase_of(source)), exactly=True))
         self.graph.output(tuple(results)).meta = {"val": None, TAG: node.meta[TAG]}
+
+
+def _laid_out(image: FakeTensor) -> Tensor:
+    with image.fake_mode:
+        return image.contiguous(memory_format=CHANNELS_LAST)
 
 
 def _call(node: fx.Node) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import fx
 
 from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.console import stage
@@ -71,12 +72,22 @@ def groups_that_pay(joint: JointGraph, canonical: JointGraph) -> tuple[int, ...]
     return numbers
 
 
-def with_groups(joint: JointGraph, numbers: Collection[int]) -> JointGraph:
-    """Builds the captured graph with the groups of these numbers in channels_last."""
+def with_groups(
+    joint: JointGraph, numbers: Collection[int], coming: Collection[fx.Node], going: Collection[int]
+) -> JointGraph:
+    """Builds the captured graph with the groups of these numbers in channels_last.
+
+    Args:
+        joint: as captured.
+        numbers: of the groups.
+        coming: inputs and tangents that are in channels_last as they come.
+        going: positions of outputs that are left in channels_last.
+    """
     built_for, built = _BUILT.get(joint, ((), joint))
-    if built_for == tuple(numbers):
+    if built_for == tuple(numbers) and not coming and not going:
         return built
-    return in_channels_last(joint, [group for group in channels_last_groups(joint) if group.number in numbers])
+    groups = [group for group in channels_last_groups(joint) if group.number in numbers]
+    return in_channels_last(joint, groups, coming, going)
 
 
 def _kinds(groups: Iterable[Group]) -> list[list[Group]]:

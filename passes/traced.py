@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fxhybrid.capture.capture import Capture
-from fxhybrid.capture.joint_graph import JointGraph
+from fxhybrid.capture.joint_graph import InputKind, JointGraph
 from fxhybrid.capture.output_structure import OutputStructure, tangents_of_outputs
 from fxhybrid.passes.canonicalize import canonicalize
+from fxhybrid.passes.channels_last import USUAL_LAYOUT, Crossing
 from fxhybrid.passes.channels_last_choice import with_groups
 from fxhybrid.passes.expected_backward import ExpectedBackward
 from fxhybrid.passes.fingerprint import fingerprint
@@ -36,6 +37,7 @@ class Traced:
         lossless: the same of lossless ones.
         any_order: whether sums may be taken in another order than eager's.
         known_interface: that of ``joint``, where it is known without.
+        crossing: images that come from other graphs in channels_last, or go to others so.
     """
 
     capture: Capture
@@ -50,6 +52,7 @@ class Traced:
     lossless: bool
     any_order: bool
     known_interface: StepInterface | None = None
+    crossing: Crossing = USUAL_LAYOUT
 
     @cached_property
     def fingerprint(self) -> str:
@@ -66,13 +69,22 @@ class Traced:
         """By position of each output with a gradient, views and their bases included, the position of its tangent."""
         return tangents_of_outputs(self.capture.metadata)
 
-    def in_layout(self, channels_last: tuple[int, ...]) -> Traced:
-        """Returns the same with these groups of operators in channels_last."""
-        if channels_last == self.channels_last:
+    def in_layout(self, channels_last: tuple[int, ...], crossing: Crossing = USUAL_LAYOUT) -> Traced:
+        """Returns the same with these groups of operators in channels_last, and images that cross to other graphs."""
+        if (channels_last, crossing) == (self.channels_last, self.crossing):
             return self
-        laid_out = with_groups(self.capture.joint, channels_last)
-        joint = canonicalize(laid_out, reordered=True) if channels_last else self.plain
-        return dataclasses.replace(self, joint=joint, channels_last=channels_last, known_interface=None)
+        captured = self.capture.joint
+        inputs = zip(captured.placeholders, captured.inputs, strict=True)
+        tangents = [node for node, role in inputs if role.kind is InputKind.TANGENT]
+        coming = [
+            *(captured.placeholders[i] for i in crossing.inputs),
+            *(tangents[self.tangents[i]] for i in crossing.outputs if i in self.tangents),
+        ]
+        laid_out = with_groups(captured, channels_last, coming, crossing.outputs)
+        joint = self.plain if laid_out is captured else canonicalize(laid_out, reordered=True)
+        return dataclasses.replace(
+            self, joint=joint, channels_last=channels_last, crossing=crossing, known_interface=None
+        )
 
     @property
     def n_outputs(self) -> int:

@@ -26,6 +26,7 @@ class Shared:
         held: whether Python holds it through the backward pass of the parts, too.
         is_root: whether the backward pass begins with its gradient, which is held to the end then.
         changed: whether Python's own operators change it in place.
+        is_laid_out: whether it is an image in channels_last; a copy of it is made before anything else is traced.
     """
 
     size_bytes: int
@@ -34,6 +35,7 @@ class Shared:
     held: bool = False
     is_root: bool = False
     changed: bool = False
+    is_laid_out: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +164,9 @@ class _Tally:
         """
         parts = self.sequence.parts
         taken = {*parts[k].arriving.values(), *parts[k].taken} if k < len(parts) else set()
-        alive = self._between_halves(k, self._kept(k) | self._held_by_python(k, k - 1) | taken)
+        held = self._held_by_python(k, k - 1) | taken
+        alive = self._between_halves(k, self._kept(k) | held)
+        alive += self._shared_bytes({i for i in held if self.sequence.shared[i].is_laid_out})
         beside = self.sequence.tail.beside_bytes if k == len(parts) else 0
         return alive + beside + max(part.loose_bytes for part in parts[max(k - 1, 0) : k + 1])
 

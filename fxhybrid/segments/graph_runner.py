@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from fxhybrid.capture.tracing_settings import tracing_settings, without_value_checks
 from fxhybrid.errors import CaptureError
 from fxhybrid.segments.continuations import returning_calls, run_parts
+from fxhybrid.segments.images import StrideGuards
+from fxhybrid.segments.segment import Segment
 from fxhybrid.torch_internals import (
     DictViewIterator,
     FailOnRecompileLimitHit,
@@ -50,12 +52,17 @@ _BUILDER: Any = builder
 _SUPPRESSED = "an error was suppressed"  # Dynamo's words for a function that it gives up on
 LEFT = "{name} ({file}:{line}) cannot be split into graphs: its own operators run in eager mode, outside of the plan"
 
-Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Segment]
 LeftToEager = Callable[[str], None]
 
 
 def in_graphs(
-    function: Callable[..., Any], backend: Backend, before: Callable[[], None], left_to_eager: LeftToEager
+    function: Callable[..., Any],
+    backend: Backend,
+    before: Callable[[], None],
+    left_to_eager: LeftToEager,
+    *,
+    any_layout: bool,
 ) -> Callable[..., Any]:
     """Returns a function that runs ``function`` by graphs that ``backend`` gets to see.
 
@@ -64,12 +71,20 @@ def in_graphs(
         backend: takes each graph when it is traced first, with example inputs; returns what runs it.
         before: is called when a part of the function is going to be traced; what it raises ends the run.
         left_to_eager: is told of functions whose operators run outside of any graph.
+        any_layout: whether graphs may hand on images in another layout than eager.
 
     The function raises ``CaptureError`` where one of its parts is traced too often.
     """
     hooks = Hooks()
-    inner = convert_frame.convert_frame(backend, hooks, recompile_limit=MOST_VARIANTS)
-    converted = _Converted(inner, before, left_to_eager)
+    guards = StrideGuards()
+
+    def traced(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Segment:
+        segment = backend(graph, example_inputs)
+        guards.graph(graph, segment.images)
+        return segment
+
+    inner = convert_frame.convert_frame(traced, hooks, recompile_limit=MOST_VARIANTS)
+    converted = _Converted(inner, before, left_to_eager, guards if any_layout else None)
     context = OptimizeContext(
         _Frames(converted, hooks), contextlib.nullcontext, first_ctx=True, isolate_recompiles=True
     )
@@ -90,9 +105,13 @@ class _Converted:
     """Converts frames under the settings of a capture."""
 
     def __init__(
-        self, inner: convert_frame.ConvertFrame, before: Callable[[], None], left_to_eager: LeftToEager
+        self,
+        inner: convert_frame.ConvertFrame,
+        before: Callable[[], None],
+        left_to_eager: LeftToEager,
+        guards: StrideGuards | None,
     ) -> None:
-        self.inner, self.before, self.left_to_eager = inner, before, left_to_eager
+        self.inner, self.before, self.left_to_eager, self.guards = inner, before, left_to_eager, guards
         self._torchdynamo_orig_backend = inner._torchdynamo_orig_backend
         self._clone_with_backend = inner._clone_with_backend
         self._floats: dict[tuple[CodeType, str], set[float]] = {}  # seen, by the function that they come into
@@ -116,6 +135,8 @@ class _Converted:
         yield _iterators_between_graphs()
         yield patch.object(OutputGraph, "resolve_source_value", _resolve)
         yield self._numbers_as_inputs()
+        if self.guards is not None:
+            yield self.guards.left_out()
 
     def _numbers_as_inputs(self) -> contextlib.AbstractContextManager[Any]:
         """Lets floats of Python between graphs become inputs of the later one from their second value on."""

@@ -105,6 +105,11 @@ class Path:
     chosen: dict[Hashable, tuple[SequencePlan, list[PlannedPart]]] = field(default_factory=dict)
 
     @property
+    def crosses(self) -> bool:
+        """Whether images go from graph to graph in channels_last."""
+        return any(call.form.crossing.outputs for call in self.trial.calls)
+
+    @property
     def segments(self) -> list[Segment]:
         """What is called, in order."""
         return [call.segment for call in self.trial.calls]

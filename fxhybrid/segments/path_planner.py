@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+import torch
 
 from fxhybrid.accuracy.step_result import StepResult, observe_step, relative_difference
 from fxhybrid.accuracy.verifier import CaptureCheck, compare_with_eager, runs_in_low_precision
 from fxhybrid.capture.step import Step, StepCall
-from fxhybrid.errors import FxHybridError, GraphBreakError
-from fxhybrid.ir.part import part_timeline
+from fxhybrid.errors import CaptureError, FxHybridError, GraphBreakError
+from fxhybrid.ir.part import PartTimeline, part_timeline
 from fxhybrid.options import Options
+from fxhybrid.passes.channels_last import USUAL_LAYOUT
+from fxhybrid.pipeline import Prepared
+from fxhybrid.segments.images import HandedImages
 from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.path import Path, parts_of
-from fxhybrid.segments.planned_run import NothingPending, PlannedPart, PlannedRun, Room, planned_part
-from fxhybrid.segments.segment import under_way
+from fxhybrid.segments.planned_run import PlannedPart, PlannedRun, planned_part
+from fxhybrid.segments.room import NothingPending, Room
+from fxhybrid.segments.segment import Segment, under_way
 from fxhybrid.segments.sequence_plans import SequencePlans, estimated_plans, measured_plans
 from fxhybrid.segments.solo_plans import SoloPlans
-from fxhybrid.segments.trial import NothingToPlan, Recorder, Run, Trial
+from fxhybrid.segments.step_recording import StepRecording
+from fxhybrid.segments.trial import CHANGES, NothingToPlan, Recorder, Run, Trial
 
 _ENDLESS = Room(1 << 62, 0, dict, 0, list)
 
@@ -33,12 +41,14 @@ class PathPlanner:
         reason: why the model does not trace into one graph.
         recorder: records steps.
         solo: plans of single parts.
+        crosses: whether images may go from graph to graph in channels_last.
     """
 
     def __init__(self, run: Run, step: Step, options: Options, reason: GraphBreakError) -> None:
         self.run, self.step, self.options, self.reason = run, step, options, reason
         self.recorder = Recorder(run, step, options)
         self.solo = SoloPlans(options, self.recorder.calibration)
+        self.crosses = True
         self._error_scale = 1.0
 
     def first(self, call: StepCall) -> Path:
@@ -50,14 +60,18 @@ class PathPlanner:
             CaptureError: the step cannot be recorded, or computes something else than the model.
         """
         try:
-            trial = self.recorder.prepare(self.recorder.record(call), call, None)
-            result, check = self._compared_with_eager(trial, call)
+            recording = self.recorder.record(call)
+            found = self._with_images_that_cross(recording, call)
+            if found is None:
+                trial = self.recorder.prepare(recording, call, None)
+                found = trial, *self._compared_with_eager(trial, call)
         except NothingToPlan as error:
             raise self.reason from error
         except FxHybridError:
             raise
         except Exception as error:  # the model's own, which may be of any kind: it does not run in eager mode either
             raise self.reason from error
+        trial, result, check = found
 
         def measure(actions: PartActions) -> float:
             return relative_difference(self.trial_run(trial, actions, call).gradients, result.gradients)
@@ -68,6 +82,24 @@ class PathPlanner:
             plans = SequencePlans(trial.sequence, self.options, None)
         self._error_scale = plans.error_scale
         return self._path(trial, plans, check, call)
+
+    def _with_images_that_cross(
+        self, recording: StepRecording, call: StepCall
+    ) -> tuple[Trial, StepResult, CaptureCheck] | None:
+        """Prepares and compares a step whose images go from graph to graph in channels_last.
+
+        Returns:
+            None where none do, or where Python between the graphs does not take that.
+        """
+        if not self.crosses or not self.recorder.lay_out(recording, call):
+            return None
+        try:
+            trial = self.recorder.prepare(recording, call, None)
+            return trial, *self._compared_with_eager(trial, call)
+        except Exception:  # noqa: BLE001  of the user's code, of any kind: ``view`` does not take all layouts
+            self.crosses = False
+            recording.cross([USUAL_LAYOUT] * len(recording.calls))
+            return None
 
     def another(self, call: StepCall, known: Sequence[Path], limit_bytes: int) -> Path:
         """Returns the path of a call: a known one, or a new one, planned without going over a limit.
@@ -114,14 +146,17 @@ class PathPlanner:
         return self._run_parts(parts_of(trial, actions, needs), trial, call)
 
     def _plain_run(self, trial: Trial, call: StepCall) -> StepResult:
-        """Runs the graphs as they were captured, in eager's order."""
+        """Runs the graphs as they were captured, in eager's order.
+
+        Images that are planned to cross in channels_last do so, too: what Python makes of them must be the same.
+        """
         needs = [part_timeline(part, {}) for part in trial.sequence.parts]
         calls = zip(trial.calls, trial.prepared, needs, strict=True)
-        parts = [planned_part(each.segment, prepared, prepared.plain_graphs(), need) for each, prepared, need in calls]
+        parts = [_AsCaptured.of(each.segment, prepared, need) for each, prepared, need in calls]
         return self._run_parts(parts, trial, call)
 
     def _run_parts(self, parts: Sequence[PlannedPart], trial: Trial, call: StepCall) -> StepResult:
-        run = PlannedRun(parts, _ENDLESS, self.solo, NothingPending(), _ignore)
+        run = PlannedRun(parts, _ENDLESS, self.solo, NothingPending(), _ignore, HandedImages(_refuse))
         call = call.detached()
 
         def forward() -> Any:
@@ -144,6 +179,32 @@ class PathPlanner:
 def _inputs_text(call: StepCall) -> str:
     shapes = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in call.tensors)
     return ", ".join(shapes) or "no tensors"
+
+
+@dataclass(frozen=True, eq=False)
+class _AsCaptured(PlannedPart):
+    """Runs a part in eager's layouts, but for the images that it takes and returns."""
+
+    @classmethod
+    def of(cls, segment: Segment, prepared: Prepared, needs: PartTimeline) -> _AsCaptured:
+        in_eagers_layouts = replace(prepared, traced=prepared.traced.in_layout(()))
+        function = planned_part(segment, in_eagers_layouts, prepared.plain_graphs(), needs).function
+        return cls(segment, prepared, needs, function, needs.stored_bytes)
+
+    def call(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        results = list(super().call(self.segment.as_traced(arguments)))
+        for i in self.prepared.traced.crossing.outputs:
+            results[i] = results[i].contiguous(memory_format=torch.channels_last)
+        return tuple(results)
+
+
+def _refuse() -> None:
+    """Ends a trial run in which an image in channels_last came to where it was not expected.
+
+    Raises:
+        CaptureError: always.
+    """
+    raise CaptureError(CHANGES)
 
 
 def _ignore() -> None:

@@ -6,21 +6,23 @@ the smallest plan of what usually follows. Where none fits, the step is refused 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from fxhybrid.compiler.pending_calls import PendingCall, References, references
+from fxhybrid.compiler.pending_calls import PendingCall, references
 from fxhybrid.errors import BackwardError, BudgetError
 from fxhybrid.ir.part import PartTimeline
 from fxhybrid.passes.split import SplitGraphs
 from fxhybrid.pipeline import Prepared
 from fxhybrid.runtime import LateBackward, StepFunction
+from fxhybrid.segments.images import HandedImages
 from fxhybrid.segments.leaf_notes import NOTHING_NEW
 from fxhybrid.segments.left_out import LeftOutValues, Recomputation, RecomputedParts
+from fxhybrid.segments.room import NothingPending, Room
 from fxhybrid.segments.segment import Segment, run_under_way
 from fxhybrid.segments.sequence_plans import tracing_bytes
 from fxhybrid.units import format_bytes
@@ -55,6 +57,20 @@ class PlannedPart:
     def output_bytes(self) -> int:
         """What it returns."""
         return output_bytes_of(self.prepared)
+
+    @cached_property
+    def _strides(self) -> Mapping[int, tuple[int, ...]]:
+        """Those of the images that it takes, by position."""
+        placeholders = self.prepared.traced.joint.placeholders
+        return {i: placeholders[i].meta["val"].stride() for i in self.segment.images}
+
+    def takes(self, arguments: Sequence[Any]) -> bool:
+        """Says whether images come in the layout that is planned."""
+        return all(arguments[i].stride() == strides for i, strides in self._strides.items())
+
+    def call(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Runs the forward half."""
+        return tuple(self.function(None, self.segment.lifted.free_of(arguments), {}, ()))
 
 
 def output_bytes_of(prepared: Prepared) -> int:
@@ -95,36 +111,6 @@ def planned_part(segment: Segment, prepared: Prepared, graphs: SplitGraphs, need
     return PlannedPart(segment, prepared, needs, function, needs.stored_bytes)
 
 
-@dataclass(frozen=True, eq=False)
-class Room:
-    """Says what a call may take.
-
-    Attributes:
-        limit_bytes: of the peak, less what stands beside the call.
-        resident_bytes: alive through the whole step.
-        resident: returns the identities of the storages that are.
-        gradient_bytes: of all parameters that get one on the planned path.
-        least_bytes: returns what each part of the planned path takes at least, above what is alive before it.
-    """
-
-    limit_bytes: int
-    resident_bytes: int
-    resident: Callable[[], Collection[int]]
-    gradient_bytes: int
-    least_bytes: Callable[[], Sequence[int]]
-
-
-@dataclass(eq=False)
-class NothingPending:
-    """Stands for a trial run, which nobody waits for."""
-
-    held: References = ()
-
-    def alive(self) -> dict[int, int]:
-        """Returns nothing: a trial run has all the room it needs."""
-        return {}
-
-
 class OfferedPlans(Protocol):
     """Is the plans of a part by itself."""
 
@@ -155,6 +141,7 @@ class PlannedRun:
         solo: gives the plans of single parts.
         pending: stands for the call until its backward pass has run.
         unexpected: is told of a part whose tangents were not expected.
+        images: follows those that are handed on in channels_last.
         path: the segments that ran.
     """
 
@@ -163,6 +150,7 @@ class PlannedRun:
     solo: Solo
     pending: PendingCall | NothingPending
     unexpected: Callable[[], None]
+    images: HandedImages
     path: list[Segment] = field(default_factory=list)
     is_on_path: bool = True
     _stored_bytes: int = 0
@@ -181,14 +169,20 @@ class PlannedRun:
             expected is not None
             and expected.segment is segment
             and self._recomputed.are_as_made(expected.recomputations, arguments)
+            and expected.takes(arguments)
         ):
-            part = expected
-        else:
-            self.is_on_path = False
-            part = self._admitted(segment, arguments)
+            self.path.append(segment)
+            self._ran(expected)
+            results = expected.call(arguments)
+            self.images.add([results[i] for i in expected.prepared.traced.crossing.outputs])
+            return results
+        self.is_on_path = False
+        self.images.restore()
+        arguments = segment.as_traced(arguments)
+        part = self._admitted(segment, arguments)
         self.path.append(segment)
         self._ran(part)
-        return tuple(part.function(None, segment.lifted.free_of(arguments), {}, ()))
+        return part.call(arguments)
 
     @cached_property
     def _recomputed(self) -> RecomputedParts:
@@ -196,16 +190,17 @@ class PlannedRun:
         return RecomputedParts(recomputation.source for part in self.parts for recomputation in part.recomputations)
 
     def check_room_to_trace(self) -> None:
-        """Makes sure that a graph can be traced beside what is alive.
+        """Makes sure that a graph can be traced beside what is alive, images in the usual layout.
 
         Raises:
             BudgetError: the budget is exceeded by it.
         """
         resident = self.room.resident()
         pending = sum(n_bytes for storage, n_bytes in self.pending.alive().items() if storage not in resident)
-        alive = self.room.resident_bytes + pending
+        alive = self.room.resident_bytes + pending + self.images.n_bytes()
         if alive + tracing_bytes() > self.room.limit_bytes:
             raise self._error(alive, alive + tracing_bytes(), "to be traced it takes")
+        self.images.restore()
 
     def _admitted(self, segment: Segment, arguments: Sequence[Any]) -> PlannedPart:
         """Returns a part beside those that ran already; what they returned is taken for held by Python."""

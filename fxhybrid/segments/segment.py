@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,10 +18,12 @@ from fxhybrid.errors import CaptureError
 from fxhybrid.ops.hand_on import HAND_ON
 from fxhybrid.options import Options
 from fxhybrid.passes.boundaries import can_be_handed_on, with_boundaries
+from fxhybrid.passes.channels_last import USUAL_LAYOUT, Crossing
 from fxhybrid.passes.channels_last_choice import groups_that_pay
 from fxhybrid.passes.expected_backward import ExpectedBackward
 from fxhybrid.passes.traced import Traced
 from fxhybrid.pipeline import Prepared, canonical, prepare_traced
+from fxhybrid.segments.images import images_of
 from fxhybrid.segments.lifted_graph import LiftedGraph
 
 NOTHING = "nothing in it needs a gradient"
@@ -34,10 +36,12 @@ class Form:
     Attributes:
         boundaries: positions of the graph's inputs that earlier graphs of the step made.
         absent: positions of the tangents that do not arrive.
+        crossing: images that come from other graphs in channels_last, or go to others so.
     """
 
     boundaries: frozenset[int]
     absent: frozenset[int] = frozenset()
+    crossing: Crossing = USUAL_LAYOUT
 
 
 class SegmentRun(Protocol):
@@ -56,6 +60,7 @@ class Segment:
         capture: of the graph; None where it is not planned.
         refusal: why it is not planned, in words.
         line: where in the user's code the graph ends.
+        images: strides of the inputs that may come in another layout than the graph was traced with, by position.
         options: what the user asked for.
         prepared: up to the planning problem, by the form of the call.
         calibrated: the same with measured errors.
@@ -69,13 +74,14 @@ class Segment:
     refusal: str
     line: str
     options: Options
+    images: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     prepared: dict[Form, Prepared] = field(default_factory=dict)
     calibrated: dict[Form, Prepared] = field(default_factory=dict)
     own_plans: dict[Form, Any] = field(default_factory=dict)
     twins: list[Segment] = field(default_factory=list)
     _captured: Capture | None = None  # takes what owns the tensors with each call
     is_compared: bool = False
-    _traced: dict[frozenset[int], Traced] = field(default_factory=dict)
+    _traced: dict[tuple[frozenset[int], Crossing], Traced] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -93,7 +99,8 @@ class Segment:
             )
         except CaptureError as error:
             return cls(lifted, None, str(error), line, options)
-        return cls(lifted, _owned_by(lifted, captured), "", line, options, _captured=captured)
+        images = images_of(captured, example_inputs) if options.reordered else {}
+        return cls(lifted, _owned_by(lifted, captured), "", line, options, images, _captured=captured)
 
     @property
     def step(self) -> Step:
@@ -114,13 +121,21 @@ class Segment:
         if known is None and captured is not None:
             self.twins[:] = [twin for twin in self.twins if twin.lifted.is_shared]  # others' layers are gone
             lifted = self.lifted.twin(arguments)
-            known = Segment(lifted, _owned_by(lifted, captured), "", self.line, self.options)
+            known = Segment(lifted, _owned_by(lifted, captured), "", self.line, self.options, self.images)
             self.twins.append(known)
         return known or self
 
     def plain(self, arguments: Sequence[Any]) -> Any:
         """Runs the graph as it is."""
-        return self.lifted.graph(*arguments)
+        return self.lifted.graph(*self.as_traced(arguments))
+
+    def as_traced(self, arguments: Sequence[Any]) -> list[Any]:
+        """Returns the arguments with images in the layout that the graph was traced with."""
+        given = list(arguments)
+        for i, strides in self.images.items():
+            if given[i].stride() != strides:
+                given[i] = given[i].contiguous()
+        return given
 
     def form_of(self, arguments: Sequence[Any]) -> Form:
         """Returns the form of a call: tensors with a history come from earlier in the step."""
@@ -129,32 +144,42 @@ class Segment:
         made = (i for i, t in enumerate(arguments) if isinstance(t, Tensor) and t.grad_fn is not None)
         return Form(frozenset(i for i in made if can_be_handed_on(joint, i)))
 
-    def call_of(self, arguments: Sequence[Any]) -> StepCall:
+    def call_of(self, arguments: Sequence[Any], crossing: Crossing = USUAL_LAYOUT) -> StepCall:
         """Returns the arguments of a call of the graph as a step of its own, cut off from what computed them."""
-        return StepCall(self.lifted.free_of(arguments), {}, ()).detached()
+        given = self.as_traced(arguments)
+        for i in crossing.inputs:
+            given[i] = given[i].contiguous(memory_format=torch.channels_last)
+        return StepCall(self.lifted.free_of(given), {}, ()).detached()
 
     def prepare(self, form: Form, call: StepCall) -> Prepared:
         """Returns the segment up to the planning problem; its outputs live to the end of its forward half."""
         known = self.prepared.get(form)
         if known is None:
-            traced = self._trace(form.boundaries, call)
+            traced = self.trace(form, call)
             dropped = frozenset(range(traced.n_outputs))
             known = _with_boundaries_alive(prepare_traced(traced, ExpectedBackward(form.absent, dropped)))
             self.prepared[form] = known
         return known
 
+    def trace(self, form: Form, call: StepCall) -> Traced:
+        """Returns the segment in its canonical form."""
+        key = form.boundaries, form.crossing
+        if key not in self._traced:
+            if form.crossing == USUAL_LAYOUT:
+                self._traced[key] = self._trace(form.boundaries, call)
+            else:
+                usual = self.trace(Form(form.boundaries), call)
+                self._traced[key] = usual.in_layout(usual.channels_last, form.crossing)
+        return self._traced[key]
+
     def _trace(self, boundaries: frozenset[int], call: StepCall) -> Traced:
-        if boundaries not in self._traced:
-            assert self.capture is not None
-            structure = output_structure(self.capture, self.step, call)
-            captured = replace(self.capture, joint=with_boundaries(self.capture.joint, boundaries))
-            # the optimizer steps after the backward halves of all segments
-            options = replace(self.options, optimizer=None, step_in_backward=False)
-            traced = canonical(captured, structure, self.step, call, options)
-            if options.reordered:
-                traced = traced.in_layout(groups_that_pay(captured.joint, traced.plain))
-            self._traced[boundaries] = traced
-        return self._traced[boundaries]
+        assert self.capture is not None
+        structure = output_structure(self.capture, self.step, call)
+        captured = replace(self.capture, joint=with_boundaries(self.capture.joint, boundaries))
+        # the optimizer steps after the backward halves of all segments
+        options = replace(self.options, optimizer=None, step_in_backward=False)
+        traced = canonical(captured, structure, self.step, call, options)
+        return traced.in_layout(groups_that_pay(captured.joint, traced.plain)) if options.reordered else traced
 
 
 def _owned_by(lifted: LiftedGraph, captured: Capture) -> Capture:

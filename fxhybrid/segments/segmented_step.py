@@ -16,9 +16,7 @@ from fxhybrid.capture.planning_lock import PLANNING
 from fxhybrid.capture.python_state import UndoOfRuns, undo_of_step
 from fxhybrid.capture.step import Step, StepCall, check_call
 from fxhybrid.compiler.budgets import auto_bytes
-from fxhybrid.compiler.bytes_beside import Participant, beside_bytes, model_storages
 from fxhybrid.compiler.call_shape import CallShape
-from fxhybrid.compiler.model_parameters import has_gradients
 from fxhybrid.compiler.pending_calls import PendingCall, PlannedCall, pending_calls, storages_of
 from fxhybrid.compiler.report import Report
 from fxhybrid.errors import BudgetError, GraphBreakError, InvalidArgument
@@ -29,10 +27,12 @@ from fxhybrid.profiling.state_bytes import gradient_bytes
 from fxhybrid.segments.calls_together import CallsTogether, Together
 from fxhybrid.segments.describe import plan_of, report_of
 from fxhybrid.segments.graph_runner import in_graphs
+from fxhybrid.segments.images import HandedImages
 from fxhybrid.segments.part_errors import PartActions
 from fxhybrid.segments.path import Path
 from fxhybrid.segments.path_planner import PathPlanner
-from fxhybrid.segments.planned_run import PlannedPart, PlannedRun, Room, before_tracing
+from fxhybrid.segments.planned_run import PlannedPart, PlannedRun, before_tracing
+from fxhybrid.segments.room import Neighbours, Room
 from fxhybrid.segments.same_graph import identity_of
 from fxhybrid.segments.segment import NOTHING, Segment, under_way
 from fxhybrid.segments.sequence_plans import SequencePlan
@@ -42,6 +42,11 @@ from fxhybrid.units import Budget, NamedBudget, check_budget
 IN_BACKWARD = (
     "step_in_backward=True updates parameters within the backward pass of one graph, and this step takes several; "
     "leave it out, or leave out what Python decides by values in the model's forward pass"
+)
+OF_ANOTHER_LAYOUT = "view size is not compatible with input tensor's size and stride"  # torch's words
+IN_CHANNELS_LAST = (
+    "fxhybrid handed on an image in channels_last, and Python between two graphs took a view of it, as it had not "
+    "before. From now on images are handed on in the usual layout: zero the gradients and run the step again"
 )
 MOST_PATHS = 8  # through the model that are planned for one kind of call; others run part by part
 MOST_KINDS = 16  # kinds of calls whose paths are kept
@@ -77,11 +82,14 @@ class SegmentedStep:
             raise InvalidArgument(IN_BACKWARD)
         self.step, self.options, self.budget_bytes = step, options, budget_bytes
         self.reason = reason
+        self._neighbours = Neighbours(step.model)
         self._left_to_eager: list[str] = []
         self.segments: list[Segment] = []
         self.paths: dict[Hashable, list[Path]] = {}
         self.last: Hashable = None
-        self._run = in_graphs(step.forward, self._traced, before_tracing, self._left_to_eager.append)
+        self._run = in_graphs(
+            step.forward, self._traced, before_tracing, self._left_to_eager.append, any_layout=options.reordered
+        )
         self._planner = PathPlanner(self._run, step, options, reason)
         self._is_compared = False  # whether a path has been compared with eager as a whole
         self._left: set[Hashable] = set()  # kinds of calls whose last one left all planned paths
@@ -117,7 +125,11 @@ class SegmentedStep:
         return self.paths[self.last][0]
 
     def run(self, call: StepCall) -> Any:
-        """Runs the forward pass of a training step; where a new path finds no room, it is planned and begun again."""
+        """Runs the forward pass of a training step.
+
+        It is planned and begun again where a new path finds no room, or where Python between graphs does not take an
+        image in channels_last.
+        """
         with PLANNING:
             self.find(call)
             undo = self._undo(call)
@@ -127,6 +139,13 @@ class SegmentedStep:
             self._straight[self.last] = 0
             self._left.add(self.last)
             if undo is None:
+                raise
+        except RuntimeError as error:
+            if not self.path.crosses or OF_ANOTHER_LAYOUT not in str(error):
+                raise
+            self._end_crossing()
+            if undo is None:
+                error.add_note(IN_CHANNELS_LAST)
                 raise
         undo()
         undo = None  # it holds copies
@@ -140,7 +159,7 @@ class SegmentedStep:
             return None
         assert self.budget_bytes is not None
         undo = undo_of_step(self.step.model, self._planner.recorder.changed(call))
-        fits = self.path.within(self.budget_bytes - self._beside(call) - undo.n_bytes) is not None
+        fits = self.path.within(self.budget_bytes - self._neighbours.beside_bytes(call) - undo.n_bytes) is not None
         return undo if fits else None
 
     def _forward(self, call: StepCall, undo: UndoOfRuns | None) -> Any:
@@ -162,6 +181,7 @@ class SegmentedStep:
         shape = CallShape.of(call)
         self.last = shape.kind, tuple(shape.sizes.items())
         known = self.paths.setdefault(self.last, [])
+        known[:] = [path for path in known if self._planner.crosses or not path.crosses]
         if not known or self.last in self._left:
             self._left.discard(self.last)
             check_call(call, self.step.model)
@@ -182,7 +202,7 @@ class SegmentedStep:
     def _planned(self, call: StepCall, known: Sequence[Path]) -> Path:
         """Returns the path of a call, planned if it is new."""
         if self.budget_bytes is not None and self._is_compared:
-            return self._planner.another(call, known, self.budget_bytes - self._beside(call))
+            return self._planner.another(call, known, self.budget_bytes - self._neighbours.beside_bytes(call))
         path = self._planner.first(call)
         if self.budget_bytes is None:
             self.budget_bytes = self._resolved(check_budget(self.options.budget), path)
@@ -219,22 +239,6 @@ class SegmentedStep:
         gc.collect()
         return self._planned_run(path, call, undo_bytes)
 
-    def _beside(self, call: StepCall) -> int:
-        """Counts what stands beside a call: older gradients, and what other calls hold."""
-        model, extra = self.step.model, self._older_bytes()
-        others = pending_calls(next((p.device for p in model.parameters()), None))
-        if others:
-            extra += beside_bytes(Participant(model, self._own_storages(call)), others)
-        return extra
-
-    def _own_storages(self, call: StepCall) -> dict[int, int]:
-        """Maps the identity to the bytes of every storage that a call's plan counts through the whole step."""
-        return model_storages(self.step.model) | storages_of(call.tensors)
-
-    def _older_bytes(self) -> int:
-        """Counts the gradients of an earlier backward pass."""
-        return gradient_bytes(self.step.model) if has_gradients(self.step.model) else 0
-
     def _beside_own(self, path: Path, call: StepCall, extra: int) -> tuple[SequencePlan, list[PlannedPart]]:
         """Returns the plan of a call beside earlier ones of this model, and with room for those that usually follow."""
         assert self.budget_bytes is not None
@@ -245,7 +249,7 @@ class SegmentedStep:
             return self.fitting(path, extra)
         outputs = sum(shared.size_bytes for shared in path.trial.sequence.shared if shared.held)
         each = sum(storages_of(call.tensors).values()) + outputs
-        together = Together(n_others, each, gradient_bytes(model) + self._older_bytes())
+        together = Together(n_others, each, gradient_bytes(model) + self._neighbours.older_bytes())
         found = self._together.fitting(path, self.budget_bytes, together)
         if found is None or found[0].needed_bytes + extra > self.budget_bytes:
             found = path.within(self.budget_bytes - extra)
@@ -254,15 +258,15 @@ class SegmentedStep:
         return found
 
     def _planned_run(self, path: Path, call: StepCall, undo_bytes: int) -> PlannedRun:
-        extra = self._beside(call) + undo_bytes
+        extra = self._neighbours.beside_bytes(call) + undo_bytes
         plan, parts = self._beside_own(path, call, extra)
         assert self.budget_bytes is not None
         resident = path.trial.sequence.resident_bytes
         gradients = sum(needs.gradient_bytes for needs in plan.needs)
-        own = partial(self._own_storages, call)
+        own = partial(self._neighbours.own_storages, call)
         room = Room(self.budget_bytes - extra, resident, own, gradients, path.least_bytes)
         pending = self._pending_call(path, plan, extra, call.tensors)
-        return PlannedRun(parts, room, self._planner.solo, pending, self._expect_all)
+        return PlannedRun(parts, room, self._planner.solo, pending, self._expect_all, HandedImages(self._end_crossing))
 
     def _pending_call(self, path: Path, plan: SequencePlan, extra: int, tensors: Sequence[Tensor]) -> PendingCall:
         assert self.budget_bytes is not None
@@ -283,6 +287,10 @@ class SegmentedStep:
         """Plans for gradients of all outputs from now on."""
         self._planner.recorder.all_outputs = True
         self.paths.clear()
+
+    def _end_crossing(self) -> None:
+        """Plans for images in the usual layout from now on."""
+        self._planner.crosses = False
 
     def _note(self, path: Path, run: PlannedRun) -> None:
         """Remembers which path was taken."""

@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fxhybrid.capture.output_structure import output_tensors
 from fxhybrid.errors import ProfileError
 from fxhybrid.ir.sequence import Shared, Tail
+from fxhybrid.passes.channels_last import Crossing
 from fxhybrid.passes.split import forward_only
 from fxhybrid.passes.step_interface import StepInterface
 from fxhybrid.profiling.recording import Event, Recording, recording, split_at_birth, walk
@@ -69,6 +70,7 @@ class StepRecording:
         backward: the calls in the order in which their backward halves will run; likewise.
         weighed: positions of the results that get gradients, among the tensors that a call returns; likewise.
         tail: what Python's operators after the last call take; likewise.
+        unplanned: storages that graphs without a plan take; likewise.
         partial: what ``backward`` is where only one of the results gets a gradient, or all but one; likewise.
     """
 
@@ -79,11 +81,13 @@ class StepRecording:
         self.weighed: Collection[int] | None = None
         self.tail = Tail()
         self.partial: tuple[tuple[int, ...], ...] = ()
+        self.unplanned: Collection[int] = ()
         self._storages = HandedStorages(existing)
         self._steps: list[StepFunction] = []
         self._halves = ZeroHalves(self._mark, self._look_in_backward)
         self._within = False
         self._counted: set[int] = set()
+        self._plain: set[int] = set()  # storages that graphs take which are not planned
         self._beside: list[tuple[StorageWeakRef, int]] = []  # what operators since the last call keep
         self._left: tuple[set[int], int] = set(), 0  # what is alive when the first backward half begins
         self._memory: Recording | None = None
@@ -113,6 +117,7 @@ class StepRecording:
                 self.calls[position].present = present
             self.partial = tuple(self._partial(results) - {self.backward, ()})
             is_run = self._memory is not None and bool(halves) and self._halves.run(results)
+        self.unplanned = {key for identity, key in self._storages.keys.items() if identity in self._plain}
         roots = {self._storages.keys.get(storage_identity(t)) for t in results}
         self.shared = tuple(replace(s, is_root=key in roots) for key, s in enumerate(self._storages.shared))
         if self._memory is not None:
@@ -121,6 +126,13 @@ class StepRecording:
                 self._note_backward(self._memory.segments, live, results)
             elif halves:
                 self._assume_backward()
+
+    def cross(self, crossings: Sequence[Crossing]) -> None:
+        """Notes for each call which images go from graph to graph in channels_last."""
+        laid_out = {call.inputs[i] for call, found in zip(self.calls, crossings, strict=True) for i in found.inputs}
+        for call, found in zip(self.calls, crossings, strict=True):
+            call.form = replace(call.form, crossing=found)
+        self.shared = tuple(replace(s, is_laid_out=key in laid_out) for key, s in enumerate(self.shared))
 
     def _forward(self, forward: Callable[[], Any]) -> Any:
         pack, unpack = map(torch.compiler.disable, (self._pack, _as_it_is))  # Dynamo would trace them between graphs
@@ -134,7 +146,9 @@ class StepRecording:
 
     def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
         """Runs a graph."""
+        arguments = segment.as_traced(arguments)
         if segment.capture is None:
+            self._plain |= {storage_identity(t) for t in arguments if _is_strided(t)}
             return segment.plain(arguments)
         now = len(self.calls)
         self._storages.look(now)
@@ -236,7 +250,7 @@ class StepRecording:
             recorded.backward_rise_bytes = taken + made
 
     def _keys(self, values: Sequence[Any], now: int) -> dict[int, int]:
-        strided = {i: t for i, t in enumerate(values) if isinstance(t, Tensor) and t.layout is torch.strided}
+        strided = {i: t for i, t in enumerate(values) if _is_strided(t)}
         keys = {i: self._storages.key(t, now) for i, t in strided.items()}
         return {i: key for i, key in keys.items() if key is not None}
 
@@ -271,6 +285,10 @@ def run_forward(
     entering = None if enter is None else enter(interface)
     step = StepFunction(forward_only(capture.joint), interface, capture.metadata, enter=entering)
     return step, tuple(capture.bind(step)(segment.step, segment.lifted.free_of(arguments), {}, ()))
+
+
+def _is_strided(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

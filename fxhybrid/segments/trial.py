@@ -23,8 +23,10 @@ from fxhybrid.errors import CaptureError
 from fxhybrid.ir.part import part_timeline
 from fxhybrid.ir.sequence import PartSequence
 from fxhybrid.options import Options
+from fxhybrid.passes.traced import Traced
 from fxhybrid.pipeline import Prepared, resident_bytes_of
 from fxhybrid.profiling.optimizer_step import optimizer_bytes
+from fxhybrid.segments.crossings import crossings
 from fxhybrid.segments.handed_storages import version_of
 from fxhybrid.segments.parts import own_part, sequence_of
 from fxhybrid.segments.segment import Form, Segment, under_way
@@ -145,10 +147,35 @@ class _Preparation:
         recorded = self.calls[position] if position < len(self.calls) else None
         if recorded is None or recorded.segment is not segment:
             raise CaptureError(CHANGES)
-        call = segment.call_of(arguments)
+        arguments = segment.as_traced(arguments)
+        call = segment.call_of(arguments, recorded.form.crossing)
         absent = segment.prepare(recorded.form, call).traced.without(recorded.present or ())
         recorded.form = replace(recorded.form, absent=absent)
         self.prepared.append(self.calibration.of(segment, recorded.form, call, self.room_bytes(position)))
+        return run_forward(segment, arguments)[1]
+
+
+@dataclass(eq=False)
+class _Tracing:
+    """Runs a recorded forward pass again, and lays each part out when it is reached.
+
+    Attributes:
+        calls: as recorded.
+        traced: those reached so far.
+    """
+
+    calls: Sequence[RecordedCall]
+    traced: list[Traced] = field(default_factory=list)
+
+    def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
+        """Runs a graph."""
+        if segment.capture is None:
+            return segment.plain(arguments)
+        position = len(self.traced)
+        if position >= len(self.calls) or self.calls[position].segment is not segment:
+            raise CaptureError(CHANGES)
+        arguments = segment.as_traced(arguments)
+        self.traced.append(segment.trace(self.calls[position].form, segment.call_of(arguments)))
         return run_forward(segment, arguments)[1]
 
 
@@ -199,6 +226,27 @@ class Recorder:
         if not recording.calls:
             raise NothingToPlan("no part of the step can be planned: none of its graphs has a gradient")
         return recording
+
+    def lay_out(self, recording: StepRecording, call: StepCall) -> bool:
+        """Lets images go from graph to graph in channels_last where that saves conversions; says whether any do.
+
+        Args:
+            recording: of the step, whose calls are changed.
+            call: its batch.
+
+        Raises:
+            CaptureError: the step differs from run to run.
+        """
+        if not self.options.reordered or not any(call.segment.images for call in recording.calls):
+            return False
+        tracing = _Tracing(recording.calls)
+        with trial_run(self.step.model, self.changed(call), seed=None), under_way(tracing):
+            self.run(*call)
+        if len(tracing.traced) != len(recording.calls):
+            raise CaptureError(CHANGES)
+        found = crossings(recording, tracing.traced)
+        recording.cross(found)
+        return any(crossing.outputs for crossing in found)
 
     def prepare(self, recording: StepRecording, call: StepCall, limit_bytes: int | None) -> Trial:
         """Prepares the parts of a recorded step for planning.
