@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -16,7 +16,7 @@ from fxhybrid.capture.output_structure import OutputStructure, output_structure
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.console import stage
-from fxhybrid.ir.part import NO_HEADROOM, Headroom
+from fxhybrid.ir.part import NO_HEADROOM, DyingTangent, Headroom
 from fxhybrid.ir.plan import Actions, Compress
 from fxhybrid.ir.problem import Problem
 from fxhybrid.ir.schedule import Schedule, lower
@@ -277,20 +277,25 @@ def resident_bytes_of(step: Step, call: StepCall, options: Options) -> int:
     return storage_bytes(tensors) + optimizer_bytes(options.optimizer).state_bytes + options.reserve_bytes
 
 
-def schedule_of(prepared: Prepared, actions: Actions, headroom: Headroom = NO_HEADROOM) -> Schedule:
+def schedule_of(
+    prepared: Prepared, actions: Actions, headroom: Headroom = NO_HEADROOM, dying: Sequence[DyingTangent] = ()
+) -> Schedule:
     """Returns the schedule by which a plan is carried out.
 
     Args:
         prepared: the problem.
         actions: of the plan.
         headroom: how far the halves may rise beyond what they take by it.
+        dying: tangents that nobody keeps.
     """
     schedule = lower(prepared.problem, actions)
     if prepared.sharing is not None:
         return schedule
     problem, layout = prepared.problem, prepared.layout
     schedule = with_faster_forms(problem, layout, prepared.profile.costs, schedule, headroom.backward_bytes)
-    return in_place(problem, layout, schedule, headroom)
+    inputs = zip(prepared.joint.placeholders, prepared.joint.inputs, strict=True)
+    tangents = [node for node, role in inputs if role.kind is InputKind.TANGENT]
+    return in_place(problem, layout, schedule, headroom, {tangents[each.position]: each.last for each in dying})
 
 
 def build_graphs(prepared: Prepared, actions: Actions) -> SplitGraphs:

@@ -6,7 +6,7 @@ split to emit the form in place, so that a pass over the joint graph need not kn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, fx
 
 import fxhybrid.ops.batch_norm  # noqa: F401  (registers the operator that is looked for)
+from fxhybrid.capture.joint_graph import storages
 from fxhybrid.ir.part import Headroom
 from fxhybrid.ir.problem import Problem
-from fxhybrid.ir.schedule import Instruction, Schedule
+from fxhybrid.ir.schedule import Instruction, Schedule, Value
 from fxhybrid.ir.simulator import Timeline, simulate
 from fxhybrid.ops.hand_on import HAND_ON
 from fxhybrid.ops.masks import APPLY_MASK, APPLY_MASK_IN_PLACE
+from fxhybrid.ops.own_storage import own_or_new
 from fxhybrid.passes.emitted_call import EmittedCall, emitted_call
 from fxhybrid.passes.storages import Layout
 from fxhybrid.torch_internals import OpOverload
@@ -70,7 +72,9 @@ EXACT_STORAGES = (  # beside elementwise operators: a storage of its own for eac
 )
 
 
-def in_place(problem: Problem, layout: Layout, schedule: Schedule, headroom: Headroom) -> Schedule:
+def in_place(
+    problem: Problem, layout: Layout, schedule: Schedule, headroom: Headroom, dying: Mapping[fx.Node, int]
+) -> Schedule:
     """Lets operators overwrite inputs that die with them, except where a half without headroom has its peak.
 
     There they stay as they are, so that the step rises as high as was predicted.
@@ -80,6 +84,8 @@ def in_place(problem: Problem, layout: Layout, schedule: Schedule, headroom: Hea
         layout: its operators.
         schedule: of the plan.
         headroom: how far the halves may rise beyond their peaks; where that is nothing, they may hold the step's.
+        dying: tangents that nobody is known to keep, which is looked at again when the operator runs; by each, the last
+            backward operator that reads it.
     """
     timeline = simulate(problem, schedule)
     peaks = _peaks(problem, schedule, timeline, headroom)
@@ -91,24 +97,52 @@ def in_place(problem: Problem, layout: Layout, schedule: Schedule, headroom: Hea
         if call is None or position in peaks or len(instruction.writes) != 1:
             continue
         for argument in _candidates(call):
+            if position >= schedule.n_forward and _is_last_read(call, argument, instruction, dying):
+                instructions[position] = _overwriting(instruction, schedule.values[instruction.writes[0]])
+                overwrites.append((position, argument))
+                break
             value = _value_of(layout, call, instruction, call.args[argument])
             if value is not None and value not in held and timeline.death[value] == position:
-                rise = max(instruction.alloc_peak_bytes - schedule.values[value].size_bytes, 0)
-                instructions[position] = instruction._replace(alloc_peak_bytes=rise)
+                instructions[position] = _overwriting(instruction, schedule.values[value])
                 overwrites.append((position, argument))
                 break
     return replace(schedule, instructions=tuple(instructions), overwrites=tuple(overwrites))
 
 
-def emit_in_place(node: fx.Node) -> None:
-    """Gives a node of a half its form in place, if a note asks for it."""
+def _overwriting(instruction: Instruction, overwritten: Value) -> Instruction:
+    rise = max(instruction.alloc_peak_bytes - overwritten.size_bytes, 0)
+    return instruction._replace(alloc_peak_bytes=rise)
+
+
+def _is_last_read(call: EmittedCall, argument: int, instruction: Instruction, dying: Mapping[fx.Node, int]) -> bool:
+    """Says whether a backward operator is the last one to read a tangent, as a whole and in no other way."""
+    tangent: Any = call.args[argument]
+    if call.target not in GRADIENT_INPUT or dying.get(tangent) != instruction.op:
+        return False
+    (storage,) = storages(tangent.meta["val"])
+    return sum(storage in storages(node.meta.get("val")) for node in _nodes(call)) == 1
+
+
+def emit_in_place(node: fx.Node, arriving: Collection[fx.Node] = ()) -> None:
+    """Gives a node of a half its form in place, if a note asks for it.
+
+    Args:
+        node: of the half.
+        arriving: inputs that somebody else may hold.
+    """
     position = node.meta.get(OVERWRITES)
     if position is None:
         return
     if position:
         node.args = (node.args[position], *node.args[:position], *node.args[position + 1 :])
     if node.target in GRADIENT_INPUT:
-        node.kwargs = {**node.kwargs, "grad_input": node.args[0]}
+        target: Any = node.args[0]
+        if target in arriving:
+            with node.graph.inserting_before(node):
+                meta = dict(target.meta)
+                target = node.graph.call_function(own_or_new, (target,))
+                target.meta = meta
+        node.kwargs = {**node.kwargs, "grad_input": target}
     node.target = IN_PLACE.get(node.target) or GRADIENT_INPUT[node.target]
 
 

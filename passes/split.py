@@ -135,10 +135,11 @@ def _extract(joint: JointGraph, phase: Phase, inputs: list[fx.Node], results: li
     for node in inputs:
         new[node] = graph.placeholder(node.name)
         new[node].meta = copy.copy(node.meta)
+    arriving = {new[node] for node in inputs if node.op == "placeholder"}
     for node in joint.module.graph.nodes:
         if node.op == "get_attr" or (node.op == "call_function" and phase_of(node) is phase):
             new[node] = graph.node_copy(node, lambda n: new[n])
-            emit_in_place(new[node])
+            emit_in_place(new[node], arriving)
     graph.output([None if n is None else new[n] for n in results])
     if phase is Phase.BACKWARD:
         drop_redundant_views(graph)

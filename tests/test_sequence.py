@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxhybrid.ir.joined_problem import join_parts
-from fxhybrid.ir.part import Headroom, Part, Source, part_timeline
+from fxhybrid.ir.part import DyingTangent, Headroom, Part, Source, part_timeline
 from fxhybrid.ir.plan import RECOMPUTE, Compress
 from fxhybrid.ir.problem import Op, Problem, check_problem
 from fxhybrid.ir.program import Tensor as Storage
@@ -40,7 +40,7 @@ def test_parts_add_up() -> None:
     assert peak.backward_bytes == (1167, 1260)
     assert peak.headroom == (Headroom(120, 93), Headroom(110, 0))
     # a gradient that nothing reads dies when the half begins, unless the backward pass begins with it
-    dying = replace(sequence, parts=(replace(parts[0], dying=((100, -1),)), parts[1]))
+    dying = replace(sequence, parts=(replace(parts[0], dying=(DyingTangent(0, 100, -1),)), parts[1]))
     peak = sequence_peak(dying, [part_timeline(each, {}) for each in dying.parts])
     assert peak.backward_bytes == (1067, 1260)
     # only the first part's result gets a gradient, and a new one of 70 bytes is made there: s 40, the gradient of h

@@ -111,11 +111,11 @@ class _Joining:
     def _backward_half(self, k: int, part: Part) -> None:
         first = self.offsets[k]
         arrived = [t for key in part.leaving.values() for t in self.carried.pop(key, [])]
-        staying_bytes = part.problem.tangent_bytes - sum(size_bytes for size_bytes, _ in part.dying)
+        staying_bytes = part.problem.tangent_bytes - sum(tangent.size_bytes for tangent in part.dying)
         tangents = self._add_tensor(f"gradients of the outputs of part {k}", staying_bytes)
         passing = self._add_tensor(f"gradients that pass part {k}", part.passing_bytes)
         name = f"gradient of an output of part {k}, {{}}"
-        dying = [(self._add_tensor(name.format(i), size), last) for i, (size, last) in enumerate(part.dying)]
+        dying = [(self._add_tensor(name.format(t.position), t.size_bytes), t.last) for t in part.dying]
         self.backward.append(_free_op(f"backward {k} begins", arrived, (tangents, passing, *(t for t, _ in dying))))
         for position, op in enumerate(part.problem.backward):
             shifted = self._shifted(op, k, first)

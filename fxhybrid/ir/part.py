@@ -30,6 +30,21 @@ class Source:
     seconds: float
 
 
+@dataclass(frozen=True)
+class DyingTangent:
+    """Describes the gradient of an output that nobody keeps.
+
+    Attributes:
+        position: among the tangents.
+        size_bytes: what it takes.
+        last: the last backward operator that reads it, by position; -1 for none.
+    """
+
+    position: int
+    size_bytes: int
+    last: int
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Holds one part of the step.
@@ -47,8 +62,7 @@ class Part:
         backward_rise_bytes: what their backward pass takes, beyond what is alive when the part's backward half is over.
         passing_bytes: gradients that Python's operators have made when the part's backward half begins, for others.
         loose_bytes: what else Python holds when the part begins.
-        dying: gradients of its outputs that die in its backward half: bytes, and the last operator that reads them, by
-            position; -1 for none. The others live through the whole half.
+        dying: gradients of its outputs that die in its backward half. The others live through the whole half.
         sources: earlier parts that can recompute what it takes, by tensor of ``arriving``. To recompute such a tensor
             is an action of the whole step: the part by itself cannot.
     """
@@ -64,7 +78,7 @@ class Part:
     backward_rise_bytes: int = 0
     passing_bytes: int = 0
     loose_bytes: int = 0
-    dying: tuple[tuple[int, int], ...] = ()
+    dying: tuple[DyingTangent, ...] = ()
     sources: Mapping[int, Source] = field(default_factory=dict)
 
 
@@ -134,8 +148,8 @@ def scheduled_timeline(part: Part, actions: Actions, schedule: Schedule) -> Part
     n = schedule.n_forward
     during = timeline.during_bytes - problem.resident_bytes
     ends = {each.op: i for i, each in enumerate(schedule.instructions) if i >= n and each.kind in _BACKWARD_OPS}
-    for size_bytes, last in part.dying:
-        during[ends.get(last, n - 1) + 1 :] -= size_bytes
+    for tangent in part.dying:
+        during[ends.get(tangent.last, n - 1) + 1 :] -= tangent.size_bytes
     crossing = [i for i in range(len(schedule.values)) if timeline.birth[i] < n <= timeline.death[i]]
     recomputed = dropped.intersection(schedule.values[i].tensor for i in crossing)
     crossing = [i for i in crossing if schedule.values[i].tensor not in recomputed]

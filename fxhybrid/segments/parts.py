@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fxhybrid.capture.joint_graph import InputKind, OutputKind, storages
 from fxhybrid.capture.output_structure import tangent_outputs
-from fxhybrid.ir.part import Part
+from fxhybrid.ir.part import DyingTangent, Part
 from fxhybrid.ir.sequence import PartSequence, Shared
 from fxhybrid.pipeline import Prepared
 from fxhybrid.segments.segment import boundary_tensors
@@ -78,8 +78,8 @@ def _part(k: int, call: RecordedCall, prepared: Prepared, shared: Sequence[Share
     )
 
 
-def _dying(call: RecordedCall, prepared: Prepared, shared: Sequence[Shared]) -> tuple[tuple[int, int], ...]:
-    """Returns the gradients of outputs that die in the backward half: bytes, and the last operator that reads them.
+def _dying(call: RecordedCall, prepared: Prepared, shared: Sequence[Shared]) -> tuple[DyingTangent, ...]:
+    """Returns the gradients of outputs that die in the backward half.
 
     Not so where the backward pass begins with them, or where they are the gradient of an input.
     """
@@ -96,7 +96,8 @@ def _dying(call: RecordedCall, prepared: Prepared, shared: Sequence[Shared]) -> 
     for position, (node, output) in enumerate(zip(tangents, outputs, strict=True)):
         (storage,) = storages(node.meta["val"])
         if position not in prepared.expected.absent and output not in roots and storage not in kept:
-            found.append((node.meta["val"].untyped_storage().nbytes(), last.get(storage, -1)))
+            size_bytes = node.meta["val"].untyped_storage().nbytes()
+            found.append(DyingTangent(position, size_bytes, last.get(storage, -1)))
     return tuple(found)
 
 

@@ -50,10 +50,14 @@ def _scheduled(
     prepared: Prepared, part: Part, actions: Actions, need: PartTimeline, headroom: Headroom
 ) -> tuple[Schedule, PartTimeline]:
     """Returns the fastest schedule of a part by its actions that keeps to the headroom, and what it needs by that."""
-    own, more = own_actions(part, actions), headroom
+    own, more, dying = own_actions(part, actions), headroom, part.dying
     while True:
-        schedule = schedule_of(prepared, own, more)
+        schedule = schedule_of(prepared, own, more, dying)
         found = scheduled_timeline(part, actions, schedule)
+        lower = found.backward_bytes < need.backward_bytes or found.beside_others_bytes < need.beside_others_bytes
+        if lower and dying and not headroom.backward_bytes:  # the step would rise less than was predicted
+            dying = ()
+            continue
         backward_bytes = max(found.backward_bytes, need.backward_bytes)
         beside_others_bytes = max(found.beside_others_bytes, need.beside_others_bytes)
         rise = max(backward_bytes - need.backward_bytes, beside_others_bytes - need.beside_others_bytes)

@@ -266,7 +266,8 @@ class SegmentedStep:
         own = partial(self._neighbours.own_storages, call)
         room = Room(self.budget_bytes - extra, resident, own, gradients, path.least_bytes)
         pending = self._pending_call(path, plan, extra, call.tensors)
-        return PlannedRun(parts, room, self._planner.solo, pending, self._expect_all, HandedImages(self._end_crossing))
+        images = HandedImages(self._end_crossing)
+        return PlannedRun(parts, room, self._planner.solo, pending, self._expect_all, images)
 
     def _pending_call(self, path: Path, plan: SequencePlan, extra: int, tensors: Sequence[Tensor]) -> PendingCall:
         assert self.budget_bytes is not None
