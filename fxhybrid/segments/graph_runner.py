@@ -45,6 +45,11 @@ TOO_MANY = (
     f"a function of the model was traced {MOST_VARIANTS} times, each for other sizes or other values of Python's: it "
     "would run outside of any plan from now on. Pad what changes its size, or pass numbers as tensors"
 )
+_SETTINGS = {
+    "trace_numpy": False,
+    "accumulated_recompile_limit": MOST_VARIANTS * 16,
+    "fail_on_recompile_limit_hit": True,
+}
 _LOOPS = "maybe_has_backedge"
 _RECONSTRUCT = "reconstruct"
 _ATTRIBUTE = "L['self']"  # a module's: a rate, which operators take as a constant
@@ -91,8 +96,7 @@ def in_graphs(
     compiled = context(run_parts)
 
     def run(*args: Any) -> Any:
-        limits = {"accumulated_recompile_limit": MOST_VARIANTS * 16, "fail_on_recompile_limit_hit": True}
-        with without_value_checks(), dynamo_config.patch(limits):
+        with without_value_checks():
             try:
                 return compiled(function, [*args])
             except FailOnRecompileLimitHit as error:
@@ -129,7 +133,7 @@ class _Converted:
 
     def _settings(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
         yield tracing_settings()
-        yield dynamo_config.patch(trace_numpy=False)
+        yield dynamo_config.patch(_SETTINGS)
         yield convert_frame.register_bytecode_hook(lambda _, converted: returning_calls(converted))
         yield _graphs_within_loops()
         yield _iterators_between_graphs()
