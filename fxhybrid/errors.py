@@ -15,6 +15,10 @@ FxHybridError
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+Error = TypeVar("Error", bound=BaseException)
+
 
 class FxHybridError(Exception):
     """Base of all errors raised by fxhybrid."""
@@ -80,3 +84,16 @@ class BudgetError(FxHybridError):
         self.minimum_bytes = minimum_bytes
         self.minimum_lower_bound_bytes = minimum_lower_bound_bytes
         self.holder = holder
+
+
+def without_frames(error: Error) -> Error:
+    """Lets go of the frames that an error and its causes went through: they hold their callers, with all variables."""
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            left += [each.__cause__, each.__context__]
+    return error

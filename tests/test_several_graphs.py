@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import random
 import time
 from collections.abc import Callable
 from typing import Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fxhybrid
-from fxhybrid import InvalidArgument
+from fxhybrid import HybridModule, InvalidArgument
 from fxhybrid.segments import graph_runner
 from tests import several_graphs_parts
 from tests.compare import MARGIN, twins
@@ -333,3 +335,16 @@ def test_numbers_that_loops_make_stay_python(monkeypatch: pytest.MonkeyPatch) ->
 
     pair.same(run)
     assert pair.hybrid.report().unplanned == ()
+
+
+def test_variables_of_the_function_that_compiled_are_let_go() -> None:
+    """Why a model does not trace whole is kept, and an error's frames hold those that called them."""
+
+    def compile_with_a_variable() -> tuple[HybridModule, ReferenceType[Tensor]]:
+        variable = torch.ones(3)
+        return fxhybrid.compile(Blocks().train(), budget=1.0, example_inputs=(X,), loss_fn=loss_of), ref(variable)
+
+    hybrid, variable = compile_with_a_variable()
+    step(hybrid)
+    gc.collect()
+    assert variable() is None
