@@ -21,7 +21,7 @@ from fxhybrid.ir.schedule import Instruction, Schedule, Value
 from fxhybrid.ir.simulator import Timeline, simulate
 from fxhybrid.ops.hand_on import HAND_ON
 from fxhybrid.ops.masks import APPLY_MASK, APPLY_MASK_IN_PLACE
-from fxhybrid.ops.own_storage import own_or_new
+from fxhybrid.ops.own_storage import Probe, own_or_new
 from fxhybrid.passes.emitted_call import EmittedCall, emitted_call
 from fxhybrid.passes.storages import Layout
 from fxhybrid.torch_internals import OpOverload
@@ -140,7 +140,7 @@ def emit_in_place(node: fx.Node, arriving: Collection[fx.Node] = ()) -> None:
         if target in arriving:
             with node.graph.inserting_before(node):
                 meta = dict(target.meta)
-                target = node.graph.call_function(own_or_new, (target,))
+                target = node.graph.call_function(own_or_new, (target, node.graph.call_function(Probe)))
                 target.meta = meta
         node.kwargs = {**node.kwargs, "grad_input": target}
     node.target = IN_PLACE.get(node.target) or GRADIENT_INPUT[node.target]
