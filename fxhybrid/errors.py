@@ -15,10 +15,6 @@ FxHybridError
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-Error = TypeVar("Error", bound=BaseException)
-
 
 class FxHybridError(Exception):
     """Base of all errors raised by fxhybrid."""
@@ -86,7 +82,7 @@ class BudgetError(FxHybridError):
         self.holder = holder
 
 
-def without_frames(error: Error) -> Error:
+def let_go_of_frames(error: BaseException) -> None:
     """Lets go of the frames that an error and its causes went through: they hold their callers, with all variables."""
     left: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -96,4 +92,3 @@ def without_frames(error: Error) -> Error:
             seen.add(id(each))
             each.__traceback__ = None
             left += [each.__cause__, each.__context__]
-    return error

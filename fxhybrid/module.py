@@ -20,7 +20,7 @@ from fxhybrid.compiler.report import Report, make_report
 from fxhybrid.compiler.session import Session
 from fxhybrid.compiler.signature import Signature
 from fxhybrid.devices.op_work import StepWork, work_of
-from fxhybrid.errors import GraphBreakError, InvalidArgument, without_frames
+from fxhybrid.errors import GraphBreakError, InvalidArgument, let_go_of_frames
 from fxhybrid.explain.explanation import Explanation
 from fxhybrid.explain.plot import save
 from fxhybrid.ir.plan import Plan
@@ -67,7 +67,8 @@ def segments_for(hybrid: HybridModule, call: StepCall) -> SegmentedStep | None:
         except GraphBreakError as error:
             if session.transferred is not None:
                 raise
-            reason = without_frames(error)  # it is kept
+            let_go_of_frames(error)
+            reason = error
         else:
             return None
         segments = SegmentedStep(session.step, session.options, session.budget_bytes, reason)

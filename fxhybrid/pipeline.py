@@ -293,8 +293,7 @@ def schedule_of(
         return schedule
     problem, layout = prepared.problem, prepared.layout
     schedule = with_faster_forms(problem, layout, prepared.profile.costs, schedule, headroom.backward_bytes)
-    inputs = zip(prepared.joint.placeholders, prepared.joint.inputs, strict=True)
-    tangents = [node for node, role in inputs if role.kind is InputKind.TANGENT]
+    tangents = prepared.joint.tangents
     return in_place(problem, layout, schedule, headroom, {tangents[each.position]: each.last for each in dying})
 
 

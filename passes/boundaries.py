@@ -42,7 +42,7 @@ def _weight_gradients_first(joint: JointGraph) -> None:
     Where a loss is traced with the layers before it, operators that wait for it are in that order already. Here the
     last layer's gradients would come last, and keep its input for the whole backward half.
     """
-    tangents = {n for n, role in zip(joint.placeholders, joint.inputs, strict=True) if role.kind is InputKind.TANGENT}
+    tangents = set(joint.tangents)
     results = zip(joint.output_nodes, joint.outputs, strict=True)
     gradients = {n for n, role in results if role.kind is OutputKind.GRADIENT and _is_parameter(joint, role.of)}
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import fx
 
-from fxhybrid.capture.joint_graph import InputKind, JointGraph
+from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.origins import origins
 from fxhybrid.codecs import TensorMeta, get_codec
 from fxhybrid.ir.problem import CodecOption, Fusion, Op, Problem, Tensor
@@ -102,8 +102,7 @@ def problem_of(
         absent: positions of the tangents that do not arrive.
         update_rise_bytes: how far memory rises while a parameter is updated in the backward pass, by position.
     """
-    tangents = [n for n, r in zip(joint.placeholders, joint.inputs, strict=True) if r.kind is InputKind.TANGENT]
-    arriving = (n for k, n in enumerate(tangents) if k not in absent)
+    arriving = (n for k, n in enumerate(joint.tangents) if k not in absent)
     places = {node: str(origin) for node, origin in origins(joint.module.graph.nodes).items()}
     costs = ProfiledCosts(layout, profile)
     forward, backward = ops_of(layout, costs, places, update_rise_bytes or {})

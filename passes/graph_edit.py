@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.graph_module import _loader
 
-from fxhybrid.capture.joint_graph import TAG, InputKind, JointGraph, NodeTag, Phase, phase_of
+from fxhybrid.capture.joint_graph import TAG, JointGraph, NodeTag, Phase, phase_of
 from fxhybrid.torch_internals import FakeTensor, LazyGraphModule
 
 
@@ -103,8 +103,7 @@ def new_parts(joint: JointGraph, node: fx.Node, n_parts: int) -> list[fx.Node]:
 
 def tangent_free(joint: JointGraph) -> set[fx.Node]:
     """Finds the nodes that no tangent reaches."""
-    pairs = zip(joint.placeholders, joint.inputs, strict=True)
-    tangents = {node for node, role in pairs if role.kind is InputKind.TANGENT}
+    tangents = set(joint.tangents)
     free: set[fx.Node] = set()
     for node in joint.module.graph.nodes:
         if node not in tangents and all(n in free for n in node.all_input_nodes):

@@ -63,10 +63,8 @@ class SplitGraphs:
 
 def split(joint: JointGraph) -> SplitGraphs:
     """Splits ``joint`` in two; its nodes must be tagged with their phase."""
-    placeholders = joint.placeholders
-    roles = dict(zip(placeholders, joint.inputs, strict=True))
-    primals = [n for n in placeholders if roles[n].kind is not InputKind.TANGENT]
-    tangents = [n for n in placeholders if roles[n].kind is InputKind.TANGENT]
+    tangents = joint.tangents
+    primals = [n for n in joint.placeholders if n not in tangents]
     results = list(zip(joint.output_nodes, joint.outputs, strict=True))
     returned = [n for n, role in results if role.kind is not OutputKind.GRADIENT]
     gradients = [n for n, role in results if role.kind is OutputKind.GRADIENT]

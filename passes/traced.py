@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fxhybrid.capture.capture import Capture
-from fxhybrid.capture.joint_graph import InputKind, JointGraph
+from fxhybrid.capture.joint_graph import JointGraph
 from fxhybrid.capture.output_structure import OutputStructure, tangents_of_outputs
 from fxhybrid.passes.canonicalize import canonicalize
 from fxhybrid.passes.channels_last import USUAL_LAYOUT, Crossing
@@ -74,10 +74,9 @@ class Traced:
         if (channels_last, crossing) == (self.channels_last, self.crossing):
             return self
         captured = self.capture.joint
-        inputs = zip(captured.placeholders, captured.inputs, strict=True)
-        tangents = [node for node, role in inputs if role.kind is InputKind.TANGENT]
+        placeholders, tangents = captured.placeholders, captured.tangents
         coming = [
-            *(captured.placeholders[i] for i in crossing.inputs),
+            *(placeholders[i] for i in crossing.inputs),
             *(tangents[self.tangents[i]] for i in crossing.outputs if i in self.tangents),
         ]
         laid_out = with_groups(captured, channels_last, coming, crossing.outputs)

@@ -112,6 +112,11 @@ class JointGraph:
         return [n for n in self.module.graph.nodes if n.op == "placeholder"]
 
     @property
+    def tangents(self) -> list[fx.Node]:
+        """Placeholders that stand for gradients of outputs, in order."""
+        return [n for n, role in zip(self.placeholders, self.inputs, strict=True) if role.kind is InputKind.TANGENT]
+
+    @property
     def output_nodes(self) -> tuple[fx.Node | None, ...]:
         """What the graph returns, aligned with ``outputs``."""
         result: tuple[fx.Node | None, ...] = tuple(self.module.graph.output_node().args[0])  # type: ignore[arg-type]

@@ -90,10 +90,9 @@ def _dying(call: RecordedCall, prepared: Prepared, shared: Sequence[Shared]) -> 
     kept = {s for node in gradients for s in storages(node.meta["val"])}
     reads = ((i, n) for i, op in enumerate(layout.backward) for n in op.node.all_input_nodes)
     last = {s: i for i, node in reads for s in storages(node.meta.get("val"))}
-    tangents = [n for n, role in zip(joint.placeholders, joint.inputs, strict=True) if role.kind is InputKind.TANGENT]
     found = []
     outputs = tangent_outputs(prepared.capture.metadata)
-    for position, (node, output) in enumerate(zip(tangents, outputs, strict=True)):
+    for position, (node, output) in enumerate(zip(joint.tangents, outputs, strict=True)):
         (storage,) = storages(node.meta["val"])
         if position not in prepared.expected.absent and output not in roots and storage not in kept:
             size_bytes = node.meta["val"].untyped_storage().nbytes()

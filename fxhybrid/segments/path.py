@@ -9,7 +9,6 @@ from fxhybrid.accuracy.verifier import CaptureCheck
 from fxhybrid.ir.part import Headroom, Part, PartTimeline, own_actions, scheduled_timeline
 from fxhybrid.ir.plan import Actions
 from fxhybrid.ir.schedule import Schedule
-from fxhybrid.ir.sequence import sequence_peak
 from fxhybrid.pipeline import Prepared, schedule_of, scheduled_graphs
 from fxhybrid.segments.left_out import Recomputation
 from fxhybrid.segments.part_errors import PartActions
@@ -20,7 +19,9 @@ from fxhybrid.segments.sources import forward_alone, result_positions
 from fxhybrid.segments.trial import Trial
 
 
-def parts_of(trial: Trial, actions: PartActions, needs: Sequence[PartTimeline]) -> list[PlannedPart]:
+def parts_of(
+    trial: Trial, actions: PartActions, needs: Sequence[PartTimeline], headroom: Sequence[Headroom]
+) -> list[PlannedPart]:
     """Builds the graphs of a plan; the same graph by the same schedule is built once.
 
     Where the step rises higher elsewhere, a part takes faster forms of its operators.
@@ -29,10 +30,10 @@ def parts_of(trial: Trial, actions: PartActions, needs: Sequence[PartTimeline]) 
         trial: of the path.
         actions: of each part.
         needs: what each part needs by them.
+        headroom: of each part in the step.
     """
     built: dict[tuple[int, Schedule], PlannedPart] = {}
     parts = []
-    headroom = sequence_peak(trial.sequence, needs).headroom
     for k, (call, prepared) in enumerate(zip(trial.calls, trial.prepared, strict=True)):
         schedule, need = _scheduled(prepared, trial.sequence.parts[k], actions[k], needs[k], headroom[k])
         key = id(prepared), schedule
@@ -130,7 +131,7 @@ class Path:
     def parts(self, plan: SequencePlan) -> list[PlannedPart]:
         """Returns the parts by a plan; built once."""
         built = next((parts for other, parts in self.chosen.values() if other.actions == plan.actions), None)
-        return built or parts_of(self.trial, plan.actions, plan.needs)
+        return built or parts_of(self.trial, plan.actions, plan.needs, plan.peak.headroom)
 
     def least_bytes(self) -> list[int]:
         """Returns what each part takes by the smallest known plan, above what is alive before it."""

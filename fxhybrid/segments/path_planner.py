@@ -14,6 +14,7 @@ from fxhybrid.accuracy.verifier import CaptureCheck, compare_with_eager, runs_in
 from fxhybrid.capture.step import Step, StepCall
 from fxhybrid.errors import CaptureError, FxHybridError, GraphBreakError
 from fxhybrid.ir.part import PartTimeline, part_timeline
+from fxhybrid.ir.sequence import sequence_peak
 from fxhybrid.options import Options
 from fxhybrid.passes.channels_last import USUAL_LAYOUT
 from fxhybrid.pipeline import Prepared
@@ -143,7 +144,8 @@ class PathPlanner:
     def trial_run(self, trial: Trial, actions: PartActions, call: StepCall) -> StepResult:
         """Runs a plan on a batch, from the present state of the generator; the model stays as it was."""
         needs = [part_timeline(part, chosen) for part, chosen in zip(trial.sequence.parts, actions, strict=True)]
-        return self._run_parts(parts_of(trial, actions, needs), trial, call)
+        headroom = sequence_peak(trial.sequence, needs).headroom
+        return self._run_parts(parts_of(trial, actions, needs, headroom), trial, call)
 
     def _plain_run(self, trial: Trial, call: StepCall) -> StepResult:
         """Runs the graphs as they were captured, in eager's order.

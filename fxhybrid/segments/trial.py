@@ -124,58 +124,29 @@ def _trial_bytes(prepared: Prepared) -> int:
 
 
 @dataclass(eq=False)
-class _Preparation:
-    """Runs a recorded forward pass again, and prepares each part when it is reached.
+class _Again:
+    """Runs the graphs of a recorded forward pass again.
 
     Attributes:
         calls: as recorded.
-        calibration: of parts by themselves.
-        room_bytes: returns what preparing the part at a position may take; None where that is not limited.
-        prepared: those reached so far.
+        reached: is called when each of them is reached, with its position and arguments.
+        n_reached: how many were.
     """
 
     calls: Sequence[RecordedCall]
-    calibration: PartCalibration
-    room_bytes: Callable[[int], int | None]
-    prepared: list[Prepared] = field(default_factory=list)
+    reached: Callable[[int, Sequence[Any]], None]
+    n_reached: int = 0
 
     def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
         """Runs a graph."""
         if segment.capture is None:
             return segment.plain(arguments)
-        position = len(self.prepared)
-        recorded = self.calls[position] if position < len(self.calls) else None
-        if recorded is None or recorded.segment is not segment:
+        position = self.n_reached
+        if position == len(self.calls) or self.calls[position].segment is not segment:
             raise CaptureError(CHANGES)
+        self.n_reached += 1
         arguments = segment.as_traced(arguments)
-        call = segment.call_of(arguments, recorded.form.crossing)
-        absent = segment.prepare(recorded.form, call).traced.without(recorded.present or ())
-        recorded.form = replace(recorded.form, absent=absent)
-        self.prepared.append(self.calibration.of(segment, recorded.form, call, self.room_bytes(position)))
-        return run_forward(segment, arguments)[1]
-
-
-@dataclass(eq=False)
-class _Tracing:
-    """Runs a recorded forward pass again, and lays each part out when it is reached.
-
-    Attributes:
-        calls: as recorded.
-        traced: those reached so far.
-    """
-
-    calls: Sequence[RecordedCall]
-    traced: list[Traced] = field(default_factory=list)
-
-    def call(self, segment: Segment, arguments: Sequence[Any]) -> Any:
-        """Runs a graph."""
-        if segment.capture is None:
-            return segment.plain(arguments)
-        position = len(self.traced)
-        if position >= len(self.calls) or self.calls[position].segment is not segment:
-            raise CaptureError(CHANGES)
-        arguments = segment.as_traced(arguments)
-        self.traced.append(segment.trace(self.calls[position].form, segment.call_of(arguments)))
+        self.reached(position, arguments)
         return run_forward(segment, arguments)[1]
 
 
@@ -239,12 +210,14 @@ class Recorder:
         """
         if not self.options.reordered or not any(call.segment.images for call in recording.calls):
             return False
-        tracing = _Tracing(recording.calls)
-        with trial_run(self.step.model, self.changed(call), seed=None), under_way(tracing):
-            self.run(*call)
-        if len(tracing.traced) != len(recording.calls):
-            raise CaptureError(CHANGES)
-        found = crossings(recording, tracing.traced)
+        traced: list[Traced] = []
+
+        def lay_out(position: int, arguments: Sequence[Any]) -> None:
+            recorded = recording.calls[position]
+            traced.append(recorded.segment.trace(recorded.form, recorded.segment.call_of(arguments)))
+
+        self._run_again(recording, call, lay_out)
+        found = crossings(recording, traced)
         recording.cross(found)
         return any(crossing.outputs for crossing in found)
 
@@ -265,17 +238,31 @@ class Recorder:
             alive = sum(s.size_bytes for s in recording.shared if s.maker < position <= s.last)
             return None if limit_bytes is None else limit_bytes - resident - alive
 
-        preparation = _Preparation(recording.calls, self.calibration, room_bytes)
-        with trial_run(self.step.model, self.changed(call), seed=None), under_way(preparation):
-            self.run(*call)
-        calls, prepared = tuple(recording.calls), tuple(preparation.prepared)
-        if len(prepared) != len(calls):
-            raise CaptureError(CHANGES)
+        prepared: list[Prepared] = []
+
+        def prepare(position: int, arguments: Sequence[Any]) -> None:
+            recorded = recording.calls[position]
+            segment, own = recorded.segment, recorded.segment.call_of(arguments, recorded.form.crossing)
+            absent = segment.prepare(recorded.form, own).traced.without(recorded.present or ())
+            recorded.form = replace(recorded.form, absent=absent)
+            prepared.append(self.calibration.of(segment, recorded.form, own, room_bytes(position)))
+
+        self._run_again(recording, call, prepare)
+        calls = tuple(recording.calls)
         optimizer = self.options.optimizer
         update = optimizer_bytes(optimizer).rise_bytes if optimizer is not None else None
         sequence = sequence_of(calls, prepared, recording.backward, recording.shared, resident, update)
         sequence = replace(sequence, tail=recording.tail, partial=recording.partial)
-        return Trial(calls, prepared, sequence, recording.weighed)
+        return Trial(calls, tuple(prepared), sequence, recording.weighed)
+
+    def _run_again(
+        self, recording: StepRecording, call: StepCall, reached: Callable[[int, Sequence[Any]], None]
+    ) -> None:
+        again = _Again(recording.calls, reached)
+        with trial_run(self.step.model, self.changed(call), seed=None), under_way(again):
+            self.run(*call)
+        if again.n_reached != len(recording.calls):
+            raise CaptureError(CHANGES)
 
     def _weighed(self, result: Any) -> Collection[int] | None:
         if self.step.loss_fn is not None:
